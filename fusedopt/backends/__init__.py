@@ -1,0 +1,48 @@
+"""Backends run the steps. ``native`` is the compiled module, ``reference`` is plain PyTorch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+
+from ..rules import Rule, did_you_mean
+from .base import Backend, BackendUnavailable, StepReport, StepRequest
+from .native import NativeBackend
+from .reference import ReferenceBackend
+
+__all__ = [
+    "BACKENDS",
+    "Backend",
+    "BackendUnavailable",
+    "NativeBackend",
+    "ReferenceBackend",
+    "StepReport",
+    "StepRequest",
+    "check_backend_name",
+    "create_backend",
+]
+
+#: Backends by name, in the order in which 'auto' tries them.
+BACKENDS: dict[str, type[Backend]] = {backend.name: backend for backend in (NativeBackend, ReferenceBackend)}
+
+
+def check_backend_name(name: str) -> None:
+    """Raise ValueError unless ``name`` is 'auto' or a backend."""
+    if name not in (*BACKENDS, "auto"):
+        raise ValueError(f"unknown backend {name!r}; {did_you_mean(name, (*BACKENDS, 'auto'))}")
+
+
+def create_backend(name: str, rule: Rule, devices: Iterable[torch.device]) -> Backend:
+    """The backend called ``name`` for parameters on ``devices``; 'auto' takes the first that can serve them all.
+
+    Raises:
+        BackendUnavailable: the named backend cannot serve; the message says why.
+    """
+    check_backend_name(name)
+    devices = set(devices)
+    for candidate in BACKENDS.values() if name == "auto" else (BACKENDS[name],):
+        reasons = [reason for device in devices if (reason := candidate.unavailable(device))]
+        if not reasons:
+            return candidate(rule)
+    raise BackendUnavailable(f"backend {name!r} is not available: {reasons[0]}")

@@ -1,0 +1,108 @@
+"""What a backend is, what a step asks of it, and what a step reports."""
+
+from __future__ import annotations
+
+import abc
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from ..rules import NormClip, Rule, ValueClip
+
+__all__ = ["Backend", "BackendUnavailable", "StepReport", "StepRequest"]
+
+
+class BackendUnavailable(RuntimeError):
+    """A backend was asked for that cannot serve; the message says why."""
+
+
+@dataclass(frozen=True)
+class StepRequest:
+    """What one ``step()`` asks for beyond the plain update.
+
+    Note [Three modes]: *bare* makes the update pass only, *check* finds non-finite gradients first, *full* finds the
+    norm (and non-finite gradients) first. Bare serves when there is nothing to find out.
+
+    Args:
+        grad_scale: divisor of the gradients, or None for 1.
+        found_inf: non-zero skips the step, or None.
+        check: find non-finite gradients and skip the step when there are any.
+        clip: norm or value clipping, or None.
+        write_back_grads: leave the unscaled, clipped gradients in ``.grad``.
+    """
+
+    grad_scale: Tensor | float | None = None
+    found_inf: Tensor | None = None
+    check: bool = False
+    clip: NormClip | ValueClip | None = None
+    write_back_grads: bool = False
+
+    @property
+    def mode(self) -> str:
+        """``'full'``, ``'check'`` or ``'bare'``."""
+        if isinstance(self.clip, NormClip):
+            return "full"
+        return "check" if self.check else "bare"
+
+
+class StepReport:
+    """What the last step found out, as 0-dim tensors on the parameters' device, made without a host read.
+
+    Attributes:
+        grad_norm: global norm of the unscaled gradients before clipping; None without norm clipping.
+        clip_coef: what the gradients were multiplied with to clip them; None without norm clipping.
+        found_inf: 1.0 when the step was skipped for non-finite gradients, else 0.0; None when nobody asked or there was
+            no gradient.
+
+    They are float32, or float64 when a parameter of the optimizer is float64; ``found_inf`` is always float32.
+    """
+
+    __slots__ = ("_found_inf", "_scalars")
+
+    def __init__(self, scalars: Tensor | None = None, found_inf: Tensor | None = None):
+        self._scalars = scalars  # (grad_norm, clip_coef)
+        self._found_inf = found_inf
+
+    @property
+    def grad_norm(self) -> Tensor | None:
+        return None if self._scalars is None else self._scalars[0]
+
+    @property
+    def clip_coef(self) -> Tensor | None:
+        return None if self._scalars is None else self._scalars[1]
+
+    @property
+    def found_inf(self) -> Tensor | None:
+        return self._found_inf
+
+    def __repr__(self) -> str:
+        return f"StepReport(grad_norm={self.grad_norm}, clip_coef={self.clip_coef}, found_inf={self.found_inf})"
+
+
+class Backend(abc.ABC):
+    """Runs the steps of one optimizer. An instance belongs to that optimizer and may keep tables of its tensors."""
+
+    name: ClassVar[str]
+
+    def __init__(self, rule: Rule):
+        self.rule = rule
+
+    @classmethod
+    @abc.abstractmethod
+    def unavailable(cls, device: torch.device) -> str | None:
+        """Why this backend cannot serve tensors on ``device``, or None when it can."""
+
+    @abc.abstractmethod
+    def step(
+        self, param_groups: list[dict[str, Any]], state: dict[Tensor, dict[str, Any]], request: StepRequest
+    ) -> StepReport:
+        """Run one step over all groups.
+
+        Every gradient is checked before anything is written: after an error, parameters and state are as before.
+
+        Raises:
+            RuntimeError: a gradient is sparse, complex, of another shape or device (the message names the
+                parameter), or the norm is not finite under ``error_if_nonfinite``.
+        """

@@ -1,0 +1,269 @@
+"""The part that all fused optimizers share: torch's optimizer protocol around one backend."""
+
+from __future__ import annotations
+
+import warnings
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from copy import deepcopy
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from ..backends import Backend, StepReport, StepRequest, check_backend_name, create_backend
+from ..rules import Hyperparameters, NormClip, Rule, ValueClip, check_parameter, parameter_name, parse_clip_grad
+
+__all__ = ["FusedOptimizer"]
+
+_noted_ignored_flags = False
+
+
+def _note_ignored_flags(settings: Mapping[str, Any]) -> None:
+    global _noted_ignored_flags
+    ignored = [flag for flag in ("foreach", "fused") if settings.get(flag)]
+    if ignored and not _noted_ignored_flags:
+        _noted_ignored_flags = True
+        warnings.warn(
+            f"{' and '.join(ignored)}=True has no effect on fusedopt's optimizers: they are always fused over all "
+            "parameter groups. This note appears once.",
+            stacklevel=5,
+        )
+
+
+def _leave_out_unreal_state(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:
+    """State-dict post hook: drop state that no step has touched (its count is 0), and the step torch does not keep."""
+    assert isinstance(optimizer, FusedOptimizer)
+    for key, state in list(state_dict["state"].items()):
+        if not isinstance(state, dict) or "step" not in state:
+            continue
+        if float(state["step"]) == 0:
+            del state_dict["state"][key]
+        elif optimizer.rule.hides_step:
+            state_dict["state"][key] = {name: value for name, value in state.items() if name != "step"}
+
+
+class FusedOptimizer(torch.optim.Optimizer):
+    """Base of the fused optimizers; not for direct use.
+
+    A step reads the gradients at most twice and does not write them: once to find their norm or non-finite values,
+    when somebody asked, and once to update every parameter of every group.
+
+    Args:
+        params: as for any ``torch.optim`` optimizer: tensors, named tensors, or group dicts.
+        settings: the validated defaults.
+        clip_grad: gradient clipping inside the step, see :func:`fusedopt.rules.parse_clip_grad`.
+        write_back_grads: leave the unscaled, clipped gradients in ``.grad`` after a step that was not skipped.
+        backend: ``'auto'``, ``'native'`` or ``'reference'``.
+
+    Attributes:
+        last_step: the :class:`~fusedopt.backends.StepReport` of the last step, None before the first.
+    """
+
+    rule: ClassVar[Rule]
+
+    #: Tells ``torch.amp.GradScaler`` to hand over its scale instead of unscaling the gradients itself.
+    _step_supports_amp_scaling = True
+
+    def __init__(
+        self,
+        params: ParamsT,
+        settings: Hyperparameters,
+        *,
+        clip_grad: Mapping[str, Any] | None = None,
+        write_back_grads: bool = False,
+        backend: str = "auto",
+    ):
+        self.clip_grad = clip_grad
+        self.write_back_grads = write_back_grads
+        check_backend_name(backend)
+        self.backend = backend
+        self._engine: Backend | None = None
+        self.last_step: StepReport | None = None
+        if not isinstance(params, (Tensor, Mapping)):
+            params = list(params)  # type: ignore[assignment]
+            if not params:
+                raise ValueError(
+                    "optimizer got an empty parameter list (a generator such as model.parameters() gives its "
+                    "parameters only once: pass list(model.parameters()) to use them twice)"
+                )
+        super().__init__(params, settings.as_defaults())
+        self._settle()
+        self.backend_in_use  # noqa: B018  raises now, not in the first step, when the backend cannot serve
+        _note_ignored_flags(self.defaults)
+
+    def _settle(self) -> None:
+        """What both a new and an unpickled optimizer need beside torch's own attributes."""
+        self.register_state_dict_post_hook(_leave_out_unreal_state, prepend=True)
+
+    @property
+    def clip_grad(self) -> dict[str, Any] | None:
+        """Gradient clipping inside the step: None, or a copy of the validated settings. Assigning validates."""
+        return None if self._clip is None else self._clip.as_dict()
+
+    @clip_grad.setter
+    def clip_grad(self, value: Mapping[str, Any] | NormClip | ValueClip | None) -> None:
+        self._clip = parse_clip_grad(value)
+
+    @property
+    def backend_in_use(self) -> str:
+        """Name of the backend that runs the steps of this optimizer's parameters where they are now."""
+        return self._get_engine().name
+
+    def _get_engine(self) -> Backend:
+        if self._engine is None:
+            devices = {param.device for group in self.param_groups for param in group["params"]}
+            self._engine = create_backend(self.backend, self.rule, devices)
+        return self._engine
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group, as ``torch.optim.Optimizer.add_param_group``, checking its settings and parameters first.
+
+        Raises:
+            TypeError: a parameter is sparse, complex, a tensor subclass with its own dispatch, or not a tensor.
+            ValueError: a setting is out of range, or ``params`` is a used-up generator.
+        """
+        if isinstance(param_group, dict) and "params" in param_group:
+            params = param_group["params"]
+            if isinstance(params, Iterator):
+                params = param_group["params"] = list(params)
+                if not params:
+                    raise ValueError("params of a parameter group is a generator that gives nothing (used up already?)")
+            self.rule.hyperparameters.from_group({**self.defaults, **param_group})
+            if isinstance(params, Iterable) and not isinstance(params, (Tensor, set)):
+                entries = [entry if isinstance(entry, tuple) else (None, entry) for entry in params]
+                named = {
+                    **param_group,
+                    "params": [tensor for _, tensor in entries],
+                    "param_names": [name for name, _ in entries if name is not None]
+                    or param_group.get("param_names", []),
+                }
+                for index, (_, tensor) in enumerate(entries):
+                    if isinstance(tensor, Tensor):
+                        check_parameter(parameter_name(named, len(self.param_groups), index), tensor)
+        super().add_param_group(param_group)
+        self._engine = None
+
+    def step(  # type: ignore[override]
+        self,
+        closure: Callable[[], float | Tensor] | None = None,
+        *,
+        grad_scale: Tensor | float | None = None,
+        found_inf: Tensor | None = None,
+    ) -> float | Tensor | None:
+        """Perform one optimization step over all parameter groups.
+
+        Args:
+            closure: re-evaluates the model and returns the loss.
+            grad_scale: the gradients are divided by it (a GradScaler's scale: 0-dim tensor or number). Without
+                ``found_inf`` the step looks for non-finite gradients itself and is skipped when there are any.
+            found_inf: 0-dim tensor; non-zero skips the step. Given, the gradients are not searched.
+
+        Returns:
+            The closure's loss, or None.
+
+        Raises:
+            RuntimeError: see :meth:`fusedopt.backends.Backend.step`. Nothing has been changed then.
+
+        A stock ``torch.amp.GradScaler`` hands both over as attributes of the same names instead. A ``grad_scale``
+        attribute set by the user multiplies the argument, as it multiplies the scaler's in torch.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        check = grad_scale is not None and found_inf is None
+        own = self.__dict__
+        if "grad_scale" in own and own["grad_scale"] is not None:
+            grad_scale = own["grad_scale"] if grad_scale is None else grad_scale * own["grad_scale"]
+        if found_inf is None and own.get("found_inf") is not None:
+            found_inf, check = own["found_inf"], False
+        request = StepRequest(grad_scale, found_inf, check, self._clip, self.write_back_grads)
+        self.last_step = self._get_engine().step(self.param_groups, self.state, request)
+        return loss
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state dict of this optimizer or of torch's optimizer of the same name.
+
+        State tensors keep their dtype (torch casts them to the parameter's) and move to the parameter's device.
+
+        Raises:
+            ValueError: another number of groups, another group size, or a state tensor of another shape than its
+                parameter (the message names it). Nothing has been changed then.
+        """
+        # torch casts in a static method that a subclass cannot replace, hence this own load path.
+        state_dict = state_dict.copy()
+        for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
+            replaced = pre_hook(self, state_dict)
+            if replaced is not None:
+                state_dict = replaced
+        saved_groups = deepcopy(state_dict["param_groups"])
+        if len(saved_groups) != len(self.param_groups):
+            raise ValueError(
+                "loaded state dict has a different number of parameter groups: "
+                f"{len(saved_groups)}, expected {len(self.param_groups)}"
+            )
+        owners: dict[Any, tuple[Tensor, str]] = {}
+        for group_index, (group, saved) in enumerate(zip(self.param_groups, saved_groups, strict=True)):
+            if len(saved["params"]) != len(group["params"]):
+                raise ValueError(
+                    "loaded state dict contains a parameter group that doesn't match the size of optimizer's group: "
+                    f"param_groups[{group_index}] has {len(saved['params'])} parameters, expected "
+                    f"{len(group['params'])}"
+                )
+            for index, key in enumerate(saved["params"]):
+                owners[key] = group["params"][index], parameter_name(group, group_index, index)
+            self.rule.hyperparameters.from_group({**self.defaults, **saved})
+
+        state: defaultdict[Any, Any] = defaultdict(dict)
+        for key, value in state_dict["state"].items():
+            if key in owners:
+                param, name = owners[key]
+                state[param] = self._loaded_state(param, name, value)
+            else:
+                state[key] = value
+        for group, saved in zip(self.param_groups, saved_groups, strict=True):
+            saved["params"] = group["params"]
+            if "param_names" in group:
+                saved.setdefault("param_names", group["param_names"])
+        self.__setstate__({"state": state, "param_groups": saved_groups})
+        for post_hook in self._optimizer_load_state_dict_post_hooks.values():
+            post_hook(self)
+
+    def _loaded_state(self, param: Tensor, name: str, saved: Mapping[str, Any]) -> dict[str, Any]:
+        columns = {column.name for column in self.rule.columns}
+        state = {}
+        for key, value in saved.items():
+            if isinstance(value, Tensor):
+                if key in columns and value.shape != param.shape:
+                    raise ValueError(
+                        f"loaded state {key!r} of {name} has shape {tuple(value.shape)}, expected {tuple(param.shape)}"
+                    )
+                # A copy, so that the optimizer and the dict do not share memory where no cast copies it.
+                state[key] = value.detach().to(device=param.device, copy=True)
+            else:
+                state[key] = deepcopy(value)
+        if self.rule.hides_step and any(isinstance(state.get(column), Tensor) for column in columns):
+            state.setdefault("step", torch.tensor(1.0, device=param.device))
+        return state
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {
+            **super().__getstate__(),
+            "_clip": self._clip,
+            "write_back_grads": self.write_back_grads,
+            "backend": self.backend,
+        }
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        fresh = "_optimizer_state_dict_post_hooks" not in self.__dict__
+        super().__setstate__(state)
+        self._engine = None
+        if fresh:
+            self.last_step = None
+            self._settle()
+        defaults = self.rule.hyperparameters().as_defaults()
+        for group in self.param_groups:
+            for key, value in defaults.items():
+                group.setdefault(key, value)

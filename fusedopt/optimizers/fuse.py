@@ -1,0 +1,67 @@
+"""fuse(): the fused twin of an existing torch optimizer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from .adam import FusedAdam
+from .adamw import FusedAdamW
+from .base import FusedOptimizer
+from .sgd import FusedSGD
+
+__all__ = ["FUSED_TWINS", "fuse"]
+
+#: The fused twin of each torch class.
+FUSED_TWINS: dict[type[torch.optim.Optimizer], type[FusedOptimizer]] = {
+    torch.optim.SGD: FusedSGD,
+    torch.optim.Adam: FusedAdam,
+    torch.optim.AdamW: FusedAdamW,
+}
+
+
+def fuse(
+    optimizer: torch.optim.Optimizer,
+    *,
+    clip_grad: Mapping[str, Any] | None = None,
+    write_back_grads: bool = False,
+    backend: str = "auto",
+) -> FusedOptimizer:
+    """Return the fused twin of a ``torch.optim`` SGD, Adam or AdamW.
+
+    The twin takes over the state, the step hooks and the very group dicts, so schedulers that were attached to
+    ``optimizer`` drive the twin. Do not step ``optimizer`` afterwards.
+
+    Args:
+        optimizer: exactly a ``torch.optim.SGD``, ``Adam`` or ``AdamW``, at any point of its training.
+        clip_grad: see :class:`FusedAdam`.
+        write_back_grads: see :class:`FusedAdam`.
+        backend: see :class:`FusedAdam`.
+
+    Raises:
+        TypeError: another class, a subclass included (its ``step`` may do something else).
+    """
+    twin_class = FUSED_TWINS.get(type(optimizer))
+    if twin_class is None:
+        names = ", ".join(f"torch.optim.{cls.__name__}" for cls in FUSED_TWINS)
+        raise TypeError(f"fuse() takes exactly one of {names}; got {type(optimizer).__name__}")
+    layout = [(group, group["params"]) for group in optimizer.param_groups]
+    twin = twin_class(
+        optimizer.param_groups,
+        **{key: value for key, value in optimizer.defaults.items() if key not in ("decoupled_weight_decay", "fused", "foreach")},
+        clip_grad=clip_grad,
+        write_back_grads=write_back_grads,
+        backend=backend,
+    )
+    for group, params in layout:
+        group["params"] = params
+    twin.param_groups = optimizer.param_groups
+    twin.state = optimizer.state
+    twin._optimizer_step_pre_hooks = optimizer._optimizer_step_pre_hooks
+    twin._optimizer_step_post_hooks = optimizer._optimizer_step_post_hooks
+    if hasattr(optimizer.step, "_wrapped_by_lr_sched"):
+        # The twin's steps are not seen by a scheduler that watches optimizer.step; spare its warning.
+        optimizer._opt_called = True  # type: ignore[attr-defined]
+    return twin

@@ -1,0 +1,33 @@
+"""Update rules: the maths of each optimizer, its settings and its state, with no kernels and no I/O."""
+
+from .adam import Adam, AdamHyperparameters
+from .checks import SUPPORTED_DTYPES, check_gradient, check_number, check_parameter, did_you_mean, parameter_name
+from .clipping import CLIP_EPS, NormClip, ValueClip, clip_coefficient, parse_clip_grad
+from .rule import Hyperparameters, Rule, StateColumn, compute_dtype
+from .sgd import SGD, SGDHyperparameters
+
+#: Every rule by name; tests, kernels and benchmarks enumerate this table.
+RULES: dict[str, Rule] = {rule.name: rule for rule in (SGD(), Adam())}
+
+__all__ = [
+    "CLIP_EPS",
+    "RULES",
+    "SGD",
+    "SUPPORTED_DTYPES",
+    "Adam",
+    "AdamHyperparameters",
+    "Hyperparameters",
+    "NormClip",
+    "Rule",
+    "SGDHyperparameters",
+    "StateColumn",
+    "ValueClip",
+    "check_gradient",
+    "check_number",
+    "check_parameter",
+    "clip_coefficient",
+    "compute_dtype",
+    "did_you_mean",
+    "parameter_name",
+    "parse_clip_grad",
+]

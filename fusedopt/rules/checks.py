@@ -1,0 +1,95 @@
+"""Checks at the edge: numbers, parameters and gradients, each with an error that names what is wrong."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = [
+    "SUPPORTED_DTYPES",
+    "check_gradient",
+    "check_number",
+    "check_parameter",
+    "did_you_mean",
+    "parameter_name",
+]
+
+#: Parameter, gradient and state dtypes that the kernels read and write.
+SUPPORTED_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """A closing clause for an error about an unknown ``name``: the closest known name, or all of them."""
+    known = sorted(known)
+    folded = {candidate.lower(): candidate for candidate in known}
+    close = difflib.get_close_matches(str(name).lower(), folded, 1)
+    return f"did you mean {folded[close[0]]!r}?" if close else f"expected one of {', '.join(known)}"
+
+
+def check_number(
+    name: str, value: Any, minimum: float = 0.0, below: float = math.inf, *, exclusive: bool = False
+) -> None:
+    """Require ``minimum <= value < below`` (``minimum < value`` when exclusive; inf passes an infinite ``below``).
+
+    Raises:
+        TypeError: ``value`` is neither a number nor a tensor.
+        ValueError: out of range, NaN, or a tensor with other than one element.
+    """
+    if isinstance(value, Tensor):
+        if value.numel() != 1:
+            raise ValueError(f"Tensor {name} must be 1-element, got shape {tuple(value.shape)}")
+    elif isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"Invalid {name}: {value!r}; expected a number or a 1-element tensor")
+    high_enough = value > minimum if exclusive else value >= minimum
+    if not (high_enough and (below == math.inf or value < below)):
+        bounds = f"{'>' if exclusive else '>='} {minimum:g}" if below == math.inf else f"in [{minimum:g}, {below:g})"
+        raise ValueError(f"Invalid {name}: {value}; expected a number {bounds}")
+
+
+def parameter_name(group: Mapping[str, Any], group_index: int, index: int) -> str:
+    """How errors call a parameter: by its name where the group carries names, and always by its place and shape."""
+    names = group.get("param_names") or ([group["param_name"]] if "param_name" in group else [])
+    params = group["params"]
+    shape = f", shape {tuple(params[index].shape)}" if isinstance(params[index], Tensor) else ""
+    quoted = f" {names[index]!r}" if index < len(names) else ""
+    return f"parameter{quoted} (param_groups[{group_index}]['params'][{index}]{shape})"
+
+
+def _unsupported_kind(tensor: Tensor) -> str | None:
+    """Why no kernel can work on this tensor, or None."""
+    if tensor.layout != torch.strided:
+        return f"has sparse layout {tensor.layout}; dense tensors are expected (torch.optim.SparseAdam takes sparse)"
+    if torch._C._dispatch_keys(tensor).has(torch._C.DispatchKey.Python):
+        return f"is a {type(tensor).__name__}, a tensor subclass with its own dispatch, which is not supported"
+    if tensor.is_meta:
+        return "is on the meta device and has no storage; materialize the model before creating the optimizer"
+    if tensor.is_complex():
+        return f"is complex ({tensor.dtype}), which is not supported; optimize torch.view_as_real() of it"
+    if tensor.dtype not in SUPPORTED_DTYPES:
+        return f"has dtype {tensor.dtype}; expected float32, float64, bfloat16 or float16"
+    return None
+
+
+def check_parameter(name: str, param: Tensor) -> None:
+    """Raise TypeError unless ``param`` is a dense, real, floating-point tensor with storage of its own."""
+    if torch.nn.parameter.is_lazy(param):
+        return  # checked like any other when it has been materialized, at the first step
+    reason = _unsupported_kind(param)
+    if reason is not None:
+        raise TypeError(f"{name} {reason}")
+
+
+def check_gradient(name: str, param: Tensor, grad: Tensor) -> None:
+    """Raise RuntimeError unless ``grad`` can drive an update of ``param``."""
+    reason = _unsupported_kind(grad)
+    if reason is None and grad.device != param.device:
+        reason = f"is on {grad.device} but the parameter is on {param.device}"
+    if reason is None and grad.shape != param.shape:
+        reason = f"has shape {tuple(grad.shape)} but the parameter has shape {tuple(param.shape)}"
+    if reason is not None:
+        raise RuntimeError(f"gradient of {name} {reason}")
