@@ -1,8 +1,22 @@
 """fusedopt: fused SGD, Adam and AdamW for PyTorch, with unscaling, clipping and weight decay inside the kernel."""
 
 from .backends import StepReport
+from .builder import build_optim_wrapper
+from .constructors import DefaultOptimWrapperConstructor
 from .optimizers import FusedAdam, FusedAdamW, FusedSGD, fuse
+from .version import __version__
+from .wrappers import AmpOptimWrapper, BaseOptimWrapper, OptimWrapper
 
-__version__ = "0.1.0"
-
-__all__ = ["FusedAdam", "FusedAdamW", "FusedSGD", "StepReport", "__version__", "fuse"]
+__all__ = [
+    "AmpOptimWrapper",
+    "BaseOptimWrapper",
+    "DefaultOptimWrapperConstructor",
+    "FusedAdam",
+    "FusedAdamW",
+    "FusedSGD",
+    "OptimWrapper",
+    "StepReport",
+    "__version__",
+    "build_optim_wrapper",
+    "fuse",
+]

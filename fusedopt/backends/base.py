@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import abc
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,8 +17,7 @@ class BackendUnavailable(RuntimeError):
     """A backend was asked for that cannot serve; the message says why."""
 
 
-@dataclass(frozen=True)
-class StepRequest:
+class StepRequest(NamedTuple):
     """What one ``step()`` asks for beyond the plain update.
 
     Note [Three modes]: *bare* makes the update pass only, *check* finds non-finite gradients first, *full* finds the

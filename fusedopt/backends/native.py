@@ -1,7 +1,119 @@
-"""The native backend."""
-from .reference import ReferenceBackend
-class NativeBackend(ReferenceBackend):
+"""The native backend: the compiled module fusedopt._C."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import re
+import warnings
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..rules import NormClip, Rule, ValueClip, check_gradient, check_parameter, parameter_name
+from .base import Backend, BackendUnavailable, StepReport, StepRequest
+
+__all__ = ["NativeBackend", "load_native_module"]
+
+_REBUILD = "rebuild it with: pip install --no-build-isolation --force-reinstall --no-deps fusedopt (or -e . in a clone)"
+
+
+def _built_for(path: Path) -> str | None:
+    """The torch version stamped into the module's file, which can be read when the module does not load."""
+    match = re.search(rb"fusedopt built for torch ([^;]+);", path.read_bytes())
+    return match[1].decode() if match else None
+
+
+def load_native_module() -> tuple[ModuleType | None, str | None]:
+    """Import ``fusedopt._C`` and return (module, None), or (None, reason) when it was not built.
+
+    Raises:
+        ImportError: it was built for another torch, or cannot be loaded; the message says how to rebuild.
+    """
+    spec = importlib.util.find_spec("fusedopt._C")
+    if spec is None or spec.origin is None:
+        return None, "the compiled module fusedopt._C is not built"
+    built_for = _built_for(Path(spec.origin))
+    if built_for != torch.__version__:
+        raise ImportError(
+            f"fusedopt._C was built for torch {built_for} but torch {torch.__version__} is installed; {_REBUILD}"
+        )
+    try:
+        from fusedopt import _C
+    except ImportError as error:
+        raise ImportError(f"fusedopt._C cannot be loaded ({error}); {_REBUILD}") from error
+    return _C, None
+
+
+_module, _reason = load_native_module()
+if _module is None:
+    warnings.warn(f"{_reason}: fusedopt runs on its slow reference backend. To build it, {_REBUILD}", stacklevel=2)
+
+
+class NativeBackend(Backend):
+    """Compiled kernels over one plan of all the optimizer's tensors."""
+
     name = "native"
+
+    def __init__(self, rule: Rule):
+        super().__init__(rule)
+        assert _module is not None
+        self._plan = _module.StepPlan(rule.name)
+
     @classmethod
-    def unavailable(cls, device):
-        return "not built"
+    def unavailable(cls, device: torch.device) -> str | None:
+        if _module is None:
+            return _reason
+        if device.type != "cpu":
+            return f"this build has no kernels for {device.type} tensors"
+        return None
+
+    def step(
+        self, param_groups: list[dict[str, Any]], state: dict[Tensor, dict[str, Any]], request: StepRequest
+    ) -> StepReport:
+        plan = self._plan
+        attention = plan.refresh(param_groups, state, request.write_back_grads)
+        if attention is not None:
+            self._attend(attention, param_groups, state, request.write_back_grads)
+        norm_type, max_norm, error_if_nonfinite, clip_value = 0.0, 0.0, False, math.inf
+        clip = request.clip
+        if isinstance(clip, NormClip):
+            norm_type, max_norm, error_if_nonfinite = clip.norm_type, clip.max_norm, clip.error_if_nonfinite
+        elif isinstance(clip, ValueClip):
+            clip_value = clip.clip_value
+        return StepReport(
+            *plan.step(
+                request.grad_scale,
+                request.found_inf,
+                request.check,
+                norm_type,
+                max_norm,
+                error_if_nonfinite,
+                clip_value,
+                request.write_back_grads,
+            )
+        )
+
+    def _attend(
+        self,
+        attention: list[tuple[int, int, str]],
+        param_groups: list[dict[str, Any]],
+        state: dict[Tensor, dict[str, Any]],
+        write_back: bool,
+    ) -> None:
+        """Look at what the plan cannot serve as it is: raise what is wrong, then create the state that is missing."""
+        rows = [(param_groups[g], param_groups[g]["params"][i], (g, i)) for g, i, _ in attention]
+        for group, param, place in rows:
+            name = parameter_name(group, *place)
+            check_parameter(name, param)
+            reason = self.unavailable(param.device)
+            if reason is not None:
+                raise BackendUnavailable(f"{name} is on {param.device}: {reason}")
+            check_gradient(name, param, param.grad)
+        for group, param, _ in rows:
+            self.rule.init_state(group, param, state)
+        for g, i, reason in self._plan.refresh(param_groups, state, write_back) or ():
+            raise RuntimeError(f"{parameter_name(param_groups[g], g, i)} {reason}")

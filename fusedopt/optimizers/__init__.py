@@ -1,5 +1,6 @@
 """Fused optimizers with the interface of ``torch.optim``."""
 
+from ..registry import OPTIMIZERS
 from .adam import FusedAdam
 from .adamw import FusedAdamW
 from .base import FusedOptimizer
@@ -7,3 +8,6 @@ from .fuse import FUSED_TWINS, fuse
 from .sgd import FusedSGD
 
 __all__ = ["FUSED_TWINS", "FusedAdam", "FusedAdamW", "FusedOptimizer", "FusedSGD", "fuse"]
+
+for _optimizer in FUSED_TWINS.values():
+    OPTIMIZERS.register_module(module=_optimizer)

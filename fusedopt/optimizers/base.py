@@ -10,9 +10,10 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch.optim import optimizer as optimizer_module
 from torch.optim.optimizer import ParamsT
 
-from ..backends import Backend, StepReport, StepRequest, check_backend_name, create_backend
+from ..backends import Backend, BackendUnavailable, StepReport, StepRequest, check_backend_name, create_backend
 from ..rules import Hyperparameters, NormClip, Rule, ValueClip, check_parameter, parameter_name, parse_clip_grad
 
 __all__ = ["FusedOptimizer"]
@@ -169,6 +170,30 @@ class FusedOptimizer(torch.optim.Optimizer):
         A stock ``torch.amp.GradScaler`` hands both over as attributes of the same names instead. A ``grad_scale``
         attribute set by the user multiplies the argument, as it multiplies the scaler's in torch.
         """
+        if (
+            self._optimizer_step_pre_hooks
+            or self._optimizer_step_post_hooks
+            or optimizer_module._global_optimizer_pre_hooks
+            or optimizer_module._global_optimizer_post_hooks
+            or torch.autograd._profiler_enabled()  # type: ignore[no-untyped-call]
+        ):
+            # As the user wrote the call: hooks are shown its arguments and may replace them.
+            args = () if closure is None else (closure,)
+            given = {"grad_scale": grad_scale, "found_inf": found_inf}
+            return self._step_with_hooks(*args, **{key: value for key, value in given.items() if value is not None})
+        return self._step(closure, grad_scale=grad_scale, found_inf=found_inf)
+
+    # torch wraps every `step` in a profiler range and a walk over hooks, which together take as long as the update of
+    # a small model. Marked as hooked, ours goes through torch's wrapper only when there is a hook or a profiler.
+    step.hooked = True  # type: ignore[attr-defined]
+
+    def _step(
+        self,
+        closure: Callable[[], float | Tensor] | None = None,
+        *,
+        grad_scale: Tensor | float | None = None,
+        found_inf: Tensor | None = None,
+    ) -> float | Tensor | None:
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -180,8 +205,15 @@ class FusedOptimizer(torch.optim.Optimizer):
         if found_inf is None and own.get("found_inf") is not None:
             found_inf, check = own["found_inf"], False
         request = StepRequest(grad_scale, found_inf, check, self._clip, self.write_back_grads)
-        self.last_step = self._get_engine().step(self.param_groups, self.state, request)
+        try:
+            self.last_step = self._get_engine().step(self.param_groups, self.state, request)
+        except BackendUnavailable:
+            # Parameters have moved to another device since: choose again, and raise if that does not help.
+            self._engine = None
+            self.last_step = self._get_engine().step(self.param_groups, self.state, request)
         return loss
+
+    _step_with_hooks = torch.optim.Optimizer.profile_hook_step(_step)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state dict of this optimizer or of torch's optimizer of the same name.

@@ -1,0 +1,74 @@
+// The Python module fusedopt._C.
+#include <pybind11/stl.h>
+
+#include <limits>
+
+#include "cpu/executor.h"
+#include "cuda/device.h"
+#include "plan.h"
+
+namespace fusedopt {
+namespace {
+
+// Read from the file's bytes by fusedopt.backends.native when the module does not load beside another torch.
+[[gnu::used]] const char kStamp[] = "fusedopt built for torch " FUSEDOPT_TORCH_VERSION ";";
+
+double number(const py::object& value) {
+  if (THPVariable_Check(value.ptr())) return THPVariable_Unpack(value.ptr()).item<double>();
+  return value.cast<double>();
+}
+
+py::tuple run_step(StepPlan& plan, const py::object& grad_scale, const py::object& found_inf, bool check,
+                   double norm_type, const py::object& max_norm, bool error_if_nonfinite, double clip_value,
+                   bool write_back) {
+  StepSettings settings;
+  if (!grad_scale.is_none()) settings.inverse_scale = 1.0 / number(grad_scale);
+  settings.has_found_inf = !found_inf.is_none();
+  if (settings.has_found_inf) settings.found_inf = number(found_inf);
+  settings.check = check;
+  if (norm_type > 0) {
+    settings.norm.p = norm_type;
+    settings.norm.kind = norm_type == 1                                         ? NormKind::kOne
+                         : norm_type == 2                                       ? NormKind::kTwo
+                         : norm_type == std::numeric_limits<double>::infinity() ? NormKind::kInf
+                                                                                : NormKind::kP;
+    settings.max_norm = number(max_norm);
+  }
+  settings.error_if_nonfinite = error_if_nonfinite;
+  settings.clip_value = clip_value;
+  settings.write_back = write_back;
+  return plan.step(settings);
+}
+
+py::dict build_info() {
+  py::dict info;
+  info["torch"] = FUSEDOPT_TORCH_VERSION;
+  info["compiler"] = FUSEDOPT_COMPILER;
+  info["cuda"] = cuda::built_with();
+  return info;
+}
+
+}  // namespace
+}  // namespace fusedopt
+
+PYBIND11_MODULE(_C, m) {
+  using namespace fusedopt;
+  m.doc() = "Compiled kernels of fusedopt.";
+
+  py::class_<StepPlan>(m, "StepPlan", "Tables of one optimizer's tensors; fusedopt.backends.NativeBackend drives it.")
+      .def(py::init<const std::string&>(), py::arg("rule"))
+      .def("refresh", &StepPlan::refresh, py::arg("param_groups"), py::arg("state"), py::arg("write_back") = false)
+      .def("step", &run_step, py::arg("grad_scale"), py::arg("found_inf"), py::arg("check"), py::arg("norm_type"),
+           py::arg("max_norm"), py::arg("error_if_nonfinite"), py::arg("clip_value"), py::arg("write_back"))
+      .def_property_readonly("row_count", &StepPlan::row_count)
+      .def_property_readonly("chunk_count", &StepPlan::chunk_count);
+
+  m.def("build_info", &build_info, "What the module was built with: torch, compiler, cuda (None without).");
+  m.def("rule_names", &rule_names, "Rules that have kernels.");
+  m.def("cpu_isas", &cpu::available_isas, "CPU instruction sets of this build that this processor has, best last.");
+  m.def("cpu_isa", &cpu::isa_in_use, "The CPU instruction set in use.");
+  m.def("use_cpu_isa", &cpu::use_isa, py::arg("name"), "Use another CPU instruction set, for tests.");
+  m.def("cuda_problem", &cuda::problem, "Why CUDA cannot be used, or None.");
+  m.attr("CLIP_EPS") = kClipEps;
+  m.attr("CPU_CHUNK_ELEMENTS") = cpu::kChunkElements;
+}

@@ -1,0 +1,187 @@
+// Loads and stores of columns in any dtype and layout, to and from float or double blocks.
+//
+// Included once into each instruction set's translation unit, inside an anonymous namespace.
+
+inline float bits_to_float(uint32_t bits) {
+  float value;
+  __builtin_memcpy(&value, &bits, 4);
+  return value;
+}
+
+inline uint32_t float_to_bits(float value) {
+  uint32_t bits;
+  __builtin_memcpy(&bits, &value, 4);
+  return bits;
+}
+
+inline float bf16_to_float(uint16_t h) { return bits_to_float(uint32_t(h) << 16); }
+
+inline uint16_t float_to_bf16(float value) {
+  uint32_t bits = float_to_bits(value);
+  uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  return value != value ? uint16_t(0x7fc0) : uint16_t(rounded);
+}
+
+#if !defined(FUSEDOPT_HAS_F16C)
+inline float fp16_to_float(uint16_t h) {
+  uint32_t sign = uint32_t(h & 0x8000u) << 16, rest = h & 0x7fffu;
+  if (rest >= 0x7c00u) return bits_to_float(sign | 0x7f800000u | ((rest & 0x3ffu) << 13));
+  // Scaling by 2^112 rebiases the exponent and normalizes subnormals alike.
+  return bits_to_float(sign | float_to_bits(bits_to_float(rest << 13) * 0x1p112f));
+}
+
+inline uint16_t float_to_fp16(float value) {
+  uint32_t bits = float_to_bits(value), sign = (bits >> 16) & 0x8000u, rest = bits & 0x7fffffffu;
+  if (rest > 0x7f800000u) return uint16_t(sign | 0x7e00u);
+  if (rest >= 0x47800000u) return uint16_t(sign | 0x7c00u);
+  if (rest < 0x38800000u) {
+    // Subnormal result: adding 0.5 lines the mantissa up with fp16's, and the addition rounds to nearest even.
+    return uint16_t(sign | (float_to_bits(bits_to_float(rest) + 0.5f) - 0x3f000000u));
+  }
+  rest += 0xc8000fffu + ((rest >> 13) & 1u);
+  return uint16_t(sign | (rest >> 13));
+}
+#endif
+
+// double -> float rounded to odd, so that a second rounding to 16 bits is the same as rounding once.
+inline float round_to_odd(double value) {
+  float nearest = float(value);
+  if (double(nearest) == value || value != value) return nearest;
+  uint32_t bits = float_to_bits(nearest);
+  double magnitude = value < 0 ? -value : value, found = bits_to_float(bits & 0x7fffffffu);
+  if (found > magnitude) bits -= 1;
+  return bits_to_float(bits | 1u);
+}
+
+inline float narrow(float value) { return value; }
+inline float narrow(double value) { return round_to_odd(value); }
+
+template <class T>
+void load_fp16(const uint16_t* in, int64_t n, T* out) {
+#if defined(FUSEDOPT_HAS_F16C)
+  int64_t i = 0;
+  float block[8];
+  for (; i < n; i += 8) {
+    uint16_t piece[8] = {};
+    int64_t count = n - i < 8 ? n - i : 8;
+    __builtin_memcpy(piece, in + i, count == 8 ? 16 : size_t(count) * 2);
+    _mm256_storeu_ps(block, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(piece))));
+    for (int64_t k = 0; k < count; ++k) out[i + k] = T(block[k]);
+  }
+#else
+  for (int64_t i = 0; i < n; ++i) out[i] = T(fp16_to_float(in[i]));
+#endif
+}
+
+template <class T>
+void store_fp16(uint16_t* out, int64_t n, const T* in) {
+#if defined(FUSEDOPT_HAS_F16C)
+  for (int64_t i = 0; i < n; i += 8) {
+    float block[8] = {};
+    uint16_t piece[8];
+    int64_t count = n - i < 8 ? n - i : 8;
+    for (int64_t k = 0; k < count; ++k) block[k] = narrow(in[i + k]);
+    __m128i half = _mm256_cvtps_ph(_mm256_loadu_ps(block), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(piece), half);
+    __builtin_memcpy(out + i, piece, count == 8 ? 16 : size_t(count) * 2);
+  }
+#else
+  for (int64_t i = 0; i < n; ++i) out[i] = float_to_fp16(narrow(in[i]));
+#endif
+}
+
+template <class T>
+void load_flat(const void* data, DType dtype, int64_t offset, int64_t n, T* __restrict out) {
+  switch (dtype) {
+    case DType::kFloat32: {
+      auto* in = static_cast<const float*>(data) + offset;
+      for (int64_t i = 0; i < n; ++i) out[i] = T(in[i]);
+      break;
+    }
+    case DType::kFloat64: {
+      auto* in = static_cast<const double*>(data) + offset;
+      for (int64_t i = 0; i < n; ++i) out[i] = T(in[i]);
+      break;
+    }
+    case DType::kBFloat16: {
+      auto* in = static_cast<const uint16_t*>(data) + offset;
+      for (int64_t i = 0; i < n; ++i) out[i] = T(bf16_to_float(in[i]));
+      break;
+    }
+    case DType::kFloat16:
+      load_fp16(static_cast<const uint16_t*>(data) + offset, n, out);
+      break;
+  }
+}
+
+template <class T>
+void store_flat(void* data, DType dtype, int64_t offset, int64_t n, const T* __restrict in) {
+  switch (dtype) {
+    case DType::kFloat32: {
+      auto* out = static_cast<float*>(data) + offset;
+      for (int64_t i = 0; i < n; ++i) out[i] = float(in[i]);
+      break;
+    }
+    case DType::kFloat64: {
+      auto* out = static_cast<double*>(data) + offset;
+      for (int64_t i = 0; i < n; ++i) out[i] = double(in[i]);
+      break;
+    }
+    case DType::kBFloat16: {
+      auto* out = static_cast<uint16_t*>(data) + offset;
+      for (int64_t i = 0; i < n; ++i) out[i] = float_to_bf16(narrow(in[i]));
+      break;
+    }
+    case DType::kFloat16:
+      store_fp16(static_cast<uint16_t*>(data) + offset, n, in);
+      break;
+  }
+}
+
+// Calls visit(position, element offset, run length, stride) for the runs that make up [offset, offset + n).
+template <class Visit>
+void for_each_run(const Layout& layout, int64_t offset, int64_t n, Visit&& visit) {
+  int64_t index[kMaxDims];
+  const int last = layout.dims - 1;
+  int64_t rest = offset, at = 0;
+  for (int d = last; d >= 0; --d) {
+    index[d] = rest % layout.size[d];
+    rest /= layout.size[d];
+    at += index[d] * layout.stride[d];
+  }
+  for (int64_t done = 0; done < n;) {
+    int64_t run = layout.size[last] - index[last];
+    if (run > n - done) run = n - done;
+    visit(done, at, run, layout.stride[last]);
+    done += run;
+    index[last] += run;
+    at += run * layout.stride[last];
+    for (int d = last; d > 0 && index[d] == layout.size[d]; --d) {
+      at += layout.stride[d - 1] - layout.size[d] * layout.stride[d];
+      index[d] = 0;
+      ++index[d - 1];
+    }
+  }
+}
+
+inline int64_t element_size(DType dtype) {
+  return dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : 2;
+}
+
+template <class T>
+void load(const Column& column, int64_t offset, int64_t n, T* out) {
+  if (!column.layout) return load_flat(column.data, column.dtype, offset, n, out);
+  for_each_run(*column.layout, offset, n, [&](int64_t position, int64_t at, int64_t run, int64_t stride) {
+    if (stride == 1) return load_flat(column.data, column.dtype, at, run, out + position);
+    for (int64_t k = 0; k < run; ++k) load_flat(column.data, column.dtype, at + k * stride, 1, out + position + k);
+  });
+}
+
+template <class T>
+void store(const Column& column, int64_t offset, int64_t n, const T* in) {
+  if (!column.layout) return store_flat(column.data, column.dtype, offset, n, in);
+  for_each_run(*column.layout, offset, n, [&](int64_t position, int64_t at, int64_t run, int64_t stride) {
+    if (stride == 1) return store_flat(column.data, column.dtype, at, run, in + position);
+    for (int64_t k = 0; k < run; ++k) store_flat(column.data, column.dtype, at + k * stride, 1, in + position + k);
+  });
+}

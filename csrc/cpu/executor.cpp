@@ -1,0 +1,131 @@
+#include "executor.h"
+
+#include <ATen/Parallel.h>
+
+#include <atomic>
+#include <cmath>
+#include <cstdlib>
+#include <stdexcept>
+
+namespace fusedopt::cpu {
+namespace {
+
+std::vector<const Kernels*> find_kernels() {
+  std::vector<const Kernels*> found = {kernels_baseline()};
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  if (kernels_avx2() && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c")) {
+    found.push_back(kernels_avx2());
+  }
+  if (kernels_avx512() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
+    found.push_back(kernels_avx512());
+  }
+#endif
+  return found;
+}
+
+const std::vector<const Kernels*>& all_kernels() {
+  static const std::vector<const Kernels*> found = find_kernels();
+  return found;
+}
+
+const Kernels* kernels_named(const std::string& name) {
+  std::string known;
+  for (const Kernels* kernels : all_kernels()) {
+    if (name == kernels->isa) return kernels;
+    known += (known.empty() ? "" : ", ") + std::string(kernels->isa);
+  }
+  throw std::invalid_argument("CPU instruction set '" + name + "' is not available; expected one of " + known);
+}
+
+std::atomic<const Kernels*>& current() {
+  static std::atomic<const Kernels*> kernels = [] {
+    const char* forced = std::getenv("FUSEDOPT_CPU_ISA");
+    return forced && *forced ? kernels_named(forced) : all_kernels().back();
+  }();
+  return kernels;
+}
+
+// Below this many elements for each further thread, waking it costs more than it saves.
+constexpr int64_t kElementsPerThread = 32768;
+// What a chunk costs beside its elements, in elements: it decides how many small chunks one grab takes.
+constexpr int64_t kChunkOverhead = 256;
+
+// Calls visit(chunk index) for every chunk of a row that takes part, from one parallel region. Threads take runs of
+// chunks worth about kChunkElements each from a shared counter, so a slow thread holds up no one.
+template <class Visit>
+void for_each_chunk(const Work& work, const Visit& visit) {
+  const int64_t count = static_cast<int64_t>(work.chunks.size());
+  auto run = [&](int64_t begin, int64_t end) {
+    for (int64_t c = begin; c < end; ++c) {
+      if (work.rows[work.chunks[c].row].grad.data) visit(c);
+    }
+  };
+  const int64_t threads = std::min<int64_t>(at::get_num_threads(), 1 + work.elements / kElementsPerThread);
+  if (threads <= 1 || count <= 1 || at::in_parallel_region()) return run(0, count);
+
+  std::atomic<int64_t> next{0};
+  const int64_t mean = work.elements / count + kChunkOverhead;
+  const int64_t grab = std::max<int64_t>(1, std::min((kChunkElements + kChunkOverhead) / mean, count / (4 * threads)));
+  at::parallel_for(0, threads, 1, [&](int64_t first, int64_t last) {
+    for (int64_t slot = first; slot < last; ++slot) {
+      for (int64_t begin; (begin = next.fetch_add(grab, std::memory_order_relaxed)) < count;) {
+        run(begin, std::min(begin + grab, count));
+      }
+    }
+  });
+}
+
+double finish_norm(const StatisticsSettings& settings, const std::vector<double>& partials) {
+  double total = 0;
+  for (double partial : partials) {
+    total = settings.kind == NormKind::kInf ? nan_max(partial, total) : total + partial;
+  }
+  switch (settings.kind) {
+    case NormKind::kNone:
+      return 0;
+    case NormKind::kTwo:
+      return std::sqrt(total);
+    case NormKind::kP:
+      return std::pow(total, 1 / settings.p);
+    default:
+      return total;
+  }
+}
+
+}  // namespace
+
+std::vector<std::string> available_isas() {
+  std::vector<std::string> names;
+  for (const Kernels* kernels : all_kernels()) names.emplace_back(kernels->isa);
+  return names;
+}
+
+std::string isa_in_use() { return current().load()->isa; }
+
+void use_isa(const std::string& name) { current().store(kernels_named(name)); }
+
+Statistics statistics(const Work& work, const StatisticsSettings& settings, std::vector<double>& partials) {
+  const StatisticsFn run = current().load()->statistics;
+  partials.assign(work.chunks.size(), 0.0);
+  std::atomic<bool> nonfinite{false};
+  for_each_chunk(work, [&](int64_t c) {
+    const Chunk& chunk = work.chunks[c];
+    if (run(work.rows[chunk.row].grad, settings, chunk.offset, chunk.length, &partials[c])) {
+      nonfinite.store(true, std::memory_order_relaxed);
+    }
+  });
+  return {finish_norm(settings, partials), nonfinite.load()};
+}
+
+void update(const Work& work, RuleId rule, const std::vector<ScalarsStorage>& scalars, const UpdateSettings& settings) {
+  const UpdateFn run = current().load()->update[rule];
+  for_each_chunk(work, [&](int64_t c) {
+    const Chunk& chunk = work.chunks[c];
+    const TensorRow& row = work.rows[chunk.row];
+    run(row, scalars[row.scalars], settings, chunk.offset, chunk.length);
+  });
+}
+
+}  // namespace fusedopt::cpu

@@ -1,0 +1,252 @@
+// The kernels, written once and compiled per instruction set by kernels_<isa>.cpp, which defines
+//   FUSEDOPT_ISA_NAME   the name shown to users
+//   FUSEDOPT_HAS_F16C   where the fp16 conversion instructions exist
+// Everything is in an anonymous namespace and no torch or STL header is included: an inline function merged by the
+// linker across these translation units could run an instruction the processor lacks.
+//
+// Note [Same bits everywhere]
+// The build forbids contraction into fused multiply-adds and reassociation, sums run over lanes that are spelled out
+// below, and chunks depend on sizes alone. So results are the same bits for any number of threads, and for any of
+// these instruction sets too.
+#include <stddef.h>
+
+#if defined(FUSEDOPT_HAS_F16C)
+#include <immintrin.h>
+#endif
+
+#include "kernels.h"
+
+namespace fusedopt::cpu {
+namespace {
+
+#include "convert.h"
+
+// Elements converted at a time; the blocks of all columns together stay in the first-level cache.
+constexpr int64_t kBlock = 512;
+
+constexpr int kLanes = 8;
+typedef float FloatLanes __attribute__((vector_size(kLanes * 4)));
+typedef double DoubleLanes __attribute__((vector_size(kLanes * 8)));
+template <class T>
+struct LanesOf;
+template <>
+struct LanesOf<float> {
+  using type = FloatLanes;
+};
+template <>
+struct LanesOf<double> {
+  using type = DoubleLanes;
+};
+
+template <NormKind K>
+FUSEDOPT_HD DoubleLanes accumulate(DoubleLanes sum, DoubleLanes x, double p) {
+  if constexpr (K == NormKind::kNone) return sum + x * 0.0;  // NaN as soon as one element is not finite
+  if constexpr (K == NormKind::kTwo) return sum + x * x;
+  DoubleLanes magnitude = x < 0.0 ? -x : x;
+  if constexpr (K == NormKind::kOne) return sum + magnitude;
+  if constexpr (K == NormKind::kInf) return magnitude > sum ? magnitude : sum;  // NaN is looked for afterwards
+  if constexpr (K == NormKind::kP) {
+    for (int lane = 0; lane < kLanes; ++lane) sum[lane] += power(magnitude[lane], p);
+    return sum;
+  }
+}
+
+template <NormKind K>
+FUSEDOPT_HD DoubleLanes combine(DoubleLanes a, DoubleLanes b) {
+  if constexpr (K == NormKind::kInf) return a > b ? a : b;
+  return a + b;
+}
+
+template <class T>
+bool any_nonfinite(const T* x, int64_t n, bool* any_nan) {
+  bool found = false;
+  for (int64_t i = 0; i < n; ++i) {
+    bool nonfinite = x[i] - x[i] != T(0);
+    found |= nonfinite;
+    *any_nan |= x[i] != x[i];
+  }
+  return found;
+}
+
+constexpr int kUnroll = 4;
+
+// Partial of a flat run of floats or doubles. `sums` carry over between the blocks of a chunk.
+template <NormKind K, class T>
+void accumulate_run(const T* x, int64_t n, double p, DoubleLanes (&sums)[kUnroll]) {
+  using Lanes = typename LanesOf<T>::type;
+  constexpr int64_t stride = kUnroll * kLanes;
+  int64_t i = 0;
+  for (; i + stride <= n; i += stride) {
+    for (int u = 0; u < kUnroll; ++u) {
+      Lanes lanes;
+      __builtin_memcpy(&lanes, x + i + u * kLanes, sizeof(Lanes));
+      sums[u] = accumulate<K>(sums[u], __builtin_convertvector(lanes, DoubleLanes), p);
+    }
+  }
+  if (i == n) return;
+  T tail[stride] = {};  // zeros add nothing to any norm
+  for (int64_t k = 0; i + k < n; ++k) tail[k] = x[i + k];
+  for (int u = 0; u < kUnroll; ++u) {
+    Lanes lanes;
+    __builtin_memcpy(&lanes, tail + u * kLanes, sizeof(Lanes));
+    sums[u] = accumulate<K>(sums[u], __builtin_convertvector(lanes, DoubleLanes), p);
+  }
+}
+
+// Calls visit(pointer, count) with the gradient's elements as T: in place where they are flat T, else block by block.
+template <class T, class Visit>
+void for_each_block(const Column& grad, DType native, int64_t offset, int64_t length, Visit&& visit) {
+  if (!grad.layout && grad.dtype == native) return visit(static_cast<const T*>(grad.data) + offset, length);
+  T block[kBlock];
+  for (int64_t done = 0; done < length; done += kBlock) {
+    int64_t n = length - done < kBlock ? length - done : kBlock;
+    load(grad, offset + done, n, block);
+    visit(static_cast<const T*>(block), n);
+  }
+}
+
+template <NormKind K, class T>
+bool statistics_chunk(const Column& grad, DType native, double p, int64_t offset, int64_t length, double* partial) {
+  DoubleLanes sums[kUnroll] = {};
+  for_each_block<T>(grad, native, offset, length,
+                    [&](const T* x, int64_t n) { accumulate_run<K>(x, n, p, sums); });
+  DoubleLanes lanes = combine<K>(combine<K>(sums[0], sums[1]), combine<K>(sums[2], sums[3]));
+  double total = lanes[0];
+  for (int lane = 1; lane < kLanes; ++lane) {
+    total = K == NormKind::kInf ? (lanes[lane] > total ? lanes[lane] : total) : total + lanes[lane];
+  }
+  bool nonfinite = false, nan = false;
+  // A sum of squares of finite fp64 values may overflow, and the inf norm skips NaN: look at the elements themselves.
+  if (K == NormKind::kInf || total - total != 0.0) {
+    for_each_block<T>(grad, native, offset, length,
+                      [&](const T* x, int64_t n) { nonfinite |= any_nonfinite(x, n, &nan); });
+  }
+  *partial = nan ? __builtin_nan("") : total;
+  return nonfinite;
+}
+
+template <class T>
+bool statistics_as(const Column& grad, DType native, const StatisticsSettings& s, int64_t offset, int64_t length,
+                   double* partial) {
+  switch (s.kind) {
+    case NormKind::kNone:
+      return statistics_chunk<NormKind::kNone, T>(grad, native, s.p, offset, length, partial);
+    case NormKind::kOne:
+      return statistics_chunk<NormKind::kOne, T>(grad, native, s.p, offset, length, partial);
+    case NormKind::kTwo:
+      return statistics_chunk<NormKind::kTwo, T>(grad, native, s.p, offset, length, partial);
+    case NormKind::kInf:
+      return statistics_chunk<NormKind::kInf, T>(grad, native, s.p, offset, length, partial);
+    case NormKind::kP:
+      return statistics_chunk<NormKind::kP, T>(grad, native, s.p, offset, length, partial);
+  }
+  return false;
+}
+
+bool statistics(const Column& grad, const StatisticsSettings& s, int64_t offset, int64_t length, double* partial) {
+  if (grad.dtype == DType::kFloat64) return statistics_as<double>(grad, DType::kFloat64, s, offset, length, partial);
+  return statistics_as<float>(grad, DType::kFloat32, s, offset, length, partial);
+}
+
+// The inner loop: one rule over flat arrays of T.
+template <class Rule, unsigned V, class T>
+void update_run(const typename Rule::template Scalars<T>& s, T multiplier, T bound, int64_t n, T* __restrict p,
+                const T* __restrict g, T* __restrict s0, T* __restrict s1, T* __restrict s2) {
+  constexpr unsigned columns = Rule::columns(V);
+#pragma GCC ivdep
+  for (int64_t i = 0; i < n; ++i) {
+    T param = p[i], x0{}, x1{}, x2{};
+    if constexpr (columns & 1) x0 = s0[i];
+    if constexpr (columns & 2) x1 = s1[i];
+    if constexpr (columns & 4) x2 = s2[i];
+    Rule::template update<V>(s, clamp(g[i] * multiplier, bound), param, x0, x1, x2);
+    p[i] = param;
+    if constexpr (columns & 1) s0[i] = x0;
+    if constexpr (columns & 2) s1[i] = x1;
+    if constexpr (columns & 4) s2[i] = x2;
+  }
+}
+
+// A column during a chunk: used in place when it is flat and already of type T, else through a block buffer.
+template <class T>
+struct Window {
+  const Column* column;
+  bool direct;
+  T block[kBlock];
+
+  void open(const Column& c, DType native) {
+    column = &c;
+    direct = !c.layout && c.dtype == native;
+  }
+  T* load_at(int64_t offset, int64_t n) {
+    if (direct) return static_cast<T*>(column->data) + offset;
+    load(*column, offset, n, block);
+    return block;
+  }
+  void store_at(int64_t offset, int64_t n) {
+    if (!direct) store(*column, offset, n, block);
+  }
+};
+
+template <class Rule, unsigned V, class T>
+void update_chunk(const TensorRow& row, const ScalarsStorage& storage, const UpdateSettings& settings, DType native,
+                  int64_t offset, int64_t length) {
+  constexpr unsigned columns = Rule::columns(V);
+  typename Rule::template Scalars<double> exact;
+  __builtin_memcpy(&exact, &storage, sizeof(exact));
+  const auto scalars = exact.template as<T>();
+  const T multiplier = T(settings.multiplier), bound = T(settings.clip_value);
+
+  Window<T> param, grad, state[kMaxStates];
+  param.open(row.param, native);
+  grad.open(row.grad, native);
+  bool direct = param.direct && grad.direct;
+  for (int c = 0; c < kMaxStates; ++c) {
+    if (!(columns >> c & 1)) continue;
+    state[c].open(row.state[c], native);
+    direct &= state[c].direct;
+  }
+  const int64_t step = direct ? length : kBlock;
+  for (int64_t done = 0; done < length; done += step) {
+    const int64_t at = offset + done, n = length - done < step ? length - done : step;
+    T* s[kMaxStates] = {};
+    for (int c = 0; c < kMaxStates; ++c) {
+      if (columns >> c & 1) s[c] = state[c].load_at(at, n);
+    }
+    T *p = param.load_at(at, n), *g = grad.load_at(at, n);
+    if (settings.write_back) {
+      for (int64_t i = 0; i < n; ++i) g[i] = clamp(g[i] * multiplier, bound);
+      grad.store_at(at, n);
+    }
+    // What has been written back must not be unscaled twice; clamping twice is the same as once.
+    update_run<Rule, V, T>(scalars, settings.write_back ? T(1) : multiplier, bound, n, p, g, s[0], s[1], s[2]);
+    param.store_at(at, n);
+    for (int c = 0; c < kMaxStates; ++c) {
+      if (columns >> c & 1) state[c].store_at(at, n);
+    }
+  }
+}
+
+template <class Rule, unsigned V = 0>
+void update_variant(const TensorRow& row, const ScalarsStorage& scalars, const UpdateSettings& settings,
+                    int64_t offset, int64_t length) {
+  if constexpr (V < Rule::kVariants) {
+    if (row.variant != V) return update_variant<Rule, V + 1>(row, scalars, settings, offset, length);
+    if (row.param.dtype == DType::kFloat64) {
+      update_chunk<Rule, V, double>(row, scalars, settings, DType::kFloat64, offset, length);
+    } else {
+      update_chunk<Rule, V, float>(row, scalars, settings, DType::kFloat32, offset, length);
+    }
+  }
+}
+
+constexpr Kernels kTable = {FUSEDOPT_ISA_NAME,
+                            statistics,
+                            {
+#define FUSEDOPT_UPDATE_ENTRY(Rule) update_variant<Rule>,
+                                FUSEDOPT_FOR_EACH_RULE(FUSEDOPT_UPDATE_ENTRY)
+#undef FUSEDOPT_UPDATE_ENTRY
+                            }};
+
+}  // namespace
+}  // namespace fusedopt::cpu

@@ -1,0 +1,7 @@
+// The instruction set every processor of this architecture has.
+#define FUSEDOPT_ISA_NAME "baseline"
+#include "kernels.inl.h"
+
+namespace fusedopt::cpu {
+const Kernels* kernels_baseline() { return &kTable; }
+}  // namespace fusedopt::cpu

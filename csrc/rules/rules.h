@@ -1,0 +1,28 @@
+// Every rule, in one list. Adding one: its header, its name here, and fusedopt/rules + fusedopt/optimizers.
+#pragma once
+#include "adam.h"
+#include "sgd.h"
+
+#define FUSEDOPT_FOR_EACH_RULE(X) X(Sgd) X(Adam)
+
+namespace fusedopt {
+
+enum RuleId {
+#define FUSEDOPT_RULE_ID(Rule) kRule##Rule,
+  FUSEDOPT_FOR_EACH_RULE(FUSEDOPT_RULE_ID)
+#undef FUSEDOPT_RULE_ID
+      kRuleCount
+};
+
+// Room for any rule's Scalars<double>.
+struct alignas(8) ScalarsStorage {
+  unsigned char bytes[80];
+};
+
+#define FUSEDOPT_CHECK_RULE(Rule)                                            \
+  static_assert(sizeof(Rule::Scalars<double>) <= sizeof(ScalarsStorage));    \
+  static_assert(sizeof(Rule::kStates) / sizeof(Rule::kStates[0]) <= kMaxStates);
+FUSEDOPT_FOR_EACH_RULE(FUSEDOPT_CHECK_RULE)
+#undef FUSEDOPT_CHECK_RULE
+
+}  // namespace fusedopt

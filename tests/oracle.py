@@ -1,0 +1,145 @@
+"""The update formulas in float64, written from the papers and torch's documentation, and the error bound of a step.
+
+A step is checked from the state it really started from, so errors do not add up over steps and the bound is tight:
+half a unit in the last place of the stored dtype, plus a few roundings of the compute dtype.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+import torch
+
+#: Roundings of the compute dtype that one result may have picked up on its way.
+ROUNDINGS = 6
+#: The same where gradients were multiplied with a clip coefficient: its norm is a sum in another order than numpy's.
+CLIPPED_ROUNDINGS = 64
+
+
+@dataclasses.dataclass
+class Value:
+    """An exact result and the magnitude of the terms it was added up from."""
+
+    exact: np.ndarray
+    magnitude: np.ndarray
+
+
+def adam(group: dict[str, Any], p: np.ndarray, g: np.ndarray, state: dict[str, np.ndarray], t: int) -> dict[str, Value]:
+    lr, (b1, b2), eps = float(group["lr"]), map(float, group["betas"]), group["eps"]
+    decay = float(group["weight_decay"])
+    g = -g if group["maximize"] else g
+    g_magnitude = np.abs(g)
+    shrunk = p
+    if group["decoupled_weight_decay"]:
+        shrunk = p * (1 - lr * decay)
+    else:
+        g_magnitude = g_magnitude + decay * np.abs(p)
+        g = g + decay * p
+    m = b1 * state["exp_avg"] + (1 - b1) * g
+    v = b2 * state["exp_avg_sq"] + (1 - b2) * g**2
+    m_magnitude = b1 * np.abs(state["exp_avg"]) + (1 - b1) * g_magnitude
+    v_magnitude = b2 * np.abs(state["exp_avg_sq"]) + (1 - b2) * g_magnitude**2
+    results = {"exp_avg": Value(m, m_magnitude), "exp_avg_sq": Value(v, v_magnitude)}
+    if group["amsgrad"]:
+        v = np.maximum(v, state["max_exp_avg_sq"])
+        v_magnitude = np.maximum(v_magnitude, v)
+        results["max_exp_avg_sq"] = Value(v, v_magnitude)
+    denom = np.sqrt(v / (1 - b2**t)) + eps
+    move = lr / (1 - b1**t) * m / denom
+    # A cancelled second moment is relatively inexact, and so is what is divided by its root.
+    inexact = np.sqrt(np.divide(v_magnitude, v, out=np.ones_like(v), where=v > 0))
+    results["param"] = Value(shrunk - move, np.abs(p) + lr / (1 - b1**t) * m_magnitude / denom * inexact)
+    return results
+
+
+def sgd(group: dict[str, Any], p: np.ndarray, g: np.ndarray, state: dict[str, np.ndarray], t: int) -> dict[str, Value]:
+    lr, momentum, dampening = float(group["lr"]), group["momentum"], group["dampening"]
+    decay = float(group["weight_decay"])
+    g = -g if group["maximize"] else g
+    magnitude = np.abs(g) + decay * np.abs(p)
+    g = g + decay * p
+    results = {}
+    if momentum:
+        buffer = g if t == 1 else momentum * state["momentum_buffer"] + (1 - dampening) * g
+        before = 0 if t == 1 else momentum * np.abs(state["momentum_buffer"])
+        b_magnitude = before + abs(1 - dampening if t > 1 else 1) * magnitude
+        results["momentum_buffer"] = Value(buffer, b_magnitude)
+        if group["nesterov"]:
+            g, magnitude = g + momentum * buffer, magnitude + momentum * b_magnitude
+        else:
+            g, magnitude = buffer, b_magnitude
+    results["param"] = Value(p - lr * g, np.abs(p) + lr * magnitude)
+    return results
+
+
+FORMULAS = {"adam": adam, "sgd": sgd}
+
+
+def as_double(tensor: torch.Tensor) -> np.ndarray:
+    return tensor.detach().double().numpy().copy()
+
+
+def ulp(values: np.ndarray, dtype: torch.dtype) -> np.ndarray:
+    """The distance between neighbouring numbers of ``dtype`` at each value."""
+    info = torch.finfo(dtype)
+    exponent = np.floor(np.log2(np.maximum(np.abs(values), info.tiny)))
+    return info.eps * np.exp2(exponent)
+
+
+def assert_matches(name: str, stored: torch.Tensor, want: Value, compute: torch.dtype, roundings: int) -> None:
+    """Assert that ``stored`` is ``want`` rounded once to its dtype, up to a few roundings of the compute dtype."""
+    info = torch.finfo(compute)
+    bound = (
+        0.5 * ulp(want.exact, stored.dtype)
+        + roundings * info.eps * want.magnitude
+        + roundings * info.tiny * info.eps
+    )
+    error = np.abs(as_double(stored) - want.exact)
+    limit = torch.finfo(stored.dtype).max
+    ok = (error <= bound) | ((np.abs(want.exact) >= limit) & ~np.isfinite(as_double(stored)))
+    if not ok.all():
+        worst = np.unravel_index(np.argmax(np.where(ok, 0, error / bound)), error.shape)
+        raise AssertionError(
+            f"{name}: {np.count_nonzero(~ok)} of {ok.size} elements are off; at {worst} got "
+            f"{as_double(stored)[worst]!r}, want {want.exact[worst]!r}, error / bound {(error / bound)[worst]:.3g}"
+        )
+
+
+class CheckedStep:
+    """Takes a snapshot of an optimizer before a step, and checks what the step made of it.
+
+    Args:
+        optimizer: a fused optimizer whose parameters have their gradients.
+        multiplier: what the step is to multiply the gradients with (inverse scale times clip coefficient).
+        clip_value: bound of value clipping.
+    """
+
+    def __init__(self, optimizer: Any, multiplier: float = 1.0, clip_value: float = np.inf):
+        self.optimizer = optimizer
+        self.roundings = CLIPPED_ROUNDINGS if multiplier != 1 and optimizer.clip_grad else ROUNDINGS
+        self.rows = []
+        for group in optimizer.param_groups:
+            for param in group["params"]:
+                if param.grad is None:
+                    continue
+                state = optimizer.state.get(param, {})
+                columns = {key: as_double(value) for key, value in state.items() if key != "step"}
+                for column in optimizer.rule.columns:
+                    columns.setdefault(column.name, np.zeros(tuple(param.shape)))
+                step = int(state["step"]) + 1 if "step" in state else 1
+                g = np.clip(as_double(param.grad) * multiplier, -clip_value, clip_value)
+                want = FORMULAS[optimizer.rule.name](group, as_double(param), g, columns, step)
+                self.rows.append((param, want, step))
+
+    def check(self) -> None:
+        for param, want, step in self.rows:
+            compute = torch.float64 if param.dtype == torch.float64 else torch.float32
+            state = self.optimizer.state.get(param, {})
+            for name, value in want.items():
+                stored = param if name == "param" else state[name]
+                if stored.numel():
+                    assert_matches(f"{name} of shape {tuple(param.shape)} at step {step}", stored, value, compute, self.roundings)
+            if state:
+                assert int(state["step"]) == step
