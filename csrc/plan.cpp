@@ -361,10 +361,9 @@ const char* StepPlan::refresh_state(Owner& owner, TensorRow& row) {
 
 bool StepPlan::states_unchanged(const py::dict& state) const {
   size_t next = 0;
-  return walk_state(state.ptr(),
-                    [&](PyObject* object) {
-                      return next < seen_states_.size() && seen_states_[next++].ptr() == object;
-                    }) &&
+  return walk_state(
+             state.ptr(),
+             [&](PyObject* object) { return next < seen_states_.size() && seen_states_[next++].ptr() == object; }) &&
          next == seen_states_.size();
 }
 

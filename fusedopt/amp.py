@@ -39,6 +39,7 @@ class GradScaler(torch.amp.GradScaler):
         report = optimizer.last_step
         if report is None or report.found_inf is None:
             raise AssertionError("No inf checks were recorded for this optimizer.")
-        record["found_inf_per_device"] = {report.found_inf.device: report.found_inf}
+        # A copy: update() adds the flags of several optimizers up in place, and the report keeps its own.
+        record["found_inf_per_device"] = {report.found_inf.device: report.found_inf.clone()}
         record["stage"] = OptState.STEPPED
         return result

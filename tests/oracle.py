@@ -92,9 +92,7 @@ def assert_matches(name: str, stored: torch.Tensor, want: Value, compute: torch.
     """Assert that ``stored`` is ``want`` rounded once to its dtype, up to a few roundings of the compute dtype."""
     info = torch.finfo(compute)
     bound = (
-        0.5 * ulp(want.exact, stored.dtype)
-        + roundings * info.eps * want.magnitude
-        + roundings * info.tiny * info.eps
+        0.5 * ulp(want.exact, stored.dtype) + roundings * info.eps * want.magnitude + roundings * info.tiny * info.eps
     )
     error = np.abs(as_double(stored) - want.exact)
     limit = torch.finfo(stored.dtype).max
@@ -140,6 +138,8 @@ class CheckedStep:
             for name, value in want.items():
                 stored = param if name == "param" else state[name]
                 if stored.numel():
-                    assert_matches(f"{name} of shape {tuple(param.shape)} at step {step}", stored, value, compute, self.roundings)
+                    assert_matches(
+                        f"{name} of shape {tuple(param.shape)} at step {step}", stored, value, compute, self.roundings
+                    )
             if state:
                 assert int(state["step"]) == step

@@ -129,9 +129,7 @@ def test_write_back_leaves_gradients_of_a_skipped_step(backend: str) -> None:
 @each_backend
 @pytest.mark.parametrize("grad_dtype", [torch.float64, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("param_dtype", [torch.float32, torch.float64, torch.bfloat16])
-def test_dtypes_of_param_and_state_may_differ(
-    param_dtype: torch.dtype, grad_dtype: torch.dtype, backend: str
-) -> None:
+def test_dtypes_of_param_and_state_may_differ(param_dtype: torch.dtype, grad_dtype: torch.dtype, backend: str) -> None:
     optimizer, params = make("adam-amsgrad", backend, param_dtype)
     set_gradients(params, 0)
     optimizer.step()

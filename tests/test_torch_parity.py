@@ -280,8 +280,9 @@ def test_fuse_takes_over_state_groups_and_schedulers(option: str) -> None:
 
     for step in range(3):
         both(to_fuse, step)
-    fused = fusedopt.fuse(to_fuse, clip_grad=None)
+    fused = fusedopt.fuse(to_fuse)
     assert type(fused) is cls
+    assert {**fused.defaults, "foreach": None, "fused": None} == {**to_fuse.defaults, "foreach": None, "fused": None}
     assert all(ours is theirs for ours, theirs in zip(fused.param_groups, to_fuse.param_groups, strict=True))
     for step in range(3, 8):
         both(fused, step)

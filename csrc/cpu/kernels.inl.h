@@ -108,8 +108,7 @@ void for_each_block(const Column& grad, DType native, int64_t offset, int64_t le
 template <NormKind K, class T>
 bool statistics_chunk(const Column& grad, DType native, double p, int64_t offset, int64_t length, double* partial) {
   DoubleLanes sums[kUnroll] = {};
-  for_each_block<T>(grad, native, offset, length,
-                    [&](const T* x, int64_t n) { accumulate_run<K>(x, n, p, sums); });
+  for_each_block<T>(grad, native, offset, length, [&](const T* x, int64_t n) { accumulate_run<K>(x, n, p, sums); });
   DoubleLanes lanes = combine<K>(combine<K>(sums[0], sums[1]), combine<K>(sums[2], sums[3]));
   double total = lanes[0];
   for (int lane = 1; lane < kLanes; ++lane) {
@@ -228,8 +227,8 @@ void update_chunk(const TensorRow& row, const ScalarsStorage& storage, const Upd
 }
 
 template <class Rule, unsigned V = 0>
-void update_variant(const TensorRow& row, const ScalarsStorage& scalars, const UpdateSettings& settings,
-                    int64_t offset, int64_t length) {
+void update_variant(const TensorRow& row, const ScalarsStorage& scalars, const UpdateSettings& settings, int64_t offset,
+                    int64_t length) {
   if constexpr (V < Rule::kVariants) {
     if (row.variant != V) return update_variant<Rule, V + 1>(row, scalars, settings, offset, length);
     if (row.param.dtype == DType::kFloat64) {

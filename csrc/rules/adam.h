@@ -32,8 +32,16 @@ struct Adam {
 
     template <class U>
     FUSEDOPT_HD Scalars<U> as() const {
-      return {U(sign),  U(decay),           U(keep),                 U(beta1), U(one_minus_beta1),
-              U(beta2), U(one_minus_beta2), U(inv_sqrt_correction2), U(eps),   U(step_size)};
+      return {U(sign),
+              U(decay),
+              U(keep),
+              U(beta1),
+              U(one_minus_beta1),
+              U(beta2),
+              U(one_minus_beta2),
+              U(inv_sqrt_correction2),
+              U(eps),
+              U(step_size)};
     }
   };
 

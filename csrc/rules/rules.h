@@ -19,8 +19,8 @@ struct alignas(8) ScalarsStorage {
   unsigned char bytes[80];
 };
 
-#define FUSEDOPT_CHECK_RULE(Rule)                                            \
-  static_assert(sizeof(Rule::Scalars<double>) <= sizeof(ScalarsStorage));    \
+#define FUSEDOPT_CHECK_RULE(Rule)                                         \
+  static_assert(sizeof(Rule::Scalars<double>) <= sizeof(ScalarsStorage)); \
   static_assert(sizeof(Rule::kStates) / sizeof(Rule::kStates[0]) <= kMaxStates);
 FUSEDOPT_FOR_EACH_RULE(FUSEDOPT_CHECK_RULE)
 #undef FUSEDOPT_CHECK_RULE

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import math
 import re
@@ -42,10 +43,9 @@ def load_native_module() -> tuple[ModuleType | None, str | None]:
             f"fusedopt._C was built for torch {built_for} but torch {torch.__version__} is installed; {_REBUILD}"
         )
     try:
-        from fusedopt import _C
+        return importlib.import_module("fusedopt._C"), None
     except ImportError as error:
         raise ImportError(f"fusedopt._C cannot be loaded ({error}); {_REBUILD}") from error
-    return _C, None
 
 
 _module, _reason = load_native_module()
@@ -78,7 +78,8 @@ class NativeBackend(Backend):
         attention = plan.refresh(param_groups, state, request.write_back_grads)
         if attention is not None:
             self._attend(attention, param_groups, state, request.write_back_grads)
-        norm_type, max_norm, error_if_nonfinite, clip_value = 0.0, 0.0, False, math.inf
+        norm_type, error_if_nonfinite, clip_value = 0.0, False, math.inf
+        max_norm: float | Tensor = 0.0
         clip = request.clip
         if isinstance(clip, NormClip):
             norm_type, max_norm, error_if_nonfinite = clip.norm_type, clip.max_norm, clip.error_if_nonfinite

@@ -11,7 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..rules import NormClip, ValueClip, check_gradient, check_parameter, clip_coefficient, compute_dtype, parameter_name
+from ..rules import (
+    NormClip,
+    ValueClip,
+    check_gradient,
+    check_parameter,
+    clip_coefficient,
+    compute_dtype,
+    parameter_name,
+)
 from .base import Backend, StepReport, StepRequest
 
 __all__ = ["ReferenceBackend"]
@@ -49,7 +57,7 @@ class ReferenceBackend(Backend):
         inv_scale = 1.0 if request.grad_scale is None else 1.0 / float(request.grad_scale)
         clip = request.clip
 
-        found_inf = request.found_inf
+        found_inf = None if request.found_inf is None else request.found_inf.ne(0).float()
         if request.check and rows:
             finite = all(bool(grad.isfinite().all()) for _, _, grad in rows)
             found_inf = torch.tensor(0.0 if finite else 1.0, device=rows[0][1].device)

@@ -123,7 +123,7 @@ class FusedOptimizer(torch.optim.Optimizer):
 
         Raises:
             TypeError: a parameter is sparse, complex, a tensor subclass with its own dispatch, or not a tensor.
-            ValueError: a setting is out of range, or ``params`` is a used-up generator.
+            ValueError: a setting is out of range, a parameter appears twice, or ``params`` is a used-up generator.
         """
         if isinstance(param_group, dict) and "params" in param_group:
             params = param_group["params"]
@@ -140,9 +140,14 @@ class FusedOptimizer(torch.optim.Optimizer):
                     "param_names": [name for name, _ in entries if name is not None]
                     or param_group.get("param_names", []),
                 }
+                seen = set()
                 for index, (_, tensor) in enumerate(entries):
                     if isinstance(tensor, Tensor):
-                        check_parameter(parameter_name(named, len(self.param_groups), index), tensor)
+                        name = parameter_name(named, len(self.param_groups), index)
+                        check_parameter(name, tensor)
+                        if id(tensor) in seen:  # torch warns; two threads would write one parameter here
+                            raise ValueError(f"{name} appears twice in its group")
+                        seen.add(id(tensor))
         super().add_param_group(param_group)
         self._engine = None
 
@@ -175,11 +180,11 @@ class FusedOptimizer(torch.optim.Optimizer):
             or self._optimizer_step_post_hooks
             or optimizer_module._global_optimizer_pre_hooks
             or optimizer_module._global_optimizer_post_hooks
-            or torch.autograd._profiler_enabled()  # type: ignore[no-untyped-call]
+            or torch.autograd._profiler_enabled()
         ):
             # As the user wrote the call: hooks are shown its arguments and may replace them.
             args = () if closure is None else (closure,)
-            given = {"grad_scale": grad_scale, "found_inf": found_inf}
+            given: dict[str, Any] = {"grad_scale": grad_scale, "found_inf": found_inf}
             return self._step_with_hooks(*args, **{key: value for key, value in given.items() if value is not None})
         return self._step(closure, grad_scale=grad_scale, found_inf=found_inf)
 
@@ -223,6 +228,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         Raises:
             ValueError: another number of groups, another group size, or a state tensor of another shape than its
                 parameter (the message names it). Nothing has been changed then.
+            KeyError: ``state_dict`` is no optimizer state dict.
         """
         # torch casts in a static method that a subclass cannot replace, hence this own load path.
         state_dict = state_dict.copy()
@@ -230,6 +236,9 @@ class FusedOptimizer(torch.optim.Optimizer):
             replaced = pre_hook(self, state_dict)
             if replaced is not None:
                 state_dict = replaced
+        for key in ("state", "param_groups"):
+            if key not in state_dict:
+                raise KeyError(f"state_dict has no {key!r}; expected what an optimizer's state_dict() returns")
         saved_groups = deepcopy(state_dict["param_groups"])
         if len(saved_groups) != len(self.param_groups):
             raise ValueError(

@@ -48,9 +48,12 @@ def fuse(
         names = ", ".join(f"torch.optim.{cls.__name__}" for cls in FUSED_TWINS)
         raise TypeError(f"fuse() takes exactly one of {names}; got {type(optimizer).__name__}")
     layout = [(group, group["params"]) for group in optimizer.param_groups]
+    defaults = {key: value for key, value in optimizer.defaults.items() if key not in ("fused", "foreach")}
+    if twin_class is FusedAdamW:
+        del defaults["decoupled_weight_decay"]  # no argument there: always True
     twin = twin_class(
         optimizer.param_groups,
-        **{key: value for key, value in optimizer.defaults.items() if key not in ("decoupled_weight_decay", "fused", "foreach")},
+        **defaults,
         clip_grad=clip_grad,
         write_back_grads=write_back_grads,
         backend=backend,

@@ -12,6 +12,7 @@ from torch import Tensor
 
 __all__ = ["Hyperparameters", "Rule", "StateColumn", "compute_dtype", "scalar"]
 
+
 def compute_dtype(param: Tensor) -> torch.dtype:
     """The dtype a rule calculates in: float64 for float64 parameters, else float32."""
     return torch.float64 if param.dtype == torch.float64 else torch.float32

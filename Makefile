@@ -1,0 +1,63 @@
+# Each target sets up .venv itself; nothing has to be run before it.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(abspath $(VENV))/bin
+SOURCES := $(shell find csrc -type f) CMakeLists.txt setup.py
+CXX_SOURCES := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu')
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt
+export PATH := $(BIN):$(PATH)
+# Idle OpenMP threads sleep instead of spinning, so tests do not slow down on a busy machine.
+TEST_ENV := OMP_WAIT_POLICY=passive
+
+.PHONY: setup demo test test-quick lint format bench sanitize clean
+
+setup: $(VENV)/.built
+
+$(VENV)/.installed: constraints.txt pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python >= 3.10 is needed, this is " + sys.version.split()[0])'
+	@echo "Setting up $(VENV) (torch and tools; a few minutes the first time)"
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(PIP) 'setuptools>=77' wheel 'cmake>=3.18' ninja torch
+	@$(PIP) scikit-learn matplotlib rich pytest pytest-benchmark hypothesis numpy ruff mypy clang-format
+	@touch $@
+
+$(VENV)/.built: $(VENV)/.installed $(SOURCES)
+	@echo "Building fusedopt._C"
+	@FUSEDOPT_BUILD_DIR=build/cmake $(PIP) --no-build-isolation --no-deps -e .
+	@touch $@
+
+demo: setup
+	python -m fusedopt compare configs/digits_vit.py
+
+test: setup
+	$(TEST_ENV) pytest
+
+test-quick: setup
+	$(TEST_ENV) pytest -m 'not slow'
+
+lint: setup
+	ruff check .
+	ruff format --check .
+	mypy
+	clang-format --dry-run -Werror $(CXX_SOURCES)
+
+format: setup
+	ruff check --fix .
+	ruff format .
+	clang-format -i $(CXX_SOURCES)
+
+bench: setup
+	python -m benchmarks
+
+# The native tests under AddressSanitizer and UndefinedBehaviorSanitizer, in a build of their own.
+sanitize: setup
+	FUSEDOPT_BUILD_DIR=build/sanitize/cmake FUSEDOPT_SANITIZE=address,undefined FUSEDOPT_CUDA=0 \
+		python setup.py --quiet build_py --build-lib build/sanitize/lib build_ext --build-lib build/sanitize/lib
+	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so) $$(g++ -print-file-name=libstdc++.so)" \
+		ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
+		PYTHONPATH=build/sanitize/lib $(TEST_ENV) pytest -q -m 'not slow' \
+		tests/test_steps.py tests/test_plan.py tests/test_layouts.py tests/test_clipping.py tests/test_amp.py \
+		tests/test_fuzz.py tests/test_bad_input.py
+
+clean:
+	rm -rf build dist *.egg-info fusedopt/*.so $(VENV)/.built .pytest_cache .mypy_cache .ruff_cache .hypothesis work_dirs

@@ -1,0 +1,235 @@
+"""DefaultOptimWrapperConstructor."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Mapping
+from typing import Any, ClassVar
+
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.instancenorm import _InstanceNorm
+
+from ..registry import (
+    OPTIM_WRAPPER_CONSTRUCTORS,
+    OPTIM_WRAPPERS,
+    OPTIMIZERS,
+    accepted_arguments,
+    check_config,
+)
+from ..rules import check_number, did_you_mean
+from ..wrappers import OptimWrapper
+
+__all__ = ["DefaultOptimWrapperConstructor"]
+
+_NORMS = (_BatchNorm, _InstanceNorm, nn.GroupNorm, nn.LayerNorm)
+
+
+def _is_deformable_conv(module: nn.Module) -> bool:
+    # By class name, so that mmcv, which defines them, need not be there.
+    names = {cls.__name__ for cls in type(module).__mro__}
+    return not names.isdisjoint(("DeformConv2d", "ModulatedDeformConv2d"))
+
+
+def _walk(module: nn.Module, prefix: str, in_dcn: bool) -> Iterator[tuple[str, str, nn.Parameter, nn.Module, bool]]:
+    """Each parameter with the name of its module, its own, the module, and whether that is part of a deformable conv.
+
+    A parameter or module with several owners comes up once for each.
+    """
+    for name, param in module.named_parameters(recurse=False):
+        yield prefix, name, param, module, in_dcn
+    is_dcn = _is_deformable_conv(module)
+    for name, child in module.named_children():
+        yield from _walk(child, f"{prefix}.{name}" if prefix else name, is_dcn)
+
+
+def _unwrap(model: nn.Module) -> nn.Module:
+    """What a wrapper such as DistributedDataParallel holds as its one child ``module``, else the model itself."""
+    if [name for name, _ in model.named_children()] == ["module"] and not list(model.named_parameters(recurse=False)):
+        return model.module  # type: ignore[return-value]
+    return model
+
+
+@OPTIM_WRAPPER_CONSTRUCTORS.register_module()
+class DefaultOptimWrapperConstructor:
+    """Builds an optimizer and its wrapper, as ``mmengine.optim.DefaultOptimWrapperConstructor``.
+
+    Without ``paramwise_cfg`` the optimizer gets one group of all parameters. With one, every parameter that is not
+    frozen gets a group of its own, with its name noted as ``param_name``, and these rules apply:
+
+    - ``custom_keys``, a dict of dicts: the longest key that is part of the parameter's name (ties alphabetically)
+      decides alone. ``lr_mult`` and ``decay_mult`` multiply; all entries are copied into the group.
+    - ``bias_lr_mult``: biases, not of norm layers or of a deformable convolution's offset.
+    - ``dcn_offset_lr_mult``: ``conv_offset`` of a deformable convolution.
+    - weight decay, the first of these that is given and applies: ``norm_decay_mult`` (batch, instance, group and layer
+      norm), ``bias_decay_mult``, ``dwconv_decay_mult`` (``Conv2d`` with as many groups as input channels, its bias
+      too), ``flat_decay_mult`` (1-dim parameters).
+    - ``bypass_duplicate``: a parameter met again is left out; else that is an error.
+
+    Args:
+        optim_wrapper_cfg: ``optimizer``, a config of the optimizer; ``type``, the wrapper (``OptimWrapper`` by
+            default); and the wrapper's arguments. Not changed.
+        paramwise_cfg: the rules above, or None.
+
+    Raises:
+        KeyError: no ``optimizer``, or an unknown ``type``.
+        TypeError: a config or rule of the wrong kind.
+        ValueError: an unknown key in ``optim_wrapper_cfg``, or a multiplier without the ``lr`` or ``weight_decay`` that
+            it multiplies.
+    """
+
+    #: Keys of paramwise_cfg that multiply the learning rate; a later one overrides.
+    lr_keys: ClassVar[tuple[str, ...]] = ("bias_lr_mult", "dcn_offset_lr_mult")
+    #: Keys of paramwise_cfg that multiply the weight decay, in order of precedence.
+    decay_keys: ClassVar[tuple[str, ...]] = (
+        "norm_decay_mult",
+        "bias_decay_mult",
+        "dwconv_decay_mult",
+        "flat_decay_mult",
+    )
+
+    def __init__(self, optim_wrapper_cfg: Mapping[str, Any], paramwise_cfg: Mapping[str, Any] | None = None):
+        check_config("optim_wrapper", optim_wrapper_cfg)
+        if "optimizer" not in optim_wrapper_cfg:
+            raise KeyError(
+                "optim_wrapper needs the key 'optimizer', as in optimizer=dict(type='AdamW', lr=1e-3); it has "
+                f"{', '.join(map(repr, optim_wrapper_cfg)) or 'no keys'}"
+            )
+        self.optim_wrapper_cfg = dict(optim_wrapper_cfg)
+        self.optimizer_cfg = self.optim_wrapper_cfg.pop("optimizer")
+        check_config("optimizer", self.optimizer_cfg)
+        self.optim_wrapper_cfg.setdefault("type", "OptimWrapper")
+        self._check_wrapper_keys()
+        self.paramwise_cfg = {} if paramwise_cfg is None else paramwise_cfg
+        check_config("paramwise_cfg", self.paramwise_cfg)
+        self.base_lr = self.optimizer_cfg.get("lr")
+        self.base_wd = self.optimizer_cfg.get("weight_decay")
+        self._check_rules()
+
+    def _check_wrapper_keys(self) -> None:
+        accepted = accepted_arguments(OPTIM_WRAPPERS.resolve(self.optim_wrapper_cfg["type"]))
+        if accepted is None:
+            return
+        known = {*accepted, "type", "optimizer", "constructor", "paramwise_cfg"}
+        for key in self.optim_wrapper_cfg:
+            if key not in known:
+                raise ValueError(f"optim_wrapper: unknown key {key!r}; {did_you_mean(key, known)}")
+
+    def _check_rules(self) -> None:
+        """Check paramwise_cfg: its keys, the kinds of its values, and that what they multiply is given."""
+        known = ("custom_keys", *self.lr_keys, *self.decay_keys, "bypass_duplicate")
+        for key in self.paramwise_cfg:
+            if key not in known:
+                warnings.warn(
+                    f"paramwise_cfg: unknown key {key!r} has no effect; {did_you_mean(key, known)}", stacklevel=5
+                )
+        custom_keys = self.paramwise_cfg.get("custom_keys", {})
+        check_config("paramwise_cfg['custom_keys']", custom_keys)
+        for key, entry in custom_keys.items():
+            if not isinstance(key, str):
+                raise TypeError(f"paramwise_cfg['custom_keys']: keys must be parts of parameter names, got {key!r}")
+            name = f"paramwise_cfg['custom_keys'][{key!r}]"
+            check_config(name, entry)
+            self._check_multiplier(f"{name} lr_mult", entry.get("lr_mult"), "lr", self.base_lr)
+            self._check_multiplier(f"{name} decay_mult", entry.get("decay_mult"), "weight_decay", self.base_wd)
+        for key in self.lr_keys:
+            self._check_multiplier(f"paramwise_cfg {key}", self.paramwise_cfg.get(key), "lr", self.base_lr)
+        for key in self.decay_keys:
+            # As in MMEngine, this one by itself does nothing where there is no weight decay.
+            base = 0.0 if key == "flat_decay_mult" else self.base_wd
+            self._check_multiplier(f"paramwise_cfg {key}", self.paramwise_cfg.get(key), "weight_decay", base)
+        bypass = self.paramwise_cfg.get("bypass_duplicate", False)
+        if not isinstance(bypass, bool):
+            raise TypeError(f"paramwise_cfg bypass_duplicate must be True or False, got {bypass!r}")
+
+    def _check_multiplier(self, name: str, value: Any, multiplied: str, base: Any) -> None:
+        if value is None:
+            return
+        check_number(name, value)
+        if base is None:
+            raise ValueError(f"{name} multiplies {multiplied}, which the optimizer config must then give explicitly")
+
+    def add_params(
+        self, params: list[dict[str, Any]], module: nn.Module, prefix: str = "", is_dcn_module: bool | None = None
+    ) -> None:
+        """Append a group for each parameter of ``module`` to ``params``; subclasses may replace this.
+
+        Args:
+            params: the groups.
+            module: the module, with its children.
+            prefix: its name within the model.
+            is_dcn_module: whether it is a child of a deformable convolution.
+        """
+        owners = {param: group.get("param_name", "") for group in params for param in group["params"]}
+        for module_name, name, param, owner, in_dcn in _walk(module, prefix, bool(is_dcn_module)):
+            full_name = f"{module_name}.{name}" if module_name else name
+            if not param.requires_grad:
+                continue
+            if param in owners:
+                if self.paramwise_cfg.get("bypass_duplicate", False):
+                    continue
+                raise ValueError(
+                    f"parameter {full_name!r} is shared: it is also {owners[param]!r}; "
+                    "paramwise_cfg=dict(bypass_duplicate=True) keeps the first"
+                )
+            owners[param] = full_name
+            settings = self._settings(module_name, name, param, owner, in_dcn)
+            params.append({"params": [param], "param_name": full_name, **settings})
+
+    def _settings(
+        self, module_name: str, name: str, param: nn.Parameter, owner: nn.Module, in_dcn: bool
+    ) -> dict[str, Any]:
+        """What the group of one parameter has of its own."""
+        cfg = self.paramwise_cfg
+        custom_keys = cfg.get("custom_keys", {})
+        settings: dict[str, Any] = {}
+        for key in sorted(custom_keys, key=lambda key: (-len(key), key)):
+            # With the dot in front also at the root, as in MMEngine: the key '.weight' means any weight.
+            if key in f"{module_name}.{name}":
+                entry = custom_keys[key]
+                if entry.get("lr_mult") is not None:
+                    settings["lr"] = self.base_lr * entry["lr_mult"]
+                if entry.get("decay_mult") is not None:
+                    settings["weight_decay"] = self.base_wd * entry["decay_mult"]
+                return {**settings, **entry}
+
+        is_norm = isinstance(owner, _NORMS)
+        lr_applies = {
+            "bias_lr_mult": name == "bias" and not is_norm and not in_dcn,
+            "dcn_offset_lr_mult": in_dcn and "conv_offset" in module_name and isinstance(owner, nn.Conv2d),
+        }
+        for key in self.lr_keys:
+            if lr_applies[key] and cfg.get(key) is not None:
+                settings["lr"] = self.base_lr * cfg[key]
+        decay_applies = {
+            "norm_decay_mult": is_norm,
+            "bias_decay_mult": name == "bias" and not in_dcn,
+            "dwconv_decay_mult": isinstance(owner, nn.Conv2d) and owner.in_channels == owner.groups,
+            "flat_decay_mult": param.ndim == 1 and not in_dcn,
+        }
+        for key in self.decay_keys:
+            if decay_applies[key] and cfg.get(key) is not None and self.base_wd is not None:
+                settings["weight_decay"] = self.base_wd * cfg[key]
+                break
+        return settings
+
+    def _warn_of_unmatched_keys(self, model: nn.Module) -> None:
+        names = [name if "." in name else f".{name}" for name, _ in model.named_parameters(remove_duplicate=False)]
+        for key in self.paramwise_cfg.get("custom_keys", {}):
+            if not any(key in name for name in names):
+                warnings.warn(
+                    f"paramwise_cfg['custom_keys']: {key!r} is part of no parameter's name and has no effect",
+                    stacklevel=4,
+                )
+
+    def __call__(self, model: nn.Module) -> OptimWrapper:
+        """Build the optimizer of ``model`` and its wrapper."""
+        model = _unwrap(model)
+        params: Any = model.parameters()
+        if self.paramwise_cfg:
+            params = []
+            self.add_params(params, model)
+            self._warn_of_unmatched_keys(model)
+        # By position: some optimizers call their first argument otherwise.
+        optimizer = OPTIMIZERS.build(self.optimizer_cfg, params)
+        return OPTIM_WRAPPERS.build(self.optim_wrapper_cfg, optimizer=optimizer)

@@ -1,0 +1,34 @@
+"""Packages that only the demonstration needs, imported when it runs."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+__all__ = ["MissingExtraError", "require"]
+
+#: Name on the package index, where it differs from the import name.
+_DISTRIBUTIONS = {"sklearn": "scikit-learn"}
+
+
+class MissingExtraError(ImportError):
+    """A package of the ``demo`` extra is not installed; the message says what to install."""
+
+
+def require(module: str) -> Any:
+    """Import and return ``module``, which belongs to the ``demo`` extra.
+
+    Raises:
+        MissingExtraError: it is not installed. A package that is there but fails to import something of its own raises
+            that error unchanged.
+    """
+    package = module.partition(".")[0]
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.partition(".")[0] != package:
+            raise
+        distribution = _DISTRIBUTIONS.get(package, package)
+        raise MissingExtraError(
+            f"{distribution} is not installed; install it with: pip install 'fusedopt[demo]'"
+        ) from error

@@ -1,0 +1,56 @@
+"""What this installation is and can do, for `python -m fusedopt info` and bug reports."""
+
+from __future__ import annotations
+
+import os
+import platform
+import sys
+
+import torch
+
+from .backends import BACKENDS
+from .backends.native import load_native_module
+from .rules import RULES
+from .version import __version__
+
+__all__ = ["info"]
+
+
+def _processor() -> str:
+    try:
+        with open("/proc/cpuinfo") as file:
+            return next(line.split(":", 1)[1].strip() for line in file if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def _devices() -> list[torch.device]:
+    return [torch.device("cpu"), *(torch.device("cuda", index) for index in range(torch.cuda.device_count()))]
+
+
+def info() -> str:
+    """Versions, devices, the compiled module, and for each backend and device whether it serves, or why not."""
+    module, reason = load_native_module()
+    rows = [
+        ("fusedopt", __version__),
+        ("torch", torch.__version__),
+        ("Python", f"{platform.python_version()} ({sys.executable})"),
+        ("processor", f"{_processor()}, {os.cpu_count()} logical, {torch.get_num_threads()} torch threads"),
+    ]
+    for device in _devices()[1:]:
+        rows.append((str(device), torch.cuda.get_device_name(device)))
+    if module is None:
+        rows.append(("compiled module", f"absent: {reason}"))
+    else:
+        build = module.build_info()
+        cuda = f"CUDA {build['cuda']}" if build["cuda"] else "no CUDA"
+        rows.append(("compiled module", f"built for torch {build['torch']} with {build['compiler']}, {cuda}"))
+        rows.append(("CPU kernels", f"{module.cpu_isa()} in use (here: {', '.join(module.cpu_isas())})"))
+        rows.append(("CUDA runtime", module.cuda_problem() or "usable"))
+        rows.append(("rules", ", ".join(RULES)))
+    for device in _devices():
+        for name, backend in BACKENDS.items():
+            unavailable = backend.unavailable(device)
+            rows.append((f"backend {name} on {device}", "available" if unavailable is None else unavailable))
+    width = max(len(key) for key, _ in rows)
+    return "\n".join(f"{key:<{width}}  {value}" for key, value in rows)

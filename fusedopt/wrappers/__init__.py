@@ -1,0 +1,7 @@
+"""Optimizer wrappers: loss scaling, backward, accumulation, clipping and the step behind one ``update_params``."""
+
+from .amp import AmpOptimWrapper, ApexOptimWrapper
+from .base import BaseOptimWrapper
+from .wrapper import OptimWrapper
+
+__all__ = ["AmpOptimWrapper", "ApexOptimWrapper", "BaseOptimWrapper", "OptimWrapper"]

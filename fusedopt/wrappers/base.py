@@ -1,0 +1,106 @@
+"""BaseOptimWrapper: the interface of every optimizer wrapper, and what needs the optimizer only."""
+
+from __future__ import annotations
+
+import abc
+import contextlib
+from collections.abc import Iterator, Mapping
+from copy import deepcopy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["BaseOptimWrapper"]
+
+# What wrappers add to the state dict of their optimizer; each wrapper takes what it knows and leaves the rest.
+_WRAPPER_KEYS = ("base_param_settings", "loss_scaler")
+
+
+class BaseOptimWrapper(abc.ABC):
+    """Base of the optimizer wrappers, as ``mmengine.optim.BaseOptimWrapper``.
+
+    Args:
+        optimizer: the optimizer to drive.
+
+    Attributes:
+        base_param_settings: with more than one parameter group, a group of a dummy parameter and the optimizer's
+            defaults. It stands last in :attr:`param_groups`, so that schedulers move the base learning rate too; the
+            optimizer does not have it. None with one group.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer):
+        if not isinstance(optimizer, torch.optim.Optimizer):
+            raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
+        self.optimizer = optimizer
+        self.base_param_settings: dict[str, Any] | None = None
+        if len(optimizer.param_groups) > 1:
+            self.base_param_settings = {"params": torch.tensor([0.0]), **optimizer.defaults}
+
+    @abc.abstractmethod
+    def update_params(self, loss: Tensor) -> None:
+        """Backward, and step where one is due."""
+
+    @abc.abstractmethod
+    def backward(self, loss: Tensor, **kwargs: Any) -> None:
+        """Compute the gradients of ``loss``."""
+
+    @abc.abstractmethod
+    def zero_grad(self, **kwargs: Any) -> None:
+        """As ``torch.optim.Optimizer.zero_grad``."""
+
+    @abc.abstractmethod
+    def step(self, **kwargs: Any) -> None:
+        """Step the optimizer."""
+
+    @contextlib.contextmanager
+    def optim_context(self, model: nn.Module) -> Iterator[None]:
+        """The context in which the model's forward pass runs."""
+        yield
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """The optimizer's parameter groups, and ``base_param_settings`` where there is one."""
+        if self.base_param_settings is None:
+            return self.optimizer.param_groups
+        return [*self.optimizer.param_groups, self.base_param_settings]
+
+    @property
+    def defaults(self) -> dict[str, Any]:
+        """The optimizer's default settings."""
+        return self.optimizer.defaults
+
+    def get_lr(self) -> dict[str, list[Any]]:
+        """``{'lr': [one per group]}``, and ``'base_lr': [one]`` with more than one group."""
+        lrs: dict[str, list[Any]] = {}
+        if self.base_param_settings is not None:
+            lrs["base_lr"] = [self.base_param_settings["lr"]]
+        lrs["lr"] = [group["lr"] for group in self.optimizer.param_groups]
+        return lrs
+
+    def get_momentum(self) -> dict[str, list[Any]]:
+        """``{'momentum': [one per group]}``: its ``momentum``, else ``betas[0]``, else 0."""
+        momenta = []
+        for group in self.optimizer.param_groups:
+            if "momentum" in group:
+                momenta.append(group["momentum"])
+            else:
+                momenta.append(group["betas"][0] if "betas" in group else 0)
+        return {"momentum": momenta}
+
+    def state_dict(self) -> dict[str, Any]:
+        """The optimizer's state dict, and ``base_param_settings`` where there is one."""
+        state_dict = dict(self.optimizer.state_dict())
+        if self.base_param_settings is not None:
+            state_dict["base_param_settings"] = dict(self.base_param_settings)
+        return state_dict
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Load the state dict of any wrapper of one optimizer, or of the optimizer itself.
+
+        The dict is not changed. When the optimizer refuses its part, nothing has been loaded.
+        """
+        self.optimizer.load_state_dict({key: value for key, value in state_dict.items() if key not in _WRAPPER_KEYS})
+        settings = state_dict.get("base_param_settings")
+        if settings is not None:
+            self.base_param_settings = deepcopy(settings)

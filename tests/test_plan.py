@@ -1,0 +1,259 @@
+"""What may change between two steps, and that the plan notices."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from collections import defaultdict
+from typing import Any
+
+import pytest
+import torch
+from cases import OPTIONS, SMALL, backend_name, bits, each_backend, parameters, set_gradients
+from oracle import CheckedStep
+from torch import nn
+
+import fusedopt
+
+
+def make(backend: str, **settings: Any) -> tuple[fusedopt.FusedAdamW, list[nn.Parameter]]:
+    params = parameters(SMALL)
+    return fusedopt.FusedAdamW(params, lr=0.01, **settings, backend=backend_name(backend)), params
+
+
+def checked_step(optimizer: Any, params: list[nn.Parameter], seed: int) -> None:
+    set_gradients(params, seed)
+    check = CheckedStep(optimizer)
+    optimizer.step()
+    check.check()
+
+
+@each_backend
+def test_hyperparameters_are_read_each_step(backend: str) -> None:
+    optimizer, params = make(backend)
+    group = optimizer.param_groups[0]
+    checked_step(optimizer, params, 0)
+    for seed, (key, value) in enumerate(
+        [("lr", 0.5), ("betas", (0.5, 0.6)), ("eps", 1e-3), ("weight_decay", 0.3), ("maximize", True), ("lr", 2)]
+    ):
+        group[key] = value
+        checked_step(optimizer, params, seed)
+    group["betas"] = [0.5, 0.6]
+    checked_step(optimizer, params, 7)
+    group["betas"][0] = 0.1
+    checked_step(optimizer, params, 8)
+
+
+@each_backend
+def test_tensor_hyperparameters_are_read_each_step(backend: str) -> None:
+    lr, betas = torch.tensor(0.1), (torch.tensor(0.9), torch.tensor(0.99))
+    params = parameters(SMALL)
+    optimizer = fusedopt.FusedAdamW(params, lr=lr, betas=betas, backend=backend_name(backend))
+    checked_step(optimizer, params, 0)
+    lr.fill_(0.5)
+    checked_step(optimizer, params, 1)
+    betas[1].fill_(0.5)
+    checked_step(optimizer, params, 2)
+
+
+@each_backend
+def test_amsgrad_and_momentum_may_be_switched_on_later(backend: str) -> None:
+    optimizer, params = make(backend)
+    checked_step(optimizer, params, 0)
+    optimizer.param_groups[0]["amsgrad"] = True
+    checked_step(optimizer, params, 1)
+    optimizer.param_groups[0]["amsgrad"] = False
+    checked_step(optimizer, params, 2)
+
+    params = parameters(SMALL)
+    sgd = fusedopt.FusedSGD(params, lr=0.1, backend=backend_name(backend))
+    checked_step(sgd, params, 0)
+    assert sgd.state_dict()["state"] == {}
+    sgd.param_groups[0]["momentum"] = 0.9
+    checked_step(sgd, params, 1)
+    checked_step(sgd, params, 2)
+    sgd.param_groups[0]["nesterov"] = True
+    checked_step(sgd, params, 3)
+
+
+@each_backend
+def test_groups_may_be_added_removed_and_edited(backend: str) -> None:
+    optimizer, params = make(backend)
+    checked_step(optimizer, params, 0)
+    more = parameters(SMALL, seed=5)
+    optimizer.add_param_group({"params": more, "lr": 0.3})
+    checked_step(optimizer, [*params, *more], 1)
+    gone = optimizer.param_groups[0]["params"].pop(3)
+    before = bits([gone])
+    checked_step(optimizer, [*params, *more], 2)
+    assert bits([gone]) == before
+    optimizer.param_groups[0]["params"].append(gone)
+    checked_step(optimizer, [*params, *more], 3)
+    optimizer.param_groups[1]["params"] = optimizer.param_groups[1]["params"][2:]
+    checked_step(optimizer, [*params, *more], 4)
+    del optimizer.param_groups[0]
+    before = bits(params)
+    checked_step(optimizer, [*params, *more], 5)
+    assert bits(params) == before
+
+
+@each_backend
+def test_parameters_without_a_gradient_are_left_alone(backend: str) -> None:
+    optimizer, params = make(backend)
+    for seed, missing in enumerate([(0, 3), (), (1, 2, 4), (0, 1, 2, 3, 4, 5), (5,)]):
+        set_gradients(params, seed)
+        for index in missing:
+            params[index].grad = None
+        before = bits(params)
+        check = CheckedStep(optimizer)
+        optimizer.step()
+        check.check()
+        assert all(bits([params[index]])[0] == before[index] for index in missing)
+    assert [int(optimizer.state[param]["step"]) for param in params] == [3, 3, 3, 3, 3, 3]
+
+
+@each_backend
+@pytest.mark.parametrize("option", ["sgd-dampening", "sgd-nesterov", "adamw"])
+def test_a_parameter_unfrozen_later_has_its_own_first_step(option: str, backend: str) -> None:
+    """torch's fused SGD takes one is_first_step for all; apex takes the last parameter's."""
+    cls, settings = OPTIONS[option]
+    params = parameters(SMALL)
+    optimizer = cls(params, **settings, backend=backend_name(backend))
+    for seed in range(5):
+        set_gradients(params, seed)
+        if seed < 3:
+            params[3].grad = None
+        check = CheckedStep(optimizer)
+        optimizer.step()
+        check.check()
+    assert [int(optimizer.state[param]["step"]) for param in params] == [5, 5, 5, 2, 5, 5]
+
+
+@each_backend
+def test_storage_may_move(backend: str) -> None:
+    optimizer, params = make(backend)
+    checked_step(optimizer, params, 0)
+    for param in params:
+        param.data = param.data.clone()
+    checked_step(optimizer, params, 1)
+    for state in optimizer.state.values():
+        for value in state.values():
+            value.data = value.data.clone()
+    checked_step(optimizer, params, 2)
+    for state in optimizer.state.values():
+        for key, value in state.items():
+            state[key] = value.clone()
+    checked_step(optimizer, params, 3)
+    params[4].data = params[4].data.permute(2, 0, 1).contiguous().permute(1, 2, 0)
+    checked_step(optimizer, params, 4)
+    params[3].data = params[3].data.double()
+    for key in ("exp_avg", "exp_avg_sq"):
+        optimizer.state[params[3]][key] = optimizer.state[params[3]][key].double()
+    params[3].grad = None
+    checked_step(optimizer, params, 5)
+
+
+@each_backend
+def test_state_may_be_edited_replaced_or_dropped(backend: str) -> None:
+    optimizer, params = make(backend)
+    checked_step(optimizer, params, 0)
+    optimizer.state[params[4]]["exp_avg"] = torch.ones_like(params[4])
+    checked_step(optimizer, params, 1)
+    optimizer.state[params[4]]["exp_avg"].zero_()
+    checked_step(optimizer, params, 2)
+    del optimizer.state[params[3]]
+    checked_step(optimizer, params, 3)
+    optimizer.state[params[2]] = {}
+    checked_step(optimizer, params, 4)
+    first, second = (optimizer.state[params[4]][key] for key in ("exp_avg", "exp_avg_sq"))
+    optimizer.state[params[4]].update(exp_avg=second, exp_avg_sq=first.abs())
+    checked_step(optimizer, params, 5)
+    optimizer.state = defaultdict(dict)
+    checked_step(optimizer, params, 6)
+    assert all(int(state["step"]) == 1 for state in optimizer.state.values())
+    optimizer.state[params[4]]["step"] = 41
+    optimizer.step()
+    assert float(optimizer.state[params[4]]["step"]) == 42
+
+
+@each_backend
+def test_a_momentum_buffer_from_elsewhere_counts_as_real(backend: str) -> None:
+    params = parameters(SMALL)
+    optimizer = fusedopt.FusedSGD(params, lr=0.1, momentum=0.9, backend=backend_name(backend))
+    optimizer.state[params[4]]["momentum_buffer"] = torch.ones_like(params[4])
+    set_gradients(params, 0)
+    want = params[4].detach() - 0.1 * (0.9 + params[4].grad)
+    optimizer.step()
+    torch.testing.assert_close(params[4].detach(), want)
+
+
+@each_backend
+def test_gradients_are_not_kept_alive(backend: str) -> None:
+    optimizer, params = make(backend, clip_grad={"max_norm": 1.0})
+    set_gradients(params, 0)
+    optimizer.step(grad_scale=2.0)
+    watched = [weakref.ref(param.grad.untyped_storage()) for param in params]
+    grads = [weakref.ref(param.grad) for param in params]
+    optimizer.zero_grad(set_to_none=True)
+    gc.collect()
+    assert all(ref() is None for ref in [*grads, *watched])
+
+
+def test_an_optimizer_frees_its_parameters() -> None:
+    optimizer, params = make("auto")
+    set_gradients(params, 0)
+    optimizer.step()
+    refs = [weakref.ref(params[4]), weakref.ref(optimizer)]
+    del optimizer, params
+    gc.collect()
+    assert all(ref() is None for ref in refs)
+
+
+def test_a_recycled_address_is_not_mistaken_for_a_known_parameter() -> None:
+    """A cache keyed by id() grows for ever, or hits an id that was given to another object."""
+    for seed in range(200):
+        param = nn.Parameter(torch.full((3,), float(seed)))
+        optimizer = fusedopt.FusedSGD([param], lr=1.0)
+        param.grad = torch.ones(3)
+        optimizer.step()
+        assert param.tolist() == [seed - 1.0] * 3
+        optimizer.param_groups[0]["params"][0] = other = nn.Parameter(torch.full((3,), -float(seed)))
+        del param
+        other.grad = torch.ones(3)
+        optimizer.step()
+        assert other.tolist() == [-seed - 1.0] * 3
+
+
+def test_the_plan_does_not_grow_over_steps() -> None:
+    optimizer, params = make("auto")
+    for seed in range(5):
+        set_gradients(params, seed)
+        optimizer.step()
+    plan = optimizer._get_engine()._plan  # type: ignore[attr-defined]
+    assert plan.row_count == len(SMALL)
+    assert plan.chunk_count == sum(-(-param.numel() // 16384) for param in params)
+
+
+def test_equal_hyperparameters_in_many_groups() -> None:
+    params = parameters([(9,)] * 50)
+    groups = [{"params": [param], "lr": 0.1 * (index % 3 + 1)} for index, param in enumerate(params)]
+    optimizer = fusedopt.FusedAdamW(groups)
+    for seed in range(3):
+        for index, group in enumerate(optimizer.param_groups):
+            group["lr"] = 0.1 * ((index + seed) % 3 + 1)
+        checked_step(optimizer, params, seed)
+
+
+def test_a_broken_hyperparameter_is_named_and_the_next_step_recovers() -> None:
+    optimizer, params = make("auto")
+    checked_step(optimizer, params, 0)
+    optimizer.param_groups[0]["lr"] = "fast"
+    before = bits(params)
+    with pytest.raises(TypeError, match=r"param_groups\[0\]\['lr'\] is 'fast'; expected a number"):
+        optimizer.step()
+    assert bits(params) == before
+    del optimizer.param_groups[0]["lr"]
+    with pytest.raises(KeyError, match="has no 'lr'"):
+        optimizer.step()
+    optimizer.param_groups[0]["lr"] = 0.1
+    checked_step(optimizer, params, 1)
