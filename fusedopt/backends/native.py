@@ -35,7 +35,8 @@ def load_native_module() -> tuple[ModuleType | None, str | None]:
         ImportError: it was built for another torch, or cannot be loaded; the message says how to rebuild.
     """
     spec = importlib.util.find_spec("fusedopt._C")
-    if spec is None or spec.origin is None:
+    # One that lies elsewhere belongs to another installation: an editable one serves its own to any copy.
+    if spec is None or spec.origin is None or Path(spec.origin).parent != Path(__file__).parents[1]:
         return None, "the compiled module fusedopt._C is not built"
     built_for = _built_for(Path(spec.origin))
     if built_for != torch.__version__:

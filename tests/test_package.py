@@ -1,0 +1,209 @@
+"""The package itself: layers, the compiled module and what is missing without it, the build."""
+
+from __future__ import annotations
+
+import ast
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+import pytest
+import torch
+from cases import module
+
+import fusedopt
+from fusedopt import info
+from fusedopt.backends import BACKENDS, native
+from fusedopt.rules import CLIP_EPS, RULES
+
+ROOT = Path(fusedopt.__file__).resolve().parent
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+#: From the bottom up: a module may import from its own layer and those before it.
+LAYERS = [
+    ["version"],
+    ["rules", "registry"],
+    ["backends"],
+    ["optimizers"],
+    ["amp"],
+    ["wrappers"],
+    ["constructors"],
+    ["builder"],
+    ["demo", "info"],
+    ["cli", "__main__"],
+]
+LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
+
+
+def internal_imports(path: Path) -> set[str]:
+    """Top-level names inside fusedopt that a module imports, inside functions too."""
+    package = ["fusedopt", *path.relative_to(ROOT).parts[:-1]]
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            target = [*base, *(node.module.split(".") if node.module else [])]
+            if target[:1] != ["fusedopt"]:
+                continue
+            found |= {target[1]} if len(target) > 1 else {alias.name for alias in node.names}
+        elif isinstance(node, ast.Import):
+            found |= {alias.name.split(".")[1] for alias in node.names if alias.name.startswith("fusedopt.")}
+    return found
+
+
+def test_imports_point_down() -> None:
+    modules = [path for path in ROOT.rglob("*.py") if path != ROOT / "__init__.py"]
+    assert len(modules) > 20
+    for path in modules:
+        layer = path.relative_to(ROOT).parts[0].removesuffix(".py")
+        for target in internal_imports(path) - {"_C", layer}:
+            assert LEVEL[target] <= LEVEL[layer], f"{path.relative_to(ROOT)} imports {target}, which is above it"
+
+
+def test_importing_starts_nothing_and_probes_no_third_party_library() -> None:
+    code = (
+        "import sys, threading, torch; before = set(sys.modules); import fusedopt; "
+        "new = {name.split('.')[0] for name in set(sys.modules) - before}; "
+        "assert threading.active_count() == 1; "
+        "print(sorted(new & {'mmengine', 'sklearn', 'matplotlib', 'rich', 'triton', 'yaml', 'tensorboard'}))"
+    )
+    assert run_python(code).stdout.strip() == "[]"
+
+
+def run_python(code: str, check: bool = True, path: Path | None = None, **env: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, **env}
+    if path is not None:
+        environment["PYTHONPATH"] = str(path)
+    cwd = path or Path(sys.prefix)  # not the repository, whose package would come first
+    result = subprocess.run(
+        [sys.executable, "-W", "default", "-c", code], env=environment, capture_output=True, text=True, cwd=cwd
+    )
+    assert not check or result.returncode == 0, result.stderr
+    return result
+
+
+@pytest.fixture
+def copied_package(tmp_path: Path) -> Path:
+    """A copy of the Python sources without the compiled module; returns the folder to put on the path."""
+    shutil.copytree(ROOT, tmp_path / "fusedopt", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    return tmp_path
+
+
+TRAIN = """
+import torch, fusedopt
+param = torch.nn.Parameter(torch.zeros(3))
+optimizer = fusedopt.FusedAdamW([param], lr=0.1, clip_grad=dict(max_norm=1.0))
+param.grad = torch.ones(3)
+optimizer.step(grad_scale=2.0)
+print(fusedopt.__file__, optimizer.backend_in_use, param.tolist())
+"""
+
+
+def test_without_the_compiled_module_the_reference_serves_and_it_is_said_once(copied_package: Path) -> None:
+    result = run_python(TRAIN + "fusedopt.FusedSGD([param], lr=0.1)", path=copied_package)
+    assert str(copied_package) in result.stdout
+    assert "reference [-0.1" in result.stdout
+    assert result.stderr.count("fusedopt._C is not built") == 1
+    assert "pip install" in result.stderr
+    listed = run_python("from fusedopt.info import info; print(info())", path=copied_package).stdout
+    assert "absent: the compiled module fusedopt._C is not built" in listed
+
+
+def test_a_module_built_for_another_torch_says_how_to_rebuild(copied_package: Path) -> None:
+    if module is None:
+        pytest.skip("the compiled module is not built")
+    built = Path(module.__file__)
+    stamp = f"fusedopt built for torch {torch.__version__};".encode()
+    other = stamp.replace(torch.__version__.encode(), ("9" + torch.__version__[1:]).encode())
+    assert built.read_bytes().count(stamp) == 1
+    (copied_package / "fusedopt" / built.name).write_bytes(built.read_bytes().replace(stamp, other))
+    result = run_python("import fusedopt", check=False, path=copied_package)
+    assert result.returncode != 0
+    assert f"built for torch 9{torch.__version__[1:]} but torch {torch.__version__} is installed" in result.stderr
+    assert "pip install --no-build-isolation" in result.stderr
+
+
+def test_a_module_that_does_not_load_says_how_to_rebuild(copied_package: Path) -> None:
+    suffix = sysconfig.get_config_var("EXT_SUFFIX")
+    stamp = f"fusedopt built for torch {torch.__version__};".encode()
+    (copied_package / "fusedopt" / f"_C{suffix}").write_bytes(b"not an ELF file " + stamp)
+    result = run_python("import fusedopt", check=False, path=copied_package)
+    assert "fusedopt._C cannot be loaded" in result.stderr
+    assert "pip install --no-build-isolation" in result.stderr
+
+
+@pytest.mark.skipif(module is None, reason="the compiled module is not built")
+class TestCompiledModule:
+    def test_it_has_kernels_for_every_rule(self) -> None:
+        assert module.rule_names() == list(RULES)
+
+    def test_constants_written_in_both_languages_are_equal(self) -> None:
+        assert module.CLIP_EPS == CLIP_EPS
+
+    def test_it_says_what_it_was_built_with(self) -> None:
+        build = module.build_info()
+        assert build["torch"] == torch.__version__
+        assert build["compiler"]
+        assert build["cuda"] is None or float(build["cuda"]) >= 11
+
+    def test_the_instruction_set_can_be_forced(self) -> None:
+        code = "from fusedopt import _C; print(_C.cpu_isa())"
+        for isa in module.cpu_isas():
+            assert run_python(code, FUSEDOPT_CPU_ISA=isa).stdout.strip() == isa
+        refused = run_python(code, check=False, FUSEDOPT_CPU_ISA="sse9")
+        assert "'sse9' is not available; expected one of baseline" in refused.stderr
+
+    def test_it_needs_no_cuda_library(self) -> None:
+        """CUDA is linked statically: the module must import on a machine without it."""
+        readelf = shutil.which("readelf")
+        if readelf is None:
+            pytest.skip("readelf is not installed")
+        dynamic = subprocess.run([readelf, "-d", module.__file__], capture_output=True, text=True, check=True).stdout
+        assert "libtorch_cpu.so" in dynamic
+        assert "libcuda" not in dynamic
+        assert "torch_cuda" not in dynamic
+
+    def test_no_kernel_is_shared_between_instruction_sets(self) -> None:
+        """An inline function merged by the linker could carry AVX-512 into the baseline."""
+        nm = shutil.which("nm")
+        if nm is None:
+            pytest.skip("nm is not installed")
+        for objects in (REPOSITORY / "build").glob("cmake/CMakeFiles/fusedopt_kernels.dir/csrc/cpu/*.o"):
+            symbols = subprocess.run([nm, objects], capture_output=True, text=True, check=True).stdout.split("\n")
+            assert [line for line in symbols if " W " in line or " V " in line] == []
+
+
+def test_info_lists_every_backend_and_why_it_is_unavailable() -> None:
+    text = info.info()
+    assert torch.__version__ in text
+    for name in BACKENDS:
+        assert f"backend {name} on cpu" in text
+    assert native.NativeBackend.unavailable(torch.device("meta")) == "this build has no kernels for meta tensors"
+
+
+@pytest.mark.slow
+def test_wheel_and_sdist_install_and_work(tmp_path: Path) -> None:
+    if not (REPOSITORY / "setup.py").exists():
+        pytest.skip("not in a source tree")
+    source = tmp_path / "source"
+    ignore = shutil.ignore_patterns(".venv", ".git", "build", "*.so", "*.egg-info", "__pycache__", "work_dirs")
+    shutil.copytree(REPOSITORY, source, ignore=ignore)
+    environment = {**os.environ, "FUSEDOPT_CUDA": "0"}
+
+    def python(*args: str) -> None:
+        result = subprocess.run([sys.executable, *args], cwd=source, env=environment, capture_output=True, text=True)
+        assert result.returncode == 0, result.stdout + result.stderr
+
+    python("-c", "import setuptools.build_meta as b; b.build_sdist('dist')")
+    (sdist,) = (source / "dist").glob("*.tar.gz")
+    # The wheel is built from the sdist, so that a file missing there shows.
+    python("-m", "pip", "wheel", "-q", "--no-build-isolation", "--no-deps", "-w", "dist", str(sdist))
+    (wheel,) = (source / "dist").glob("*.whl")
+    target = tmp_path / "site"
+    python("-m", "pip", "install", "-q", "--no-deps", "--target", str(target), str(wheel))
+    result = run_python(TRAIN, path=target)
+    assert str(target) in result.stdout
+    assert "native [-0.1" in result.stdout
