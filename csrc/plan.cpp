@@ -107,6 +107,14 @@ bool walk_state(PyObject* state, Visit&& visit) {
   return true;
 }
 
+// Hash of sizes and strides (FNV-1a over words).
+uint64_t shape_of(const c10::TensorImpl* impl) {
+  uint64_t hash = 0xcbf29ce484222325u;
+  for (int64_t size : impl->sizes()) hash = (hash ^ static_cast<uint64_t>(size)) * 0x100000001b3u;
+  for (int64_t stride : impl->strides()) hash = (hash ^ static_cast<uint64_t>(stride)) * 0x100000001b3u;
+  return hash;
+}
+
 // Stands for the data of an empty gradient, whose own pointer is null: null means "takes no part".
 char kEmpty;
 
@@ -177,16 +185,17 @@ bool StepPlan::groups_unchanged(const py::list& groups) {
   for (const Group& group : groups_) {
     const Py_ssize_t count = PyList_GET_SIZE(group.params.ptr());
     for (Py_ssize_t i = 0; i < count; ++i, ++row) {
-      if (row == owners_.size() || owners_[row].object.ptr() != PyList_GET_ITEM(group.params.ptr(), i)) return false;
+      if (row == watches_.size() || watches_[row].object != PyList_GET_ITEM(group.params.ptr(), i)) return false;
     }
   }
-  return row == owners_.size();
+  return row == watches_.size();
 }
 
 void StepPlan::read_groups(const py::list& groups) {
   groups_.clear();
   rows_.clear();
   owners_.clear();
+  watches_.clear();
   seen_states_.clear();
   for (size_t g = 0; g < groups.size(); ++g) {
     const py::dict dict = groups[g];
@@ -227,10 +236,10 @@ void StepPlan::read_groups(const py::list& groups) {
       owner.param = THPVariable_Unpack(object);
       owner.group = static_cast<uint32_t>(g);
       owner.index = static_cast<uint32_t>(i);
-      TensorRow row{};
-      describe_param(owner, row);
+      watches_.push_back({object, owner.param.unsafeGetTensorImpl(), nullptr, {}, 0, {}, {}, nullptr, nullptr});
       owners_.push_back(std::move(owner));
-      rows_.push_back(row);
+      rows_.push_back({});
+      describe_param(rows_.size() - 1);
     }
     groups_.push_back(std::move(group));
   }
@@ -254,22 +263,24 @@ void StepPlan::number_groups() {
 }
 
 // See Note [Canonical order].
-void StepPlan::describe_param(Owner& owner, TensorRow& row) {
-  const c10::TensorImpl* impl = owner.param.unsafeGetTensorImpl();
-  row.numel = 0;
-  owner.problem = foreign(impl);
+void StepPlan::describe_param(size_t r) {
+  Watch& watch = watches_[r];
+  Owner& owner = owners_[r];
+  rows_[r].numel = 0;
+  watch.problem = foreign(watch.param);
   owner.order.clear();
-  if (owner.problem) return;
-  owner.sizes.assign(impl->sizes().begin(), impl->sizes().end());
-  owner.strides.assign(impl->strides().begin(), impl->strides().end());
-  owner.param_signature.take(impl);
-  row.numel = impl->numel();
+  if (watch.problem) return;
+  watch.param_signature.take(watch.param);
+  watch.shape = shape_of(watch.param);
+  owner.sizes.assign(watch.param->sizes().begin(), watch.param->sizes().end());
+  owner.strides.assign(watch.param->strides().begin(), watch.param->strides().end());
+  rows_[r].numel = watch.param->numel();
   for (size_t d = 0; d < owner.sizes.size(); ++d) {
     if (owner.sizes[d] != 1) owner.order.push_back(static_cast<int>(d));
   }
   std::stable_sort(owner.order.begin(), owner.order.end(),
                    [&](int a, int b) { return owner.strides[a] > owner.strides[b]; });
-  owner.problem = describe_column(owner, owner.param, row.param, owner.param_layout, true);
+  watch.problem = describe_column(owner, owner.param, rows_[r].param, owner.param_layout, true);
 }
 
 const char* StepPlan::describe_column(Owner& owner, const at::Tensor& tensor, Column& column,
@@ -312,49 +323,53 @@ const char* StepPlan::describe_column(Owner& owner, const at::Tensor& tensor, Co
 }
 
 // Returns false when the parameter is no longer what the tables say, for instance after `param.data = ...`.
-bool StepPlan::refresh_param(Owner& owner, TensorRow& row) {
-  c10::TensorImpl* impl = owner.param.unsafeGetTensorImpl();
-  if (owner.problem || !owner.param_signature.matches(impl) || impl->sizes() != at::IntArrayRef(owner.sizes) ||
-      impl->strides() != at::IntArrayRef(owner.strides)) {
+bool StepPlan::refresh_param(size_t r) {
+  Watch& watch = watches_[r];
+  if (watch.problem || !watch.param_signature.matches(watch.param) || shape_of(watch.param) != watch.shape) {
     return false;
   }
-  row.param.data = impl->mutable_data();
+  rows_[r].param.data = watch.param->mutable_data();
   return true;
 }
 
-const char* StepPlan::refresh_grad(Owner& owner, TensorRow& row, bool write_back) {
-  row.grad.data = nullptr;
-  const at::Tensor& grad = owner.param.unsafeGetTensorImpl()->grad();
+const char* StepPlan::refresh_grad(size_t r, bool write_back) {
+  Watch& watch = watches_[r];
+  Column& column = rows_[r].grad;
+  column.data = nullptr;
+  const at::Tensor& grad = watch.param->grad();
   if (!grad.defined()) return nullptr;
-  if (owner.problem) return owner.problem;
-  if (owner.state_problem) return owner.state_problem;
+  if (watch.problem) return watch.problem;
+  if (watch.state_problem) return watch.state_problem;
   c10::TensorImpl* impl = grad.unsafeGetTensorImpl();
-  if (!owner.grad_signature.matches(impl)) {
+  if (!watch.grad_signature.matches(impl)) {
     if (foreign(impl)) return "has a gradient that is not a plain dense CPU tensor";
-    to_dtype(impl, row.grad.dtype);
-    owner.grad_signature.take(impl);
+    to_dtype(impl, column.dtype);
+    watch.grad_signature.take(impl);
   }
-  if (!owner.param_layout && impl->strides() == at::IntArrayRef(owner.strides) &&
-      impl->sizes() == at::IntArrayRef(owner.sizes)) {
-    row.grad.layout = nullptr;
-  } else if (describe_column(owner, grad, row.grad, owner.grad_layout, write_back)) {
+  if (!rows_[r].param.layout && impl->strides() == watch.param->strides() && impl->sizes() == watch.param->sizes()) {
+    column.layout = nullptr;
+  } else if (describe_column(owners_[r], grad, column, owners_[r].grad_layout, write_back)) {
     return "has a gradient whose shape or memory layout cannot be used";
   }
-  row.grad.data = row.numel ? impl->mutable_data() : &kEmpty;
+  column.data = rows_[r].numel ? impl->mutable_data() : &kEmpty;
   return nullptr;
 }
 
-const char* StepPlan::refresh_state(Owner& owner, TensorRow& row) {
-  if (!owner.step.defined()) return nullptr;
-  row.step = owner.step.unsafeGetTensorImpl()->mutable_data();
+const char* StepPlan::refresh_state(size_t r) {
+  Watch& watch = watches_[r];
+  if (!watch.step) return nullptr;
+  TensorRow& row = rows_[r];
+  row.step = watch.step->mutable_data();
   for (int c = 0; c < rule_.state_count; ++c) {
-    if (!owner.state[c].defined()) continue;
-    void* data = owner.state[c].unsafeGetTensorImpl()->mutable_data();
-    if (data != row.state[c].data &&
-        describe_column(owner, owner.state[c], row.state[c], owner.state_layout[c], true)) {
-      return "has a state tensor whose shape, dtype, device or memory layout cannot be used";
+    if (!watch.state[c]) continue;
+    void* data = watch.state[c]->mutable_data();
+    if (data != row.state[c].data) {
+      Owner& owner = owners_[r];
+      if (describe_column(owner, owner.state[c], row.state[c], owner.state_layout[c], true)) {
+        return "has a state tensor whose shape, dtype, device or memory layout cannot be used";
+      }
+      row.state[c].data = data;
     }
-    row.state[c].data = data;
   }
   return nullptr;
 }
@@ -370,17 +385,20 @@ bool StepPlan::states_unchanged(const py::dict& state) const {
 void StepPlan::resolve_states(const py::dict& state) {
   for (size_t r = 0; r < rows_.size(); ++r) {
     Owner& owner = owners_[r];
+    Watch& watch = watches_[r];
     TensorRow& row = rows_[r];
     const unsigned columns = groups_[owner.group].columns;
     owner.step.reset();
+    watch.step = nullptr;
     row.step = nullptr;
-    owner.state_problem = nullptr;
+    watch.state_problem = nullptr;
     for (int c = 0; c < kMaxStates; ++c) {
       owner.state[c].reset();
+      watch.state[c] = nullptr;
       row.state[c] = {};
     }
-    if (!columns || owner.problem) continue;
-    owner.state_problem = "has no state yet";
+    if (!columns || watch.problem) continue;
+    watch.state_problem = "has no state yet";
     PyObject* inner = PyDict_GetItemWithError(state.ptr(), owner.object.ptr());
     if (!inner && PyErr_Occurred()) throw py::error_already_set();
     if (!inner || !PyDict_Check(inner)) continue;
@@ -391,7 +409,7 @@ void StepPlan::resolve_states(const py::dict& state) {
     const at::Tensor step = tensor_named("step");
     if (!step.defined()) continue;
     if (step.dim() || !step.is_cpu() || (step.scalar_type() != at::kFloat && step.scalar_type() != at::kDouble)) {
-      owner.state_problem = "has a 'step' that is not a 0-dim float32 or float64 CPU tensor";
+      watch.state_problem = "has a 'step' that is not a 0-dim float32 or float64 CPU tensor";
       continue;
     }
     bool complete = true;
@@ -402,14 +420,16 @@ void StepPlan::resolve_states(const py::dict& state) {
     }
     if (!complete) continue;
     owner.step = step;
+    watch.step = step.unsafeGetTensorImpl();
     to_dtype(step.unsafeGetTensorImpl(), row.step_dtype);
-    owner.state_problem = nullptr;
-    for (int c = 0; c < rule_.state_count && !owner.state_problem; ++c) {
+    watch.state_problem = nullptr;
+    for (int c = 0; c < rule_.state_count && !watch.state_problem; ++c) {
       if (!(columns >> c & 1)) continue;
+      watch.state[c] = owner.state[c].unsafeGetTensorImpl();
       if (describe_column(owner, owner.state[c], row.state[c], owner.state_layout[c], true)) {
-        owner.state_problem = "has a state tensor whose shape, dtype, device or memory layout cannot be used";
+        watch.state_problem = "has a state tensor whose shape, dtype, device or memory layout cannot be used";
       }
-      row.state[c].data = owner.state_problem ? nullptr : owner.state[c].unsafeGetTensorImpl()->mutable_data();
+      row.state[c].data = watch.state_problem ? nullptr : watch.state[c]->mutable_data();
     }
   }
   seen_states_.clear();
@@ -449,13 +469,13 @@ py::object StepPlan::refresh(const py::list& groups, const py::dict& state, bool
 
   bool moved = false;
   for (size_t r = 0; r < rows_.size(); ++r) {
-    if (refresh_param(owners_[r], rows_[r])) continue;
+    if (refresh_param(r)) continue;
     const int64_t numel = rows_[r].numel;
-    const bool had_problem = owners_[r].problem;
-    describe_param(owners_[r], rows_[r]);
-    if (!owners_[r].problem) refresh_param(owners_[r], rows_[r]);
+    const bool had_problem = watches_[r].problem;
+    describe_param(r);
+    refresh_param(r);
     moved |= numel != rows_[r].numel;
-    states_known &= had_problem && owners_[r].problem;
+    states_known &= had_problem && watches_[r].problem;
   }
   if (moved) build_chunks();
   if (!states_known || !states_unchanged(state)) resolve_states(state);
@@ -465,9 +485,9 @@ py::object StepPlan::refresh(const py::list& groups, const py::dict& state, bool
   std::vector<std::pair<size_t, const char*>> problems;
   for (size_t r = 0; r < rows_.size(); ++r) {
     TensorRow& row = rows_[r];
-    const char* problem = refresh_grad(owners_[r], row, write_back);
+    const char* problem = refresh_grad(r, write_back);
     if (!problem && row.grad.data) {
-      problem = refresh_state(owners_[r], row);
+      problem = refresh_state(r);
       elements_ += row.numel;
       any_active_ = true;
       any_double_ |= row.param.dtype == DType::kFloat64;
@@ -517,12 +537,8 @@ void StepPlan::finish_update(bool write_back) {
         *static_cast<float*>(row.step) += 1;
       }
     }
-    const Owner& owner = owners_[r];
-    owner.param.unsafeGetTensorImpl()->bump_version();
-    for (const at::Tensor& state : owner.state) {
-      if (state.defined()) state.unsafeGetTensorImpl()->bump_version();
-    }
-    if (write_back) owner.param.unsafeGetTensorImpl()->grad().unsafeGetTensorImpl()->bump_version();
+    watches_[r].param->bump_version();
+    if (write_back) watches_[r].param->grad().unsafeGetTensorImpl()->bump_version();
   }
 }
 

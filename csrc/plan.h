@@ -85,29 +85,36 @@ class StepPlan {
       dtype = impl->dtype();
     }
   };
-  // What belongs to a TensorRow on the host.
+  // What is read at every step, kept small: with cold caches a step of many small tensors costs what it touches. The
+  // pointers are owned by the Owner of the same row.
+  struct Watch {
+    PyObject* object;
+    c10::TensorImpl *param, *step, *state[kMaxStates];
+    uint64_t shape;  // hash of the parameter's sizes and strides
+    Signature param_signature, grad_signature;
+    const char* problem;        // why the parameter cannot be served, or null
+    const char* state_problem;  // the same of its state
+  };
+  // What is needed only when something has changed.
   struct Owner {
     py::object object;
     at::Tensor param, step, state[kMaxStates];
-    Signature param_signature, grad_signature;
-    at::DimVector sizes, strides;
+    std::vector<int64_t> sizes, strides;
     std::vector<int> order;  // dimensions longer than 1 in canonical order
     std::unique_ptr<Layout> param_layout, grad_layout, state_layout[kMaxStates];
     uint32_t group, index;
-    const char* problem;        // why the parameter cannot be served, or null
-    const char* state_problem;  // the same of its state
   };
 
   bool groups_unchanged(const py::list& groups);
   void read_groups(const py::list& groups);
   void read_value(Group& group, size_t group_index, GroupEntry& entry);
   void number_groups();
-  void describe_param(Owner& owner, TensorRow& row);
+  void describe_param(size_t r);
   const char* describe_column(Owner& owner, const at::Tensor& tensor, Column& column, std::unique_ptr<Layout>& layout,
                               bool written);
-  bool refresh_param(Owner& owner, TensorRow& row);
-  const char* refresh_grad(Owner& owner, TensorRow& row, bool write_back);
-  const char* refresh_state(Owner& owner, TensorRow& row);
+  bool refresh_param(size_t r);
+  const char* refresh_grad(size_t r, bool write_back);
+  const char* refresh_state(size_t r);
   void resolve_states(const py::dict& state);
   bool states_unchanged(const py::dict& state) const;
   void build_chunks();
@@ -117,6 +124,7 @@ class StepPlan {
   const RuleInterface& rule_;
   std::vector<Group> groups_;
   std::vector<TensorRow> rows_;
+  std::vector<Watch> watches_;
   std::vector<Owner> owners_;
   std::vector<Chunk> chunks_;
   std::vector<py::object> seen_states_;

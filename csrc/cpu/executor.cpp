@@ -14,7 +14,8 @@ std::vector<const Kernels*> find_kernels() {
   std::vector<const Kernels*> found = {kernels_baseline()};
 #if defined(__x86_64__)
   __builtin_cpu_init();
-  if (kernels_avx2() && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c")) {
+  if (kernels_avx2() && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+      __builtin_cpu_supports("f16c")) {
     found.push_back(kernels_avx2());
   }
   if (kernels_avx512() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&

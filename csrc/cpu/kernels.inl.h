@@ -1,5 +1,6 @@
 // The kernels, written once and compiled per instruction set by kernels_<isa>.cpp, which defines
 //   FUSEDOPT_ISA_NAME   the name shown to users
+//   FUSEDOPT_LANES      doubles in one vector of the norm: 4, or 2 without AVX (8 is no faster: it is memory-bound)
 //   FUSEDOPT_HAS_F16C   where the fp16 conversion instructions exist
 // Everything is in an anonymous namespace and no torch or STL header is included: an inline function merged by the
 // linker across these translation units could run an instruction the processor lacks.
@@ -24,7 +25,10 @@ namespace {
 // Elements converted at a time; the blocks of all columns together stay in the first-level cache.
 constexpr int64_t kBlock = 512;
 
-constexpr int kLanes = 8;
+// A chunk is added up in kSums sums, of which element i goes to sum i % kSums, whatever the width of a register.
+constexpr int kSums = 32;
+constexpr int kLanes = FUSEDOPT_LANES;
+constexpr int kVectors = kSums / kLanes;
 typedef float FloatLanes __attribute__((vector_size(kLanes * 4)));
 typedef double DoubleLanes __attribute__((vector_size(kLanes * 8)));
 template <class T>
@@ -38,13 +42,33 @@ struct LanesOf<double> {
   using type = DoubleLanes;
 };
 
-template <NormKind K>
+// g++ 12 makes several instructions of a vector conversion: say which one is meant.
+FUSEDOPT_HD DoubleLanes widen(FloatLanes x) {
+#if FUSEDOPT_LANES == 4
+  return DoubleLanes(_mm256_cvtps_pd(__m128(x)));
+#else
+  return __builtin_convertvector(x, DoubleLanes);
+#endif
+}
+FUSEDOPT_HD DoubleLanes widen(DoubleLanes x) { return x; }
+
+// sum + x * y. Where the processor can, in one instruction: only for products that are exact, so that it rounds the
+// same.
+FUSEDOPT_HD DoubleLanes add_exact_product(DoubleLanes sum, DoubleLanes x, DoubleLanes y) {
+#if FUSEDOPT_LANES == 4
+  return DoubleLanes(_mm256_fmadd_pd(__m256d(x), __m256d(y), __m256d(sum)));
+#else
+  return sum + x * y;
+#endif
+}
+
+template <NormKind K, class T>
 FUSEDOPT_HD DoubleLanes accumulate(DoubleLanes sum, DoubleLanes x, double p) {
-  if constexpr (K == NormKind::kNone) return sum + x * 0.0;  // NaN as soon as one element is not finite
-  if constexpr (K == NormKind::kTwo) return sum + x * x;
+  if constexpr (K == NormKind::kNone) return add_exact_product(sum, x, DoubleLanes{});  // NaN once one is not finite
+  if constexpr (K == NormKind::kTwo) return sizeof(T) == 4 ? add_exact_product(sum, x, x) : sum + x * x;
   DoubleLanes magnitude = x < 0.0 ? -x : x;
   if constexpr (K == NormKind::kOne) return sum + magnitude;
-  if constexpr (K == NormKind::kInf) return magnitude > sum ? magnitude : sum;  // NaN is looked for afterwards
+  if constexpr (K == NormKind::kInf) return magnitude > sum ? magnitude : sum;  // passes over NaN
   if constexpr (K == NormKind::kP) {
     for (int lane = 0; lane < kLanes; ++lane) sum[lane] += power(magnitude[lane], p);
     return sum;
@@ -52,7 +76,7 @@ FUSEDOPT_HD DoubleLanes accumulate(DoubleLanes sum, DoubleLanes x, double p) {
 }
 
 template <NormKind K>
-FUSEDOPT_HD DoubleLanes combine(DoubleLanes a, DoubleLanes b) {
+FUSEDOPT_HD double combine(double a, double b) {
   if constexpr (K == NormKind::kInf) return a > b ? a : b;
   return a + b;
 }
@@ -68,29 +92,27 @@ bool any_nonfinite(const T* x, int64_t n, bool* any_nan) {
   return found;
 }
 
-constexpr int kUnroll = 4;
-
-// Partial of a flat run of floats or doubles. `sums` carry over between the blocks of a chunk.
+// Adds a run of floats or doubles to the sums, kSums elements at a time. Runs but the last of a chunk are multiples.
 template <NormKind K, class T>
-void accumulate_run(const T* x, int64_t n, double p, DoubleLanes (&sums)[kUnroll]) {
+void accumulate_run(const T* x, int64_t n, double p, double (&sums)[kSums]) {
   using Lanes = typename LanesOf<T>::type;
-  constexpr int64_t stride = kUnroll * kLanes;
-  int64_t i = 0;
-  for (; i + stride <= n; i += stride) {
-    for (int u = 0; u < kUnroll; ++u) {
+  DoubleLanes vectors[kVectors];
+  __builtin_memcpy(vectors, sums, sizeof(sums));
+  auto add = [&](const T* from) {
+    for (int v = 0; v < kVectors; ++v) {
       Lanes lanes;
-      __builtin_memcpy(&lanes, x + i + u * kLanes, sizeof(Lanes));
-      sums[u] = accumulate<K>(sums[u], __builtin_convertvector(lanes, DoubleLanes), p);
+      __builtin_memcpy(&lanes, from + v * kLanes, sizeof(Lanes));
+      vectors[v] = accumulate<K, T>(vectors[v], widen(lanes), p);
     }
+  };
+  int64_t i = 0;
+  for (; i + kSums <= n; i += kSums) add(x + i);
+  if (i < n) {
+    T tail[kSums] = {};  // zeros add nothing to any norm
+    for (int64_t k = 0; i + k < n; ++k) tail[k] = x[i + k];
+    add(tail);
   }
-  if (i == n) return;
-  T tail[stride] = {};  // zeros add nothing to any norm
-  for (int64_t k = 0; i + k < n; ++k) tail[k] = x[i + k];
-  for (int u = 0; u < kUnroll; ++u) {
-    Lanes lanes;
-    __builtin_memcpy(&lanes, tail + u * kLanes, sizeof(Lanes));
-    sums[u] = accumulate<K>(sums[u], __builtin_convertvector(lanes, DoubleLanes), p);
-  }
+  __builtin_memcpy(sums, vectors, sizeof(sums));
 }
 
 // Calls visit(pointer, count) with the gradient's elements as T: in place where they are flat T, else block by block.
@@ -106,21 +128,29 @@ void for_each_block(const Column& grad, DType native, int64_t offset, int64_t le
 }
 
 template <NormKind K, class T>
-bool statistics_chunk(const Column& grad, DType native, double p, int64_t offset, int64_t length, double* partial) {
-  DoubleLanes sums[kUnroll] = {};
+double chunk_total(const Column& grad, DType native, double p, int64_t offset, int64_t length) {
+  double sums[kSums] = {};
   for_each_block<T>(grad, native, offset, length, [&](const T* x, int64_t n) { accumulate_run<K>(x, n, p, sums); });
-  DoubleLanes lanes = combine<K>(combine<K>(sums[0], sums[1]), combine<K>(sums[2], sums[3]));
-  double total = lanes[0];
-  for (int lane = 1; lane < kLanes; ++lane) {
-    total = K == NormKind::kInf ? (lanes[lane] > total ? lanes[lane] : total) : total + lanes[lane];
+  double total = 0;
+  for (int s = 0; s < kSums / 4; ++s) {
+    double quarter[4];
+    for (int q = 0; q < 4; ++q) quarter[q] = sums[q * (kSums / 4) + s];
+    total = combine<K>(total, combine<K>(combine<K>(quarter[0], quarter[1]), combine<K>(quarter[2], quarter[3])));
   }
+  return total;
+}
+
+template <NormKind K, class T>
+bool statistics_chunk(const Column& grad, DType native, double p, int64_t offset, int64_t length, double* partial) {
+  const double total = chunk_total<K, T>(grad, native, p, offset, length);
+  *partial = total;
+  const double witness = K == NormKind::kInf ? chunk_total<NormKind::kNone, T>(grad, native, p, offset, length) : total;
+  if (witness - witness == 0.0) return false;
+  // A sum of squares of finite fp64 values may have overflowed, and a maximum passes over NaN: look at the elements.
   bool nonfinite = false, nan = false;
-  // A sum of squares of finite fp64 values may overflow, and the inf norm skips NaN: look at the elements themselves.
-  if (K == NormKind::kInf || total - total != 0.0) {
-    for_each_block<T>(grad, native, offset, length,
-                      [&](const T* x, int64_t n) { nonfinite |= any_nonfinite(x, n, &nan); });
-  }
-  *partial = nan ? __builtin_nan("") : total;
+  for_each_block<T>(grad, native, offset, length,
+                    [&](const T* x, int64_t n) { nonfinite |= any_nonfinite(x, n, &nan); });
+  if (nan) *partial = __builtin_nan("");
   return nonfinite;
 }
 

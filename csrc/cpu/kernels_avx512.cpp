@@ -3,6 +3,7 @@
 
 #if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512DQ__) && defined(__AVX512VL__)
 #define FUSEDOPT_ISA_NAME "avx512"
+#define FUSEDOPT_LANES 4
 #define FUSEDOPT_HAS_F16C
 #include "kernels.inl.h"
 
