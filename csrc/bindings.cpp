@@ -18,9 +18,9 @@ double number(const py::object& value) {
   return value.cast<double>();
 }
 
-py::tuple run_step(StepPlan& plan, const py::object& grad_scale, const py::object& found_inf, bool check,
-                   double norm_type, const py::object& max_norm, bool error_if_nonfinite, double clip_value,
-                   bool write_back) {
+py::object run_step(StepPlan& plan, const py::object& param_groups, const py::dict& state, const py::object& grad_scale,
+                    const py::object& found_inf, bool check, double norm_type, const py::object& max_norm,
+                    bool error_if_nonfinite, double clip_value, bool write_back) {
   StepSettings settings;
   if (!grad_scale.is_none()) settings.inverse_scale = 1.0 / number(grad_scale);
   settings.has_found_inf = !found_inf.is_none();
@@ -37,7 +37,7 @@ py::tuple run_step(StepPlan& plan, const py::object& grad_scale, const py::objec
   settings.error_if_nonfinite = error_if_nonfinite;
   settings.clip_value = clip_value;
   settings.write_back = write_back;
-  return plan.step(settings);
+  return plan.step(param_groups, state, settings);
 }
 
 py::dict build_info() {
@@ -57,9 +57,9 @@ PYBIND11_MODULE(_C, m) {
 
   py::class_<StepPlan>(m, "StepPlan", "Tables of one optimizer's tensors; fusedopt.backends.NativeBackend drives it.")
       .def(py::init<const std::string&>(), py::arg("rule"))
-      .def("refresh", &StepPlan::refresh, py::arg("param_groups"), py::arg("state"), py::arg("write_back") = false)
-      .def("step", &run_step, py::arg("grad_scale"), py::arg("found_inf"), py::arg("check"), py::arg("norm_type"),
-           py::arg("max_norm"), py::arg("error_if_nonfinite"), py::arg("clip_value"), py::arg("write_back"))
+      .def("step", &run_step, py::arg("param_groups"), py::arg("state"), py::arg("grad_scale"), py::arg("found_inf"),
+           py::arg("check"), py::arg("norm_type"), py::arg("max_norm"), py::arg("error_if_nonfinite"),
+           py::arg("clip_value"), py::arg("write_back"))
       .def_property_readonly("row_count", &StepPlan::row_count)
       .def_property_readonly("chunk_count", &StepPlan::chunk_count);
 

@@ -7,10 +7,11 @@
 #include <cmath>
 #include <cstring>
 #include <limits>
-#include <numeric>
+#include <optional>
 #include <stdexcept>
 #include <string_view>
 #include <unordered_map>
+#include <unordered_set>
 
 #include "cpu/executor.h"
 
@@ -91,20 +92,43 @@ bool to_double(PyObject* value, double& out) {
   return true;
 }
 
-// Visits the outer keys and values, and the values of inner dicts, in their order, while visit returns true.
+// Visits every object in the state dict and the dicts in it, keys and values in their order, while visit returns true:
+// visit(object, outer key, inner key), with the keys for the values of inner dicts and null for the rest.
 template <class Visit>
 bool walk_state(PyObject* state, Visit&& visit) {
   Py_ssize_t position = 0;
-  PyObject *key, *value, *inner;
+  PyObject *key, *value, *inner_key, *inner;
   while (PyDict_Next(state, &position, &key, &value)) {
-    if (!visit(key) || !visit(value)) return false;
-    if (!PyDict_CheckExact(value)) continue;
+    if (!visit(key, nullptr, nullptr) || !visit(value, nullptr, nullptr)) return false;
+    if (!PyDict_Check(value)) continue;
     Py_ssize_t inner_position = 0;
-    while (PyDict_Next(value, &inner_position, nullptr, &inner)) {
-      if (!visit(inner)) return false;
+    while (PyDict_Next(value, &inner_position, &inner_key, &inner)) {
+      if (!visit(inner_key, nullptr, nullptr) || !visit(inner, key, inner_key)) return false;
     }
   }
   return true;
+}
+
+// The items of a list or tuple, held for as long as they are looked at.
+class Items {
+ public:
+  Items(PyObject* sequence, const char* what) : fast_(PySequence_Fast(sequence, "")) {
+    if (fast_) return;
+    PyErr_Clear();
+    throw py::type_error(std::string(what) + " is not a list");
+  }
+  ~Items() { Py_DECREF(fast_); }
+  Items(const Items&) = delete;
+  Items& operator=(const Items&) = delete;
+  Py_ssize_t size() const { return PySequence_Fast_GET_SIZE(fast_); }
+  PyObject* operator[](Py_ssize_t i) const { return PySequence_Fast_GET_ITEM(fast_, i); }
+
+ private:
+  PyObject* fast_;
+};
+
+std::string place(Py_ssize_t group, Py_ssize_t index) {
+  return "param_groups[" + std::to_string(group) + "]['params'][" + std::to_string(index) + "]";
 }
 
 // Hash of sizes and strides (FNV-1a over words).
@@ -115,8 +139,14 @@ uint64_t shape_of(const c10::TensorImpl* impl) {
   return hash;
 }
 
+// A step of fewer elements than this keeps the GIL: it is over before another thread would have got it.
+constexpr int64_t kUnlockElements = 1 << 18;
+
 // Stands for the data of an empty gradient, whose own pointer is null: null means "takes no part".
 char kEmpty;
+
+// A problem that creating the state mends; compared by address.
+const char* const kNoState = "has no state yet";
 
 }  // namespace
 
@@ -133,117 +163,121 @@ std::vector<std::string> rule_names() {
   return names;
 }
 
-void StepPlan::read_value(Group& group, size_t group_index, GroupEntry& entry) {
+void StepPlan::read_value(Group& group, Py_ssize_t group_index, GroupEntry& entry) {
   const HyperKey& key = rule_.keys[entry.hyper_key];
   double* slots = group.hyper + key.slot;
   PyObject* value = entry.value.ptr();
   bool ok = true;
-  entry.live = false;
-  if (key.arity == 1) {
+  // Numbers of Python's own never change in place; tensors, numpy arrays and lists may.
+  auto fixed = [](PyObject* object) { return PyFloat_CheckExact(object) || PyLong_CheckExact(object); };
+  if (key.arity == HyperKey::kFlag) {
+    const int truth = PyObject_IsTrue(value);
+    ok = truth >= 0;
+    if (!ok) PyErr_Clear();
+    slots[0] = truth;
+    entry.live = !PyBool_Check(value);
+  } else if (key.arity == 1) {
     ok = to_double(value, slots[0]);
-    entry.live = THPVariable_Check(value);
+    entry.live = !fixed(value);
   } else {
     PyObject* sequence = PySequence_Fast(value, "");
     if (!sequence) PyErr_Clear();
     ok = sequence && PySequence_Fast_GET_SIZE(sequence) == key.arity;
+    entry.live = !PyTuple_CheckExact(value);
     for (int i = 0; ok && i < key.arity; ++i) {
       PyObject* item = PySequence_Fast_GET_ITEM(sequence, i);
       ok = to_double(item, slots[i]);
-      entry.live |= THPVariable_Check(item);
+      entry.live |= !fixed(item);
     }
-    entry.live |= !PyTuple_CheckExact(value);  // a list may be edited in place
     Py_XDECREF(sequence);
   }
   if (!ok) {
     throw py::type_error("param_groups[" + std::to_string(group_index) + "]['" + key.key + "'] is " +
                          py::repr(entry.value).cast<std::string>() + "; expected " +
-                         (key.arity == 1 ? "a number or a 1-element tensor" : "two numbers or 1-element tensors"));
+                         (key.arity == HyperKey::kFlag ? "True or False"
+                          : key.arity == 1             ? "a number or a 1-element tensor"
+                                                       : "two numbers or 1-element tensors"));
   }
   hyper_changed_ = true;
 }
 
-bool StepPlan::groups_unchanged(const py::list& groups) {
-  if (groups.size() != groups_.size()) return false;
-  for (size_t g = 0; g < groups_.size(); ++g) {
+bool StepPlan::groups_unchanged(PyObject* groups) {
+  const Items list(groups, "param_groups");
+  if (list.size() != static_cast<Py_ssize_t>(groups_.size())) return false;
+  size_t row = 0;
+  for (Py_ssize_t g = 0; g < list.size(); ++g) {
     Group& group = groups_[g];
-    PyObject* dict = PyList_GET_ITEM(groups.ptr(), static_cast<Py_ssize_t>(g));
-    if (!PyDict_Check(dict)) return false;
+    if (!PyDict_Check(list[g])) return false;
     Py_ssize_t position = 0;
-    PyObject *key, *value;
+    PyObject *key, *value, *params_value = nullptr;
     size_t e = 0;
-    while (PyDict_Next(dict, &position, &key, &value)) {
+    while (PyDict_Next(list[g], &position, &key, &value)) {
       if (e == group.entries.size() || group.entries[e].key.ptr() != key) return false;
       GroupEntry& entry = group.entries[e++];
+      if (entry.hyper_key == kParams) params_value = value;
+      if (entry.hyper_key < 0) continue;
       const bool replaced = entry.value.ptr() != value;
-      if (replaced && entry.value.ptr() == group.params.ptr()) return false;
       if (replaced) entry.value = py::reinterpret_borrow<py::object>(value);
-      if (entry.hyper_key >= 0 && (replaced || entry.live)) read_value(group, g, entry);
+      if (replaced || entry.live) read_value(group, g, entry);
     }
     if (e != group.entries.size()) return false;
-  }
-  size_t row = 0;
-  for (const Group& group : groups_) {
-    const Py_ssize_t count = PyList_GET_SIZE(group.params.ptr());
-    for (Py_ssize_t i = 0; i < count; ++i, ++row) {
-      if (row == watches_.size() || watches_[row].object != PyList_GET_ITEM(group.params.ptr(), i)) return false;
+    const Items params(params_value, "params");
+    for (Py_ssize_t i = 0; i < params.size(); ++i, ++row) {
+      if (row == watches_.size() || watches_[row].object != params[i] || owners_[row].group != g) return false;
+      if (!THPVariable_Check(params[i])) return false;
     }
   }
   return row == watches_.size();
 }
 
-void StepPlan::read_groups(const py::list& groups) {
+void StepPlan::read_groups(PyObject* groups) {
   groups_.clear();
   rows_.clear();
   owners_.clear();
   watches_.clear();
-  seen_states_.clear();
-  for (size_t g = 0; g < groups.size(); ++g) {
-    const py::dict dict = groups[g];
+  states_known_ = false;
+  hyper_changed_ = true;
+  std::unordered_set<PyObject*> known;
+  const Items list(groups, "param_groups");
+  for (Py_ssize_t g = 0; g < list.size(); ++g) {
+    const std::string name = "param_groups[" + std::to_string(g) + "]";
+    if (!PyDict_Check(list[g])) throw py::type_error(name + " is not a dict");
     Group group{};
     bool found[kMaxHyper] = {};
-    for (auto item : dict) {
-      GroupEntry entry{py::reinterpret_borrow<py::object>(item.first), py::reinterpret_borrow<py::object>(item.second),
-                       -1, false};
-      if (py::isinstance<py::str>(entry.key)) {
-        const std::string name = entry.key.cast<std::string>();
-        if (name == "params") group.params = entry.value;
-        for (int k = 0; k < rule_.key_count; ++k) {
-          if (name != rule_.keys[k].key) continue;
-          entry.hyper_key = k;
-          found[k] = true;
-          read_value(group, g, entry);
-        }
+    for (auto item : py::reinterpret_borrow<py::dict>(list[g])) {
+      GroupEntry entry{py::reinterpret_borrow<py::object>(item.first), py::object(), kOther, false};
+      if (PyUnicode_Check(entry.key.ptr()) && PyUnicode_CompareWithASCIIString(entry.key.ptr(), "params") == 0) {
+        entry.hyper_key = kParams;
+      }
+      for (int k = 0; k < rule_.key_count && PyUnicode_Check(entry.key.ptr()); ++k) {
+        if (PyUnicode_CompareWithASCIIString(entry.key.ptr(), rule_.keys[k].key) != 0) continue;
+        entry.hyper_key = k;
+        entry.value = py::reinterpret_borrow<py::object>(item.second);
+        found[k] = true;
+        read_value(group, g, entry);
       }
       group.entries.push_back(std::move(entry));
     }
     for (int k = 0; k < rule_.key_count; ++k) {
-      if (!found[k]) {
-        throw py::key_error("param_groups[" + std::to_string(g) + "] has no '" + rule_.keys[k].key + "'");
-      }
+      if (!found[k]) throw py::key_error(name + " has no '" + rule_.keys[k].key + "'");
     }
-    if (!group.params || !PyList_Check(group.params.ptr())) {
-      throw py::type_error("param_groups[" + std::to_string(g) + "]['params'] is not a list");
-    }
-    const Py_ssize_t count = PyList_GET_SIZE(group.params.ptr());
-    for (Py_ssize_t i = 0; i < count; ++i) {
-      PyObject* object = PyList_GET_ITEM(group.params.ptr(), i);
-      if (!THPVariable_Check(object)) {
-        throw py::type_error("param_groups[" + std::to_string(g) + "]['params'][" + std::to_string(i) +
-                             "] is not a tensor");
-      }
+    PyObject* params_value = PyDict_GetItemString(list[g], "params");
+    if (!params_value) throw py::key_error(name + " has no 'params'");
+    const Items params(params_value, (name + "['params']").c_str());
+    for (Py_ssize_t i = 0; i < params.size(); ++i) {
+      if (!THPVariable_Check(params[i])) throw py::type_error(place(g, i) + " is not a tensor");
+      // Two threads would write one parameter.
+      if (!known.insert(params[i]).second) throw py::value_error(place(g, i) + " is in the optimizer already");
       Owner owner{};
-      owner.object = py::reinterpret_borrow<py::object>(object);
-      owner.param = THPVariable_Unpack(object);
       owner.group = static_cast<uint32_t>(g);
       owner.index = static_cast<uint32_t>(i);
-      watches_.push_back({object, owner.param.unsafeGetTensorImpl(), nullptr, {}, 0, {}, {}, nullptr, nullptr});
+      watches_.push_back({params[i], {}, {}, {}, {}, nullptr, nullptr});
       owners_.push_back(std::move(owner));
       rows_.push_back({});
       describe_param(rows_.size() - 1);
     }
     groups_.push_back(std::move(group));
   }
-  hyper_changed_ = true;
   build_chunks();
 }
 
@@ -252,35 +286,45 @@ void StepPlan::number_groups() {
   std::unordered_map<std::string_view, uint32_t> numbers;
   group_table_.clear();
   for (Group& group : groups_) {
+    const unsigned columns = group.columns;
     const std::string_view bytes(reinterpret_cast<const char*>(group.hyper), sizeof(group.hyper));
     auto [found, fresh] = numbers.emplace(bytes, static_cast<uint32_t>(group_table_.size()));
     if (fresh) group_table_.push_back(group.hyper);
     group.table_row = found->second;
     group.columns = rule_.columns(rule_.variant(group.hyper, 0));
+    states_known_ &= columns == group.columns;
   }
   for (size_t r = 0; r < rows_.size(); ++r) rows_[r].group = groups_[owners_[r].group].table_row;
   hyper_changed_ = false;
 }
 
+void StepPlan::Watched::take(c10::TensorImpl* now) {
+  impl = now;
+  signature.take(now);
+  shape = shape_of(now);
+}
+
+bool StepPlan::Watched::unchanged() const { return signature.matches(impl) && shape == shape_of(impl); }
+
 // See Note [Canonical order].
 void StepPlan::describe_param(size_t r) {
   Watch& watch = watches_[r];
   Owner& owner = owners_[r];
+  const at::Tensor& param = THPVariable_Unpack(watch.object);
+  const c10::TensorImpl* impl = param.unsafeGetTensorImpl();
   rows_[r].numel = 0;
-  watch.problem = foreign(watch.param);
+  watch.problem = foreign(impl);
   owner.order.clear();
   if (watch.problem) return;
-  watch.param_signature.take(watch.param);
-  watch.shape = shape_of(watch.param);
-  owner.sizes.assign(watch.param->sizes().begin(), watch.param->sizes().end());
-  owner.strides.assign(watch.param->strides().begin(), watch.param->strides().end());
-  rows_[r].numel = watch.param->numel();
+  watch.param.take(param.unsafeGetTensorImpl());
+  owner.sizes.assign(impl->sizes().begin(), impl->sizes().end());
+  rows_[r].numel = impl->numel();
   for (size_t d = 0; d < owner.sizes.size(); ++d) {
     if (owner.sizes[d] != 1) owner.order.push_back(static_cast<int>(d));
   }
   std::stable_sort(owner.order.begin(), owner.order.end(),
-                   [&](int a, int b) { return owner.strides[a] > owner.strides[b]; });
-  watch.problem = describe_column(owner, owner.param, rows_[r].param, owner.param_layout, true);
+                   [&](int a, int b) { return impl->stride(a) > impl->stride(b); });
+  watch.problem = describe_column(owner, param, rows_[r].param, owner.param_layout, true);
 }
 
 const char* StepPlan::describe_column(Owner& owner, const at::Tensor& tensor, Column& column,
@@ -325,10 +369,9 @@ const char* StepPlan::describe_column(Owner& owner, const at::Tensor& tensor, Co
 // Returns false when the parameter is no longer what the tables say, for instance after `param.data = ...`.
 bool StepPlan::refresh_param(size_t r) {
   Watch& watch = watches_[r];
-  if (watch.problem || !watch.param_signature.matches(watch.param) || shape_of(watch.param) != watch.shape) {
-    return false;
-  }
-  rows_[r].param.data = watch.param->mutable_data();
+  watch.param.impl = THPVariable_Unpack(watch.object).unsafeGetTensorImpl();
+  if (watch.problem || !watch.param.unchanged()) return false;
+  rows_[r].param.data = watch.param.impl->mutable_data();
   return true;
 }
 
@@ -336,7 +379,7 @@ const char* StepPlan::refresh_grad(size_t r, bool write_back) {
   Watch& watch = watches_[r];
   Column& column = rows_[r].grad;
   column.data = nullptr;
-  const at::Tensor& grad = watch.param->grad();
+  const at::Tensor& grad = watch.param.impl->grad();
   if (!grad.defined()) return nullptr;
   if (watch.problem) return watch.problem;
   if (watch.state_problem) return watch.state_problem;
@@ -346,97 +389,119 @@ const char* StepPlan::refresh_grad(size_t r, bool write_back) {
     to_dtype(impl, column.dtype);
     watch.grad_signature.take(impl);
   }
-  if (!rows_[r].param.layout && impl->strides() == watch.param->strides() && impl->sizes() == watch.param->sizes()) {
+  if (!rows_[r].param.layout && impl->strides() == watch.param.impl->strides() &&
+      impl->sizes() == watch.param.impl->sizes()) {
     column.layout = nullptr;
   } else if (describe_column(owners_[r], grad, column, owners_[r].grad_layout, write_back)) {
     return "has a gradient whose shape or memory layout cannot be used";
   }
   column.data = rows_[r].numel ? impl->mutable_data() : &kEmpty;
-  return nullptr;
+  return column.data ? nullptr : "has a gradient without memory (its storage was freed?)";
 }
 
-const char* StepPlan::refresh_state(size_t r) {
+// Returns false when a state tensor is no longer what the tables say, for instance after `state.data = ...`.
+bool StepPlan::refresh_state(size_t r) {
   Watch& watch = watches_[r];
-  if (!watch.step) return nullptr;
+  if (!watch.step.impl) return true;
   TensorRow& row = rows_[r];
-  row.step = watch.step->mutable_data();
+  if (!watch.step.unchanged()) return false;
+  row.step = watch.step.impl->mutable_data();
   for (int c = 0; c < rule_.state_count; ++c) {
-    if (!watch.state[c]) continue;
-    void* data = watch.state[c]->mutable_data();
-    if (data != row.state[c].data) {
-      Owner& owner = owners_[r];
-      if (describe_column(owner, owner.state[c], row.state[c], owner.state_layout[c], true)) {
-        return "has a state tensor whose shape, dtype, device or memory layout cannot be used";
-      }
-      row.state[c].data = data;
+    if (!watch.state[c].impl) continue;
+    if (!watch.state[c].unchanged()) return false;
+    row.state[c].data = watch.state[c].impl->mutable_data();
+  }
+  return true;
+}
+
+// Compares the state dicts with what was seen, and takes the tensors of this step from them on the way.
+bool StepPlan::states_unchanged(PyObject* state) {
+  size_t next = 0;
+  auto compare = [&](PyObject* object, PyObject*, PyObject*) {
+    if (next == seen_states_.size() || seen_states_[next].object != object) return false;
+    const SeenState& seen = seen_states_[next++];
+    if (seen.column == kNoColumn) return true;
+    if (!THPVariable_Check(object)) return false;
+    Watch& watch = watches_[seen.row];
+    Watched& column = seen.column == kStepColumn ? watch.step : watch.state[seen.column];
+    column.impl = THPVariable_Unpack(object).unsafeGetTensorImpl();
+    return true;
+  };
+  return walk_state(state, compare) && next == seen_states_.size();
+}
+
+// Why the state cannot be used, or null. Sets the row's columns.
+const char* StepPlan::resolve_state(size_t r, PyObject* inner) {
+  Owner& owner = owners_[r];
+  Watch& watch = watches_[r];
+  TensorRow& row = rows_[r];
+  const unsigned columns = groups_[owner.group].columns;
+  auto tensor_named = [&](const char* name) {
+    PyObject* value = PyDict_GetItemString(inner, name);
+    return value && THPVariable_Check(value) ? THPVariable_Unpack(value) : at::Tensor();
+  };
+  const at::Tensor step = tensor_named("step");
+  if (!step.defined()) return kNoState;
+  if (foreign(step.unsafeGetTensorImpl()) || step.dim() || !to_dtype(step.unsafeGetTensorImpl(), row.step_dtype) ||
+      (row.step_dtype != DType::kFloat32 && row.step_dtype != DType::kFloat64)) {
+    return kNoState;  // its initialization converts it
+  }
+  for (int c = 0; c < rule_.state_count; ++c) {
+    if (!(columns >> c & 1)) continue;
+    const at::Tensor tensor = tensor_named(rule_.states[c]);
+    if (!tensor.defined()) return kNoState;
+    if (describe_column(owner, tensor, row.state[c], owner.state_layout[c], true)) {
+      return "has a state tensor whose shape, dtype, device or memory layout cannot be used";
     }
   }
+  for (int c = 0; c < rule_.state_count; ++c) {
+    if (columns >> c & 1) watch.state[c].take(tensor_named(rule_.states[c]).unsafeGetTensorImpl());
+  }
+  watch.step.take(step.unsafeGetTensorImpl());
   return nullptr;
 }
 
-bool StepPlan::states_unchanged(const py::dict& state) const {
-  size_t next = 0;
-  return walk_state(
-             state.ptr(),
-             [&](PyObject* object) { return next < seen_states_.size() && seen_states_[next++].ptr() == object; }) &&
-         next == seen_states_.size();
-}
-
-void StepPlan::resolve_states(const py::dict& state) {
+void StepPlan::resolve_states(PyObject* state) {
+  std::unordered_map<PyObject*, uint32_t> row_of;
   for (size_t r = 0; r < rows_.size(); ++r) {
-    Owner& owner = owners_[r];
     Watch& watch = watches_[r];
-    TensorRow& row = rows_[r];
-    const unsigned columns = groups_[owner.group].columns;
-    owner.step.reset();
-    watch.step = nullptr;
-    row.step = nullptr;
-    watch.state_problem = nullptr;
+    row_of.emplace(watch.object, static_cast<uint32_t>(r));
+    watch.step = {};
+    rows_[r].step = nullptr;
     for (int c = 0; c < kMaxStates; ++c) {
-      owner.state[c].reset();
-      watch.state[c] = nullptr;
-      row.state[c] = {};
+      watch.state[c] = {};
+      rows_[r].state[c] = {};
     }
-    if (!columns || watch.problem) continue;
-    watch.state_problem = "has no state yet";
-    PyObject* inner = PyDict_GetItemWithError(state.ptr(), owner.object.ptr());
-    if (!inner && PyErr_Occurred()) throw py::error_already_set();
-    if (!inner || !PyDict_Check(inner)) continue;
-    auto tensor_named = [&](const char* name) {
-      PyObject* value = PyDict_GetItemString(inner, name);
-      return value && THPVariable_Check(value) ? THPVariable_Unpack(value) : at::Tensor();
-    };
-    const at::Tensor step = tensor_named("step");
-    if (!step.defined()) continue;
-    if (step.dim() || !step.is_cpu() || (step.scalar_type() != at::kFloat && step.scalar_type() != at::kDouble)) {
-      watch.state_problem = "has a 'step' that is not a 0-dim float32 or float64 CPU tensor";
-      continue;
-    }
-    bool complete = true;
-    for (int c = 0; c < rule_.state_count; ++c) {
-      if (!(columns >> c & 1)) continue;
-      owner.state[c] = tensor_named(rule_.states[c]);
-      complete &= owner.state[c].defined();
-    }
-    if (!complete) continue;
-    owner.step = step;
-    watch.step = step.unsafeGetTensorImpl();
-    to_dtype(step.unsafeGetTensorImpl(), row.step_dtype);
-    watch.state_problem = nullptr;
-    for (int c = 0; c < rule_.state_count && !watch.state_problem; ++c) {
-      if (!(columns >> c & 1)) continue;
-      watch.state[c] = owner.state[c].unsafeGetTensorImpl();
-      if (describe_column(owner, owner.state[c], row.state[c], owner.state_layout[c], true)) {
-        watch.state_problem = "has a state tensor whose shape, dtype, device or memory layout cannot be used";
-      }
-      row.state[c].data = watch.state_problem ? nullptr : watch.state[c]->mutable_data();
-    }
+    watch.state_problem = groups_[owners_[r].group].columns && !watch.problem ? kNoState : nullptr;
+  }
+  Py_ssize_t position = 0;
+  PyObject *key, *inner;
+  while (PyDict_Next(state, &position, &key, &inner)) {
+    const auto found = row_of.find(key);
+    if (found == row_of.end() || !PyDict_Check(inner)) continue;
+    const char*& problem = watches_[found->second].state_problem;
+    if (problem) problem = resolve_state(found->second, inner);
   }
   seen_states_.clear();
-  walk_state(state.ptr(), [&](PyObject* object) {
-    seen_states_.push_back(py::reinterpret_borrow<py::object>(object));
+  walk_state(state, [&](PyObject* object, PyObject* outer, PyObject* name) {
+    SeenState seen{object, 0, kNoColumn};
+    const auto found = outer ? row_of.find(outer) : row_of.end();
+    if (found != row_of.end() && THPVariable_Check(object)) {
+      seen.row = found->second;
+      const Watch& watch = watches_[seen.row];
+      const c10::TensorImpl* impl = THPVariable_Unpack(object).unsafeGetTensorImpl();
+      auto named = [&](const char* wanted) {
+        return PyUnicode_Check(name) && PyUnicode_CompareWithASCIIString(name, wanted) == 0;
+      };
+      if (watch.step.impl == impl && named("step")) seen.column = kStepColumn;
+      for (int c = 0; c < rule_.state_count; ++c) {
+        if (watch.state[c].impl == impl && named(rule_.states[c])) seen.column = static_cast<int8_t>(c);
+      }
+    }
+    seen_states_.push_back(seen);
     return true;
   });
+  states_known_ = true;
 }
 
 void StepPlan::build_chunks() {
@@ -449,61 +514,78 @@ void StepPlan::build_chunks() {
   }
 }
 
-py::object StepPlan::refresh(const py::list& groups, const py::dict& state, bool write_back) {
-  bool states_known = true;
-  try {
-    if (!groups_unchanged(groups)) {
-      read_groups(groups);
-      states_known = false;
+// Distinct parameters may share memory, as views of one tensor. torch updates them one after the other, and so do we
+// then: a single thread walks the rows in order.
+void StepPlan::find_overlaps() {
+  std::vector<std::pair<uintptr_t, uintptr_t>> ranges;
+  for (const TensorRow& row : rows_) {
+    if (!row.numel || !row.param.data) continue;
+    int64_t extent = row.numel;
+    if (const Layout* layout = row.param.layout) {
+      extent = 1;
+      for (int d = 0; d < layout->dims; ++d) extent += (layout->size[d] - 1) * layout->stride[d];
     }
+    const auto begin = reinterpret_cast<uintptr_t>(row.param.data);
+    const int64_t bytes = row.param.dtype == DType::kFloat64 ? 8 : row.param.dtype == DType::kFloat32 ? 4 : 2;
+    ranges.emplace_back(begin, begin + static_cast<uintptr_t>(extent * bytes));
+  }
+  std::sort(ranges.begin(), ranges.end());
+  overlaps_ = false;
+  for (size_t i = 1; i < ranges.size(); ++i) overlaps_ |= ranges[i].first < ranges[i - 1].second;
+}
+
+py::object StepPlan::refresh(PyObject* groups, PyObject* state, bool write_back) {
+  any_active_ = any_double_ = false;
+  try {
+    if (!groups_unchanged(groups)) read_groups(groups);
   } catch (...) {
     groups_.clear();  // half read: start afresh at the next step
     throw;
   }
-  if (hyper_changed_) {
-    std::vector<unsigned> columns;
-    for (const Group& group : groups_) columns.push_back(group.columns);
-    number_groups();
-    for (size_t g = 0; g < groups_.size(); ++g) states_known &= columns[g] == groups_[g].columns;
-  }
+  if (hyper_changed_) number_groups();
 
-  bool moved = false;
+  bool resized = false, moved = false;
   for (size_t r = 0; r < rows_.size(); ++r) {
-    if (refresh_param(r)) continue;
-    const int64_t numel = rows_[r].numel;
-    const bool had_problem = watches_[r].problem;
-    describe_param(r);
-    refresh_param(r);
-    moved |= numel != rows_[r].numel;
-    states_known &= had_problem && watches_[r].problem;
+    const void* data = rows_[r].param.data;
+    if (!refresh_param(r)) {
+      const int64_t numel = rows_[r].numel;
+      const bool had_problem = watches_[r].problem;
+      describe_param(r);
+      refresh_param(r);
+      resized |= numel != rows_[r].numel;
+      states_known_ &= had_problem && watches_[r].problem;
+    }
+    moved |= data != rows_[r].param.data;
   }
-  if (moved) build_chunks();
-  if (!states_known || !states_unchanged(state)) resolve_states(state);
+  if (resized) build_chunks();
+  if (moved) find_overlaps();
+
+  if (!states_known_ || !states_unchanged(state)) resolve_states(state);
+  for (size_t r = 0; r < rows_.size(); ++r) {
+    if (refresh_state(r)) continue;
+    resolve_states(state);
+    for (size_t again = 0; again < rows_.size(); ++again) refresh_state(again);
+    break;
+  }
 
   elements_ = 0;
-  any_active_ = any_double_ = false;
-  std::vector<std::pair<size_t, const char*>> problems;
+  py::list problems;
   for (size_t r = 0; r < rows_.size(); ++r) {
-    TensorRow& row = rows_[r];
-    const char* problem = refresh_grad(r, write_back);
-    if (!problem && row.grad.data) {
-      problem = refresh_state(r);
-      elements_ += row.numel;
-      any_active_ = true;
-      any_double_ |= row.param.dtype == DType::kFloat64;
+    const TensorRow& row = rows_[r];
+    if (const char* problem = refresh_grad(r, write_back)) {
+      problems.append(py::make_tuple(owners_[r].group, owners_[r].index, problem, problem == kNoState));
     }
-    if (problem) problems.emplace_back(r, problem);
+    if (!row.grad.data) continue;
+    elements_ += row.numel;
+    any_active_ = true;
+    any_double_ |= row.param.dtype == DType::kFloat64;
   }
-  if (problems.empty()) return py::none();
-  any_active_ = false;
-  py::list out;
-  for (auto [r, problem] : problems) out.append(py::make_tuple(owners_[r].group, owners_[r].index, problem));
-  return out;
+  return problems.empty() ? py::object(py::none()) : py::object(problems);
 }
 
 void StepPlan::derive_scalars() {
   struct Memo {
-    double step = -1;
+    double step = std::numeric_limits<double>::quiet_NaN();
     uint32_t scalars = 0, variant = 0;
   };
   std::vector<Memo> memo(group_table_.size());
@@ -537,36 +619,64 @@ void StepPlan::finish_update(bool write_back) {
         *static_cast<float*>(row.step) += 1;
       }
     }
-    watches_[r].param->bump_version();
-    if (write_back) watches_[r].param->grad().unsafeGetTensorImpl()->bump_version();
+    auto bump = [](c10::TensorImpl* impl) {
+      if (!impl->is_inference()) impl->bump_version();
+    };
+    bump(watches_[r].param.impl);
+    const at::Tensor& grad = watches_[r].param.impl->grad();
+    if (write_back && grad.defined()) bump(grad.unsafeGetTensorImpl());
   }
 }
 
-py::tuple StepPlan::step(const StepSettings& s) {
-  const cpu::Work work{rows_, chunks_, elements_};
-  const bool full = s.norm.kind != NormKind::kNone;
+py::object StepPlan::step(const py::object& groups, const py::dict& state, const StepSettings& s) {
+  // The passes run without the GIL, so another thread may get here, or drop what they work on.
+  if (running_) throw std::runtime_error("a step of this optimizer is running in another thread");
+  py::object problems = refresh(groups.ptr(), state.ptr(), s.write_back);
+  if (!problems.is_none()) return problems;
+
+  const cpu::Work work{rows_, chunks_, elements_, overlaps_};
+  const bool full = s.mode() == Mode::kFull;
   double norm = 0, coefficient = 1;
   bool skip = s.has_found_inf && s.found_inf != 0;
-  {
-    py::gil_scoped_release unlocked;
-    if ((full || s.check) && any_active_) {
+  if (any_active_) {
+    derive_scalars();
+    std::vector<at::Tensor> held;
+    std::optional<py::gil_scoped_release> unlocked;
+    struct Running {
+      bool& flag;
+      explicit Running(bool& f) : flag(f) { flag = true; }
+      ~Running() { flag = false; }
+    } running(running_);
+    if (elements_ >= kUnlockElements) {
+      auto hold = [&](c10::TensorImpl* impl) {
+        if (impl) held.emplace_back(c10::intrusive_ptr<c10::TensorImpl>::reclaim_copy(impl));
+      };
+      for (size_t r = 0; r < rows_.size(); ++r) {
+        if (!rows_[r].grad.data) continue;
+        hold(watches_[r].param.impl);
+        held.push_back(watches_[r].param.impl->grad());
+        hold(watches_[r].step.impl);
+        for (const Watched& column : watches_[r].state) hold(column.impl);
+      }
+      unlocked.emplace();
+    }
+    if (s.mode() != Mode::kBare) {
       const cpu::Statistics found = cpu::statistics(work, s.norm, partials_);
       if (s.check) skip = found.nonfinite;
       norm = found.norm * s.inverse_scale;
     }
-    if (full) {
-      coefficient = clip_coefficient(norm, s.max_norm);
-      if (s.error_if_nonfinite && !skip && !std::isfinite(norm)) {
-        throw std::runtime_error("The total norm of the gradients is " + std::to_string(norm) +
-                                 ", so it cannot be clipped. To disable this error and scale the gradients by the "
-                                 "non-finite norm anyway, set `error_if_nonfinite=False`");
-      }
-    }
-    if (!skip && any_active_) {
-      derive_scalars();
+    if (full) coefficient = clip_coefficient(norm, s.max_norm);
+    const bool refused = full && s.error_if_nonfinite && !skip && !std::isfinite(norm);
+    if (!skip && !refused) {
       cpu::update(work, rule_.id, scalars_, {s.inverse_scale * coefficient, s.clip_value, s.write_back});
-      finish_update(s.write_back);
     }
+    unlocked.reset();
+    if (refused) {
+      throw std::runtime_error("The total norm of the gradients is " + std::to_string(norm) +
+                               ", so it cannot be clipped. To disable this error and scale the gradients by the "
+                               "non-finite norm anyway, set `error_if_nonfinite=False`");
+    }
+    if (!skip) finish_update(s.write_back);
   }
   py::object scalars = py::none(), found_inf = py::none();
   if (full) {

@@ -28,6 +28,9 @@ struct RuleInterface {
 const RuleInterface& rule_named(const std::string& name);
 std::vector<std::string> rule_names();
 
+// Which passes a step makes; see Note [Three modes] in fusedopt/backends/base.py.
+enum class Mode { kBare, kCheck, kFull };
+
 // What one step asks for; the C++ side of fusedopt.backends.StepRequest.
 struct StepSettings {
   double inverse_scale = 1;
@@ -39,38 +42,44 @@ struct StepSettings {
   bool error_if_nonfinite = false;
   double clip_value = 0;  // infinite without value clipping
   bool write_back = false;
+
+  Mode mode() const {
+    if (norm.kind != NormKind::kNone) return Mode::kFull;
+    return check ? Mode::kCheck : Mode::kBare;
+  }
 };
 
 // Note [What the plan remembers]
 // Reading 400 groups and 400 state dicts by key would cost more than the update of a small model. So the plan remembers
-// the objects it found in them, in the dicts' own order, with strong references (an address could otherwise be reused
-// by another object), and at each step walks the dicts and compares pointers. What is the same object has the same
-// value, except tensors: hyperparameters given as tensors are read at each step, and so are the data pointers of
-// parameters, gradients and states. Gradients are never kept, or zero_grad(set_to_none=True) would free nothing.
+// what it found in them, in the dicts' own order, and at each step walks the dicts and compares addresses.
+//
+// Of parameters, states and gradients it remembers addresses only, so it keeps none of them alive and forms no cycle.
+// An address that was given to another object does no harm: tensors are reached through the dicts and lists of this
+// very step, never through an address that was kept, and their kind, dtype, shape and data pointer are compared each
+// time. Hyperparameters are compared by address too, so the plan holds on to those objects: what is the same Python
+// number has the same value. Tensors, arrays and lists given as hyperparameters are read at each step.
 class StepPlan {
  public:
   explicit StepPlan(const std::string& rule) : rule_(rule_named(rule)) {}
 
-  // Brings the tables up to date. Returns None when every parameter with a gradient is ready for the kernels, else a
-  // list of (group index, index in group, reason) of those that are not.
-  py::object refresh(const py::list& groups, const py::dict& state, bool write_back);
-
-  // Runs the passes over what refresh() found and returns (scalars, found_inf): a tensor (grad_norm, clip_coef) or
-  // None, a 0-dim float32 tensor or None.
-  py::tuple step(const StepSettings& settings);
+  // Brings the tables up to date and runs the passes. Returns (scalars, found_inf): a tensor (grad_norm, clip_coef) or
+  // None, a 0-dim float32 tensor or None. When a parameter with a gradient is not ready for the kernels, nothing is run
+  // and a list of (group index, index in group, reason, whether it is only the state that is missing) is returned.
+  py::object step(const py::object& groups, const py::dict& state, const StepSettings& settings);
 
   size_t row_count() const { return rows_.size(); }
   size_t chunk_count() const { return chunks_.size(); }
 
  private:
   struct GroupEntry {
-    py::object key, value;
-    int hyper_key;  // index into the rule's keys, or -1
-    bool live;      // holds a tensor, whose value may change without the object changing
+    py::object key;
+    py::object value;  // of a hyperparameter, else null
+    int hyper_key;     // index into the rule's keys, kParams, or kOther
+    bool live;         // may change without being replaced
   };
+  static constexpr int kParams = -1, kOther = -2;
   struct Group {
     std::vector<GroupEntry> entries;
-    py::object params;
     double hyper[kMaxHyper];
     unsigned columns;
     uint32_t table_row;
@@ -85,39 +94,52 @@ class StepPlan {
       dtype = impl->dtype();
     }
   };
-  // What is read at every step, kept small: with cold caches a step of many small tensors costs what it touches. The
-  // pointers are owned by the Owner of the same row.
+  struct Watched {
+    c10::TensorImpl* impl;  // of this step
+    Signature signature;
+    uint64_t shape;  // hash of sizes and strides
+    bool unchanged() const;
+    void take(c10::TensorImpl* now);
+  };
+  // What is read at every step, kept small: with cold caches a step of many small tensors costs what it touches.
   struct Watch {
-    PyObject* object;
-    c10::TensorImpl *param, *step, *state[kMaxStates];
-    uint64_t shape;  // hash of the parameter's sizes and strides
-    Signature param_signature, grad_signature;
+    PyObject* object;  // the parameter, alive in its group's list during a step
+    Watched param, step, state[kMaxStates];
+    Signature grad_signature;
     const char* problem;        // why the parameter cannot be served, or null
     const char* state_problem;  // the same of its state
   };
   // What is needed only when something has changed.
   struct Owner {
-    py::object object;
-    at::Tensor param, step, state[kMaxStates];
-    std::vector<int64_t> sizes, strides;
+    std::vector<int64_t> sizes;
     std::vector<int> order;  // dimensions longer than 1 in canonical order
     std::unique_ptr<Layout> param_layout, grad_layout, state_layout[kMaxStates];
     uint32_t group, index;
   };
+  // One object that a walk over the state dicts meets, and the column it is of a row, if any.
+  struct SeenState {
+    PyObject* object;
+    uint32_t row;
+    int8_t column;
+  };
+  static constexpr int8_t kNoColumn = -1, kStepColumn = kMaxStates;
 
-  bool groups_unchanged(const py::list& groups);
-  void read_groups(const py::list& groups);
-  void read_value(Group& group, size_t group_index, GroupEntry& entry);
+  py::object refresh(PyObject* groups, PyObject* state, bool write_back);
+  bool groups_unchanged(PyObject* groups);
+  void read_groups(PyObject* groups);
+  void read_value(Group& group, Py_ssize_t group_index, GroupEntry& entry);
   void number_groups();
   void describe_param(size_t r);
   const char* describe_column(Owner& owner, const at::Tensor& tensor, Column& column, std::unique_ptr<Layout>& layout,
                               bool written);
   bool refresh_param(size_t r);
   const char* refresh_grad(size_t r, bool write_back);
-  const char* refresh_state(size_t r);
-  void resolve_states(const py::dict& state);
-  bool states_unchanged(const py::dict& state) const;
+  bool refresh_state(size_t r);
+  void resolve_states(PyObject* state);
+  const char* resolve_state(size_t r, PyObject* inner);
+  bool states_unchanged(PyObject* state);
   void build_chunks();
+  void find_overlaps();
   void derive_scalars();
   void finish_update(bool write_back);
 
@@ -127,12 +149,14 @@ class StepPlan {
   std::vector<Watch> watches_;
   std::vector<Owner> owners_;
   std::vector<Chunk> chunks_;
-  std::vector<py::object> seen_states_;
+  std::vector<SeenState> seen_states_;
   std::vector<const double*> group_table_;  // one row per distinct set of hyperparameters
   std::vector<ScalarsStorage> scalars_;
   std::vector<double> partials_;
   int64_t elements_ = 0;
-  bool any_active_ = false, any_double_ = false, hyper_changed_ = true;
+  bool any_active_ = false, any_double_ = false;
+  bool hyper_changed_ = true, states_known_ = false, overlaps_ = false;
+  bool running_ = false;
 };
 
 }  // namespace fusedopt

@@ -29,13 +29,17 @@ class GradScaler(torch.amp.GradScaler):
         """
         if not self._enabled or not isinstance(optimizer, FusedOptimizer):
             return super().step(optimizer, *args, **kwargs)
-        if args or kwargs.get("closure") is not None:
+        if "closure" in kwargs or any(arg is not None for arg in args):
             raise RuntimeError("Closure use is not currently supported if GradScaler is enabled.")
         record = self._per_optimizer_states[id(optimizer)]
         if record["stage"] is not OptState.READY:  # unscaled by hand, or a second step: torch's own path serves both
-            return super().step(optimizer, **kwargs)
+            return self._stock_step(optimizer, **kwargs)
         self._check_scale_growth_tracker("step")
-        result = optimizer.step(grad_scale=self._get_scale_async(), **kwargs)
+        optimizer._scale_of_scaler = self._get_scale_async()
+        try:
+            result = optimizer.step(**kwargs)
+        finally:
+            optimizer._scale_of_scaler = None
         report = optimizer.last_step
         if report is None or report.found_inf is None:
             raise AssertionError("No inf checks were recorded for this optimizer.")
@@ -43,3 +47,15 @@ class GradScaler(torch.amp.GradScaler):
         record["found_inf_per_device"] = {report.found_inf.device: report.found_inf.clone()}
         record["stage"] = OptState.STEPPED
         return result
+
+    def _stock_step(self, optimizer: FusedOptimizer, **kwargs: Any) -> Any:
+        """torch's step, which hands scale and found_inf over as attributes and leaves them there when it fails."""
+        own = vars(optimizer)
+        before = {name: own[name] for name in ("grad_scale", "found_inf") if name in own}
+        try:
+            return super().step(optimizer, **kwargs)
+        except BaseException:
+            for name in ("grad_scale", "found_inf"):
+                own.pop(name, None)
+            own.update(before)
+            raise

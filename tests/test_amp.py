@@ -304,3 +304,50 @@ def test_the_flag_of_the_previous_step_is_not_used() -> None:
         optimizer.step(grad_scale=2.0)
         flags.append((float(optimizer.last_step.found_inf), bits(params) == before))
     assert flags == [(0.0, False), (1.0, True), (0.0, False), (1.0, True)]
+
+
+@each_scaler
+def test_a_subclass_whose_step_takes_only_a_closure(scaler_type: str) -> None:
+    class Mine(fusedopt.FusedAdamW):
+        calls = 0
+
+        def step(self, closure: Any = None) -> Any:  # type: ignore[override]
+            Mine.calls += 1
+            return super().step(closure)
+
+    params, plain = parameters([(5,)]), parameters([(5,)])
+    optimizer, expected = Mine(params, lr=0.01), FACTORIES["adamw"](plain)
+    scaler = small_scaler(scaler_type)
+    set_gradients(params, 0, 4.0)
+    set_gradients(plain, 0)
+    scaler.step(optimizer)
+    scaler.update()
+    expected.step()
+    assert Mine.calls == 1
+    assert bits(params) == bits(plain)
+
+
+def test_a_failed_step_leaves_nothing_behind_that_hides_the_next_overflow() -> None:
+    params = parameters([(5,)])
+    optimizer = FACTORIES["adamw"](params)
+    scaler = small_scaler("ours")
+    set_gradients(params, 0)
+
+    def fail(*args: Any) -> None:
+        raise RuntimeError("stop here")
+
+    handle = optimizer.register_step_pre_hook(fail)
+    scaler.unscale_(optimizer)
+    with pytest.raises(RuntimeError, match="stop here"):
+        scaler.step(optimizer)
+    handle.remove()
+    scaler.update()
+    assert "found_inf" not in vars(optimizer)
+    assert "grad_scale" not in vars(optimizer)
+    optimizer.found_inf = torch.zeros(())  # what torch's scaler would have left
+    params[0].grad[2] = float("inf")
+    before = bits(params)
+    scaler.step(optimizer)
+    scaler.update()
+    assert bits(params) == before
+    assert scaler.get_scale() == 2.0

@@ -99,10 +99,20 @@ def test_a_generator_used_twice() -> None:
     fusedopt.FusedAdamW(generator)
     with pytest.raises(ValueError, match="generator"):
         fusedopt.FusedAdamW(generator)
-    with pytest.raises(ValueError, match="generator that gives nothing"):
+    with pytest.raises(ValueError, match="generator that was used up before"):
         fusedopt.FusedAdamW([{"params": generator}])
-    with pytest.raises(ValueError, match="generator that gives nothing"):
+    with pytest.raises(ValueError, match="generator that was used up before"):
         fusedopt.FusedAdamW(model.parameters()).add_param_group({"params": generator})
+
+
+def test_a_group_may_be_empty_as_in_torch() -> None:
+    model = nn.Linear(2, 2).requires_grad_(False)
+    trainable = parameters([(3,)])
+    groups = [{"params": (p for p in model.parameters() if p.requires_grad)}, {"params": []}, {"params": trainable}]
+    optimizer = fusedopt.FusedAdamW(groups)
+    set_gradients(trainable, 0)
+    optimizer.step()
+    assert len(optimizer.state) == 1
 
 
 class _Wrapper(torch.Tensor):
@@ -172,6 +182,14 @@ def double(param: nn.Parameter) -> None:
     param.data = param.data.to(torch.complex64)
 
 
+def negated(param: nn.Parameter) -> None:
+    param.grad = torch._neg_view(torch.ones(5))
+
+
+def freed(param: nn.Parameter) -> None:
+    param.grad.untyped_storage().resize_(0)
+
+
 @each_backend
 @pytest.mark.parametrize("state", ["first step", "later step"])
 @pytest.mark.parametrize(
@@ -180,6 +198,7 @@ def double(param: nn.Parameter) -> None:
         (bad_shape, "has shape|another shape|shape"),
         (sparse, "sparse layout"),
         (double, "complex"),
+        (negated, "lazily negated view"),
     ],
 )
 def test_a_gradient_that_cannot_drive_an_update(backend: str, state: str, spoil: Any, message: str) -> None:
@@ -241,8 +260,8 @@ def test_checkpoints_that_do_not_fit() -> None:
     with pytest.raises(ValueError, match=r"'exp_avg' of parameter.*\[1\].* has shape \(6,\), expected \(5,\)"):
         optimizer.load_state_dict(other([(4,), (6,)]))
     broken = copy.deepcopy(saved)
-    broken["param_groups"][0]["lr"] = math.nan
-    with pytest.raises(ValueError, match="Invalid lr"):
+    broken["state"][1]["step"] = torch.tensor(-2.0)  # torch's fused AdamW leaves this after found_inf = 2, twice
+    with pytest.raises(ValueError, match=r"'step' of parameter.*\[1\].* is -2; expected a count >= 0"):
         optimizer.load_state_dict(broken)
     with pytest.raises(KeyError, match="state_dict has no 'state'"):
         optimizer.load_state_dict({"param_groups": saved["param_groups"]})

@@ -28,7 +28,6 @@ SHAPES: dict[str, Any] = {
     "misaligned": misaligned,
     "every other column": lambda x: torch.cat([x, x], -1)[..., ::2].copy_(x),
     "inner slice": lambda x: torch.cat([x, x], 1)[:, 2 : 2 + x.shape[1]].copy_(x),
-    "size-1 dim with a stride of its own": lambda x: torch.as_strided(x.clone(), x.shape, x.stride()),
 }
 
 
@@ -99,13 +98,30 @@ def test_an_expanded_gradient_is_read(backend: str) -> None:
 @each_backend
 def test_an_expanded_parameter_is_refused(backend: str) -> None:
     base = torch.randn(4, 1)
-    param = nn.Parameter(base.expand(4, 300))
-    param.grad = torch.ones(4, 300)
-    optimizer = fusedopt.FusedSGD([param], lr=1.0, backend=backend_name(backend))
-    before = bits([base])
-    with pytest.raises(RuntimeError, match="memory"):
+    with pytest.raises(TypeError, match="share memory"):
+        fusedopt.FusedSGD([nn.Parameter(base.expand(4, 300))], lr=1.0, backend=backend_name(backend))
+    param, fine = nn.Parameter(torch.zeros(4, 300)), nn.Parameter(torch.zeros(3))
+    optimizer = fusedopt.FusedSGD([fine, param], lr=1.0, momentum=0.9, backend=backend_name(backend))
+    param.data = base.expand(4, 300)
+    param.grad, fine.grad = torch.ones(4, 300), torch.ones(3)
+    before = bits([base, fine])
+    with pytest.raises(TypeError, match=r"params'\]\[1\].*share memory"):
         optimizer.step()
-    assert bits([base]) == before
+    assert bits([base, fine]) == before
+    assert not optimizer.state
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_parameters_that_share_memory_are_updated_one_after_the_other(threads: int) -> None:
+    torch.set_num_threads(threads)
+    base = torch.zeros(100_000)
+    params = [nn.Parameter(base) for _ in range(20)]
+    optimizer = fusedopt.FusedSGD(params, lr=1.0)
+    for param in params:
+        param.grad = torch.ones(100_000)
+    for step in range(1, 4):
+        optimizer.step()
+        assert base.eq(-20.0 * step).all()
 
 
 @each_backend

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import gc
+import threading
 import weakref
-from collections import defaultdict
+from collections import OrderedDict, defaultdict
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from cases import OPTIONS, SMALL, backend_name, bits, each_backend, parameters, set_gradients
@@ -38,6 +40,16 @@ def test_hyperparameters_are_read_each_step(backend: str) -> None:
     ):
         group[key] = value
         checked_step(optimizer, params, seed)
+    group["maximize"] = None  # torch takes any truth value
+    checked_step(optimizer, params, 6)
+    group["lr"] = np.float32(0.25)
+    checked_step(optimizer, params, 6)
+    group["lr"] = changing = np.array(0.25)
+    checked_step(optimizer, params, 6)
+    changing[...] = 0.75
+    checked_step(optimizer, params, 6)
+    group["params"] = tuple(group["params"])
+    checked_step(optimizer, params, 6)
     group["betas"] = [0.5, 0.6]
     checked_step(optimizer, params, 7)
     group["betas"][0] = 0.1
@@ -146,6 +158,15 @@ def test_storage_may_move(backend: str) -> None:
     checked_step(optimizer, params, 3)
     params[4].data = params[4].data.permute(2, 0, 1).contiguous().permute(1, 2, 0)
     checked_step(optimizer, params, 4)
+    square = parameters([(5, 5)])
+    other = fusedopt.FusedAdamW(square, lr=0.01, backend=backend_name(backend))
+    checked_step(other, square, 0)
+    other.state[square[0]]["exp_avg"].t_()
+    checked_step(other, square, 1)
+    other.state[square[0]]["step"].data = other.state[square[0]]["step"].double()
+    checked_step(other, square, 2)
+    other.state[square[0]]["exp_avg"].data = other.state[square[0]]["exp_avg"].bfloat16()
+    checked_step(other, square, 3)
     params[3].data = params[3].data.double()
     for key in ("exp_avg", "exp_avg_sq"):
         optimizer.state[params[3]][key] = optimizer.state[params[3]][key].double()
@@ -165,12 +186,24 @@ def test_state_may_be_edited_replaced_or_dropped(backend: str) -> None:
     checked_step(optimizer, params, 3)
     optimizer.state[params[2]] = {}
     checked_step(optimizer, params, 4)
+    renamed = {"exp_avg_sq": torch.rand_like(params[4]), "exp_avg": torch.rand_like(params[4])}
+    state = optimizer.state[params[4]]
+    step, old = state["step"], [state["exp_avg"], state["exp_avg_sq"]]
+    state.clear()
+    state.update(step=step, exp_avg_sq=old[0].abs(), exp_avg=old[1])
+    checked_step(optimizer, params, 5)
+    state.update(renamed)
+    checked_step(optimizer, params, 5)
     first, second = (optimizer.state[params[4]][key] for key in ("exp_avg", "exp_avg_sq"))
     optimizer.state[params[4]].update(exp_avg=second, exp_avg_sq=first.abs())
     checked_step(optimizer, params, 5)
     optimizer.state = defaultdict(dict)
     checked_step(optimizer, params, 6)
     assert all(int(state["step"]) == 1 for state in optimizer.state.values())
+    optimizer.state[params[4]] = OrderedDict(optimizer.state[params[4]])
+    checked_step(optimizer, params, 7)
+    optimizer.state[params[4]]["exp_avg"] = torch.ones_like(params[4])
+    checked_step(optimizer, params, 8)
     optimizer.state[params[4]]["step"] = 41
     optimizer.step()
     assert float(optimizer.state[params[4]]["step"]) == 42
@@ -199,29 +232,109 @@ def test_gradients_are_not_kept_alive(backend: str) -> None:
     assert all(ref() is None for ref in [*grads, *watched])
 
 
-def test_an_optimizer_frees_its_parameters() -> None:
+def test_the_plan_keeps_neither_parameters_nor_state_alive() -> None:
     optimizer, params = make("auto")
     set_gradients(params, 0)
     optimizer.step()
+    moment = weakref.ref(optimizer.state[params[4]]["exp_avg"].untyped_storage())
+    optimizer.state.clear()
+    assert moment() is None, "state that was dropped, or moved elsewhere, is freed at once"
     refs = [weakref.ref(params[4]), weakref.ref(optimizer)]
     del optimizer, params
+    assert all(ref() is None for ref in refs)
+
+
+@pytest.mark.parametrize("cycle", ["hook", "attribute", "group"])
+def test_cycles_through_the_optimizer_are_collected(cycle: str) -> None:
+    class Model(nn.Linear):
+        def hook(self, grad: torch.Tensor) -> None: ...
+
+    model = Model(4, 4)
+    optimizer = fusedopt.FusedAdamW(model.parameters())
+    if cycle == "hook":
+        model.optimizer = optimizer  # type: ignore[assignment]
+        model.weight.register_hook(model.hook)
+    elif cycle == "attribute":
+        model.weight.optimizer = optimizer  # type: ignore[attr-defined]
+    else:
+        optimizer.param_groups[0]["note"] = optimizer
+    set_gradients(list(model.parameters()), 0)
+    optimizer.step()
+    refs = [weakref.ref(model.weight), weakref.ref(optimizer)]
+    del model, optimizer
     gc.collect()
     assert all(ref() is None for ref in refs)
 
 
-def test_a_recycled_address_is_not_mistaken_for_a_known_parameter() -> None:
+def test_swapping_a_models_tensors_still_works() -> None:
+    model = nn.Linear(4, 4)
+    optimizer = fusedopt.FusedSGD(model.parameters(), lr=1.0)
+    set_gradients(list(model.parameters()), 0)
+    optimizer.step()
+    optimizer.zero_grad()
+    before = torch.__future__.get_swap_module_params_on_conversion()
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    try:
+        model.double()
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(before)
+    assert model.weight.dtype == torch.float64
+    checked_step(optimizer, list(model.parameters()), 1)
+
+
+def test_another_thread_may_drop_gradients_and_may_not_step() -> None:
+    params = parameters([(3_000_000,)] * 4)
+    optimizer = fusedopt.FusedAdamW(params, clip_grad={"max_norm": 1.0})
+    refused: list[str] = []
+    stop = threading.Event()
+
+    def interfere() -> None:
+        while not stop.is_set():
+            for param in params:
+                param.grad = None
+            try:
+                optimizer.step()
+            except RuntimeError as error:
+                refused.append(str(error))
+
+    thread = threading.Thread(target=interfere)
+    thread.start()
+    try:
+        for seed in range(15):
+            grads = [torch.full((3_000_000,), 1e-4 * (seed + 1)) for _ in params]
+            for param, grad in zip(params, grads, strict=True):
+                param.grad = grad
+            del grads
+            try:
+                optimizer.step()
+            except RuntimeError as error:
+                refused.append(str(error))
+    finally:
+        stop.set()
+        thread.join()
+    assert all(param.isfinite().all() for param in params)
+    assert set(refused) <= {"a step of this optimizer is running in another thread"}
+
+
+def test_a_recycled_address_is_not_mistaken_for_a_known_object() -> None:
     """A cache keyed by id() grows for ever, or hits an id that was given to another object."""
+    recycled = 0
+    param = nn.Parameter(torch.zeros(3))
+    optimizer = fusedopt.FusedSGD([param], lr=1.0)
     for seed in range(200):
-        param = nn.Parameter(torch.full((3,), float(seed)))
-        optimizer = fusedopt.FusedSGD([param], lr=1.0)
-        param.grad = torch.ones(3)
-        optimizer.step()
-        assert param.tolist() == [seed - 1.0] * 3
-        optimizer.param_groups[0]["params"][0] = other = nn.Parameter(torch.full((3,), -float(seed)))
+        address, dtype = id(param), (torch.float32, torch.float64, torch.bfloat16)[seed % 3]
+        optimizer.param_groups[0]["params"].clear()
+        optimizer.param_groups[0]["lr"] = 0.0
+        values = torch.full((3 + seed % 2,), float(seed), dtype=dtype)
         del param
-        other.grad = torch.ones(3)
+        param = nn.Parameter(values)
+        recycled += id(param) == address
+        optimizer.param_groups[0]["params"].append(param)
+        optimizer.param_groups[0]["lr"] = float(seed % 7)
+        param.grad = torch.ones_like(param)
         optimizer.step()
-        assert other.tolist() == [-seed - 1.0] * 3
+        assert param.tolist() == [seed - float(seed % 7)] * len(param)
+    assert recycled > 20, "the test is about addresses that come again"
 
 
 def test_the_plan_does_not_grow_over_steps() -> None:

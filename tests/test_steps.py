@@ -175,6 +175,8 @@ def test_mixed_dtypes_and_hyperparameters_in_one_optimizer(backend: str) -> None
 
 @pytest.mark.parametrize("option", ["sgd-nesterov", "adam-amsgrad", "adamw"])
 def test_all_instruction_sets_give_the_same_bits(option: str) -> None:
+    if len(BACKENDS) < 3:
+        pytest.skip(f"this processor and build have fewer than two instruction sets: {BACKENDS}")
     results = []
     for backend in BACKENDS:
         if backend == "reference":

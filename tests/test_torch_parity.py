@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import BACKENDS, OPTIONS, SMALL, backend_name, bits, each_option, parameters, set_gradients, state_bits
+from cases import BACKENDS, OPTIONS, SMALL, backend_name, bits, parameters, set_gradients, state_bits
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
@@ -17,6 +17,7 @@ import fusedopt
 from fusedopt.optimizers import FUSED_TWINS
 
 STOCK = {fused: stock for stock, fused in FUSED_TWINS.items()}
+each_option = pytest.mark.parametrize("option", [name for name, (cls, _) in OPTIONS.items() if cls in STOCK])
 
 #: Over 200 steps our trajectory stays within this many units in the last place of torch's, measured at the largest
 #: parameter value of a tensor: both round at each step, and Adam divides by a root that amplifies a rounding.
@@ -198,6 +199,35 @@ def test_step_hooks_run_around_the_step() -> None:
     assert [name for name, _ in calls[3:]] == ["post", "global"]
 
 
+def test_a_pre_hook_may_replace_the_closure() -> None:
+    params = parameters([(3,)])
+    optimizer = fusedopt.FusedSGD(params, lr=0.1)
+    optimizer.register_step_pre_hook(lambda opt, args, kwargs: (args, {**kwargs, "closure": lambda: 2.0}))
+    assert optimizer.step(closure=lambda: 1.0) == 2.0
+    assert optimizer.step() == 2.0
+
+
+def test_state_that_was_reset_by_hand_is_saved() -> None:
+    """Only state as it is created is left out; zeroing `step` to restart bias correction keeps the moments."""
+    params = parameters([(3,)])
+    optimizer = fusedopt.FusedAdamW(params)
+    set_gradients(params, 0)
+    optimizer.step()
+    optimizer.state[params[0]]["step"].zero_()
+    assert set(optimizer.state_dict()["state"][0]) == {"step", "exp_avg", "exp_avg_sq"}
+    optimizer.register_state_dict_post_hook(lambda opt, state_dict: {"all": state_dict}, prepend=True)
+    assert set(optimizer.state_dict()) == {"all"}
+
+
+def test_lazy_parameters_become_real_before_the_first_step() -> None:
+    model = nn.Sequential(nn.LazyLinear(4), nn.Linear(4, 1))
+    optimizer = fusedopt.FusedAdamW(model.parameters())
+    model(torch.ones(2, 3)).sum().backward()
+    before = bits(model.parameters())
+    optimizer.step()
+    assert all(a != b for a, b in zip(before, bits(model.parameters()), strict=True))
+
+
 def test_the_profiler_sees_the_step() -> None:
     params = parameters([(3,)])
     optimizer = fusedopt.FusedSGD(params, lr=0.1)
@@ -259,7 +289,7 @@ def test_one_cycle_moves_the_betas() -> None:
         torch.testing.assert_close(param, copied, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("option", OPTIONS)
+@each_option
 def test_fuse_takes_over_state_groups_and_schedulers(option: str) -> None:
     cls, settings = OPTIONS[option]
     params = parameters(SMALL)

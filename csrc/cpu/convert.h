@@ -25,14 +25,16 @@ inline uint16_t float_to_bf16(float value) {
 #if !defined(FUSEDOPT_HAS_F16C)
 inline float fp16_to_float(uint16_t h) {
   uint32_t sign = uint32_t(h & 0x8000u) << 16, rest = h & 0x7fffu;
-  if (rest >= 0x7c00u) return bits_to_float(sign | 0x7f800000u | ((rest & 0x3ffu) << 13));
+  if (rest >= 0x7c00u) {  // NaN is made quiet, as the instruction does
+    return bits_to_float(sign | 0x7f800000u | (rest > 0x7c00u ? 0x400000u : 0u) | ((rest & 0x3ffu) << 13));
+  }
   // Scaling by 2^112 rebiases the exponent and normalizes subnormals alike.
   return bits_to_float(sign | float_to_bits(bits_to_float(rest << 13) * 0x1p112f));
 }
 
 inline uint16_t float_to_fp16(float value) {
   uint32_t bits = float_to_bits(value), sign = (bits >> 16) & 0x8000u, rest = bits & 0x7fffffffu;
-  if (rest > 0x7f800000u) return uint16_t(sign | 0x7e00u);
+  if (rest > 0x7f800000u) return uint16_t(sign | 0x7e00u | ((rest >> 13) & 0x3ffu));
   if (rest >= 0x47800000u) return uint16_t(sign | 0x7c00u);
   if (rest < 0x38800000u) {
     // Subnormal result: adding 0.5 lines the mantissa up with fp16's, and the addition rounds to nearest even.

@@ -64,7 +64,7 @@ void for_each_chunk(const Work& work, const Visit& visit) {
     }
   };
   const int64_t threads = std::min<int64_t>(at::get_num_threads(), 1 + work.elements / kElementsPerThread);
-  if (threads <= 1 || count <= 1 || at::in_parallel_region()) return run(0, count);
+  if (threads <= 1 || count <= 1 || work.in_order || at::in_parallel_region()) return run(0, count);
 
   std::atomic<int64_t> next{0};
   const int64_t mean = work.elements / count + kChunkOverhead;

@@ -16,6 +16,7 @@ struct Work {
   const std::vector<TensorRow>& rows;
   const std::vector<Chunk>& chunks;
   int64_t elements;  // of the rows that take part
+  bool in_order;     // rows share memory: one thread, first row first
 };
 
 struct Statistics {

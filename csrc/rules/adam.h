@@ -12,9 +12,9 @@ struct Adam {
                                        {"betas", kBeta1, 2},
                                        {"eps", kEps, 1},
                                        {"weight_decay", kWeightDecay, 1},
-                                       {"amsgrad", kAmsgrad, 1},
-                                       {"maximize", kMaximize, 1},
-                                       {"decoupled_weight_decay", kDecoupled, 1}};
+                                       {"amsgrad", kAmsgrad, HyperKey::kFlag},
+                                       {"maximize", kMaximize, HyperKey::kFlag},
+                                       {"decoupled_weight_decay", kDecoupled, HyperKey::kFlag}};
   static constexpr const char* kStates[] = {"exp_avg", "exp_avg_sq", "max_exp_avg_sq"};
 
   // What differs per instantiation, so that no pass pays for an option that is off.

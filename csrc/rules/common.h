@@ -20,8 +20,10 @@ constexpr double kClipEps = 1e-6;
 constexpr int kMaxStates = 3;
 constexpr int kMaxHyper = 8;
 
-// How a rule reads a param group: `key` fills `arity` consecutive slots (a tuple when arity is 2).
+// How a rule reads a param group: `key` fills one slot with a number (arity 1) or with the truth of a flag, or `arity`
+// consecutive slots with a tuple of numbers.
 struct HyperKey {
+  static constexpr int kFlag = 0;
   const char* key;
   int slot;
   int arity;

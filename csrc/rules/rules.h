@@ -14,6 +14,14 @@ enum RuleId {
       kRuleCount
 };
 
+template <int kCount>
+constexpr bool fits_hyper_slots(const HyperKey (&keys)[kCount]) {
+  for (const HyperKey& key : keys) {
+    if (key.slot + (key.arity > 1 ? key.arity : 1) > kMaxHyper) return false;
+  }
+  return true;
+}
+
 // Room for any rule's Scalars<double>.
 struct alignas(8) ScalarsStorage {
   unsigned char bytes[80];
@@ -21,6 +29,7 @@ struct alignas(8) ScalarsStorage {
 
 #define FUSEDOPT_CHECK_RULE(Rule)                                         \
   static_assert(sizeof(Rule::Scalars<double>) <= sizeof(ScalarsStorage)); \
+  static_assert(fits_hyper_slots(Rule::kKeys));                           \
   static_assert(sizeof(Rule::kStates) / sizeof(Rule::kStates[0]) <= kMaxStates);
 FUSEDOPT_FOR_EACH_RULE(FUSEDOPT_CHECK_RULE)
 #undef FUSEDOPT_CHECK_RULE

@@ -12,8 +12,8 @@ struct Sgd {
                                        {"momentum", kMomentum, 1},
                                        {"dampening", kDampening, 1},
                                        {"weight_decay", kWeightDecay, 1},
-                                       {"nesterov", kNesterov, 1},
-                                       {"maximize", kMaximize, 1}};
+                                       {"nesterov", kNesterov, HyperKey::kFlag},
+                                       {"maximize", kMaximize, HyperKey::kFlag}};
   static constexpr const char* kStates[] = {"momentum_buffer"};
 
   static constexpr unsigned kDecay = 1, kWithMomentum = 2, kFirst = 4, kWithNesterov = 8, kVariants = 16;

@@ -37,13 +37,6 @@ class StepRequest(NamedTuple):
     clip: NormClip | ValueClip | None = None
     write_back_grads: bool = False
 
-    @property
-    def mode(self) -> str:
-        """``'full'``, ``'check'`` or ``'bare'``."""
-        if isinstance(self.clip, NormClip):
-            return "full"
-        return "check" if self.check else "bare"
-
 
 class StepReport:
     """What the last step found out, as 0-dim tensors on the parameters' device, made without a host read.

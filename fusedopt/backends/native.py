@@ -75,10 +75,6 @@ class NativeBackend(Backend):
     def step(
         self, param_groups: list[dict[str, Any]], state: dict[Tensor, dict[str, Any]], request: StepRequest
     ) -> StepReport:
-        plan = self._plan
-        attention = plan.refresh(param_groups, state, request.write_back_grads)
-        if attention is not None:
-            self._attend(attention, param_groups, state, request.write_back_grads)
         norm_type, error_if_nonfinite, clip_value = 0.0, False, math.inf
         max_norm: float | Tensor = 0.0
         clip = request.clip
@@ -86,8 +82,11 @@ class NativeBackend(Backend):
             norm_type, max_norm, error_if_nonfinite = clip.norm_type, clip.max_norm, clip.error_if_nonfinite
         elif isinstance(clip, ValueClip):
             clip_value = clip.clip_value
-        return StepReport(
-            *plan.step(
+
+        def run() -> tuple[Tensor | None, Tensor | None] | list[tuple[int, int, str, bool]]:
+            return self._plan.step(
+                param_groups,
+                state,
                 request.grad_scale,
                 request.found_inf,
                 request.check,
@@ -97,25 +96,32 @@ class NativeBackend(Backend):
                 clip_value,
                 request.write_back_grads,
             )
-        )
+
+        result = run()
+        if isinstance(result, list):
+            self._attend(result, param_groups, state)
+            result = run()
+        if isinstance(result, list):
+            g, i, reason, _ = result[0]
+            raise RuntimeError(f"{parameter_name(param_groups[g], g, i)} {reason}")
+        return StepReport(*result)
 
     def _attend(
         self,
-        attention: list[tuple[int, int, str]],
+        attention: list[tuple[int, int, str, bool]],
         param_groups: list[dict[str, Any]],
         state: dict[Tensor, dict[str, Any]],
-        write_back: bool,
     ) -> None:
         """Look at what the plan cannot serve as it is: raise what is wrong, then create the state that is missing."""
-        rows = [(param_groups[g], param_groups[g]["params"][i], (g, i)) for g, i, _ in attention]
-        for group, param, place in rows:
-            name = parameter_name(group, *place)
+        for g, i, reason, state_missing in attention:
+            group = param_groups[g]
+            param, name = group["params"][i], parameter_name(group, g, i)
             check_parameter(name, param)
-            reason = self.unavailable(param.device)
-            if reason is not None:
-                raise BackendUnavailable(f"{name} is on {param.device}: {reason}")
+            unavailable = self.unavailable(param.device)
+            if unavailable is not None:
+                raise BackendUnavailable(f"{name} is on {param.device}: {unavailable}")
             check_gradient(name, param, param.grad)
-        for group, param, _ in rows:
-            self.rule.init_state(group, param, state)
-        for g, i, reason in self._plan.refresh(param_groups, state, write_back) or ():
-            raise RuntimeError(f"{parameter_name(param_groups[g], g, i)} {reason}")
+            if not state_missing:
+                raise RuntimeError(f"{name} {reason}")
+        for g, i, _, _ in attention:
+            self.rule.init_state(param_groups[g], param_groups[g]["params"][i], state)

@@ -25,11 +25,11 @@ from .base import Backend, StepReport, StepRequest
 __all__ = ["ReferenceBackend"]
 
 
-def _global_norm(grads: list[Tensor], norm_type: float) -> Tensor:
-    """The norm of all gradients together, in float64 from the first addition."""
-    norms = [torch.linalg.vector_norm(grad.double(), norm_type).to(grads[0].device) for grad in grads if grad.numel()]
+def _global_norm(grads: list[Tensor], norm_type: float, device: torch.device) -> Tensor:
+    """The norm of all gradients together, in float64 from the first addition, on ``device``."""
+    norms = [torch.linalg.vector_norm(grad.double(), norm_type).to(device) for grad in grads if grad.numel()]
     if not norms:
-        return torch.zeros((), dtype=torch.float64)
+        return torch.zeros((), dtype=torch.float64, device=device)
     return torch.linalg.vector_norm(torch.stack(norms), norm_type)
 
 
@@ -57,16 +57,19 @@ class ReferenceBackend(Backend):
         inv_scale = 1.0 if request.grad_scale is None else 1.0 / float(request.grad_scale)
         clip = request.clip
 
-        found_inf = None if request.found_inf is None else request.found_inf.ne(0).float()
+        device = rows[0][1].device if rows else torch.device("cpu")
+        found_inf = None
+        if request.found_inf is not None:
+            found_inf = torch.as_tensor(request.found_inf, device=device).reshape(()).ne(0).float()
         if request.check and rows:
             finite = all(bool(grad.isfinite().all()) for _, _, grad in rows)
-            found_inf = torch.tensor(0.0 if finite else 1.0, device=rows[0][1].device)
+            found_inf = torch.tensor(0.0 if finite else 1.0, device=device)
         skip = found_inf is not None and float(found_inf) != 0
 
         scalars = None
         multiplier = inv_scale
         if isinstance(clip, NormClip):
-            norm = _global_norm([grad for _, _, grad in rows], clip.norm_type) * inv_scale
+            norm = _global_norm([grad for _, _, grad in rows], clip.norm_type, device) * inv_scale
             if clip.error_if_nonfinite and not skip and not norm.isfinite():
                 raise RuntimeError(f"The total norm of order {clip.norm_type} of the gradients is {float(norm)}")
             coefficient = clip_coefficient(norm, clip.max_norm)
@@ -91,7 +94,8 @@ class ReferenceBackend(Backend):
         dtype = compute_dtype(param)
         g = grad.to(dtype) * multiplier
         if isinstance(request.clip, ValueClip):
-            g = g.clamp(-request.clip.clip_value, request.clip.clip_value)
+            bound = float(request.clip.clip_value)
+            g = g.clamp(-bound, bound)
         if request.write_back_grads:
             grad.copy_(g)
         step = int(state["step"].add_(1)) if "step" in state else 1

@@ -9,5 +9,5 @@ from .sgd import FusedSGD
 
 __all__ = ["FUSED_TWINS", "FusedAdam", "FusedAdamW", "FusedOptimizer", "FusedSGD", "fuse"]
 
-for _optimizer in FUSED_TWINS.values():
+for _optimizer in (FusedSGD, FusedAdam, FusedAdamW):
     OPTIMIZERS.register_module(module=_optimizer)

@@ -26,7 +26,7 @@ class FusedAdam(FusedOptimizer):
         amsgrad: keep and use the running maximum of the second moment.
         foreach: accepted for existing configs, without effect.
         maximize: ascend instead of descend.
-        capturable: accepted for existing configs, without effect (a step is always capturable where graphs exist).
+        capturable: accepted for existing configs, without effect.
         differentiable: must be False.
         fused: accepted for existing configs, without effect.
         decoupled_weight_decay: AdamW's weight decay.

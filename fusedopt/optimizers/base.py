@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from copy import deepcopy
+from types import GeneratorType
 from typing import Any, ClassVar
 
 import torch
@@ -34,12 +36,17 @@ def _note_ignored_flags(settings: Mapping[str, Any]) -> None:
 
 
 def _leave_out_unreal_state(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:
-    """State-dict post hook: drop state that no step has touched (its count is 0), and the step torch does not keep."""
+    """State-dict post hook: drop state as it is created, which no step has touched, and the step torch does not keep.
+
+    State is created before it is known whether the step is skipped; to leave it out is the same as to load it.
+    """
     assert isinstance(optimizer, FusedOptimizer)
-    for key, state in list(state_dict["state"].items()):
-        if not isinstance(state, dict) or "step" not in state:
+    columns = {column.name for column in optimizer.rule.columns}
+    states = state_dict.get("state")
+    for key, state in list(states.items()) if isinstance(states, dict) else ():
+        if not isinstance(state, dict) or not isinstance(state.get("step"), Tensor):
             continue
-        if float(state["step"]) == 0:
+        if state.keys() <= {*columns, "step"} and not any(bool(value.any()) for value in state.values()):
             del state_dict["state"][key]
         elif optimizer.rule.hides_step:
             state_dict["state"][key] = {name: value for name, value in state.items() if name != "step"}
@@ -63,6 +70,9 @@ class FusedOptimizer(torch.optim.Optimizer):
     """
 
     rule: ClassVar[Rule]
+
+    #: The scale while a fusedopt.amp.GradScaler steps, which so serves a subclass whose ``step`` takes none.
+    _scale_of_scaler: Tensor | None = None
 
     #: Tells ``torch.amp.GradScaler`` to hand over its scale instead of unscaling the gradients itself.
     _step_supports_amp_scaling = True
@@ -127,10 +137,12 @@ class FusedOptimizer(torch.optim.Optimizer):
         """
         if isinstance(param_group, dict) and "params" in param_group:
             params = param_group["params"]
+            if isinstance(params, GeneratorType) and inspect.getgeneratorstate(params) == inspect.GEN_CLOSED:
+                raise ValueError(
+                    "params of a parameter group is a generator that was used up before; pass a list to use it twice"
+                )
             if isinstance(params, Iterator):
                 params = param_group["params"] = list(params)
-                if not params:
-                    raise ValueError("params of a parameter group is a generator that gives nothing (used up already?)")
             self.rule.hyperparameters.from_group({**self.defaults, **param_group})
             if isinstance(params, Iterable) and not isinstance(params, (Tensor, set)):
                 entries = [entry if isinstance(entry, tuple) else (None, entry) for entry in params]
@@ -173,7 +185,8 @@ class FusedOptimizer(torch.optim.Optimizer):
             RuntimeError: see :meth:`fusedopt.backends.Backend.step`. Nothing has been changed then.
 
         A stock ``torch.amp.GradScaler`` hands both over as attributes of the same names instead. A ``grad_scale``
-        attribute set by the user multiplies the argument, as it multiplies the scaler's in torch.
+        attribute set by the user multiplies the argument, as it multiplies the scaler's in torch; a ``found_inf``
+        attribute beside a ``grad_scale`` argument is not looked at.
         """
         if (
             self._optimizer_step_pre_hooks
@@ -182,10 +195,9 @@ class FusedOptimizer(torch.optim.Optimizer):
             or optimizer_module._global_optimizer_post_hooks
             or torch.autograd._profiler_enabled()
         ):
-            # As the user wrote the call: hooks are shown its arguments and may replace them.
-            args = () if closure is None else (closure,)
-            given: dict[str, Any] = {"grad_scale": grad_scale, "found_inf": found_inf}
-            return self._step_with_hooks(*args, **{key: value for key, value in given.items() if value is not None})
+            # Hooks are shown the arguments that were given, and may replace them.
+            given: dict[str, Any] = {"closure": closure, "grad_scale": grad_scale, "found_inf": found_inf}
+            return self._step_with_hooks(**{key: value for key, value in given.items() if value is not None})
         return self._step(closure, grad_scale=grad_scale, found_inf=found_inf)
 
     # torch wraps every `step` in a profiler range and a walk over hooks, which together take as long as the update of
@@ -203,12 +215,14 @@ class FusedOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        if grad_scale is None:
+            grad_scale = self._scale_of_scaler
         check = grad_scale is not None and found_inf is None
         own = self.__dict__
-        if "grad_scale" in own and own["grad_scale"] is not None:
+        if found_inf is None and not check:
+            found_inf = own.get("found_inf")
+        if own.get("grad_scale") is not None:
             grad_scale = own["grad_scale"] if grad_scale is None else grad_scale * own["grad_scale"]
-        if found_inf is None and own.get("found_inf") is not None:
-            found_inf, check = own["found_inf"], False
         request = StepRequest(grad_scale, found_inf, check, self._clip, self.write_back_grads)
         try:
             self.last_step = self._get_engine().step(self.param_groups, self.state, request)
@@ -226,8 +240,8 @@ class FusedOptimizer(torch.optim.Optimizer):
         State tensors keep their dtype (torch casts them to the parameter's) and move to the parameter's device.
 
         Raises:
-            ValueError: another number of groups, another group size, or a state tensor of another shape than its
-                parameter (the message names it). Nothing has been changed then.
+            ValueError: another number of groups, another group size, a state tensor of another shape than its
+                parameter, or a negative step count (the message names it). Nothing has been changed then.
             KeyError: ``state_dict`` is no optimizer state dict.
         """
         # torch casts in a static method that a subclass cannot replace, hence this own load path.
@@ -255,7 +269,6 @@ class FusedOptimizer(torch.optim.Optimizer):
                 )
             for index, key in enumerate(saved["params"]):
                 owners[key] = group["params"][index], parameter_name(group, group_index, index)
-            self.rule.hyperparameters.from_group({**self.defaults, **saved})
 
         state: defaultdict[Any, Any] = defaultdict(dict)
         for key, value in state_dict["state"].items():
@@ -281,6 +294,8 @@ class FusedOptimizer(torch.optim.Optimizer):
                     raise ValueError(
                         f"loaded state {key!r} of {name} has shape {tuple(value.shape)}, expected {tuple(param.shape)}"
                     )
+                if key == "step" and value.numel() == 1 and float(value) < 0:
+                    raise ValueError(f"loaded state 'step' of {name} is {float(value):g}; expected a count >= 0")
                 # A copy, so that the optimizer and the dict do not share memory where no cast copies it.
                 state[key] = value.detach().to(device=param.device, copy=True)
             else:

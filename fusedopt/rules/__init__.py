@@ -6,7 +6,7 @@ from .clipping import CLIP_EPS, NormClip, ValueClip, clip_coefficient, parse_cli
 from .rule import Hyperparameters, Rule, StateColumn, compute_dtype
 from .sgd import SGD, SGDHyperparameters
 
-#: Every rule by name; tests, kernels and benchmarks enumerate this table.
+#: Every rule by name.
 RULES: dict[str, Rule] = {rule.name: rule for rule in (SGD(), Adam())}
 
 __all__ = [

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import numbers
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -43,7 +44,7 @@ def check_number(
     if isinstance(value, Tensor):
         if value.numel() != 1:
             raise ValueError(f"Tensor {name} must be 1-element, got shape {tuple(value.shape)}")
-    elif isinstance(value, bool) or not isinstance(value, (int, float)):
+    elif isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"Invalid {name}: {value!r}; expected a number or a 1-element tensor")
     high_enough = value > minimum if exclusive else value >= minimum
     if not (high_enough and (below == math.inf or value < below)):
@@ -55,7 +56,9 @@ def parameter_name(group: Mapping[str, Any], group_index: int, index: int) -> st
     """How errors call a parameter: by its name where the group carries names, and always by its place and shape."""
     names = group.get("param_names") or ([group["param_name"]] if "param_name" in group else [])
     params = group["params"]
-    shape = f", shape {tuple(params[index].shape)}" if isinstance(params[index], Tensor) else ""
+    param = params[index]
+    known = isinstance(param, Tensor) and not torch.nn.parameter.is_lazy(param)
+    shape = f", shape {tuple(param.shape)}" if known else ""
     quoted = f" {names[index]!r}" if index < len(names) else ""
     return f"parameter{quoted} (param_groups[{group_index}]['params'][{index}]{shape})"
 
@@ -72,6 +75,8 @@ def _unsupported_kind(tensor: Tensor) -> str | None:
         return f"is complex ({tensor.dtype}), which is not supported; optimize torch.view_as_real() of it"
     if tensor.dtype not in SUPPORTED_DTYPES:
         return f"has dtype {tensor.dtype}; expected float32, float64, bfloat16 or float16"
+    if tensor.is_neg():
+        return "is a lazily negated view; use its resolve_neg()"
     return None
 
 
@@ -80,6 +85,8 @@ def check_parameter(name: str, param: Tensor) -> None:
     if torch.nn.parameter.is_lazy(param):
         return  # checked like any other when it has been materialized, at the first step
     reason = _unsupported_kind(param)
+    if reason is None and torch._debug_has_internal_overlap(param) == 1:
+        reason = "has elements that share memory (an expanded tensor?), so they cannot be updated one by one"
     if reason is not None:
         raise TypeError(f"{name} {reason}")
 

@@ -20,7 +20,8 @@ CLIP_EPS = 1e-6
 
 def clip_coefficient(grad_norm: Tensor, max_norm: float | Tensor) -> Tensor:
     """``min(1, max_norm / (grad_norm + 1e-6))``; NaN when the norm is NaN, so that NaN reaches every gradient."""
-    if not isinstance(max_norm, Tensor) and math.isinf(max_norm):
+    max_norm = float(max_norm)
+    if math.isinf(max_norm):
         # inf / inf would be NaN; an infinite bound only reports. A NaN norm stays NaN.
         return torch.where(grad_norm.isnan(), grad_norm, torch.ones_like(grad_norm))
     return torch.clamp(max_norm / (grad_norm + CLIP_EPS), max=1.0)
