@@ -51,7 +51,7 @@ class GradScaler(torch.amp.GradScaler):
     def _stock_step(self, optimizer: FusedOptimizer, **kwargs: Any) -> Any:
         """torch's step, which hands scale and found_inf over as attributes and leaves them there when it fails."""
         own = vars(optimizer)
-        before = {name: own[name] for name in ("grad_scale", "found_inf") if name in own}
+        before: dict[str, Any] = {name: own[name] for name in ("grad_scale", "found_inf") if name in own}
         try:
             return super().step(optimizer, **kwargs)
         except BaseException:
