@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
+import gc
 import random
 import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
-#: More than the last-level caches of common machines: reading and writing it between steps leaves them cold.
-_FLUSH_BYTES = 256 * 2**20
+
+def last_level_cache() -> int:
+    """Bytes of the processor's largest cache, or 32 MiB where the system does not tell."""
+    units = {"K": 2**10, "M": 2**20}
+    files = Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")
+    sizes = [int(text[:-1]) * units[text[-1]] for text in (file.read_text().strip() for file in files)]
+    return max(sizes, default=32 * 2**20)
 
 
 class CacheFlush:
-    """Evicts what the contenders have in the caches."""
+    """Evicts what the contenders have in the caches, by writing twice the size of the last-level cache."""
 
     def __init__(self) -> None:
-        self._buffer = torch.zeros(_FLUSH_BYTES // 4)
+        self._buffer = torch.zeros(2 * last_level_cache() // 4)
 
     def __call__(self) -> None:
         self._buffer.add_(1.0)
@@ -67,12 +74,18 @@ def interleave(
     """
     seconds: dict[str, list[float]] = {name: [] for name in functions}
     order = random.Random(0)
-    for counted in [False] * warmup + [True] * rounds:
-        for name in order.sample(list(functions), len(functions)):
-            prepare(name)
-            elapsed = timed(functions[name])
-            if counted:
-                seconds[name].append(elapsed)
+    # A collection would be charged to whom it happens to meet, and walks through the caches.
+    gc.collect()
+    gc.disable()
+    try:
+        for counted in [False] * warmup + [True] * rounds:
+            for name in order.sample(list(functions), len(functions)):
+                prepare(name)
+                elapsed = timed(functions[name])
+                if counted:
+                    seconds[name].append(elapsed)
+    finally:
+        gc.enable()
     return seconds
 
 

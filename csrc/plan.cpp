@@ -142,6 +142,24 @@ uint64_t shape_of(const c10::TensorImpl* impl) {
 // A step of fewer elements than this keeps the GIL: it is over before another thread would have got it.
 constexpr int64_t kUnlockElements = 1 << 18;
 
+// Note [Cold caches]
+// After a forward and backward pass nothing of an optimizer's objects is in the caches, and a step of many small
+// tensors is one long chase: parameter, autograd metadata, gradient, storage, state dict, state tensors, data. Followed
+// one parameter after the other, each miss waits for the one before. So short loops run ahead of the real ones and have
+// the misses of many parameters under way together, one level of the chase at a time. An address kept from an earlier
+// step is only ever prefetched, which does no harm whatever lies there now.
+void prefetch_lines(const void* object, size_t bytes) {
+  for (size_t line = 0; line < bytes; line += 64) __builtin_prefetch(static_cast<const char*>(object) + line);
+}
+
+// Objects of the state dicts that lie between prefetching one and looking at it, and the size of a small dict's
+// entries.
+constexpr size_t kAhead = 20, kDictEntriesBytes = 192;
+// Of a TensorImpl, up to its dtype and key set.
+constexpr size_t kTensorBytes = 192;
+// Longer columns are left to the hardware.
+constexpr int64_t kPrefetchElements = 128;
+
 // Stands for the data of an empty gradient, whose own pointer is null: null means "takes no part".
 char kEmpty;
 
@@ -223,7 +241,7 @@ bool StepPlan::groups_unchanged(PyObject* groups) {
     if (e != group.entries.size()) return false;
     const Items params(params_value, "params");
     for (Py_ssize_t i = 0; i < params.size(); ++i, ++row) {
-      if (row == watches_.size() || watches_[row].object != params[i] || owners_[row].group != g) return false;
+      if (row == watches_.size() || watches_[row].object != params[i] || watches_[row].group != g) return false;
       if (!THPVariable_Check(params[i])) return false;
     }
   }
@@ -268,11 +286,9 @@ void StepPlan::read_groups(PyObject* groups) {
       if (!THPVariable_Check(params[i])) throw py::type_error(place(g, i) + " is not a tensor");
       // Two threads would write one parameter.
       if (!known.insert(params[i]).second) throw py::value_error(place(g, i) + " is in the optimizer already");
-      Owner owner{};
-      owner.group = static_cast<uint32_t>(g);
-      owner.index = static_cast<uint32_t>(i);
-      watches_.push_back({params[i], {}, {}, {}, {}, nullptr, nullptr});
-      owners_.push_back(std::move(owner));
+      watches_.push_back(
+          {params[i], static_cast<uint32_t>(g), static_cast<uint32_t>(i), {}, {}, {}, {}, nullptr, nullptr});
+      owners_.emplace_back();
       rows_.push_back({});
       describe_param(rows_.size() - 1);
     }
@@ -294,7 +310,7 @@ void StepPlan::number_groups() {
     group.columns = rule_.columns(rule_.variant(group.hyper, 0));
     states_known_ &= columns == group.columns;
   }
-  for (size_t r = 0; r < rows_.size(); ++r) rows_[r].group = groups_[owners_[r].group].table_row;
+  for (size_t r = 0; r < rows_.size(); ++r) rows_[r].group = groups_[watches_[r].group].table_row;
   hyper_changed_ = false;
 }
 
@@ -419,6 +435,10 @@ bool StepPlan::states_unchanged(PyObject* state) {
   size_t next = 0;
   auto compare = [&](PyObject* object, PyObject*, PyObject*) {
     if (next == seen_states_.size() || seen_states_[next].object != object) return false;
+    if (next + 2 * kAhead < seen_states_.size()) {
+      __builtin_prefetch(seen_states_[next + 2 * kAhead].object);
+      if (const void* entries = seen_states_[next + kAhead].entries) prefetch_lines(entries, kDictEntriesBytes);
+    }
     const SeenState& seen = seen_states_[next++];
     if (seen.column == kNoColumn) return true;
     if (!THPVariable_Check(object)) return false;
@@ -435,7 +455,7 @@ const char* StepPlan::resolve_state(size_t r, PyObject* inner) {
   Owner& owner = owners_[r];
   Watch& watch = watches_[r];
   TensorRow& row = rows_[r];
-  const unsigned columns = groups_[owner.group].columns;
+  const unsigned columns = groups_[watch.group].columns;
   auto tensor_named = [&](const char* name) {
     PyObject* value = PyDict_GetItemString(inner, name);
     return value && THPVariable_Check(value) ? THPVariable_Unpack(value) : at::Tensor();
@@ -472,7 +492,7 @@ void StepPlan::resolve_states(PyObject* state) {
       watch.state[c] = {};
       rows_[r].state[c] = {};
     }
-    watch.state_problem = groups_[owners_[r].group].columns && !watch.problem ? kNoState : nullptr;
+    watch.state_problem = groups_[watches_[r].group].columns && !watch.problem ? kNoState : nullptr;
   }
   Py_ssize_t position = 0;
   PyObject *key, *inner;
@@ -484,7 +504,8 @@ void StepPlan::resolve_states(PyObject* state) {
   }
   seen_states_.clear();
   walk_state(state, [&](PyObject* object, PyObject* outer, PyObject* name) {
-    SeenState seen{object, 0, kNoColumn};
+    SeenState seen{object, nullptr, 0, kNoColumn};
+    if (PyDict_CheckExact(object)) seen.entries = reinterpret_cast<PyDictObject*>(object)->ma_keys;
     const auto found = outer ? row_of.find(outer) : row_of.end();
     if (found != row_of.end() && THPVariable_Check(object)) {
       seen.row = found->second;
@@ -502,6 +523,44 @@ void StepPlan::resolve_states(PyObject* state) {
     return true;
   });
   states_known_ = true;
+}
+
+// The three levels below a parameter that refresh_param() and refresh_grad() will read.
+void StepPlan::prefetch_params() const {
+  auto param = [](const Watch& watch) { return THPVariable_Unpack(watch.object).unsafeGetTensorImpl(); };
+  for (const Watch& watch : watches_) prefetch_lines(param(watch), kTensorBytes);
+  for (const Watch& watch : watches_) __builtin_prefetch(param(watch)->autograd_meta());
+  for (const Watch& watch : watches_) {
+    const at::Tensor& grad = param(watch)->grad();
+    if (grad.defined()) prefetch_lines(grad.unsafeGetTensorImpl(), kTensorBytes);
+  }
+}
+
+void StepPlan::prefetch_states() const {
+  auto each = [&](auto&& visit) {
+    for (const Watch& watch : watches_) {
+      if (!watch.step.impl) continue;
+      visit(watch.step.impl);
+      for (const Watched& state : watch.state) {
+        if (state.impl) visit(state.impl);
+      }
+    }
+  };
+  each([](c10::TensorImpl* impl) { prefetch_lines(impl, kTensorBytes); });
+  each([](c10::TensorImpl* impl) { __builtin_prefetch(impl->unsafe_storage().unsafeGetStorageImpl()); });
+}
+
+void StepPlan::prefetch_data() const {
+  for (const TensorRow& row : rows_) {
+    if (!row.grad.data || row.numel > kPrefetchElements) continue;
+    const size_t bytes = static_cast<size_t>(row.numel) * sizeof(float);
+    if (row.step) __builtin_prefetch(row.step);
+    prefetch_lines(row.grad.data, bytes);
+    prefetch_lines(row.param.data, bytes);
+    for (const Column& state : row.state) {
+      if (state.data) prefetch_lines(state.data, bytes);
+    }
+  }
 }
 
 void StepPlan::build_chunks() {
@@ -545,6 +604,7 @@ py::object StepPlan::refresh(PyObject* groups, PyObject* state, bool write_back)
   if (hyper_changed_) number_groups();
 
   bool resized = false, moved = false;
+  prefetch_params();
   for (size_t r = 0; r < rows_.size(); ++r) {
     const void* data = rows_[r].param.data;
     if (!refresh_param(r)) {
@@ -561,6 +621,7 @@ py::object StepPlan::refresh(PyObject* groups, PyObject* state, bool write_back)
   if (moved) find_overlaps();
 
   if (!states_known_ || !states_unchanged(state)) resolve_states(state);
+  prefetch_states();
   for (size_t r = 0; r < rows_.size(); ++r) {
     if (refresh_state(r)) continue;
     resolve_states(state);
@@ -573,7 +634,7 @@ py::object StepPlan::refresh(PyObject* groups, PyObject* state, bool write_back)
   for (size_t r = 0; r < rows_.size(); ++r) {
     const TensorRow& row = rows_[r];
     if (const char* problem = refresh_grad(r, write_back)) {
-      problems.append(py::make_tuple(owners_[r].group, owners_[r].index, problem, problem == kNoState));
+      problems.append(py::make_tuple(watches_[r].group, watches_[r].index, problem, problem == kNoState));
     }
     if (!row.grad.data) continue;
     elements_ += row.numel;
@@ -634,6 +695,7 @@ py::object StepPlan::step(const py::object& groups, const py::dict& state, const
   py::object problems = refresh(groups.ptr(), state.ptr(), s.write_back);
   if (!problems.is_none()) return problems;
 
+  prefetch_data();
   const cpu::Work work{rows_, chunks_, elements_, overlaps_};
   const bool full = s.mode() == Mode::kFull;
   double norm = 0, coefficient = 1;

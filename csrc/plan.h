@@ -104,6 +104,7 @@ class StepPlan {
   // What is read at every step, kept small: with cold caches a step of many small tensors costs what it touches.
   struct Watch {
     PyObject* object;  // the parameter, alive in its group's list during a step
+    uint32_t group, index;
     Watched param, step, state[kMaxStates];
     Signature grad_signature;
     const char* problem;        // why the parameter cannot be served, or null
@@ -114,11 +115,11 @@ class StepPlan {
     std::vector<int64_t> sizes;
     std::vector<int> order;  // dimensions longer than 1 in canonical order
     std::unique_ptr<Layout> param_layout, grad_layout, state_layout[kMaxStates];
-    uint32_t group, index;
   };
   // One object that a walk over the state dicts meets, and the column it is of a row, if any.
   struct SeenState {
     PyObject* object;
+    const void* entries;  // where a dict's entries were, for prefetching only
     uint32_t row;
     int8_t column;
   };
@@ -138,6 +139,9 @@ class StepPlan {
   void resolve_states(PyObject* state);
   const char* resolve_state(size_t r, PyObject* inner);
   bool states_unchanged(PyObject* state);
+  void prefetch_params() const;
+  void prefetch_states() const;
+  void prefetch_data() const;
   void build_chunks();
   void find_overlaps();
   void derive_scalars();

@@ -83,24 +83,20 @@ class NativeBackend(Backend):
         elif isinstance(clip, ValueClip):
             clip_value = clip.clip_value
 
-        def run() -> tuple[Tensor | None, Tensor | None] | list[tuple[int, int, str, bool]]:
-            return self._plan.step(
-                param_groups,
-                state,
-                request.grad_scale,
-                request.found_inf,
-                request.check,
-                norm_type,
-                max_norm,
-                error_if_nonfinite,
-                clip_value,
-                request.write_back_grads,
-            )
-
-        result = run()
+        asked = (
+            request.grad_scale,
+            request.found_inf,
+            request.check,
+            norm_type,
+            max_norm,
+            error_if_nonfinite,
+            clip_value,
+            request.write_back_grads,
+        )
+        result = self._plan.step(param_groups, state, *asked)
         if isinstance(result, list):
             self._attend(result, param_groups, state)
-            result = run()
+            result = self._plan.step(param_groups, state, *asked)
         if isinstance(result, list):
             g, i, reason, _ = result[0]
             raise RuntimeError(f"{parameter_name(param_groups[g], g, i)} {reason}")
