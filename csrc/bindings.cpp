@@ -14,7 +14,7 @@ namespace {
 [[gnu::used]] const char kStamp[] = "fusedopt built for torch " FUSEDOPT_TORCH_VERSION ";";
 
 double number(const py::object& value) {
-  if (THPVariable_Check(value.ptr())) return THPVariable_Unpack(value.ptr()).item<double>();
+  if (THPVariable_Check(value.ptr())) return scalar_of(THPVariable_Unpack(value.ptr()));
   return value.cast<double>();
 }
 

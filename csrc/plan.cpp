@@ -1,7 +1,7 @@
 #include "plan.h"
 
+#include <ATen/EmptyTensor.h>
 #include <ATen/MemoryOverlap.h>
-#include <ATen/ops/empty.h>
 
 #include <algorithm>
 #include <cmath>
@@ -81,7 +81,7 @@ bool to_double(PyObject* value, double& out) {
   if (THPVariable_Check(value)) {
     const at::Tensor& tensor = THPVariable_Unpack(value);
     if (tensor.numel() != 1) return false;
-    out = tensor.item<double>();
+    out = scalar_of(tensor);
     return true;
   }
   out = PyFloat_AsDouble(value);
@@ -167,6 +167,16 @@ char kEmpty;
 const char* const kNoState = "has no state yet";
 
 }  // namespace
+
+double scalar_of(const at::Tensor& tensor) {
+  // Around torch's dispatcher for the usual ones: it costs more than the rest of a small step's preparation.
+  c10::TensorImpl* impl = tensor.unsafeGetTensorImpl();
+  if (!foreign(impl) && impl->numel() == 1) {
+    if (tensor.scalar_type() == at::kFloat) return *static_cast<const float*>(impl->data());
+    if (tensor.scalar_type() == at::kDouble) return *static_cast<const double*>(impl->data());
+  }
+  return tensor.item<double>();
+}
 
 const RuleInterface& rule_named(const std::string& name) {
   for (const RuleInterface& rule : kRules) {
@@ -742,19 +752,19 @@ py::object StepPlan::step(const py::object& groups, const py::dict& state, const
   }
   py::object scalars = py::none(), found_inf = py::none();
   if (full) {
-    at::Tensor values = at::empty({2}, at::TensorOptions(any_double_ ? at::kDouble : at::kFloat));
+    at::Tensor values = at::detail::empty_cpu({2}, any_double_ ? at::kDouble : at::kFloat);
     if (any_double_) {
-      values.mutable_data_ptr<double>()[0] = norm;
-      values.mutable_data_ptr<double>()[1] = coefficient;
+      static_cast<double*>(values.mutable_data_ptr())[0] = norm;
+      static_cast<double*>(values.mutable_data_ptr())[1] = coefficient;
     } else {
-      values.mutable_data_ptr<float>()[0] = static_cast<float>(norm);
-      values.mutable_data_ptr<float>()[1] = static_cast<float>(coefficient);
+      static_cast<float*>(values.mutable_data_ptr())[0] = static_cast<float>(norm);
+      static_cast<float*>(values.mutable_data_ptr())[1] = static_cast<float>(coefficient);
     }
     scalars = py::reinterpret_steal<py::object>(THPVariable_Wrap(std::move(values)));
   }
   if (s.has_found_inf || (s.check && any_active_)) {
-    at::Tensor value = at::empty({}, at::TensorOptions(at::kFloat));
-    *value.mutable_data_ptr<float>() = skip ? 1.0f : 0.0f;
+    at::Tensor value = at::detail::empty_cpu({}, at::kFloat);
+    *static_cast<float*>(value.mutable_data_ptr()) = skip ? 1.0f : 0.0f;
     found_inf = py::reinterpret_steal<py::object>(THPVariable_Wrap(std::move(value)));
   }
   return py::make_tuple(scalars, found_inf);

@@ -28,6 +28,9 @@ struct RuleInterface {
 const RuleInterface& rule_named(const std::string& name);
 std::vector<std::string> rule_names();
 
+// The value of a one-element tensor.
+double scalar_of(const at::Tensor& tensor);
+
 // Which passes a step makes; see Note [Three modes] in fusedopt/backends/base.py.
 enum class Mode { kBare, kCheck, kFull };
 

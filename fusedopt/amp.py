@@ -43,10 +43,18 @@ class GradScaler(torch.amp.GradScaler):
         report = optimizer.last_step
         if report is None or report.found_inf is None:
             raise AssertionError("No inf checks were recorded for this optimizer.")
-        # A copy: update() adds the flags of several optimizers up in place, and the report keeps its own.
-        record["found_inf_per_device"] = {report.found_inf.device: report.found_inf.clone()}
+        record["found_inf_per_device"] = {report.found_inf.device: report.found_inf}
         record["stage"] = OptState.STEPPED
         return result
+
+    def update(self, new_scale: float | torch.Tensor | None = None) -> None:
+        """Update the scale, as ``torch.amp.GradScaler.update``."""
+        if self._enabled and len(self._per_optimizer_states) > 1:
+            # torch adds the flags of several optimizers up in place; those are the optimizers' reports.
+            for record in self._per_optimizer_states.values():
+                flags = record["found_inf_per_device"]
+                record["found_inf_per_device"] = {device: flag.clone() for device, flag in flags.items()}
+        super().update(new_scale)
 
     def _stock_step(self, optimizer: FusedOptimizer, **kwargs: Any) -> Any:
         """torch's step, which hands scale and found_inf over as attributes and leaves them there when it fails."""
