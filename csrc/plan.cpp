@@ -154,7 +154,7 @@ void prefetch_lines(const void* object, size_t bytes) {
 
 // Objects of the state dicts that lie between prefetching one and looking at it, and the size of a small dict's
 // entries.
-constexpr size_t kAhead = 20, kDictEntriesBytes = 192;
+constexpr size_t kAhead = 24, kDictEntriesBytes = 192;
 // Of a TensorImpl, up to its dtype and key set.
 constexpr size_t kTensorBytes = 192;
 // Longer columns are left to the hardware.
@@ -680,6 +680,12 @@ void StepPlan::derive_scalars() {
 }
 
 void StepPlan::finish_update(bool write_back) {
+  // Counting a version up is an atomic operation, which waits for its miss and everything before it: read them first.
+  uint32_t versions = 0;
+  for (const Watch& watch : watches_) {
+    if (!watch.param.impl->is_inference()) versions += watch.param.impl->version_counter().current_version();
+  }
+  asm volatile("" : : "r"(versions));
   for (size_t r = 0; r < rows_.size(); ++r) {
     const TensorRow& row = rows_[r];
     if (!row.grad.data) continue;
