@@ -682,8 +682,9 @@ void StepPlan::derive_scalars() {
 void StepPlan::finish_update(bool write_back) {
   // Counting a version up is an atomic operation, which waits for its miss and everything before it: read them first.
   uint32_t versions = 0;
-  for (const Watch& watch : watches_) {
-    if (!watch.param.impl->is_inference()) versions += watch.param.impl->version_counter().current_version();
+  for (size_t r = 0; r < rows_.size(); ++r) {
+    c10::TensorImpl* impl = watches_[r].param.impl;
+    if (rows_[r].grad.data && !impl->is_inference()) versions += impl->version_counter().current_version();
   }
   asm volatile("" : : "r"(versions));
   for (size_t r = 0; r < rows_.size(); ++r) {

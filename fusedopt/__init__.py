@@ -1,5 +1,6 @@
 """fusedopt: fused SGD, Adam and AdamW for PyTorch, with unscaling, clipping and weight decay inside the kernel."""
 
+from . import amp
 from .backends import StepReport
 from .builder import build_optim_wrapper
 from .constructors import DefaultOptimWrapperConstructor
@@ -17,6 +18,7 @@ __all__ = [
     "OptimWrapper",
     "StepReport",
     "__version__",
+    "amp",
     "build_optim_wrapper",
     "fuse",
 ]

@@ -286,6 +286,17 @@ def test_a_backend_that_cannot_serve_says_why(monkeypatch: pytest.MonkeyPatch) -
     assert fusedopt.FusedAdamW(parameters([(3,)])).backend_in_use == "reference"
 
 
+def test_auto_says_once_why_a_device_is_served_slowly(monkeypatch: pytest.MonkeyPatch) -> None:
+    from fusedopt import backends
+
+    backends._note_fallback.cache_clear()
+    rule, device = fusedopt.FusedAdamW.rule, torch.device("cuda", 0)
+    with pytest.warns(UserWarning, match="no kernels for cuda tensors; using the slow reference backend"):
+        assert backends.create_backend("auto", rule, [device]).name == "reference"
+    assert backends.create_backend("auto", rule, [device]).name == "reference"  # silent now: warnings are errors here
+    backends._note_fallback.cache_clear()
+
+
 def test_unknown_instruction_set() -> None:
     from cases import module
 

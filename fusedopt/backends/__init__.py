@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import warnings
 from collections.abc import Iterable
 
 import torch
@@ -33,6 +35,12 @@ def check_backend_name(name: str) -> None:
         raise ValueError(f"unknown backend {name!r}; {did_you_mean(name, (*BACKENDS, 'auto'))}")
 
 
+@functools.cache
+def _note_fallback(chosen: str, reason: str) -> None:
+    """Say once that a device is served slowly, and why. (On a CPU, importing fusedopt has said so.)"""
+    warnings.warn(f"fusedopt: {reason}; using the slow {chosen} backend. This note appears once.", stacklevel=7)
+
+
 def create_backend(name: str, rule: Rule, devices: Iterable[torch.device]) -> Backend:
     """The backend called ``name`` for parameters on ``devices``; 'auto' takes the first that can serve them all.
 
@@ -41,8 +49,12 @@ def create_backend(name: str, rule: Rule, devices: Iterable[torch.device]) -> Ba
     """
     check_backend_name(name)
     devices = set(devices)
+    passed_over: list[str] = []
     for candidate in BACKENDS.values() if name == "auto" else (BACKENDS[name],):
         reasons = [reason for device in devices if (reason := candidate.unavailable(device))]
         if not reasons:
+            if passed_over and any(device.type != "cpu" for device in devices):
+                _note_fallback(candidate.name, passed_over[0])
             return candidate(rule)
+        passed_over += reasons
     raise BackendUnavailable(f"backend {name!r} is not available: {reasons[0]}")

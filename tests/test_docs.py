@@ -1,0 +1,28 @@
+"""Every Python fragment of the README and of the optimizers' pages runs, in the order of its page."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+PAGES = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs" / "optimizers").glob("*.md"))]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_fragments_run(page: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    fragments = re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
+    assert fragments, "the page shows no code"
+    monkeypatch.chdir(tmp_path)
+    namespace: dict[str, object] = {}
+    for number, fragment in enumerate(fragments, 1):
+        exec(compile(fragment, f"{page.name}, fragment {number}", "exec"), namespace)
+
+
+def test_links_point_to_files_that_exist() -> None:
+    for page in [REPOSITORY / "README.md", REPOSITORY / "CONTRIBUTING.md", *(REPOSITORY / "docs").rglob("*.md")]:
+        for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", page.read_text()):
+            if "://" not in target:
+                assert (page.parent / target).exists(), f"{page.name} links to {target}, which is not there"
