@@ -152,6 +152,10 @@ void prefetch_lines(const void* object, size_t bytes) {
   for (size_t line = 0; line < bytes; line += 64) __builtin_prefetch(static_cast<const char*>(object) + line);
 }
 
+void prefetch_storage(c10::TensorImpl* impl) {
+  if (impl->has_storage()) __builtin_prefetch(impl->unsafe_storage().unsafeGetStorageImpl());
+}
+
 // Objects of the state dicts that lie between prefetching one and looking at it, and the size of a small dict's
 // entries.
 constexpr size_t kAhead = 24, kDictEntriesBytes = 192;
@@ -535,7 +539,7 @@ void StepPlan::resolve_states(PyObject* state) {
   states_known_ = true;
 }
 
-// The three levels below a parameter that refresh_param() and refresh_grad() will read.
+// The levels below a parameter that refresh_param() and refresh_grad() will read.
 void StepPlan::prefetch_params() const {
   auto param = [](const Watch& watch) { return THPVariable_Unpack(watch.object).unsafeGetTensorImpl(); };
   for (const Watch& watch : watches_) prefetch_lines(param(watch), kTensorBytes);
@@ -543,6 +547,11 @@ void StepPlan::prefetch_params() const {
   for (const Watch& watch : watches_) {
     const at::Tensor& grad = param(watch)->grad();
     if (grad.defined()) prefetch_lines(grad.unsafeGetTensorImpl(), kTensorBytes);
+    prefetch_storage(param(watch));
+  }
+  for (const Watch& watch : watches_) {
+    const at::Tensor& grad = param(watch)->grad();
+    if (grad.defined()) prefetch_storage(grad.unsafeGetTensorImpl());
   }
 }
 
@@ -557,7 +566,7 @@ void StepPlan::prefetch_states() const {
     }
   };
   each([](c10::TensorImpl* impl) { prefetch_lines(impl, kTensorBytes); });
-  each([](c10::TensorImpl* impl) { __builtin_prefetch(impl->unsafe_storage().unsafeGetStorageImpl()); });
+  each(prefetch_storage);
 }
 
 void StepPlan::prefetch_data() const {
