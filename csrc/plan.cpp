@@ -506,7 +506,7 @@ void StepPlan::resolve_states(PyObject* state) {
       watch.state[c] = {};
       rows_[r].state[c] = {};
     }
-    watch.state_problem = groups_[watches_[r].group].columns && !watch.problem ? kNoState : nullptr;
+    watch.state_problem = groups_[watch.group].columns && !watch.problem ? kNoState : nullptr;
   }
   Py_ssize_t position = 0;
   PyObject *key, *inner;
@@ -572,13 +572,13 @@ void StepPlan::prefetch_states() const {
 void StepPlan::prefetch_data() const {
   for (const TensorRow& row : rows_) {
     if (!row.grad.data || row.numel > kPrefetchElements) continue;
-    const size_t bytes = static_cast<size_t>(row.numel) * sizeof(float);
+    auto prefetch = [&](const Column& column) {
+      if (column.data) prefetch_lines(column.data, static_cast<size_t>(row.numel * element_size(column.dtype)));
+    };
     if (row.step) __builtin_prefetch(row.step);
-    prefetch_lines(row.grad.data, bytes);
-    prefetch_lines(row.param.data, bytes);
-    for (const Column& state : row.state) {
-      if (state.data) prefetch_lines(state.data, bytes);
-    }
+    prefetch(row.grad);
+    prefetch(row.param);
+    for (const Column& state : row.state) prefetch(state);
   }
 }
 
@@ -604,8 +604,7 @@ void StepPlan::find_overlaps() {
       for (int d = 0; d < layout->dims; ++d) extent += (layout->size[d] - 1) * layout->stride[d];
     }
     const auto begin = reinterpret_cast<uintptr_t>(row.param.data);
-    const int64_t bytes = row.param.dtype == DType::kFloat64 ? 8 : row.param.dtype == DType::kFloat32 ? 4 : 2;
-    ranges.emplace_back(begin, begin + static_cast<uintptr_t>(extent * bytes));
+    ranges.emplace_back(begin, begin + static_cast<uintptr_t>(extent * element_size(row.param.dtype)));
   }
   std::sort(ranges.begin(), ranges.end());
   overlaps_ = false;

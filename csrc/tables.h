@@ -8,6 +8,10 @@ namespace fusedopt {
 
 enum class DType : uint8_t { kFloat32, kFloat64, kBFloat16, kFloat16 };
 
+FUSEDOPT_HD int64_t element_size(DType dtype) {
+  return dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : 2;
+}
+
 // Note [Canonical order]
 // The elements of a parameter are numbered along its dimensions sorted by the parameter's own strides, largest first.
 // For a dense parameter in any memory format that is its memory order. A column (gradient, state, or the parameter

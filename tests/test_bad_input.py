@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import backend_name, bits, each_backend, parameters, set_gradients, state_bits
+from cases import BACKENDS, backend_name, bits, each_backend, parameters, set_gradients, state_bits
 from torch import nn
 
 import fusedopt
@@ -186,10 +186,6 @@ def negated(param: nn.Parameter) -> None:
     param.grad = torch._neg_view(torch.ones(5))
 
 
-def freed(param: nn.Parameter) -> None:
-    param.grad.untyped_storage().resize_(0)
-
-
 @each_backend
 @pytest.mark.parametrize("state", ["first step", "later step"])
 @pytest.mark.parametrize(
@@ -213,6 +209,20 @@ def test_a_gradient_that_cannot_drive_an_update(backend: str, state: str, spoil:
     with pytest.raises((RuntimeError, TypeError), match=rf"params'\]\[1\].*({message})"):
         optimizer.step()
     assert bits([params[0], params[2]]) == before
+    assert state_bits(optimizer) == state_before
+
+
+@pytest.mark.parametrize("backend", [name for name in BACKENDS if name != "reference"])  # torch's own operations crash
+def test_a_gradient_whose_storage_was_freed_is_named(backend: str) -> None:
+    params = parameters([(4,), (5,)])
+    optimizer = fusedopt.FusedAdamW(params, backend=backend_name(backend))
+    set_gradients(params, 0)
+    optimizer.step()
+    params[1].grad.untyped_storage().resize_(0)
+    before, state_before = bits(params), state_bits(optimizer)
+    with pytest.raises(RuntimeError, match=r"params'\]\[1\].*gradient without memory"):
+        optimizer.step()
+    assert bits(params) == before
     assert state_bits(optimizer) == state_before
 
 

@@ -166,8 +166,6 @@ void for_each_run(const Layout& layout, int64_t offset, int64_t n, Visit&& visit
   }
 }
 
-inline int64_t element_size(DType dtype) { return dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : 2; }
-
 template <class T>
 void load(const Column& column, int64_t offset, int64_t n, T* out) {
   if (!column.layout) return load_flat(column.data, column.dtype, offset, n, out);
