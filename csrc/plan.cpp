@@ -18,60 +18,6 @@
 namespace fusedopt {
 namespace {
 
-template <class Rule>
-RuleInterface interface_of(RuleId id) {
-  return {id,
-          Rule::kName,
-          Rule::kKeys,
-          static_cast<int>(std::size(Rule::kKeys)),
-          Rule::kStates,
-          static_cast<int>(std::size(Rule::kStates)),
-          [](const double* hyper, double step) { return Rule::variant(hyper, step); },
-          [](unsigned variant) { return Rule::columns(variant); },
-          [](const double* hyper, double step, ScalarsStorage* out) {
-            auto scalars = Rule::derive(hyper, step);
-            std::memcpy(out, &scalars, sizeof(scalars));
-          }};
-}
-
-const RuleInterface kRules[] = {
-#define FUSEDOPT_RULE_INTERFACE(Rule) interface_of<Rule>(kRule##Rule),
-    FUSEDOPT_FOR_EACH_RULE(FUSEDOPT_RULE_INTERFACE)
-#undef FUSEDOPT_RULE_INTERFACE
-};
-
-bool to_dtype(const c10::TensorImpl* impl, DType& out) {
-  switch (c10::typeMetaToScalarType(impl->dtype())) {
-    case at::kFloat:
-      out = DType::kFloat32;
-      return true;
-    case at::kDouble:
-      out = DType::kFloat64;
-      return true;
-    case at::kBFloat16:
-      out = DType::kBFloat16;
-      return true;
-    case at::kHalf:
-      out = DType::kFloat16;
-      return true;
-    default:
-      return false;
-  }
-}
-
-// Why the kernels cannot touch this tensor's memory at all, or null.
-const char* foreign(const c10::TensorImpl* impl) {
-  if (impl->is_python_dispatch() || impl->layout() != c10::kStrided || !impl->has_storage()) {
-    return "is not a plain dense tensor";
-  }
-  if (!impl->is_cpu()) return "is not on the CPU";
-  if (impl->key_set().has_any(c10::DispatchKeySet({c10::DispatchKey::Negative, c10::DispatchKey::Conjugate}))) {
-    return "is a lazily negated or conjugated view";
-  }
-  DType dtype;
-  return to_dtype(impl, dtype) ? nullptr : "has an unsupported dtype";
-}
-
 // Any of an int, a float, a bool, a one-element tensor, or something with __float__. Returns false for anything else.
 bool to_double(PyObject* value, double& out) {
   if (PyFloat_Check(value)) {
@@ -92,23 +38,6 @@ bool to_double(PyObject* value, double& out) {
   return true;
 }
 
-// Visits every object in the state dict and the dicts in it, keys and values in their order, while visit returns true:
-// visit(object, outer key, inner key), with the keys for the values of inner dicts and null for the rest.
-template <class Visit>
-bool walk_state(PyObject* state, Visit&& visit) {
-  Py_ssize_t position = 0;
-  PyObject *key, *value, *inner_key, *inner;
-  while (PyDict_Next(state, &position, &key, &value)) {
-    if (!visit(key, nullptr, nullptr) || !visit(value, nullptr, nullptr)) return false;
-    if (!PyDict_Check(value)) continue;
-    Py_ssize_t inner_position = 0;
-    while (PyDict_Next(value, &inner_position, &inner_key, &inner)) {
-      if (!visit(inner_key, nullptr, nullptr) || !visit(inner, key, inner_key)) return false;
-    }
-  }
-  return true;
-}
-
 // The items of a list or tuple, held for as long as they are looked at.
 class Items {
  public:
@@ -121,6 +50,7 @@ class Items {
   Items(const Items&) = delete;
   Items& operator=(const Items&) = delete;
   Py_ssize_t size() const { return PySequence_Fast_GET_SIZE(fast_); }
+  const void* begin() const { return PySequence_Fast_ITEMS(fast_); }
   PyObject* operator[](Py_ssize_t i) const { return PySequence_Fast_GET_ITEM(fast_, i); }
 
  private:
@@ -131,38 +61,21 @@ std::string place(Py_ssize_t group, Py_ssize_t index) {
   return "param_groups[" + std::to_string(group) + "]['params'][" + std::to_string(index) + "]";
 }
 
-// Hash of sizes and strides (FNV-1a over words).
-uint64_t shape_of(const c10::TensorImpl* impl) {
-  uint64_t hash = 0xcbf29ce484222325u;
-  for (int64_t size : impl->sizes()) hash = (hash ^ static_cast<uint64_t>(size)) * 0x100000001b3u;
-  for (int64_t stride : impl->strides()) hash = (hash ^ static_cast<uint64_t>(stride)) * 0x100000001b3u;
-  return hash;
-}
-
 // A step of fewer elements than this keeps the GIL: it is over before another thread would have got it.
 constexpr int64_t kUnlockElements = 1 << 18;
 
 // Note [Cold caches]
 // After a forward and backward pass nothing of an optimizer's objects is in the caches, and a step of many small
-// tensors is one long chase: parameter, autograd metadata, gradient, storage, state dict, state tensors, data. Followed
-// one parameter after the other, each miss waits for the one before. So short loops run ahead of the real ones and have
-// the misses of many parameters under way together, one level of the chase at a time. An address kept from an earlier
-// step is only ever prefetched, which does no harm whatever lies there now.
-void prefetch_lines(const void* object, size_t bytes) {
-  for (size_t line = 0; line < bytes; line += 64) __builtin_prefetch(static_cast<const char*>(object) + line);
-}
+// tensors is one long chase: parameter, autograd metadata, gradient, storage, state dict, state tensors. Followed one
+// after the other, each miss waits for the one before. So every loop over rows prefetches, some rows ahead, all that
+// the last step went through: an address kept from an earlier step is only ever prefetched, which does no harm whatever
+// lies there now.
+constexpr size_t kAhead = 8;
+// Of the entries of a group's dict and of a state dict.
+constexpr size_t kGroupBytes = 384, kStateBytes = 192;
 
-void prefetch_storage(c10::TensorImpl* impl) {
-  if (impl->has_storage()) __builtin_prefetch(impl->unsafe_storage().unsafeGetStorageImpl());
-}
-
-// Objects of the state dicts that lie between prefetching one and looking at it, and the size of a small dict's
-// entries.
-constexpr size_t kAhead = 24, kDictEntriesBytes = 192;
-// Of a TensorImpl, up to its dtype and key set.
-constexpr size_t kTensorBytes = 192;
-// Longer columns are left to the hardware.
-constexpr int64_t kPrefetchElements = 128;
+// The table of a dict's entries, for prefetching only.
+const void* entries_of(PyObject* dict) { return reinterpret_cast<PyDictObject*>(dict)->ma_keys; }
 
 // Stands for the data of an empty gradient, whose own pointer is null: null means "takes no part".
 char kEmpty;
@@ -180,19 +93,6 @@ double scalar_of(const at::Tensor& tensor) {
     if (tensor.scalar_type() == at::kDouble) return *static_cast<const double*>(impl->data());
   }
   return tensor.item<double>();
-}
-
-const RuleInterface& rule_named(const std::string& name) {
-  for (const RuleInterface& rule : kRules) {
-    if (name == rule.name) return rule;
-  }
-  throw std::invalid_argument("no kernels for a rule called '" + name + "'");
-}
-
-std::vector<std::string> rule_names() {
-  std::vector<std::string> names;
-  for (const RuleInterface& rule : kRules) names.emplace_back(rule.name);
-  return names;
 }
 
 void StepPlan::read_value(Group& group, Py_ssize_t group_index, GroupEntry& entry) {
@@ -235,29 +135,38 @@ void StepPlan::read_value(Group& group, Py_ssize_t group_index, GroupEntry& entr
 
 bool StepPlan::groups_unchanged(PyObject* groups) {
   const Items list(groups, "param_groups");
-  if (list.size() != static_cast<Py_ssize_t>(groups_.size())) return false;
+  const size_t count = groups_.size();
+  if (list.size() != static_cast<Py_ssize_t>(count)) return false;
   size_t row = 0;
-  for (Py_ssize_t g = 0; g < list.size(); ++g) {
+  for (size_t g = 0; g < count; ++g) {
+    if (g + kAhead < count) prefetch_group(g + kAhead, list[static_cast<Py_ssize_t>(g + kAhead)]);
     Group& group = groups_[g];
-    if (!PyDict_Check(list[g])) return false;
-    Py_ssize_t position = 0;
-    PyObject *key, *value, *params_value = nullptr;
-    size_t e = 0;
-    while (PyDict_Next(list[g], &position, &key, &value)) {
-      if (e == group.entries.size() || group.entries[e].key.ptr() != key) return false;
-      GroupEntry& entry = group.entries[e++];
-      if (entry.hyper_key == kParams) params_value = value;
-      if (entry.hyper_key < 0) continue;
+    PyObject* const dict = list[static_cast<Py_ssize_t>(g)];
+    if (!PyDict_Check(dict)) return false;
+    PyObject* params_value = nullptr;
+    for (GroupEntry& entry : group.entries) {
+      Py_ssize_t position = entry.position;
+      PyObject *key, *value;
+      if (!PyDict_Next(dict, &position, &key, &value) || key != entry.key.ptr()) return false;
+      if (entry.hyper_key == kParams) {
+        params_value = value;
+        continue;
+      }
       const bool replaced = entry.value.ptr() != value;
       if (replaced) entry.value = py::reinterpret_borrow<py::object>(value);
-      if (replaced || entry.live) read_value(group, g, entry);
+      if (replaced || entry.live) read_value(group, static_cast<Py_ssize_t>(g), entry);
     }
-    if (e != group.entries.size()) return false;
     const Items params(params_value, "params");
-    for (Py_ssize_t i = 0; i < params.size(); ++i, ++row) {
-      if (row == watches_.size() || watches_[row].object != params[i] || watches_[row].group != g) return false;
-      if (!THPVariable_Check(params[i])) return false;
+    const auto size = static_cast<size_t>(params.size());
+    if (size > watches_.size() - row || (row + size < watches_.size() && watches_[row + size].group == g)) return false;
+    for (size_t i = 0; i < size; ++i, ++row) {
+      const Watch& watch = watches_[row];
+      PyObject* const param = params[static_cast<Py_ssize_t>(i)];
+      if (watch.object != param || watch.group != g || !THPVariable_Check(param)) return false;
     }
+    group.dict_entries = entries_of(dict);
+    group.params = params_value;
+    group.items = size ? params.begin() : nullptr;
   }
   return row == watches_.size();
 }
@@ -276,19 +185,24 @@ void StepPlan::read_groups(PyObject* groups) {
     if (!PyDict_Check(list[g])) throw py::type_error(name + " is not a dict");
     Group group{};
     bool found[kMaxHyper] = {};
-    for (auto item : py::reinterpret_borrow<py::dict>(list[g])) {
-      GroupEntry entry{py::reinterpret_borrow<py::object>(item.first), py::object(), kOther, false};
-      if (PyUnicode_Check(entry.key.ptr()) && PyUnicode_CompareWithASCIIString(entry.key.ptr(), "params") == 0) {
-        entry.hyper_key = kParams;
+    Py_ssize_t next = 0;
+    PyObject *key, *value;
+    while (PyDict_Next(list[g], &next, &key, &value)) {
+      if (!PyUnicode_Check(key)) continue;
+      GroupEntry entry{py::reinterpret_borrow<py::object>(key), py::object(), next - 1, kParams, false};
+      if (PyUnicode_CompareWithASCIIString(key, "params") == 0) {
+        group.entries.push_back(std::move(entry));
+        continue;
       }
-      for (int k = 0; k < rule_.key_count && PyUnicode_Check(entry.key.ptr()); ++k) {
-        if (PyUnicode_CompareWithASCIIString(entry.key.ptr(), rule_.keys[k].key) != 0) continue;
+      for (int k = 0; k < rule_.key_count; ++k) {
+        if (PyUnicode_CompareWithASCIIString(key, rule_.keys[k].key) != 0) continue;
         entry.hyper_key = k;
-        entry.value = py::reinterpret_borrow<py::object>(item.second);
+        entry.value = py::reinterpret_borrow<py::object>(value);
         found[k] = true;
         read_value(group, g, entry);
+        group.entries.push_back(std::move(entry));
+        break;
       }
-      group.entries.push_back(std::move(entry));
     }
     for (int k = 0; k < rule_.key_count; ++k) {
       if (!found[k]) throw py::key_error(name + " has no '" + rule_.keys[k].key + "'");
@@ -300,8 +214,11 @@ void StepPlan::read_groups(PyObject* groups) {
       if (!THPVariable_Check(params[i])) throw py::type_error(place(g, i) + " is not a tensor");
       // Two threads would write one parameter.
       if (!known.insert(params[i]).second) throw py::value_error(place(g, i) + " is in the optimizer already");
-      watches_.push_back(
-          {params[i], static_cast<uint32_t>(g), static_cast<uint32_t>(i), {}, {}, {}, {}, nullptr, nullptr});
+      Watch watch{};
+      watch.object = params[i];
+      watch.group = static_cast<uint32_t>(g);
+      watch.index = static_cast<uint32_t>(i);
+      watches_.push_back(watch);
       owners_.emplace_back();
       rows_.push_back({});
       describe_param(rows_.size() - 1);
@@ -327,14 +244,6 @@ void StepPlan::number_groups() {
   for (size_t r = 0; r < rows_.size(); ++r) rows_[r].group = groups_[watches_[r].group].table_row;
   hyper_changed_ = false;
 }
-
-void StepPlan::Watched::take(c10::TensorImpl* now) {
-  impl = now;
-  signature.take(now);
-  shape = shape_of(now);
-}
-
-bool StepPlan::Watched::unchanged() const { return signature.matches(impl) && shape == shape_of(impl); }
 
 // See Note [Canonical order].
 void StepPlan::describe_param(size_t r) {
@@ -399,104 +308,133 @@ const char* StepPlan::describe_column(Owner& owner, const at::Tensor& tensor, Co
 // Returns false when the parameter is no longer what the tables say, for instance after `param.data = ...`.
 bool StepPlan::refresh_param(size_t r) {
   Watch& watch = watches_[r];
-  watch.param.impl = THPVariable_Unpack(watch.object).unsafeGetTensorImpl();
-  if (watch.problem || !watch.param.unchanged()) return false;
-  rows_[r].param.data = watch.param.impl->mutable_data();
+  c10::TensorImpl* impl = THPVariable_Unpack(watch.object).unsafeGetTensorImpl();
+  if (!watch.param.renew(impl) || watch.problem) return false;
+  rows_[r].param.data = rows_[r].numel ? data_of(impl) : nullptr;
   return true;
 }
 
+// Why the gradient cannot be used, or null. Sets the row's column, whose data is null without a gradient.
 const char* StepPlan::refresh_grad(size_t r, bool write_back) {
   Watch& watch = watches_[r];
-  Column& column = rows_[r].grad;
+  TensorRow& row = rows_[r];
+  Column& column = row.grad;
   column.data = nullptr;
+  watch.autograd = watch.param.impl->autograd_meta();
   const at::Tensor& grad = watch.param.impl->grad();
   if (!grad.defined()) return nullptr;
   if (watch.problem) return watch.problem;
-  if (watch.state_problem) return watch.state_problem;
-  c10::TensorImpl* impl = grad.unsafeGetTensorImpl();
-  if (!watch.grad_signature.matches(impl)) {
+  c10::TensorImpl* impl = watch.grad.impl = grad.unsafeGetTensorImpl();
+  if (!watch.grad.form.same_kind(impl)) {
     if (foreign(impl)) return "has a gradient that is not a plain dense CPU tensor";
     to_dtype(impl, column.dtype);
-    watch.grad_signature.take(impl);
+    watch.grad.form.take(impl);
   }
-  if (!rows_[r].param.layout && impl->strides() == watch.param.impl->strides() &&
-      impl->sizes() == watch.param.impl->sizes()) {
+  watch.grad.form.storage = impl->unsafe_storage().unsafeGetStorageImpl();
+  if (!row.param.layout && shape_of(impl) == watch.param.form.shape) {
     column.layout = nullptr;
   } else if (describe_column(owners_[r], grad, column, owners_[r].grad_layout, write_back)) {
     return "has a gradient whose shape or memory layout cannot be used";
   }
-  column.data = rows_[r].numel ? impl->mutable_data() : &kEmpty;
-  return column.data ? nullptr : "has a gradient without memory (its storage was freed?)";
+  column.data = row.numel ? data_of(impl) : &kEmpty;
+  if (!column.data) return "has a gradient without memory (its storage was freed?)";
+  return row.numel && !row.param.data ? "has no memory (its storage was freed?)" : nullptr;
 }
 
-// Returns false when a state tensor is no longer what the tables say, for instance after `state.data = ...`.
-bool StepPlan::refresh_state(size_t r) {
-  Watch& watch = watches_[r];
-  if (!watch.step.impl) return true;
-  TensorRow& row = rows_[r];
-  if (!watch.step.unchanged()) return false;
-  row.step = watch.step.impl->mutable_data();
-  for (int c = 0; c < rule_.state_count; ++c) {
-    if (!watch.state[c].impl) continue;
-    if (!watch.state[c].unchanged()) return false;
-    row.state[c].data = watch.state[c].impl->mutable_data();
+// Takes the states of this step from the state dicts. Returns false when they are no longer as they were found.
+bool StepPlan::refresh_states(PyObject* state) {
+  const size_t count = state_entries_.size();
+  for (size_t e = 0; e < std::min(kAhead, count); ++e) prefetch_state(e);
+  for (size_t e = 0; e < count; ++e) {
+    if (e + kAhead < count) prefetch_state(e + kAhead);
+    StateEntry& entry = state_entries_[e];
+    const StateKeys& keys = state_keys_[entry.keys];
+    Watch& watch = watches_[entry.row];
+    TensorRow& row = rows_[entry.row];
+    Py_ssize_t position = entry.position;
+    PyObject *key, *inner, *value;
+    if (!PyDict_Next(state, &position, &key, &inner) || key != watch.object || !PyDict_Check(inner)) return false;
+    // The tensor beside the i-th name, or null.
+    auto tensor = [&](int i) -> c10::TensorImpl* {
+      position = keys.position[i];
+      if (!PyDict_Next(inner, &position, &key, &value) || key != keys.name[i].ptr()) return nullptr;
+      if (!THPVariable_Check(value)) return nullptr;
+      entry.objects[i] = value;
+      return THPVariable_Unpack(value).unsafeGetTensorImpl();
+    };
+    c10::TensorImpl* impl = tensor(0);
+    if (!impl || !watch.step.renew(impl)) return false;
+    row.step = data_of(impl);
+    if (!row.step) return false;
+    for (int c = 0; c < rule_.state_count; ++c) {
+      if (!keys.name[1 + c]) continue;
+      Watched& column = watch.state[c];
+      impl = tensor(1 + c);
+      if (!impl || !column.renew(impl)) return false;
+      row.state[c].data = data_of(impl);
+      if (!row.state[c].data && row.numel) return false;
+    }
   }
   return true;
 }
 
-// Compares the state dicts with what was seen, and takes the tensors of this step from them on the way.
-bool StepPlan::states_unchanged(PyObject* state) {
-  size_t next = 0;
-  auto compare = [&](PyObject* object, PyObject*, PyObject*) {
-    if (next == seen_states_.size() || seen_states_[next].object != object) return false;
-    if (next + 2 * kAhead < seen_states_.size()) {
-      __builtin_prefetch(seen_states_[next + 2 * kAhead].object);
-      if (const void* entries = seen_states_[next + kAhead].entries) prefetch_lines(entries, kDictEntriesBytes);
-    }
-    const SeenState& seen = seen_states_[next++];
-    if (seen.column == kNoColumn) return true;
-    if (!THPVariable_Check(object)) return false;
-    Watch& watch = watches_[seen.row];
-    Watched& column = seen.column == kStepColumn ? watch.step : watch.state[seen.column];
-    column.impl = THPVariable_Unpack(object).unsafeGetTensorImpl();
-    return true;
-  };
-  return walk_state(state, compare) && next == seen_states_.size();
-}
-
-// Why the state cannot be used, or null. Sets the row's columns.
-const char* StepPlan::resolve_state(size_t r, PyObject* inner) {
+// Why the state cannot be used, or null. Sets the row's columns and the entry's keys.
+const char* StepPlan::resolve_state(size_t r, PyObject* inner, StateEntry& entry) {
   Owner& owner = owners_[r];
   Watch& watch = watches_[r];
   TensorRow& row = rows_[r];
   const unsigned columns = groups_[watch.group].columns;
-  auto tensor_named = [&](const char* name) {
-    PyObject* value = PyDict_GetItemString(inner, name);
-    return value && THPVariable_Check(value) ? THPVariable_Unpack(value) : at::Tensor();
-  };
-  const at::Tensor step = tensor_named("step");
+  StateKeys keys{};
+  at::Tensor step, state[kMaxStates];
+  Py_ssize_t position = 0;
+  PyObject *name, *value;
+  while (PyDict_Next(inner, &position, &name, &value)) {
+    if (!PyUnicode_Check(name) || !THPVariable_Check(value)) continue;
+    auto found = [&](const char* wanted, int i, at::Tensor& tensor) {
+      if (PyUnicode_CompareWithASCIIString(name, wanted) != 0) return;
+      tensor = THPVariable_Unpack(value);
+      keys.name[i] = py::reinterpret_borrow<py::object>(name);
+      keys.position[i] = position - 1;
+    };
+    found("step", 0, step);
+    for (int c = 0; c < rule_.state_count; ++c) {
+      if (columns >> c & 1) found(rule_.states[c], 1 + c, state[c]);
+    }
+  }
   if (!step.defined()) return kNoState;
   if (foreign(step.unsafeGetTensorImpl()) || step.dim() || !to_dtype(step.unsafeGetTensorImpl(), row.step_dtype) ||
       (row.step_dtype != DType::kFloat32 && row.step_dtype != DType::kFloat64)) {
     return kNoState;  // its initialization converts it
   }
+  if (!data_of(step.unsafeGetTensorImpl())) return "has a step count without memory (its storage was freed?)";
   for (int c = 0; c < rule_.state_count; ++c) {
     if (!(columns >> c & 1)) continue;
-    const at::Tensor tensor = tensor_named(rule_.states[c]);
-    if (!tensor.defined()) return kNoState;
-    if (describe_column(owner, tensor, row.state[c], owner.state_layout[c], true)) {
+    if (!state[c].defined()) return kNoState;
+    if (describe_column(owner, state[c], row.state[c], owner.state_layout[c], true)) {
       return "has a state tensor whose shape, dtype, device or memory layout cannot be used";
     }
-  }
-  for (int c = 0; c < rule_.state_count; ++c) {
-    if (columns >> c & 1) watch.state[c].take(tensor_named(rule_.states[c]).unsafeGetTensorImpl());
+    if (row.numel && !data_of(state[c].unsafeGetTensorImpl())) {
+      return "has a state tensor without memory (its storage was freed?)";
+    }
   }
   watch.step.take(step.unsafeGetTensorImpl());
+  for (int c = 0; c < rule_.state_count; ++c) {
+    if (columns >> c & 1) watch.state[c].take(state[c].unsafeGetTensorImpl());
+  }
+  auto same = [](const StateKeys& a, const StateKeys& b) {
+    for (int i = 0; i <= kMaxStates; ++i) {
+      if (a.name[i].ptr() != b.name[i].ptr() || a.position[i] != b.position[i]) return false;
+    }
+    return true;
+  };
+  if (state_keys_.empty() || !same(state_keys_.back(), keys)) state_keys_.push_back(std::move(keys));
+  entry.keys = static_cast<uint32_t>(state_keys_.size() - 1);
   return nullptr;
 }
 
 void StepPlan::resolve_states(PyObject* state) {
   std::unordered_map<PyObject*, uint32_t> row_of;
+  state_problems_ = false;
   for (size_t r = 0; r < rows_.size(); ++r) {
     Watch& watch = watches_[r];
     row_of.emplace(watch.object, static_cast<uint32_t>(r));
@@ -508,77 +446,58 @@ void StepPlan::resolve_states(PyObject* state) {
     }
     watch.state_problem = groups_[watch.group].columns && !watch.problem ? kNoState : nullptr;
   }
+  state_entries_.clear();
+  state_keys_.clear();
   Py_ssize_t position = 0;
   PyObject *key, *inner;
   while (PyDict_Next(state, &position, &key, &inner)) {
     const auto found = row_of.find(key);
     if (found == row_of.end() || !PyDict_Check(inner)) continue;
     const char*& problem = watches_[found->second].state_problem;
-    if (problem) problem = resolve_state(found->second, inner);
+    if (!problem) continue;
+    StateEntry entry{};
+    entry.position = position - 1;
+    entry.row = found->second;
+    entry.dict = inner;
+    entry.values = entries_of(inner);
+    problem = resolve_state(entry.row, inner, entry);
+    if (!problem) state_entries_.push_back(entry);
   }
-  seen_states_.clear();
-  walk_state(state, [&](PyObject* object, PyObject* outer, PyObject* name) {
-    SeenState seen{object, nullptr, 0, kNoColumn};
-    if (PyDict_CheckExact(object)) seen.entries = reinterpret_cast<PyDictObject*>(object)->ma_keys;
-    const auto found = outer ? row_of.find(outer) : row_of.end();
-    if (found != row_of.end() && THPVariable_Check(object)) {
-      seen.row = found->second;
-      const Watch& watch = watches_[seen.row];
-      const c10::TensorImpl* impl = THPVariable_Unpack(object).unsafeGetTensorImpl();
-      auto named = [&](const char* wanted) {
-        return PyUnicode_Check(name) && PyUnicode_CompareWithASCIIString(name, wanted) == 0;
-      };
-      if (watch.step.impl == impl && named("step")) seen.column = kStepColumn;
-      for (int c = 0; c < rule_.state_count; ++c) {
-        if (watch.state[c].impl == impl && named(rule_.states[c])) seen.column = static_cast<int8_t>(c);
-      }
-    }
-    seen_states_.push_back(seen);
-    return true;
-  });
+  for (const Watch& watch : watches_) state_problems_ |= watch.state_problem != nullptr;
   states_known_ = true;
 }
 
-// The levels below a parameter that refresh_param() and refresh_grad() will read.
-void StepPlan::prefetch_params() const {
-  auto param = [](const Watch& watch) { return THPVariable_Unpack(watch.object).unsafeGetTensorImpl(); };
-  for (const Watch& watch : watches_) prefetch_lines(param(watch), kTensorBytes);
-  for (const Watch& watch : watches_) __builtin_prefetch(param(watch)->autograd_meta());
-  for (const Watch& watch : watches_) {
-    const at::Tensor& grad = param(watch)->grad();
-    if (grad.defined()) prefetch_lines(grad.unsafeGetTensorImpl(), kTensorBytes);
-    prefetch_storage(param(watch));
-  }
-  for (const Watch& watch : watches_) {
-    const at::Tensor& grad = param(watch)->grad();
-    if (grad.defined()) prefetch_storage(grad.unsafeGetTensorImpl());
+void StepPlan::prefetch_group(size_t g, PyObject* dict) const {
+  const Group& group = groups_[g];
+  prefetch(dict, sizeof(PyDictObject));
+  prefetch(group.dict_entries, kGroupBytes);
+  prefetch(group.params, sizeof(PyListObject));
+  __builtin_prefetch(group.items);
+}
+
+void StepPlan::prefetch_row(size_t r) const {
+  const Watch& watch = watches_[r];
+  __builtin_prefetch(watch.object);
+  __builtin_prefetch(watch.autograd);
+  for (const Watched* tensor : {&watch.param, &watch.grad}) {
+    prefetch(tensor->impl, kTensorBytes);
+    prefetch(tensor->form.storage, kStorageBytes);
   }
 }
 
-void StepPlan::prefetch_states() const {
-  auto each = [&](auto&& visit) {
-    for (const Watch& watch : watches_) {
-      if (!watch.step.impl) continue;
-      visit(watch.step.impl);
-      for (const Watched& state : watch.state) {
-        if (state.impl) visit(state.impl);
-      }
-    }
-  };
-  each([](c10::TensorImpl* impl) { prefetch_lines(impl, kTensorBytes); });
-  each(prefetch_storage);
-}
-
-void StepPlan::prefetch_data() const {
-  for (const TensorRow& row : rows_) {
-    if (!row.grad.data || row.numel > kPrefetchElements) continue;
-    auto prefetch = [&](const Column& column) {
-      if (column.data) prefetch_lines(column.data, static_cast<size_t>(row.numel * element_size(column.dtype)));
-    };
-    if (row.step) __builtin_prefetch(row.step);
-    prefetch(row.grad);
-    prefetch(row.param);
-    for (const Column& state : row.state) prefetch(state);
+void StepPlan::prefetch_state(size_t e) const {
+  const StateEntry& entry = state_entries_[e];
+  const Watch& watch = watches_[entry.row];
+  prefetch(entry.dict, sizeof(PyDictObject));
+  prefetch(entry.values, kStateBytes);
+  for (const void* object : entry.objects) __builtin_prefetch(object);
+  prefetch(watch.step.impl, kTensorBytes);
+  prefetch(watch.step.form.storage, kStorageBytes);
+  __builtin_prefetch(rows_[entry.row].step);
+  for (const Watched& column : watch.state) {
+    if (!column.impl) continue;
+    prefetch(column.impl, kTensorBytes);
+    prefetch(column.form.storage, kStorageBytes);
   }
 }
 
@@ -621,43 +540,44 @@ py::object StepPlan::refresh(PyObject* groups, PyObject* state, bool write_back)
   }
   if (hyper_changed_) number_groups();
 
+  elements_ = 0;
+  py::list problems;
+  auto note = [&](size_t r, const char* problem) {
+    problems.append(py::make_tuple(watches_[r].group, watches_[r].index, problem, problem == kNoState));
+  };
   bool resized = false, moved = false;
-  prefetch_params();
-  for (size_t r = 0; r < rows_.size(); ++r) {
-    const void* data = rows_[r].param.data;
+  const size_t count = rows_.size();
+  for (size_t r = 0; r < std::min(kAhead, count); ++r) prefetch_row(r);
+  for (size_t r = 0; r < count; ++r) {
+    if (r + kAhead < count) prefetch_row(r + kAhead);
+    TensorRow& row = rows_[r];
+    const void* data = row.param.data;
     if (!refresh_param(r)) {
-      const int64_t numel = rows_[r].numel;
+      const int64_t numel = row.numel;
       const bool had_problem = watches_[r].problem;
       describe_param(r);
       refresh_param(r);
-      resized |= numel != rows_[r].numel;
+      resized |= numel != row.numel;
       states_known_ &= had_problem && watches_[r].problem;
     }
-    moved |= data != rows_[r].param.data;
-  }
-  if (resized) build_chunks();
-  if (moved) find_overlaps();
-
-  if (!states_known_ || !states_unchanged(state)) resolve_states(state);
-  prefetch_states();
-  for (size_t r = 0; r < rows_.size(); ++r) {
-    if (refresh_state(r)) continue;
-    resolve_states(state);
-    for (size_t again = 0; again < rows_.size(); ++again) refresh_state(again);
-    break;
-  }
-
-  elements_ = 0;
-  py::list problems;
-  for (size_t r = 0; r < rows_.size(); ++r) {
-    const TensorRow& row = rows_[r];
-    if (const char* problem = refresh_grad(r, write_back)) {
-      problems.append(py::make_tuple(watches_[r].group, watches_[r].index, problem, problem == kNoState));
-    }
+    moved |= data != row.param.data;
+    if (const char* problem = refresh_grad(r, write_back)) note(r, problem);
     if (!row.grad.data) continue;
     elements_ += row.numel;
     any_active_ = true;
     any_double_ |= row.param.dtype == DType::kFloat64;
+  }
+  if (resized) build_chunks();
+  if (moved) find_overlaps();
+
+  if (!states_known_ || !refresh_states(state)) {
+    resolve_states(state);
+    if (!refresh_states(state)) throw std::runtime_error("the optimizer's state changed while it was read");
+  }
+  for (size_t r = 0; state_problems_ && r < count; ++r) {
+    if (!rows_[r].grad.data || !watches_[r].state_problem) continue;
+    note(r, watches_[r].state_problem);
+    states_known_ = false;  // whoever is told will mend it
   }
   return problems.empty() ? py::object(py::none()) : py::object(problems);
 }
@@ -720,7 +640,6 @@ py::object StepPlan::step(const py::object& groups, const py::dict& state, const
   py::object problems = refresh(groups.ptr(), state.ptr(), s.write_back);
   if (!problems.is_none()) return problems;
 
-  prefetch_data();
   const cpu::Work work{rows_, chunks_, elements_, overlaps_};
   const bool full = s.mode() == Mode::kFull;
   double norm = 0, coefficient = 1;

@@ -7,26 +7,11 @@
 #include <string>
 #include <vector>
 
-#include "rules/rules.h"
+#include "rule_interface.h"
 #include "tables.h"
+#include "tensors.h"
 
 namespace fusedopt {
-
-// A rule behind plain functions, for host code that is the same for all of them.
-struct RuleInterface {
-  RuleId id;
-  const char* name;
-  const HyperKey* keys;
-  int key_count;
-  const char* const* states;
-  int state_count;
-  unsigned (*variant)(const double* hyper, double step);
-  unsigned (*columns)(unsigned variant);
-  void (*derive)(const double* hyper, double step, ScalarsStorage* out);
-};
-
-const RuleInterface& rule_named(const std::string& name);
-std::vector<std::string> rule_names();
 
 // The value of a one-element tensor.
 double scalar_of(const at::Tensor& tensor);
@@ -54,13 +39,14 @@ struct StepSettings {
 
 // Note [What the plan remembers]
 // Reading 400 groups and 400 state dicts by key would cost more than the update of a small model. So the plan remembers
-// what it found in them, in the dicts' own order, and at each step walks the dicts and compares addresses.
+// at which position of a dict it found what it needs, and at each step looks there: the same key object at the same
+// position means that the value beside it is the one of that key, now.
 //
 // Of parameters, states and gradients it remembers addresses only, so it keeps none of them alive and forms no cycle.
 // An address that was given to another object does no harm: tensors are reached through the dicts and lists of this
-// very step, never through an address that was kept, and their kind, dtype, shape and data pointer are compared each
-// time. Hyperparameters are compared by address too, so the plan holds on to those objects: what is the same Python
-// number has the same value. Tensors, arrays and lists given as hyperparameters are read at each step.
+// very step, never through an address that was kept, and their kind, dtype, shape and data pointer are read each time.
+// Hyperparameters are compared by address, so the plan holds on to those objects: what is the same Python number has
+// the same value. Tensors, arrays and lists given as hyperparameters are read at each step.
 class StepPlan {
  public:
   explicit StepPlan(const std::string& rule) : rule_(rule_named(rule)) {}
@@ -76,40 +62,39 @@ class StepPlan {
  private:
   struct GroupEntry {
     py::object key;
-    py::object value;  // of a hyperparameter, else null
-    int hyper_key;     // index into the rule's keys, kParams, or kOther
-    bool live;         // may change without being replaced
+    py::object value;     // of a hyperparameter, else null
+    Py_ssize_t position;  // in the group's dict
+    int hyper_key;        // index into the rule's keys, or kParams
+    bool live;            // may change without being replaced
   };
-  static constexpr int kParams = -1, kOther = -2;
+  static constexpr int kParams = -1;
   struct Group {
     std::vector<GroupEntry> entries;
     double hyper[kMaxHyper];
     unsigned columns;
     uint32_t table_row;
-  };
-  // Kind, device and dtype of a tensor that was found fit for the kernels: one that has the same is fit too.
-  struct Signature {
-    c10::DispatchKeySet keys;
-    caffe2::TypeMeta dtype;
-    bool matches(const c10::TensorImpl* impl) const { return impl->key_set() == keys && impl->dtype() == dtype; }
-    void take(const c10::TensorImpl* impl) {
-      keys = impl->key_set();
-      dtype = impl->dtype();
-    }
+    const void *dict_entries, *params, *items;  // for prefetching only
   };
   struct Watched {
     c10::TensorImpl* impl;  // of this step
-    Signature signature;
-    uint64_t shape;  // hash of sizes and strides
-    bool unchanged() const;
-    void take(c10::TensorImpl* now);
+    Form form;
+    void take(c10::TensorImpl* now) {
+      impl = now;
+      form.take(now);
+    }
+    // Whether `now` is as it was found; it is the tensor of this step then.
+    bool renew(c10::TensorImpl* now) {
+      const bool same = form.matches(now, impl);
+      impl = now;
+      return same;
+    }
   };
   // What is read at every step, kept small: with cold caches a step of many small tensors costs what it touches.
   struct Watch {
     PyObject* object;  // the parameter, alive in its group's list during a step
     uint32_t group, index;
-    Watched param, step, state[kMaxStates];
-    Signature grad_signature;
+    Watched param, grad, step, state[kMaxStates];
+    const void* autograd;       // for prefetching only
     const char* problem;        // why the parameter cannot be served, or null
     const char* state_problem;  // the same of its state
   };
@@ -119,14 +104,18 @@ class StepPlan {
     std::vector<int> order;  // dimensions longer than 1 in canonical order
     std::unique_ptr<Layout> param_layout, grad_layout, state_layout[kMaxStates];
   };
-  // One object that a walk over the state dicts meets, and the column it is of a row, if any.
-  struct SeenState {
-    PyObject* object;
-    const void* entries;  // where a dict's entries were, for prefetching only
-    uint32_t row;
-    int8_t column;
+  // Names of the step count and of the columns in a state dict, null for one that is not there, and their positions.
+  struct StateKeys {
+    py::object name[1 + kMaxStates];
+    Py_ssize_t position[1 + kMaxStates];
   };
-  static constexpr int8_t kNoColumn = -1, kStepColumn = kMaxStates;
+  // Where the optimizer's state has the state dict of one row.
+  struct StateEntry {
+    Py_ssize_t position;
+    uint32_t row, keys;         // row of watches_, row of state_keys_
+    const void *dict, *values;  // for prefetching only
+    const void* objects[1 + kMaxStates];
+  };
 
   py::object refresh(PyObject* groups, PyObject* state, bool write_back);
   bool groups_unchanged(PyObject* groups);
@@ -138,13 +127,12 @@ class StepPlan {
                               bool written);
   bool refresh_param(size_t r);
   const char* refresh_grad(size_t r, bool write_back);
-  bool refresh_state(size_t r);
+  bool refresh_states(PyObject* state);
   void resolve_states(PyObject* state);
-  const char* resolve_state(size_t r, PyObject* inner);
-  bool states_unchanged(PyObject* state);
-  void prefetch_params() const;
-  void prefetch_states() const;
-  void prefetch_data() const;
+  const char* resolve_state(size_t r, PyObject* inner, StateEntry& entry);
+  void prefetch_group(size_t g, PyObject* dict) const;
+  void prefetch_row(size_t r) const;
+  void prefetch_state(size_t e) const;
   void build_chunks();
   void find_overlaps();
   void derive_scalars();
@@ -156,13 +144,15 @@ class StepPlan {
   std::vector<Watch> watches_;
   std::vector<Owner> owners_;
   std::vector<Chunk> chunks_;
-  std::vector<SeenState> seen_states_;
+  std::vector<StateEntry> state_entries_;
+  std::vector<StateKeys> state_keys_;       // one row per distinct layout of a state dict
   std::vector<const double*> group_table_;  // one row per distinct set of hyperparameters
   std::vector<ScalarsStorage> scalars_;
   std::vector<double> partials_;
   int64_t elements_ = 0;
   bool any_active_ = false, any_double_ = false;
-  bool hyper_changed_ = true, states_known_ = false, overlaps_ = false;
+  bool hyper_changed_ = true, overlaps_ = false;
+  bool states_known_ = false, state_problems_ = false;
   bool running_ = false;
 };
 

@@ -213,17 +213,27 @@ def test_a_gradient_that_cannot_drive_an_update(backend: str, state: str, spoil:
 
 
 @pytest.mark.parametrize("backend", [name for name in BACKENDS if name != "reference"])  # torch's own operations crash
-def test_a_gradient_whose_storage_was_freed_is_named(backend: str) -> None:
+@pytest.mark.parametrize(
+    ("which", "message"),
+    [
+        ("param", "has no memory"),
+        ("grad", "gradient without memory"),
+        ("exp_avg_sq", "state tensor without memory"),
+        ("step", "step count without memory"),
+    ],
+)
+def test_a_tensor_whose_storage_was_freed_is_named(backend: str, which: str, message: str) -> None:
     params = parameters([(4,), (5,)])
     optimizer = fusedopt.FusedAdamW(params, backend=backend_name(backend))
     set_gradients(params, 0)
     optimizer.step()
-    params[1].grad.untyped_storage().resize_(0)
-    before, state_before = bits(params), state_bits(optimizer)
-    with pytest.raises(RuntimeError, match=r"params'\]\[1\].*gradient without memory"):
+    tensors = {"param": params[1], "grad": params[1].grad, **optimizer.state[params[1]]}
+    tensors[which].untyped_storage().resize_(0)
+    before, state_before = bits(params[:1]), [bits([value]) for value in optimizer.state[params[0]].values()]
+    with pytest.raises(RuntimeError, match=rf"params'\]\[1\].*{message}"):
         optimizer.step()
-    assert bits(params) == before
-    assert state_bits(optimizer) == state_before
+    assert bits(params[:1]) == before
+    assert [bits([value]) for value in optimizer.state[params[0]].values()] == state_before
 
 
 def test_a_gradient_on_another_device_is_named() -> None:

@@ -57,6 +57,28 @@ def test_hyperparameters_are_read_each_step(backend: str) -> None:
 
 
 @each_backend
+def test_keys_may_move_within_a_group_or_a_state(backend: str) -> None:
+    optimizer, params = make(backend, weight_decay=0.1)
+    group = optimizer.param_groups[0]
+    checked_step(optimizer, params, 0)
+    for seed, key in enumerate(("lr", "params", "betas")):
+        group[key] = group.pop(key)
+        group["lr"] = 0.01 * (seed + 2)
+        checked_step(optimizer, params, seed + 1)
+    for name in ("exp_avg", "step"):
+        state = optimizer.state[params[1]]
+        state[name] = state.pop(name)
+        checked_step(optimizer, params, 10)
+    state["exp_avg"], state["exp_avg_sq"] = state["exp_avg_sq"].clone(), state["exp_avg"].abs()
+    checked_step(optimizer, params, 11)
+    optimizer.state[params[1]] = {key: value.clone() for key, value in reversed(state.items())}
+    checked_step(optimizer, params, 12)
+    del group["eps"]
+    with pytest.raises(KeyError, match="eps"):
+        optimizer.step()
+
+
+@each_backend
 def test_tensor_hyperparameters_are_read_each_step(backend: str) -> None:
     lr, betas = torch.tensor(0.1), (torch.tensor(0.9), torch.tensor(0.99))
     params = parameters(SMALL)

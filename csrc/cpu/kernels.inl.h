@@ -75,8 +75,8 @@ FUSEDOPT_HD DoubleLanes accumulate(DoubleLanes sum, DoubleLanes x, double p) {
   }
 }
 
-template <NormKind K>
-FUSEDOPT_HD double combine(double a, double b) {
+template <NormKind K, class V>
+FUSEDOPT_HD V combine(V a, V b) {
   if constexpr (K == NormKind::kInf) return a > b ? a : b;
   return a + b;
 }
@@ -92,17 +92,20 @@ bool any_nonfinite(const T* x, int64_t n, bool* any_nan) {
   return found;
 }
 
-// Adds a run of floats or doubles to the sums, kSums elements at a time. Runs but the last of a chunk are multiples.
-template <NormKind K, class T>
-void accumulate_run(const T* x, int64_t n, double p, double (&sums)[kSums]) {
-  using Lanes = typename LanesOf<T>::type;
+// The sums of a chunk, in registers while it is short.
+struct Sums {
   DoubleLanes vectors[kVectors];
-  __builtin_memcpy(vectors, sums, sizeof(sums));
+};
+
+// Adds a run of floats or doubles, kSums elements at a time. Runs but the last of a chunk are multiples.
+template <NormKind K, class T>
+[[gnu::always_inline]] inline void accumulate_run(const T* x, int64_t n, double p, Sums& sums) {
+  using Lanes = typename LanesOf<T>::type;
   auto add = [&](const T* from) {
     for (int v = 0; v < kVectors; ++v) {
       Lanes lanes;
       __builtin_memcpy(&lanes, from + v * kLanes, sizeof(Lanes));
-      vectors[v] = accumulate<K, T>(vectors[v], widen(lanes), p);
+      sums.vectors[v] = accumulate<K, T>(sums.vectors[v], widen(lanes), p);
     }
   };
   int64_t i = 0;
@@ -112,7 +115,6 @@ void accumulate_run(const T* x, int64_t n, double p, double (&sums)[kSums]) {
     for (int64_t k = 0; i + k < n; ++k) tail[k] = x[i + k];
     add(tail);
   }
-  __builtin_memcpy(sums, vectors, sizeof(sums));
 }
 
 // Calls visit(pointer, count) with the gradient's elements as T: in place where they are flat T, else block by block.
@@ -129,13 +131,15 @@ void for_each_block(const Column& grad, DType native, int64_t offset, int64_t le
 
 template <NormKind K, class T>
 double chunk_total(const Column& grad, DType native, double p, int64_t offset, int64_t length) {
-  double sums[kSums] = {};
+  Sums sums = {};
   for_each_block<T>(grad, native, offset, length, [&](const T* x, int64_t n) { accumulate_run<K>(x, n, p, sums); });
+  // Four quarters onto each other, then what is left in turn.
+  constexpr int quarter = kVectors / 4;
   double total = 0;
-  for (int s = 0; s < kSums / 4; ++s) {
-    double quarter[4];
-    for (int q = 0; q < 4; ++q) quarter[q] = sums[q * (kSums / 4) + s];
-    total = combine<K>(total, combine<K>(combine<K>(quarter[0], quarter[1]), combine<K>(quarter[2], quarter[3])));
+  for (int v = 0; v < quarter; ++v) {
+    const DoubleLanes *q0 = sums.vectors + v, *q1 = q0 + quarter, *q2 = q1 + quarter, *q3 = q2 + quarter;
+    const DoubleLanes folded = combine<K>(combine<K>(*q0, *q1), combine<K>(*q2, *q3));
+    for (int lane = 0; lane < kLanes; ++lane) total = combine<K>(total, folded[lane]);
   }
   return total;
 }

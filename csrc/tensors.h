@@ -1,0 +1,100 @@
+// What the plan asks of torch's tensors at every step, inline: for a small tensor a call costs more than the answer.
+#pragma once
+#include <ATen/core/Tensor.h>
+
+#include "tables.h"
+
+namespace fusedopt {
+
+inline bool to_dtype(const c10::TensorImpl* impl, DType& out) {
+  switch (c10::typeMetaToScalarType(impl->dtype())) {
+    case at::kFloat:
+      out = DType::kFloat32;
+      return true;
+    case at::kDouble:
+      out = DType::kFloat64;
+      return true;
+    case at::kBFloat16:
+      out = DType::kBFloat16;
+      return true;
+    case at::kHalf:
+      out = DType::kFloat16;
+      return true;
+    default:
+      return false;
+  }
+}
+
+// Why the kernels cannot touch this tensor's memory at all, or null.
+inline const char* foreign(const c10::TensorImpl* impl) {
+  if (impl->is_python_dispatch() || impl->layout() != c10::kStrided || !impl->has_storage()) {
+    return "is not a plain dense tensor";
+  }
+  if (!impl->is_cpu()) return "is not on the CPU";
+  if (impl->key_set().has_any(c10::DispatchKeySet({c10::DispatchKey::Negative, c10::DispatchKey::Conjugate}))) {
+    return "is a lazily negated or conjugated view";
+  }
+  DType dtype;
+  return to_dtype(impl, dtype) ? nullptr : "has an unsupported dtype";
+}
+
+// Hash of sizes and strides (FNV-1a over words).
+[[gnu::always_inline]] inline uint64_t shape_of(const c10::TensorImpl* impl) {
+  const auto sizes = impl->sizes(), strides = impl->strides();
+  uint64_t hash = 0xcbf29ce484222325u;
+  for (size_t d = 0; d < sizes.size(); ++d) {
+    hash = (hash ^ static_cast<uint64_t>(sizes[d])) * 0x100000001b3u;
+    hash = (hash ^ static_cast<uint64_t>(strides[d])) * 0x100000001b3u;
+  }
+  return hash;
+}
+
+// The address of the first element of a plain dense tensor, or null where it has no memory.
+[[gnu::always_inline]] inline void* data_of(c10::TensorImpl* impl) {
+  c10::StorageImpl* storage = impl->unsafe_storage().unsafeGetStorageImpl();
+  if (!storage) return nullptr;
+  char* base = static_cast<char*>(storage->mutable_data());
+  const int64_t offset = impl->storage_offset();
+  return base && offset ? base + offset * static_cast<int64_t>(impl->itemsize()) : base;
+}
+
+// What a tensor was when it was found fit for the kernels, to see that it still is.
+struct Form {
+  c10::DispatchKeySet keys;  // with the dtype: kind and device
+  caffe2::TypeMeta dtype;
+  bool contiguous;
+  int64_t numel;
+  uint64_t shape;
+  const c10::StorageImpl* storage;
+
+  void take(const c10::TensorImpl* impl) {
+    keys = impl->key_set();
+    dtype = impl->dtype();
+    contiguous = impl->is_contiguous();
+    numel = impl->numel();
+    shape = shape_of(impl);
+    storage = impl->unsafe_storage().unsafeGetStorageImpl();
+  }
+  bool same_kind(const c10::TensorImpl* impl) const { return impl->key_set() == keys && impl->dtype() == dtype; }
+  // Whether impl has the form, `before` being the tensor that had it last. The same contiguous one with as many
+  // elements in the same storage is not asked for its sizes: that would be one more cache line, and its elements lie as
+  // they did.
+  bool matches(const c10::TensorImpl* impl, const c10::TensorImpl* before) {
+    if (!same_kind(impl)) return false;
+    const c10::StorageImpl* now = impl->unsafe_storage().unsafeGetStorageImpl();
+    if (impl == before && now == storage && contiguous && impl->numel() == numel && impl->is_contiguous()) return true;
+    storage = now;
+    return shape == shape_of(impl);
+  }
+};
+
+// Prefetches the lines of an object, wherever in a line it begins.
+inline void prefetch(const void* object, size_t bytes) {
+  for (size_t byte = 0; byte < bytes; byte += 64) __builtin_prefetch(static_cast<const char*>(object) + byte);
+  __builtin_prefetch(static_cast<const char*>(object) + bytes - 1);
+}
+
+// Of a TensorImpl, up to its key set; of a StorageImpl, up to its flags.
+constexpr size_t kTensorBytes = 176, kStorageBytes = 60;
+
+}  // namespace fusedopt
