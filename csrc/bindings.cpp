@@ -6,6 +6,7 @@
 #include "cpu/executor.h"
 #include "cuda/device.h"
 #include "plan.h"
+#include "scaler.h"
 
 namespace fusedopt {
 namespace {
@@ -40,6 +41,15 @@ py::object run_step(StepPlan& plan, const py::object& param_groups, const py::di
   return plan.step(param_groups, state, settings);
 }
 
+bool update_scale_of(const py::object& scale, const py::object& growth_tracker, const py::object& found_inf,
+                     double growth_factor, double backoff_factor, int64_t growth_interval) {
+  for (const py::object* tensor : {&scale, &growth_tracker, &found_inf}) {
+    if (!THPVariable_Check(tensor->ptr())) return false;
+  }
+  return update_scale(THPVariable_Unpack(scale.ptr()), THPVariable_Unpack(growth_tracker.ptr()),
+                      THPVariable_Unpack(found_inf.ptr()), growth_factor, backoff_factor, growth_interval);
+}
+
 py::dict build_info() {
   py::dict info;
   info["torch"] = FUSEDOPT_TORCH_VERSION;
@@ -63,6 +73,9 @@ PYBIND11_MODULE(_C, m) {
       .def_property_readonly("row_count", &StepPlan::row_count)
       .def_property_readonly("chunk_count", &StepPlan::chunk_count);
 
+  m.def("update_scale", &update_scale_of, py::arg("scale"), py::arg("growth_tracker"), py::arg("found_inf"),
+        py::arg("growth_factor"), py::arg("backoff_factor"), py::arg("growth_interval"),
+        "torch._amp_update_scale_ for tensors on the CPU; False, with nothing done, for others.");
   m.def("build_info", &build_info, "What the module was built with: torch, compiler, cuda (None without).");
   m.def("rule_names", &rule_names, "Rules that have kernels.");
   m.def("cpu_isas", &cpu::available_isas, "CPU instruction sets of this build that this processor has, best last.");

@@ -88,13 +88,25 @@ struct Form {
   }
 };
 
-// Prefetches the lines of an object, wherever in a line it begins.
+// Prefetches the lines of an object, wherever in a line it begins. Each line that is fetched in vain costs as much as
+// one that is needed.
 inline void prefetch(const void* object, size_t bytes) {
   for (size_t byte = 0; byte < bytes; byte += 64) __builtin_prefetch(static_cast<const char*>(object) + byte);
   __builtin_prefetch(static_cast<const char*>(object) + bytes - 1);
 }
 
-// Of a TensorImpl, up to its key set; of a StorageImpl, up to its flags.
-constexpr size_t kTensorBytes = 176, kStorageBytes = 60;
+// What is read of every tensor (storage, version, count and flags), and of one whose sizes are looked at.
+inline void prefetch_tensor(const c10::TensorImpl* impl, bool with_sizes) {
+  const char* address = reinterpret_cast<const char*>(impl);
+  __builtin_prefetch(address + 16);
+  if (with_sizes) __builtin_prefetch(address + 80);
+  __builtin_prefetch(address + 152);
+  __builtin_prefetch(address + 175);
+}
+
+inline void prefetch_storage(const c10::StorageImpl* storage) {
+  __builtin_prefetch(reinterpret_cast<const char*>(storage) + 16);
+  __builtin_prefetch(reinterpret_cast<const char*>(storage) + 59);
+}
 
 }  // namespace fusedopt

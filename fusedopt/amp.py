@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch.amp.grad_scaler import OptState
 
+from .backends.native import update_scale
 from .optimizers import FusedOptimizer
 
 __all__ = ["GradScaler"]
@@ -49,12 +50,32 @@ class GradScaler(torch.amp.GradScaler):
 
     def update(self, new_scale: float | torch.Tensor | None = None) -> None:
         """Update the scale, as ``torch.amp.GradScaler.update``."""
-        if self._enabled and len(self._per_optimizer_states) > 1:
+        if not self._enabled:
+            return
+        records = self._per_optimizer_states
+        if new_scale is None and len(records) == 1 and self._update_from(*records.values()):
+            records.clear()
+            return
+        if len(records) > 1:
             # torch adds the flags of several optimizers up in place; those are the optimizers' reports.
-            for record in self._per_optimizer_states.values():
+            for record in records.values():
                 flags = record["found_inf_per_device"]
                 record["found_inf_per_device"] = {device: flag.clone() for device, flag in flags.items()}
         super().update(new_scale)
+
+    def _update_from(self, record: dict[str, Any]) -> bool:
+        """Update the scale without torch's dispatcher, if this one record's flag allows it."""
+        flags = tuple(record["found_inf_per_device"].values())
+        if len(flags) != 1 or self._scale is None or self._growth_tracker is None:
+            return False
+        return update_scale(
+            self._scale,
+            self._growth_tracker,
+            flags[0],
+            self._growth_factor,
+            self._backoff_factor,
+            self._growth_interval,
+        )
 
     def _stock_step(self, optimizer: FusedOptimizer, **kwargs: Any) -> Any:
         """torch's step, which hands scale and found_inf over as attributes and leaves them there when it fails."""

@@ -14,6 +14,7 @@ from torch import nn
 
 import fusedopt
 from fusedopt.amp import GradScaler
+from fusedopt.backends.native import update_scale
 
 SCALERS = {"stock": torch.amp.GradScaler, "ours": GradScaler}
 each_scaler = pytest.mark.parametrize("scaler_type", SCALERS)
@@ -351,3 +352,27 @@ def test_a_failed_step_leaves_nothing_behind_that_hides_the_next_overflow() -> N
     scaler.update()
     assert bits(params) == before
     assert scaler.get_scale() == 2.0
+
+
+def test_the_scale_moves_like_torchs_over_any_sequence() -> None:
+    generator = torch.Generator().manual_seed(0)
+    for growth, backoff, interval, start in ((2.0, 0.5, 3, 2.0**15), (1.7, 0.3, 1, 3e38), (3.0, 0.9, 2, 1e-38)):
+        tensors = [(torch.tensor(start), torch.tensor(0, dtype=torch.int32)) for _ in range(2)]
+        for _ in range(40):
+            found_inf = (torch.rand((), generator=generator) < 0.3).float()
+            (scale, tracker), (expected_scale, expected_tracker) = tensors
+            version = scale._version
+            assert update_scale(scale, tracker, found_inf, growth, backoff, interval)
+            torch._amp_update_scale_(expected_scale, expected_tracker, found_inf, growth, backoff, interval)
+            assert bits([scale]) == bits([expected_scale])
+            assert tracker.item() == expected_tracker.item()
+            assert scale._version > version
+
+
+@pytest.mark.parametrize("other", ["meta", "dtype", "shape"])
+def test_a_scale_that_is_not_a_plain_cpu_float_is_left_to_torch(other: str) -> None:
+    scale, tracker, found = torch.tensor(4.0), torch.tensor(2, dtype=torch.int32), torch.tensor(0.0)
+    odd = {"meta": scale.to("meta"), "dtype": scale.double(), "shape": scale.expand(2)}[other]
+    for arguments in ((odd, tracker, found), (scale, odd, found), (scale, tracker, odd)):
+        assert not update_scale(*arguments, 2.0, 0.5, 3)
+    assert (scale.item(), tracker.item()) == (4.0, 2)

@@ -17,7 +17,7 @@ from torch import Tensor
 from ..rules import NormClip, Rule, ValueClip, check_gradient, check_parameter, parameter_name
 from .base import Backend, BackendUnavailable, StepReport, StepRequest
 
-__all__ = ["NativeBackend", "load_native_module"]
+__all__ = ["NativeBackend", "load_native_module", "update_scale"]
 
 _REBUILD = "rebuild it with: pip install --no-build-isolation --force-reinstall --no-deps fusedopt (or -e . in a clone)"
 
@@ -52,6 +52,20 @@ def load_native_module() -> tuple[ModuleType | None, str | None]:
 _module, _reason = load_native_module()
 if _module is None:
     warnings.warn(f"{_reason}: fusedopt runs on its slow reference backend. To build it, {_REBUILD}", stacklevel=2)
+
+
+def update_scale(
+    scale: Tensor,
+    growth_tracker: Tensor,
+    found_inf: Tensor,
+    growth_factor: float,
+    backoff_factor: float,
+    growth_interval: int,
+) -> bool:
+    """``torch._amp_update_scale_`` without its overhead; False, with nothing done, where that has to do it."""
+    return _module is not None and _module.update_scale(
+        scale, growth_tracker, found_inf, growth_factor, backoff_factor, growth_interval
+    )
 
 
 class NativeBackend(Backend):
