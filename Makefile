@@ -9,7 +9,12 @@ export PATH := $(BIN):$(PATH)
 # Idle OpenMP threads sleep instead of spinning, so tests do not slow down on a busy machine.
 TEST_ENV := OMP_WAIT_POLICY=passive
 
-.PHONY: setup demo test test-quick lint format bench sanitize clean
+# Where the benchmarks' figures go.
+BENCH_OUT ?= work_dirs/bench
+BENCH := pytest benchmarks --benchmark-enable --benchmark-quiet -q --benchmark-json=$(BENCH_OUT)/bench.json
+REPORT := python -m benchmarks.report $(BENCH_OUT)/bench.json --out $(BENCH_OUT)
+
+.PHONY: setup demo test test-quick lint format bench bench-full bench-gate sanitize clean
 
 setup: $(VENV)/.built
 
@@ -18,7 +23,7 @@ $(VENV)/.installed: constraints.txt pyproject.toml
 	@echo "Setting up $(VENV) (torch and tools; a few minutes the first time)"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@$(PIP) 'setuptools>=77' wheel 'cmake>=3.18' ninja torch
-	@$(PIP) scikit-learn matplotlib rich pytest pytest-benchmark hypothesis numpy ruff mypy clang-format
+	@$(PIP) scikit-learn matplotlib rich pytest pytest-benchmark hypothesis numpy 'tomli; python_version < "3.11"' ruff mypy clang-format
 	@touch $@
 
 $(VENV)/.built: $(VENV)/.installed $(SOURCES)
@@ -47,7 +52,17 @@ format: setup
 	clang-format -i $(CXX_SOURCES)
 
 bench: setup
-	python -m benchmarks
+	@mkdir -p $(BENCH_OUT)
+	$(BENCH) -m quick
+	$(REPORT)
+
+bench-full: setup
+	@mkdir -p $(BENCH_OUT)
+	$(BENCH)
+	$(REPORT)
+
+bench-gate: setup
+	python -m benchmarks.gate
 
 # The native tests under AddressSanitizer and UndefinedBehaviorSanitizer, in a build of their own.
 sanitize: setup

@@ -1,1 +1,1 @@
-"""Benchmarks of the optimizer step against torch's own, interleaved in one process. Run `python -m benchmarks`."""
+"""The benchmark suite. `make bench` runs a selection, `make bench-full` all of it, `make bench-gate` the floors."""

@@ -23,11 +23,11 @@ pytest.importorskip("rich", reason="the demonstration needs the extra fusedopt[d
 
 from rich.console import Console
 
-from fusedopt.demo import memory
+from fusedopt.bench import memory
+from fusedopt.bench.memory import PeakMemory
 from fusedopt.demo.compare import LOSS_TOLERANCE, Comparison, Run, compare
 from fusedopt.demo.config import ConfigError, load_config
 from fusedopt.demo.data import load_digits, random_batches
-from fusedopt.demo.memory import PeakMemory
 from fusedopt.demo.report import print_comparison, save_figure, save_json, show_progress
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("digits_*.py"))

@@ -32,6 +32,7 @@ LAYERS = [
     ["wrappers"],
     ["constructors"],
     ["builder"],
+    ["bench"],
     ["demo", "info"],
     ["cli", "__main__"],
 ]

@@ -13,10 +13,10 @@ import torch
 from torch.nn import functional
 from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, LRScheduler, SequentialLR
 
+from ..bench.memory import PeakMemory
 from ..builder import build_optim_wrapper
 from ..registry import MODELS
 from .data import Digits
-from .memory import PeakMemory
 
 __all__ = ["WARMUP_STEPS", "ScheduleSettings", "Training"]
 

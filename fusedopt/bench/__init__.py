@@ -1,0 +1,25 @@
+"""Measuring the optimizer step: workloads x recipes x contenders, checked, then interleaved.
+
+``python -m fusedopt bench`` runs single cases, ``benchmarks/`` of the source tree the whole suite.
+"""
+
+from __future__ import annotations
+
+from . import peers  # noqa: F401  registers its contenders
+from .cases import DTYPES, OPTIMIZERS, RECIPES, Case
+from .contenders import CONTENDERS, Contender
+from .run import Result, run
+from .workloads import GROUPINGS, WORKLOADS
+
+__all__ = [
+    "CONTENDERS",
+    "DTYPES",
+    "GROUPINGS",
+    "OPTIMIZERS",
+    "RECIPES",
+    "WORKLOADS",
+    "Case",
+    "Contender",
+    "Result",
+    "run",
+]

@@ -1,0 +1,219 @@
+"""benchmarks/: the cases of the suite, the report, and the gate with its floors."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+sys.path.append(str(ROOT))  # benchmarks/ is not installed
+
+from benchmarks import gate, report, suite  # noqa: E402
+from fusedopt.backends.native import NativeBackend  # noqa: E402
+from fusedopt.bench import CONTENDERS, DTYPES, OPTIMIZERS, RECIPES, WORKLOADS, Case, Result  # noqa: E402
+from fusedopt.bench.measure import Times  # noqa: E402
+
+
+class TestSuite:
+    @pytest.mark.parametrize("device", ["cpu", "cuda"])
+    def test_covers_every_axis(self, device: str) -> None:
+        entries = suite.entries(device)
+        cases = [entry.case for entry in entries]
+        assert len({case.name for case in cases}) == len(cases)
+        assert {case.device for case in cases} == {device}
+        workloads = {name for name, workload in WORKLOADS.items() if device == "cuda" or not workload.gpu_only}
+        for workload in workloads:
+            assert {case.grouping for case in cases if case.workload == workload} == {"one", "two", "each"}
+        assert {case.workload for case in cases} == workloads
+        assert {(case.optimizer, case.recipe) for case in cases} >= {(o, r) for o in OPTIMIZERS for r in RECIPES}
+        assert {case.dtype for case in cases} == set(DTYPES)
+        assert {name for entry in entries for name in entry.contenders} == set(CONTENDERS)
+        assert any(case.warm for case in cases)
+        assert any(entry.quick for entry in entries)
+        assert all(entry.rounds >= 20 for entry in entries)
+
+
+def scripted(monkeypatch: pytest.MonkeyPatch, ratios: dict[str, list[list[float]]]) -> list[str]:
+    """Have the gate see these ratios, a list for each go of each workload; returns the log of goes."""
+    log: list[str] = []
+
+    def run(case: Case, names: list[str], rounds: int, *_: Any) -> Result:
+        log.append(case.workload)
+        ratio = ratios[case.workload].pop(0)
+        return Result(case, times={"fusedopt": Times([1.0] * len(ratio)), "torch-fused": Times(ratio)})
+
+    monkeypatch.setattr(gate, "run", run)
+    monkeypatch.setattr(gate, "CacheFlush", lambda device: None)
+    monkeypatch.setattr(gate, "BandwidthProbe", lambda device: None)
+    return log
+
+
+def write_gates(path: Path, floors: dict[str, float], rounds: int = 20, retries: int = 2) -> Path:
+    lines = ["[settings]", 'rival = "torch-fused"', f"rounds = {rounds}", f"retries = {retries}", "[cpu]"]
+    path.write_text("\n".join([*lines, *(f'"{name}" = {floor}' for name, floor in floors.items())]))
+    return path
+
+
+def noisy(center: float) -> list[float]:
+    return [center + 0.05 * (round - 9.5) for round in range(20)]
+
+
+class TestGate:
+    @pytest.mark.parametrize("device", ["cpu", "cuda"])
+    def test_the_floors_can_be_read(self, device: str) -> None:
+        gates, rounds, _ = gate.load(gate.GATES, device)
+        assert len(gates) >= 7
+        assert rounds >= gate.LEAST_ROUNDS
+        for entry in gates:
+            assert entry.rival in CONTENDERS
+            assert CONTENDERS[entry.rival].unavailable(entry.case) is None
+
+    def test_only_what_is_uncertain_runs_again(
+        self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        log = scripted(
+            monkeypatch,
+            {
+                "400x64": [[3.0] * 20],
+                "ragged": [noisy(1.95), noisy(2.6)],  # a bad phase of the machine, then a good one
+                "vit-tiny": [noisy(2.02), noisy(2.02)],  # near its floor
+            },
+        )
+        floors = {f"{name}/one/adamw/amp-clip": 2.0 for name in ("400x64", "ragged", "vit-tiny")}
+        assert gate.main(["--gates", str(write_gates(tmp_path / "g.toml", floors))]) == 0
+        assert log == ["400x64", "ragged", "vit-tiny", "ragged", "vit-tiny"]
+        assert "BROKEN" not in capsys.readouterr().out
+
+    def test_a_broken_floor_is_named_after_all_retries(
+        self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        log = scripted(monkeypatch, {"400x64": [[3.0] * 20], "ragged": [[1.9] * 20] * 3})
+        floors = {"400x64/one/adamw/amp-clip": 2.0, "ragged/one/sgd/clip/bf16": 2.0}
+        out = tmp_path / "table.md"
+        assert gate.main(["--gates", str(write_gates(tmp_path / "g.toml", floors)), "--out", str(out)]) == 1
+        assert log == ["400x64", "ragged", "ragged", "ragged"]
+        broken = [line for line in capsys.readouterr().out.splitlines() if "BROKEN" in line]
+        assert len(broken) == 1
+        assert "ragged/one/sgd/clip/bf16" in broken[0]
+        assert broken[0] in out.read_text()
+
+    @pytest.mark.parametrize(
+        ("floors", "rounds", "message"),
+        [
+            ({"400x64": 2.0}, 20, "'400x64' is not workload/grouping"),
+            ({"resnet/one/adamw/clip": 2.0}, 20, "workload is 'resnet'; expected one of resnet-50"),
+            ({"400x64/one/adamw/clip/fp8": 2.0}, 20, "dtype is 'fp8'; expected one of fp32"),
+            ({"400x64/one/lion/clip": 2.0}, 20, "optimizer is 'lion'; expected one of sgd"),
+            ({"400x64/one/adamw/clip": 2.0}, 19, "a median needs 20"),
+            ({}, 20, "no gates to check"),
+            ({"400x64/one/sgd/clip/bf16": 1.5}, 20, "torch-fused: wrong result"),
+        ],
+    )
+    def test_what_cannot_be_checked_is_an_error_of_its_own(
+        self, floors: dict[str, float], rounds: int, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        assert gate.main(["--gates", str(write_gates(tmp_path / "g.toml", floors, rounds))]) == 2
+        error = capsys.readouterr().err
+        assert message in error
+        assert error.count("\n") == 1
+
+    def test_a_planted_slowdown_trips_it(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+        # The ratio is about 11, and about 0.05 with the sleep: no noise bridges that.
+        gates = write_gates(tmp_path / "g.toml", {"400x64/one/adamw/amp-clip": 2.0}, retries=0)
+        assert gate.main(["--gates", str(gates)]) == 0
+        step = NativeBackend.step
+
+        def slow(self: NativeBackend, *arguments: Any) -> Any:
+            time.sleep(0.1)
+            return step(self, *arguments)
+
+        monkeypatch.setattr(NativeBackend, "step", slow)
+        assert gate.main(["--gates", str(gates)]) == 1
+
+
+def record(group: str, contender: str, seconds: list[float], kind: str = "step", **info: Any) -> dict[str, Any]:
+    extra = {"kind": kind, "contender": contender, "bandwidth": [], "extra_memory": 4096, **info}
+    return {"group": group, "name": "", "extra_info": extra, "stats": {"data": seconds}}
+
+
+@pytest.fixture
+def bench_json(tmp_path: Path) -> Path:
+    case = {"workload": "vit-tiny", "grouping": "each"}
+    records = [
+        record("vit-tiny/each/adamw/amp-clip", "fusedopt", [0.004, 0.005, 0.006], case=case, bandwidth=[5e10] * 3),
+        record("vit-tiny/each/adamw/amp-clip", "torch-fused", [0.008, 0.01, 0.012], case=case, bandwidth=[5e10] * 3),
+        *(
+            record("", name, [1e-5 + count * slope] * 3, "scaling-tensors-one", parameters=64 * count, tensors=count)
+            for name, slope in (("fusedopt", 1e-7), ("torch-fused", 1e-6))
+            for count in (1, 10, 100)
+        ),
+        *(
+            {
+                "group": "config",
+                "stats": {"data": [whole] * 4},
+                "extra_info": {
+                    "kind": "training",
+                    "variant": variant,
+                    "optimizer": optimizer,
+                    "groups": 80,
+                    "images_per_step": 64,
+                    "optimizer_seconds": [part] * 4,
+                },
+            }
+            for variant, optimizer, whole, part in (
+                ("stock", "AdamW", 0.1, 0.02),
+                ("fused", "FusedAdamW", 0.08, 0.004),
+            )
+        ),
+    ]
+    machine = {
+        "torch": "2",
+        "fusedopt": "0",
+        "threads": 2,
+        "python_version": "3",
+        "info": ["processor  A", "rules  sgd"],
+    }
+    content = {
+        "machine_info": machine,
+        "commit_info": {"id": "abc", "dirty": False},
+        "datetime": "2026-01-02T03:04:05",
+        "benchmarks": records,
+    }
+    path = tmp_path / "box.json"
+    path.write_text(json.dumps(content))
+    return path
+
+
+class TestReport:
+    def test_a_page_with_every_table_and_picture(self, bench_json: Path, tmp_path: Path) -> None:
+        target = report.write(bench_json, tmp_path / "out", "box")
+        text = target.read_text()
+        assert text.startswith("# A: fusedopt 0 at abc, 2026-01-02\n")
+        assert "2.00 [2.00, 2.00]" in text, "the ratio of the medians of paired rounds"
+        assert "1.25 [1.25, 1.25] times as fast" in text
+        assert "its optimizer 5.00 times" in text
+        assert "20.0%" in text
+        assert "5.0%" in text
+        assert "### vit-tiny/each/adamw/amp-clip" in text
+        for name in ("box-bandwidth.png", "box-scaling.png"):
+            assert f"]({name})" in text
+            assert (tmp_path / "out" / name).stat().st_size > 10_000
+
+    def test_the_fit_finds_a_line(self, bench_json: Path) -> None:
+        curves = report.Report.load(bench_json).curves["tensors-one"]
+        constant, slope = report.fit(curves["torch-fused"])
+        assert constant == pytest.approx(1e-5)
+        assert slope == pytest.approx(1e-6)
+
+    def test_a_run_of_a_part_is_reported_too(self, bench_json: Path, tmp_path: Path) -> None:
+        content = json.loads(bench_json.read_text())
+        content["benchmarks"] = content["benchmarks"][:1]
+        bench_json.write_text(json.dumps(content))
+        text = report.write(bench_json, tmp_path, "part").read_text()
+        assert "## A training" not in text
+        assert "part-scaling.png" not in text
