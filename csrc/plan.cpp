@@ -74,6 +74,17 @@ constexpr size_t kAhead = 8;
 // Of the entries of a group's dict and of a state dict.
 constexpr size_t kGroupBytes = 256, kStateBytes = 88;
 
+// A number that no other dict has, nor this one after a change; 0 where Python does not tell. (It still has the number
+// in 3.12 and 3.13, deprecated.)
+uint64_t version_of(PyObject* dict) {
+#if PY_VERSION_HEX < 0x030C0000 && !defined(PYPY_VERSION)
+  return reinterpret_cast<PyDictObject*>(dict)->ma_version_tag;
+#else
+  (void)dict;
+  return 0;
+#endif
+}
+
 // The table of a dict's entries, for prefetching only.
 const void* entries_of(PyObject* dict) { return reinterpret_cast<PyDictObject*>(dict)->ma_keys; }
 
@@ -133,6 +144,41 @@ void StepPlan::read_value(Group& group, Py_ssize_t group_index, GroupEntry& entr
   hyper_changed_ = true;
 }
 
+// See Note [Prefetching].
+[[gnu::always_inline]] inline void StepPlan::prefetch_group(size_t g, PyObject* dict) const {
+  const Group& group = groups_[g];
+  prefetch(dict, sizeof(PyDictObject));
+  if (!group.version) prefetch(group.dict_entries, kGroupBytes);
+  prefetch(group.params, sizeof(PyListObject));
+  __builtin_prefetch(group.items);
+}
+
+[[gnu::always_inline]] inline void StepPlan::prefetch_row(size_t r) const {
+  const Watch& watch = watches_[r];
+  __builtin_prefetch(watch.object);
+  __builtin_prefetch(watch.autograd);
+  prefetch_tensor(watch.param.impl, !watch.param.form.contiguous);
+  prefetch_storage(watch.param.form.storage);
+  prefetch_tensor(watch.grad.impl, true);
+  prefetch_storage(watch.grad.form.storage);
+}
+
+[[gnu::always_inline]] inline void StepPlan::prefetch_state(size_t e) const {
+  const StateEntry& entry = state_entries_[e];
+  const Watch& watch = watches_[entry.row];
+  prefetch(entry.dict, sizeof(PyDictObject));
+  if (!entry.version) prefetch(entry.dict_entries, kStateBytes);
+  for (const void* object : entry.objects) __builtin_prefetch(object);
+  prefetch_tensor(watch.step.impl, false);
+  prefetch_storage(watch.step.form.storage);
+  __builtin_prefetch(rows_[entry.row].step);
+  for (const Watched& column : watch.state) {
+    if (!column.impl) continue;
+    prefetch_tensor(column.impl, !column.form.contiguous);
+    prefetch_storage(column.form.storage);
+  }
+}
+
 bool StepPlan::groups_unchanged(PyObject* groups) {
   const Items list(groups, "param_groups");
   const size_t count = groups_.size();
@@ -143,20 +189,30 @@ bool StepPlan::groups_unchanged(PyObject* groups) {
     Group& group = groups_[g];
     PyObject* const dict = list[static_cast<Py_ssize_t>(g)];
     if (!PyDict_Check(dict)) return false;
-    PyObject* params_value = nullptr;
-    for (GroupEntry& entry : group.entries) {
-      Py_ssize_t position = entry.position;
-      PyObject *key, *value;
-      if (!PyDict_Next(dict, &position, &key, &value) || key != entry.key.ptr()) return false;
-      if (entry.hyper_key == kParams) {
-        params_value = value;
-        continue;
+    const uint64_t version = version_of(dict);
+    if (!version || version != group.version) {
+      group.live = false;
+      for (GroupEntry& entry : group.entries) {
+        Py_ssize_t position = entry.position;
+        PyObject *key, *value;
+        if (!PyDict_Next(dict, &position, &key, &value) || key != entry.key.ptr()) return false;
+        if (entry.hyper_key == kParams) {
+          group.params = value;
+          continue;
+        }
+        const bool replaced = entry.value.ptr() != value;
+        if (replaced) entry.value = py::reinterpret_borrow<py::object>(value);
+        if (replaced || entry.live) read_value(group, static_cast<Py_ssize_t>(g), entry);
+        group.live |= entry.live;
       }
-      const bool replaced = entry.value.ptr() != value;
-      if (replaced) entry.value = py::reinterpret_borrow<py::object>(value);
-      if (replaced || entry.live) read_value(group, static_cast<Py_ssize_t>(g), entry);
+      group.version = version;
+      group.dict_entries = entries_of(dict);
+    } else if (group.live) {
+      for (GroupEntry& entry : group.entries) {
+        if (entry.live) read_value(group, static_cast<Py_ssize_t>(g), entry);
+      }
     }
-    const Items params(params_value, "params");
+    const Items params(group.params, "params");
     const auto size = static_cast<size_t>(params.size());
     if (size > watches_.size() - row || (row + size < watches_.size() && watches_[row + size].group == g)) return false;
     for (size_t i = 0; i < size; ++i, ++row) {
@@ -164,8 +220,6 @@ bool StepPlan::groups_unchanged(PyObject* groups) {
       PyObject* const param = params[static_cast<Py_ssize_t>(i)];
       if (watch.object != param || watch.group != g || !THPVariable_Check(param)) return false;
     }
-    group.dict_entries = entries_of(dict);
-    group.params = params_value;
     group.items = size ? params.begin() : nullptr;
   }
   return row == watches_.size();
@@ -306,7 +360,7 @@ const char* StepPlan::describe_column(Owner& owner, const at::Tensor& tensor, Co
 }
 
 // Returns false when the parameter is no longer what the tables say, for instance after `param.data = ...`.
-bool StepPlan::refresh_param(size_t r) {
+[[gnu::always_inline]] inline bool StepPlan::refresh_param(size_t r) {
   Watch& watch = watches_[r];
   c10::TensorImpl* impl = THPVariable_Unpack(watch.object).unsafeGetTensorImpl();
   if (!watch.param.renew(impl) || watch.problem) return false;
@@ -315,7 +369,7 @@ bool StepPlan::refresh_param(size_t r) {
 }
 
 // Why the gradient cannot be used, or null. Sets the row's column, whose data is null without a gradient.
-const char* StepPlan::refresh_grad(size_t r, bool write_back) {
+[[gnu::always_inline]] inline const char* StepPlan::refresh_grad(size_t r, bool write_back) {
   Watch& watch = watches_[r];
   TensorRow& row = rows_[r];
   Column& column = row.grad;
@@ -344,6 +398,9 @@ const char* StepPlan::refresh_grad(size_t r, bool write_back) {
 // Takes the states of this step from the state dicts. Returns false when they are no longer as they were found.
 bool StepPlan::refresh_states(PyObject* state) {
   const size_t count = state_entries_.size();
+  const int state_count = rule_.state_count;
+  const uint64_t state_version = version_of(state);
+  const bool same_dicts = state_version && state_version == state_version_;
   for (size_t e = 0; e < std::min(kAhead, count); ++e) prefetch_state(e);
   for (size_t e = 0; e < count; ++e) {
     if (e + kAhead < count) prefetch_state(e + kAhead);
@@ -352,21 +409,28 @@ bool StepPlan::refresh_states(PyObject* state) {
     Watch& watch = watches_[entry.row];
     TensorRow& row = rows_[entry.row];
     Py_ssize_t position = entry.position;
-    PyObject *key, *inner, *value;
-    if (!PyDict_Next(state, &position, &key, &inner) || key != watch.object || !PyDict_Check(inner)) return false;
+    PyObject *key, *value;
+    if (!same_dicts) {
+      if (!PyDict_Next(state, &position, &key, &value) || key != watch.object || !PyDict_Check(value)) return false;
+      entry.dict = value;
+    }
+    const uint64_t version = version_of(entry.dict);
+    const bool same_objects = version && version == entry.version;
     // The tensor beside the i-th name, or null.
     auto tensor = [&](int i) -> c10::TensorImpl* {
-      position = keys.position[i];
-      if (!PyDict_Next(inner, &position, &key, &value) || key != keys.name[i].ptr()) return nullptr;
-      if (!THPVariable_Check(value)) return nullptr;
-      entry.objects[i] = value;
-      return THPVariable_Unpack(value).unsafeGetTensorImpl();
+      if (!same_objects) {
+        position = keys.position[i];
+        if (!PyDict_Next(entry.dict, &position, &key, &value) || key != keys.name[i].ptr()) return nullptr;
+        if (!THPVariable_Check(value)) return nullptr;
+        entry.objects[i] = value;
+      }
+      return THPVariable_Unpack(entry.objects[i]).unsafeGetTensorImpl();
     };
     c10::TensorImpl* impl = tensor(0);
     if (!impl || !watch.step.renew(impl)) return false;
     row.step = data_of(impl);
     if (!row.step) return false;
-    for (int c = 0; c < rule_.state_count; ++c) {
+    for (int c = 0; c < state_count; ++c) {
       if (!keys.name[1 + c]) continue;
       Watched& column = watch.state[c];
       impl = tensor(1 + c);
@@ -374,7 +438,9 @@ bool StepPlan::refresh_states(PyObject* state) {
       row.state[c].data = data_of(impl);
       if (!row.state[c].data && row.numel) return false;
     }
+    entry.version = version;
   }
+  state_version_ = state_version;
   return true;
 }
 
@@ -446,6 +512,7 @@ void StepPlan::resolve_states(PyObject* state) {
     }
     watch.state_problem = groups_[watch.group].columns && !watch.problem ? kNoState : nullptr;
   }
+  state_version_ = 0;
   state_entries_.clear();
   state_keys_.clear();
   Py_ssize_t position = 0;
@@ -459,46 +526,12 @@ void StepPlan::resolve_states(PyObject* state) {
     entry.position = position - 1;
     entry.row = found->second;
     entry.dict = inner;
-    entry.values = entries_of(inner);
+    entry.dict_entries = entries_of(inner);
     problem = resolve_state(entry.row, inner, entry);
     if (!problem) state_entries_.push_back(entry);
   }
   for (const Watch& watch : watches_) state_problems_ |= watch.state_problem != nullptr;
   states_known_ = true;
-}
-
-void StepPlan::prefetch_group(size_t g, PyObject* dict) const {
-  const Group& group = groups_[g];
-  prefetch(dict, sizeof(PyDictObject));
-  prefetch(group.dict_entries, kGroupBytes);
-  prefetch(group.params, sizeof(PyListObject));
-  __builtin_prefetch(group.items);
-}
-
-void StepPlan::prefetch_row(size_t r) const {
-  const Watch& watch = watches_[r];
-  __builtin_prefetch(watch.object);
-  __builtin_prefetch(watch.autograd);
-  prefetch_tensor(watch.param.impl, !watch.param.form.contiguous);
-  prefetch_storage(watch.param.form.storage);
-  prefetch_tensor(watch.grad.impl, true);
-  prefetch_storage(watch.grad.form.storage);
-}
-
-void StepPlan::prefetch_state(size_t e) const {
-  const StateEntry& entry = state_entries_[e];
-  const Watch& watch = watches_[entry.row];
-  prefetch(entry.dict, sizeof(PyDictObject));
-  prefetch(entry.values, kStateBytes);
-  for (const void* object : entry.objects) __builtin_prefetch(object);
-  prefetch_tensor(watch.step.impl, false);
-  prefetch_storage(watch.step.form.storage);
-  __builtin_prefetch(rows_[entry.row].step);
-  for (const Watched& column : watch.state) {
-    if (!column.impl) continue;
-    prefetch_tensor(column.impl, !column.form.contiguous);
-    prefetch_storage(column.form.storage);
-  }
 }
 
 void StepPlan::build_chunks() {
@@ -629,8 +662,9 @@ void StepPlan::finish_update(bool write_back) {
       if (!impl->is_inference()) impl->bump_version();
     };
     bump(watches_[r].param.impl);
+    if (!write_back) continue;
     const at::Tensor& grad = watches_[r].param.impl->grad();
-    if (write_back && grad.defined()) bump(grad.unsafeGetTensorImpl());
+    if (grad.defined()) bump(grad.unsafeGetTensorImpl());
   }
 }
 

@@ -42,9 +42,12 @@ struct StepSettings {
 // at which position of a dict it found what it needs, and at each step looks there: the same key object at the same
 // position means that the value beside it is the one of that key, now.
 //
+// Where Python numbers the states of a dict (before 3.12), a dict with the number it had holds the very objects it had,
+// and is not looked at further.
+//
 // Of parameters, states and gradients it remembers addresses only, so it keeps none of them alive and forms no cycle.
 // An address that was given to another object does no harm: tensors are reached through the dicts and lists of this
-// very step, never through an address that was kept, and their kind, dtype, shape and data pointer are read each time.
+// very step, or are known to be in them still, and their kind, dtype, shape and data pointer are read each time.
 // Hyperparameters are compared by address, so the plan holds on to those objects: what is the same Python number has
 // the same value. Tensors, arrays and lists given as hyperparameters are read at each step.
 class StepPlan {
@@ -73,7 +76,10 @@ class StepPlan {
     double hyper[kMaxHyper];
     unsigned columns;
     uint32_t table_row;
-    const void *dict_entries, *params, *items;  // for prefetching only
+    uint64_t version;  // of its dict, when that was last read
+    bool live;         // some entry is
+    PyObject* params;
+    const void *dict_entries, *items;  // for prefetching only
   };
   struct Watched {
     c10::TensorImpl* impl;  // of this step
@@ -112,9 +118,11 @@ class StepPlan {
   // Where the optimizer's state has the state dict of one row.
   struct StateEntry {
     Py_ssize_t position;
-    uint32_t row, keys;         // row of watches_, row of state_keys_
-    const void *dict, *values;  // for prefetching only
-    const void* objects[1 + kMaxStates];
+    uint32_t row, keys;  // row of watches_, row of state_keys_
+    PyObject* dict;
+    uint64_t version;  // of the dict, when its objects were last read
+    PyObject* objects[1 + kMaxStates];
+    const void* dict_entries;  // for prefetching only
   };
 
   py::object refresh(PyObject* groups, PyObject* state, bool write_back);
@@ -150,6 +158,7 @@ class StepPlan {
   std::vector<ScalarsStorage> scalars_;
   std::vector<double> partials_;
   int64_t elements_ = 0;
+  uint64_t state_version_ = 0;  // of the optimizer's state, when its entries were last read
   bool any_active_ = false, any_double_ = false;
   bool hyper_changed_ = true, overlaps_ = false;
   bool states_known_ = false, state_problems_ = false;

@@ -55,7 +55,9 @@ inline const char* foreign(const c10::TensorImpl* impl) {
   if (!storage) return nullptr;
   char* base = static_cast<char*>(storage->mutable_data());
   const int64_t offset = impl->storage_offset();
-  return base && offset ? base + offset * static_cast<int64_t>(impl->itemsize()) : base;
+  if (!offset || !base) [[likely]]
+    return base;
+  return base + offset * static_cast<int64_t>(impl->itemsize());
 }
 
 // What a tensor was when it was found fit for the kernels, to see that it still is.
@@ -79,24 +81,27 @@ struct Form {
   // Whether impl has the form, `before` being the tensor that had it last. The same contiguous one with as many
   // elements in the same storage is not asked for its sizes: that would be one more cache line, and its elements lie as
   // they did.
-  bool matches(const c10::TensorImpl* impl, const c10::TensorImpl* before) {
+  [[gnu::always_inline]] bool matches(const c10::TensorImpl* impl, const c10::TensorImpl* before) {
     if (!same_kind(impl)) return false;
     const c10::StorageImpl* now = impl->unsafe_storage().unsafeGetStorageImpl();
     if (impl == before && now == storage && contiguous && impl->numel() == numel && impl->is_contiguous()) return true;
     storage = now;
-    return shape == shape_of(impl);
+    return matches_shape(impl);
   }
+  [[gnu::noinline]] bool matches_shape(const c10::TensorImpl* impl) const { return shape == shape_of(impl); }
 };
 
-// Prefetches the lines of an object, wherever in a line it begins. Each line that is fetched in vain costs as much as
-// one that is needed.
-inline void prefetch(const void* object, size_t bytes) {
+// Note [Prefetching]
+// g++ takes a function that does nothing but prefetch for one without effect and drops the calls, so these and what
+// calls them are inline by force; a test looks for the instructions in the module. Each line that is fetched in vain
+// costs as much as one that is needed.
+[[gnu::always_inline]] inline void prefetch(const void* object, size_t bytes) {
   for (size_t byte = 0; byte < bytes; byte += 64) __builtin_prefetch(static_cast<const char*>(object) + byte);
   __builtin_prefetch(static_cast<const char*>(object) + bytes - 1);
 }
 
 // What is read of every tensor (storage, version, count and flags), and of one whose sizes are looked at.
-inline void prefetch_tensor(const c10::TensorImpl* impl, bool with_sizes) {
+[[gnu::always_inline]] inline void prefetch_tensor(const c10::TensorImpl* impl, bool with_sizes) {
   const char* address = reinterpret_cast<const char*>(impl);
   __builtin_prefetch(address + 16);
   if (with_sizes) __builtin_prefetch(address + 80);
@@ -104,7 +109,7 @@ inline void prefetch_tensor(const c10::TensorImpl* impl, bool with_sizes) {
   __builtin_prefetch(address + 175);
 }
 
-inline void prefetch_storage(const c10::StorageImpl* storage) {
+[[gnu::always_inline]] inline void prefetch_storage(const c10::StorageImpl* storage) {
   __builtin_prefetch(reinterpret_cast<const char*>(storage) + 16);
   __builtin_prefetch(reinterpret_cast<const char*>(storage) + 59);
 }

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ast
 import os
+import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -208,3 +210,24 @@ def test_wheel_and_sdist_install_and_work(tmp_path: Path) -> None:
     result = run_python(TRAIN, path=target)
     assert str(target) in result.stdout
     assert "native [-0.1" in result.stdout
+
+
+def test_prefetches_are_in_the_module() -> None:
+    # See Note [Prefetching]: the compiler may drop them without a word, and only cold steps would tell.
+    if platform.machine() != "x86_64" or shutil.which("objdump") is None:
+        pytest.skip("needs objdump and x86-64")
+    assert fusedopt._C.__file__ is not None
+    listing = subprocess.run(
+        ["objdump", "-d", "-C", "--no-show-raw-insn", fusedopt._C.__file__], capture_output=True, text=True, check=True
+    ).stdout
+    functions = re.split(r"\n\n[0-9a-f]+ <", listing)
+    for name in (
+        "StepPlan::groups_unchanged",
+        "StepPlan::refresh(",
+        "StepPlan::refresh_states",
+        "cpu::update(",
+        "cpu::statistics(",
+    ):
+        bodies = [body for body in functions if body.startswith(f"fusedopt::{name}")]
+        assert bodies, name
+        assert any("prefetch" in body for body in bodies), name

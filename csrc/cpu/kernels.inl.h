@@ -230,18 +230,27 @@ void update_chunk(const TensorRow& row, const ScalarsStorage& storage, const Upd
   const auto scalars = exact.template as<T>();
   const T multiplier = T(settings.multiplier), bound = T(settings.clip_value);
 
+  auto plain = [&](const Column& column) { return !column.layout && column.dtype == native; };
+  bool direct = plain(row.param) && plain(row.grad) && !settings.write_back;
+  for (int c = 0; c < kMaxStates; ++c) {
+    if (columns >> c & 1) direct &= plain(row.state[c]);
+  }
+  if (direct) {
+    auto at = [&](const Column& column) { return static_cast<T*>(column.data) + offset; };
+    auto state = [&](int c) { return columns >> c & 1 ? at(row.state[c]) : nullptr; };
+    return update_run<Rule, V, T>(scalars, multiplier, bound, length, at(row.param), at(row.grad), state(0), state(1),
+                                  state(2));
+  }
+
   Window<T> param, grad, state[kMaxStates];
   param.open(row.param, native);
   grad.open(row.grad, native);
-  bool direct = param.direct && grad.direct;
   for (int c = 0; c < kMaxStates; ++c) {
     if (!(columns >> c & 1)) continue;
     state[c].open(row.state[c], native);
-    direct &= state[c].direct;
   }
-  const int64_t step = direct ? length : kBlock;
-  for (int64_t done = 0; done < length; done += step) {
-    const int64_t at = offset + done, n = length - done < step ? length - done : step;
+  for (int64_t done = 0; done < length; done += kBlock) {
+    const int64_t at = offset + done, n = length - done < kBlock ? length - done : kBlock;
     T* s[kMaxStates] = {};
     for (int c = 0; c < kMaxStates; ++c) {
       if (columns >> c & 1) s[c] = state[c].load_at(at, n);

@@ -130,6 +130,8 @@ class NativeBackend(Backend):
             unavailable = self.unavailable(param.device)
             if unavailable is not None:
                 raise BackendUnavailable(f"{name} is on {param.device}: {unavailable}")
+            if param.grad is None:  # another thread has dropped it since
+                continue
             check_gradient(name, param, param.grad)
             if not state_missing:
                 raise RuntimeError(f"{name} {reason}")

@@ -1,0 +1,154 @@
+"""What a step costs beside the arithmetic: ``python -m benchmarks.host``, on a CPU, in one thread.
+
+*Times* are of warm caches. A step on n tensors of 64 elements is compared with one on a single tensor of as many
+elements: what the single one takes beyond a step on 64 elements is arithmetic, all else is host cost, fitted as
+a + b * n. (A step's fixed cost is thus counted in a; subtracting the whole single step would leave none of it.)
+
+*Instructions* are those of callgrind inside StepPlan::step, so without the Python around it and without pybind11's
+reading of the arguments. valgrind hides AVX-512: the kernels in that table are the AVX2 ones, the times above it are of
+the best ones the processor has.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import itertools
+import os
+import re
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import fusedopt
+from fusedopt.bench.measure import interleave
+from fusedopt.bench.tables import markdown
+
+ROOT = Path(__file__).parents[1]
+COUNTS = (1, 50, 100, 200, 400, 1000)
+SIZE = 64
+TENSORS = 400  # where the tables look
+STEPS = ("amp-clip", "bare")
+#: What the host path may cost: microseconds per step and per tensor.
+GOALS = {"one": (15.0, 0.10), "each": (15.0, 0.15)}
+
+
+def make_step(count: int, grouping: str, recipe: str, size: int = SIZE) -> Callable[[], object]:
+    """A step of FusedAdamW on ``count`` tensors, in ``'one'`` group or one for ``'each'``."""
+    params = [torch.nn.Parameter(torch.randn(size)) for _ in range(count)]
+    for param in params:
+        param.grad = torch.randn(size)
+    groups = [{"params": [param]} for param in params] if grouping == "each" else [{"params": params}]
+    if recipe == "bare":
+        return fusedopt.FusedAdamW(groups, backend="native").step
+    optimizer = fusedopt.FusedAdamW(groups, clip_grad={"max_norm": 1.0}, backend="native")
+    scale = torch.tensor(1024.0)
+    return lambda: optimizer.step(grad_scale=scale)
+
+
+def fit(costs: Mapping[int, float]) -> tuple[float, float]:
+    """(a, b) of cost = a + b * count, by least squares of the relative error."""
+    counts, values = np.array(list(costs)), np.array(list(costs.values()))
+    per_tensor, per_step = np.polyfit(counts, values, 1, w=1 / values)
+    return float(per_step), float(per_tensor)
+
+
+def time_table(rounds: int) -> str:
+    """Warm times, as Markdown."""
+    functions: dict[str, Callable[[], object]] = {}
+    for recipe, count in itertools.product(STEPS, COUNTS):
+        functions[f"{recipe} {count} single"] = make_step(1, "one", recipe, count * SIZE)
+        functions.update({f"{recipe} {count} {grouping}": make_step(count, grouping, recipe) for grouping in GOALS})
+
+    def warm_up(name: str) -> None:
+        functions[name]()
+        functions[name]()
+
+    times = interleave(functions, rounds, warm_up, torch.device("cpu"))
+    micros = {name: 1e6 * statistics.median(taken.total) for name, taken in times.items()}
+    rows = []
+    for recipe, (grouping, (goal_step, goal_tensor)) in itertools.product(STEPS, GOALS.items()):
+        arithmetic = {count: micros[f"{recipe} {count} single"] - micros[f"{recipe} 1 single"] for count in COUNTS}
+        costs = {count: micros[f"{recipe} {count} {grouping}"] - arithmetic[count] for count in COUNTS}
+        per_step, per_tensor = fit(costs)
+        values = [micros[f"{recipe} {TENSORS} {grouping}"], arithmetic[TENSORS], costs[TENSORS]]
+        fitted = f"{per_step:.1f} µs + {per_tensor:.3f} µs per tensor"
+        goal = f"{goal_step + goal_tensor * TENSORS:.0f} ({goal_step:.0f} µs + {goal_tensor:.2f} µs per tensor)"
+        rows.append([recipe, grouping, *(f"{value:.1f}" for value in values), fitted, goal])
+    at = f"at {TENSORS}"
+    return markdown(["step", "groups", f"µs {at}", "arithmetic", f"host cost {at}", "fit", f"goal {at}"], rows)
+
+
+def parse_annotation(text: str) -> Counter[str]:
+    """Instructions of each function in callgrind_annotate's output; names without types, arguments and templates."""
+    counts: Counter[str] = Counter()
+    for line in text.splitlines():
+        if not (found := re.match(r"\s*([\d,]+)\s+(?:\([ \d.]+%\)\s+)?[^:]+:(.+)", line)):
+            continue
+        name = re.sub(r" \[[^\[]*\]$|'\d+$", "", found[2]).replace("(anonymous namespace)", "anonymous")
+        while name != (name := re.sub(r"(?<!operator)<[^<>]*>", "", name)):  # innermost first
+            pass
+        whole = re.search(r"operator .*|\S+$", name.split("(")[0].strip())
+        counts[whole[0] if whole else name] += int(found[1].replace(",", ""))
+    return counts
+
+
+def count_instructions(grouping: str, steps: int) -> Counter[str]:
+    """Instructions of each function, in ``steps`` steps of a process of its own."""
+    with tempfile.NamedTemporaryFile() as out:
+        callgrind = ["valgrind", "-q", "--tool=callgrind", "--cache-sim=no", f"--callgrind-out-file={out.name}"]
+        child = [sys.executable, "-m", "benchmarks.host", "--child", str(TENSORS), grouping, str(steps), "amp-clip"]
+        toggle = "--toggle-collect=fusedopt::StepPlan::step*"
+        subprocess.run([*callgrind, toggle, *child], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+        annotate = ["callgrind_annotate", "--threshold=100", "--auto=no", out.name]
+        return parse_annotation(subprocess.run(annotate, check=True, capture_output=True, text=True).stdout)
+
+
+def instruction_tables(few: int = 3, many: int = 23, top: int = 12) -> str:
+    """Instructions per tensor and step, as Markdown: what ``many`` steps execute beyond ``few``."""
+    runs = list(itertools.product(GOALS, (few, many)))
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        counted = dict(zip(runs, pool.map(lambda run: count_instructions(*run), runs), strict=True))
+    tables = []
+    for grouping in GOALS:
+        counts = counted[grouping, many]
+        counts.subtract(counted[grouping, few])
+        if not counts.total():
+            raise RuntimeError("callgrind saw no StepPlan::step: has fusedopt._C been stripped of its symbols?")
+        share = {name: count / ((many - few) * TENSORS) for name, count in counts.most_common()}
+        rows = [["all", f"{sum(share.values()):.1f}"], *([name, f"{share[name]:.1f}"] for name in list(share)[:top])]
+        tables.append(markdown([f"amp-clip, groups: {grouping}", "instructions per tensor and step"], rows))
+    return "\n\n".join(tables)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="The host path of a step, on a CPU.")
+    parser.add_argument("--rounds", type=int, default=200, help="of the times (default: 200)")
+    parser.add_argument("--no-callgrind", action="store_true", help="do not count instructions")
+    parser.add_argument("--child", nargs=4, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    if args.child:
+        count, grouping, steps, recipe = args.child
+        step = make_step(int(count), grouping, recipe)
+        gc.disable()  # a collection in the middle of a step would be counted with it
+        for _ in range(int(steps)):
+            step()
+        return
+    print(time_table(args.rounds), flush=True)
+    if not args.no_callgrind:
+        found = shutil.which("valgrind")
+        print(f"\n{instruction_tables() if found else 'No instruction counts: valgrind is not on PATH.'}")
+
+
+if __name__ == "__main__":
+    main()
