@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
+import matplotlib.patches
 import numpy as np
 
 from fusedopt.bench import Case, Result
@@ -199,7 +200,6 @@ def draw_bandwidth(results: list[Result], path: Path) -> bool:
             if name in result.times:
                 share = result.share_of_bandwidth(name)
                 bar = axes.barh(row + (place - (len(COLOURS) - 1) / 2) * height, share, height, color=colour)
-                bar.set_label(name if row == 0 else "_")
                 if name in (OURS, RIVAL):
                     axes.bar_label(bar, [f"{share:.0%}"], padding=2, fontsize=7)
     axes.axvline(1, color="black", linewidth=1, linestyle="--")
@@ -209,10 +209,9 @@ def draw_bandwidth(results: list[Result], path: Path) -> bool:
     axes.set_yticks(range(len(large)), [result.case.name for result in large], fontsize=8)
     axes.invert_yaxis()
     axes.xaxis.set_major_formatter(matplotlib.ticker.PercentFormatter(1))
-    axes.set_xlabel(
-        "bytes that two passes must move, per second, as a share of the bandwidth measured in the same rounds"
-    )
-    axes.legend(fontsize=8, loc="lower right")
+    axes.set_xlabel("bytes that two passes must move, as a share of the bandwidth in the same rounds")
+    patches = [matplotlib.patches.Patch(color=colour, label=name) for name, colour in COLOURS.items()]
+    figure.legend(handles=patches, fontsize=8, loc="outside upper center", ncols=len(patches))
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=150)
     plt.close(figure)

@@ -38,14 +38,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     metafunc.parametrize(
         ("curve", "entry", "contender"),
         [
-            # The largest take their time.
-            pytest.param(
-                curve,
-                entry,
-                contender,
-                id=f"{curve}/{entry.case.name}/{contender}",
-                marks=[] if entry is points[-1] else [pytest.mark.quick],
-            )
+            pytest.param(curve, entry, contender, id=f"{curve}/{entry.case.name}/{contender}")
             for curve, points in curves.items()
             for entry in points
             for contender in entry.contenders
@@ -53,6 +46,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     )
 
 
+@pytest.mark.quick
 @pytest.mark.benchmark(timer=CLOCK)
 def test_scaling(benchmark: Any, lab: Lab, curve: str, entry: Entry, contender: str) -> None:
     lab.report(benchmark, entry.case, entry.rounds, contender, f"scaling-{curve}")
