@@ -204,7 +204,7 @@ def draw_bandwidth(results: list[Result], path: Path) -> bool:
                     axes.bar_label(bar, [f"{share:.0%}"], padding=2, fontsize=7)
     axes.axvline(1, color="black", linewidth=1, linestyle="--")
     axes.annotate(
-        "memory bandwidth", (1, -0.6), ha="right", va="bottom", fontsize=8, xytext=(-3, 0), textcoords="offset points"
+        "bandwidth", (1, -0.6), ha="right", va="bottom", fontsize=8, xytext=(-3, 0), textcoords="offset points"
     )
     axes.set_yticks(range(len(large)), [result.case.name for result in large], fontsize=8)
     axes.invert_yaxis()

@@ -77,7 +77,7 @@ constexpr size_t kGroupBytes = 256, kStateBytes = 88;
 // A number that no other dict has, nor this one after a change; 0 where Python does not tell. (It still has the number
 // in 3.12 and 3.13, deprecated.)
 uint64_t version_of(PyObject* dict) {
-#if PY_VERSION_HEX < 0x030C0000 && !defined(PYPY_VERSION)
+#if PY_VERSION_HEX < 0x030C0000 && !defined(FUSEDOPT_NO_DICT_VERSIONS)
   return reinterpret_cast<PyDictObject*>(dict)->ma_version_tag;
 #else
   (void)dict;
@@ -157,7 +157,7 @@ void StepPlan::read_value(Group& group, Py_ssize_t group_index, GroupEntry& entr
   const Watch& watch = watches_[r];
   __builtin_prefetch(watch.object);
   __builtin_prefetch(watch.autograd);
-  prefetch_tensor(watch.param.impl, !watch.param.form.contiguous);
+  prefetch_tensor(watch.param.impl, true);
   prefetch_storage(watch.param.form.storage);
   prefetch_tensor(watch.grad.impl, true);
   prefetch_storage(watch.grad.form.storage);
@@ -187,10 +187,14 @@ bool StepPlan::groups_unchanged(PyObject* groups) {
   for (size_t g = 0; g < count; ++g) {
     if (g + kAhead < count) prefetch_group(g + kAhead, list[static_cast<Py_ssize_t>(g + kAhead)]);
     Group& group = groups_[g];
+    if (list.size() != static_cast<Py_ssize_t>(count)) return false;
     PyObject* const dict = list[static_cast<Py_ssize_t>(g)];
     if (!PyDict_Check(dict)) return false;
     const uint64_t version = version_of(dict);
-    if (!version || version != group.version) {
+    const bool changed = !version || version != group.version;
+    py::object alive;  // while hyperparameters are read, which may run Python
+    if (changed || group.live) alive = py::reinterpret_borrow<py::object>(dict);
+    if (changed) {
       group.live = false;
       for (GroupEntry& entry : group.entries) {
         Py_ssize_t position = entry.position;
@@ -363,7 +367,10 @@ const char* StepPlan::describe_column(Owner& owner, const at::Tensor& tensor, Co
 [[gnu::always_inline]] inline bool StepPlan::refresh_param(size_t r) {
   Watch& watch = watches_[r];
   c10::TensorImpl* impl = THPVariable_Unpack(watch.object).unsafeGetTensorImpl();
-  if (!watch.param.renew(impl) || watch.problem) return false;
+  watch.param.impl = impl;
+  watch.param.form.storage = impl->unsafe_storage().unsafeGetStorageImpl();
+  // Always by its sizes: gradients and states are measured against it.
+  if (watch.problem || !watch.param.form.same_kind(impl) || !watch.param.form.matches_shape(impl)) return false;
   rows_[r].param.data = rows_[r].numel ? data_of(impl) : nullptr;
   return true;
 }
@@ -590,6 +597,7 @@ py::object StepPlan::refresh(PyObject* groups, PyObject* state, bool write_back)
       const bool had_problem = watches_[r].problem;
       describe_param(r);
       refresh_param(r);
+      moved = true;
       resized |= numel != row.numel;
       states_known_ &= had_problem && watches_[r].problem;
     }
@@ -669,8 +677,14 @@ void StepPlan::finish_update(bool write_back) {
 }
 
 py::object StepPlan::step(const py::object& groups, const py::dict& state, const StepSettings& s) {
-  // The passes run without the GIL, so another thread may get here, or drop what they work on.
+  // The passes run without the GIL, so another thread may get here, or drop what they work on. Reading a hyperparameter
+  // may run Python, too.
   if (running_) throw std::runtime_error("a step of this optimizer is running in another thread");
+  struct Running {
+    bool& flag;
+    explicit Running(bool& f) : flag(f) { flag = true; }
+    ~Running() { flag = false; }
+  } running(running_);
   py::object problems = refresh(groups.ptr(), state.ptr(), s.write_back);
   if (!problems.is_none()) return problems;
 
@@ -682,11 +696,6 @@ py::object StepPlan::step(const py::object& groups, const py::dict& state, const
     derive_scalars();
     std::vector<at::Tensor> held;
     std::optional<py::gil_scoped_release> unlocked;
-    struct Running {
-      bool& flag;
-      explicit Running(bool& f) : flag(f) { flag = true; }
-      ~Running() { flag = false; }
-    } running(running_);
     if (elements_ >= kUnlockElements) {
       auto hold = [&](c10::TensorImpl* impl) {
         if (impl) held.emplace_back(c10::intrusive_ptr<c10::TensorImpl>::reclaim_copy(impl));

@@ -18,12 +18,12 @@ Events recorded:  Ir
 8,700 (100.0%)  PROGRAM TOTALS
 Ir                  file:function
 4,000 (45.98%)  ???:void fusedopt::cpu::(anonymous namespace)::update_chunk<fusedopt::Adam, 0u, std::vector<int, \
-std::allocator<int> > >(fusedopt::TensorRow const&, long) [clone .constprop.0] [/work/fusedopt/_C.so]
-2,000 (22.99%)  ???:fusedopt::StepPlan::refresh_states(_object*) [/work/fusedopt/_C.so]
+std::allocator<int> > >(fusedopt::TensorRow const&, long) [clone .constprop.0] [fusedopt/_C.so]
+2,000 (22.99%)  ???:fusedopt::StepPlan::refresh_states(_object*) [fusedopt/_C.so]
 1,500 (17.24%)  /tmp/Python-3.11.7/Objects/dictobject.c:_PyDict_Next
   500 ( 5.75%)  /tmp/Python-3.11.7/./Include/object.h:_PyDict_Next [/usr/lib/libpython3.11.so.1.0]
   400 ( 4.60%)  ???:operator new(unsigned long) [/usr/lib/libstdc++.so.6]
-  300 ( 3.45%)  ???:c10::TensorImpl::grad() const'2 [/work/libc10.so]
+  300 ( 3.45%)  ???:c10::TensorImpl::grad() const'2 [libc10.so]
 """
 
 

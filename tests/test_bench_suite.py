@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT))  # benchmarks/ is not installed
@@ -80,13 +81,13 @@ class TestGate:
             monkeypatch,
             {
                 "400x64": [[3.0] * 20],
-                "ragged": [noisy(1.95), noisy(2.6)],  # a bad phase of the machine, then a good one
-                "vit-tiny": [noisy(2.02), noisy(2.02)],  # near its floor
+                "ragged": [noisy(1.9), noisy(2.6)],  # a bad phase of the machine, then a good one
+                "vit-tiny": [noisy(2.02)] * 3,  # near its floor
             },
         )
         floors = {f"{name}/one/adamw/amp-clip": 2.0 for name in ("400x64", "ragged", "vit-tiny")}
         assert gate.main(["--gates", str(write_gates(tmp_path / "g.toml", floors))]) == 0
-        assert log == ["400x64", "ragged", "vit-tiny", "ragged", "vit-tiny"]
+        assert log == ["400x64", "ragged", "vit-tiny", "ragged", "vit-tiny", "vit-tiny"]
         assert "BROKEN" not in capsys.readouterr().out
 
     def test_a_broken_floor_is_named_after_all_retries(
@@ -121,6 +122,29 @@ class TestGate:
         error = capsys.readouterr().err
         assert message in error
         assert error.count("\n") == 1
+
+    @pytest.mark.parametrize(
+        ("text", "arguments", "message"),
+        [
+            (None, [], "No such file"),
+            ("[settings", [], "Expected"),
+            ("[settings]\nrounds = 20\nretries = 1", [], "no 'rival'"),
+            ('[settings]\nrounds = 20\nretries = 1\nrival = "torch-fused"', ["--case", "x"], "no floor for 'x'"),
+        ],
+    )
+    def test_a_wrong_file_is_an_error_of_its_own(
+        self, text: str | None, arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        path = tmp_path / "g.toml"
+        if text is not None:
+            path.write_text(text)
+        assert gate.main(["--gates", str(path), *arguments]) == 2
+        assert message in capsys.readouterr().err
+
+    @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+    def test_without_a_gpu_its_floors_cannot_be_checked(self, capsys: pytest.CaptureFixture[str]) -> None:
+        assert gate.main(["--device", "cuda"]) == 2
+        assert "no usable CUDA device" in capsys.readouterr().err
 
     def test_a_planted_slowdown_trips_it(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         # The ratio is about 11, and about 0.05 with the sleep: no noise bridges that.

@@ -395,3 +395,54 @@ def test_a_broken_hyperparameter_is_named_and_the_next_step_recovers() -> None:
         optimizer.step()
     optimizer.param_groups[0]["lr"] = 0.1
     checked_step(optimizer, params, 1)
+
+
+def reshape_by_data(param: nn.Parameter) -> None:
+    param.data = param.data.view(3, 4)
+
+
+def reshape_in_place(param: nn.Parameter) -> None:
+    with torch.no_grad():
+        param.unsqueeze_(0)
+
+
+@each_backend
+@pytest.mark.parametrize("states", ["replaced", "data"])
+@pytest.mark.parametrize("reshape", [reshape_by_data, reshape_in_place])
+def test_a_parameter_may_be_reshaped_in_place(backend: str, reshape: Any, states: str) -> None:
+    params = parameters([(2, 6), (5,)])
+    optimizer = fusedopt.FusedAdamW(params, lr=0.01, backend=backend_name(backend))
+    checked_step(optimizer, params, 0)
+    stale = params[0].grad
+    reshape(params[0])
+    shape = params[0].shape
+    for name in ("exp_avg", "exp_avg_sq"):
+        state = optimizer.state[params[0]]
+        if states == "replaced":
+            state[name] = state[name].view(shape)
+        else:
+            state[name].data = state[name].data.view(shape)
+    params[0].grad = None
+    checked_step(optimizer, params, 1)
+    params[0].grad = torch.zeros(shape)
+    params[0].grad.data = stale
+    with pytest.raises(RuntimeError, match="shape"):
+        optimizer.step()
+
+
+def test_a_hyperparameter_that_runs_python_cannot_pull_the_rug() -> None:
+    params = parameters(SMALL)
+    optimizer = fusedopt.FusedAdamW([{"params": [param]} for param in params])
+
+    class Rate:
+        def __float__(self) -> float:
+            with pytest.raises(RuntimeError, match="is running"):
+                optimizer.step()
+            del optimizer.param_groups[1:]
+            return 0.01
+
+    set_gradients(params, 0)
+    optimizer.step()
+    optimizer.param_groups[0]["lr"] = Rate()
+    optimizer.step()
+    assert len(optimizer.param_groups) == 1

@@ -167,6 +167,9 @@ def run(
     def prepare(name: str) -> None:
         if name in contenders:
             contenders[name].prepare()
+            if case.warm:
+                contenders[name]()
+                contenders[name].prepare()
         if flush is not None and not case.warm:
             flush()
 
