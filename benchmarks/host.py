@@ -22,16 +22,17 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import numpy as np
 import torch
 
 import fusedopt
 from fusedopt.bench.measure import interleave
 from fusedopt.bench.tables import markdown
+
+from .fit import fit
 
 ROOT = Path(__file__).parents[1]
 COUNTS = (1, 50, 100, 200, 400, 1000)
@@ -53,13 +54,6 @@ def make_step(count: int, grouping: str, recipe: str, size: int = SIZE) -> Calla
     optimizer = fusedopt.FusedAdamW(groups, clip_grad={"max_norm": 1.0}, backend="native")
     scale = torch.tensor(1024.0)
     return lambda: optimizer.step(grad_scale=scale)
-
-
-def fit(costs: Mapping[int, float]) -> tuple[float, float]:
-    """(a, b) of cost = a + b * count, by least squares of the relative error."""
-    counts, values = np.array(list(costs)), np.array(list(costs.values()))
-    per_tensor, per_step = np.polyfit(counts, values, 1, w=1 / values)
-    return float(per_step), float(per_tensor)
 
 
 def time_table(rounds: int) -> str:

@@ -19,6 +19,8 @@ from fusedopt.bench.contenders import OURS, RIVAL
 from fusedopt.bench.measure import Quantiles, Times, paired_ratio
 from fusedopt.bench.tables import case_table, markdown, times
 
+from .fit import fit as line
+
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
@@ -89,11 +91,8 @@ def _lines(info: list[str], key: str) -> Iterator[str]:
 
 
 def fit(points: list[tuple[int, list[float]]]) -> tuple[float, float]:
-    """(a, b) of seconds = a + b * count through the medians, by least squares of the relative error."""
-    counts = np.array([count for count, _ in points], dtype=float)
-    seconds = np.array([statistics.median(rounds) for _, rounds in points])
-    slope, constant = np.polyfit(counts, seconds, 1, w=1 / seconds)
-    return float(constant), float(slope)
+    """(a, b) of seconds = a + b * count through the medians."""
+    return line({count: statistics.median(rounds) for count, rounds in points})
 
 
 def _ratio(result: Result, name: str) -> str:
@@ -232,8 +231,8 @@ def draw_scaling(curves: dict[str, dict[str, list[tuple[int, list[float]]]]], pa
             axes.errorbar(counts, middle, around, fmt="o", markersize=4, color=COLOURS[name], label=name)
             if len(points) > 1:
                 constant, slope = fit(points)
-                line = np.geomspace(counts[0], counts[-1])
-                axes.plot(line, constant + slope * line, color=COLOURS[name], linewidth=1)
+                along = np.geomspace(counts[0], counts[-1])
+                axes.plot(along, constant + slope * along, color=COLOURS[name], linewidth=1)
         axes.set(xscale="log", yscale="log", xlabel=CURVES[curve])
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.3)

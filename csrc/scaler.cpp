@@ -11,10 +11,7 @@ namespace {
 template <class T>
 T* element(const at::Tensor& tensor, at::ScalarType dtype) {
   c10::TensorImpl* impl = tensor.unsafeGetTensorImpl();
-  if (!impl->is_cpu() || impl->is_python_dispatch() || impl->layout() != c10::kStrided || !impl->has_storage()) {
-    return nullptr;
-  }
-  if (c10::typeMetaToScalarType(impl->dtype()) != dtype || impl->numel() != 1) return nullptr;
+  if (unreachable(impl) || c10::typeMetaToScalarType(impl->dtype()) != dtype || impl->numel() != 1) return nullptr;
   return static_cast<T*>(data_of(impl));
 }
 

@@ -25,8 +25,8 @@ inline bool to_dtype(const c10::TensorImpl* impl, DType& out) {
   }
 }
 
-// Why the kernels cannot touch this tensor's memory at all, or null.
-inline const char* foreign(const c10::TensorImpl* impl) {
+// Why this tensor's elements are not simply there in memory, or null.
+inline const char* unreachable(const c10::TensorImpl* impl) {
   if (impl->is_python_dispatch() || impl->layout() != c10::kStrided || !impl->has_storage()) {
     return "is not a plain dense tensor";
   }
@@ -34,6 +34,12 @@ inline const char* foreign(const c10::TensorImpl* impl) {
   if (impl->key_set().has_any(c10::DispatchKeySet({c10::DispatchKey::Negative, c10::DispatchKey::Conjugate}))) {
     return "is a lazily negated or conjugated view";
   }
+  return nullptr;
+}
+
+// Why the kernels cannot touch this tensor's memory at all, or null.
+inline const char* foreign(const c10::TensorImpl* impl) {
+  if (const char* reason = unreachable(impl)) return reason;
   DType dtype;
   return to_dtype(impl, dtype) ? nullptr : "has an unsupported dtype";
 }

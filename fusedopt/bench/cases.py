@@ -74,13 +74,13 @@ class Case:
     """One workload in one recipe, on which contenders are compared.
 
     Args:
-        workload: a key of ``WORKLOADS``, or any name together with ``shapes``.
+        workload: a key of ``WORKLOADS``, or any name together with ``custom``.
         grouping: of ``GROUPINGS``. Parameters with fewer than two dimensions have no weight decay, unless in one group.
         optimizer: a key of ``OPTIMIZERS``.
         recipe: a key of ``RECIPES``.
         dtype: a key of ``DTYPES``.
         device: where parameters are: ``'cpu'`` or ``'cuda'``.
-        warm: do not flush the caches between rounds.
+        warm: run a step that is not timed right before each timed one, instead of flushing the caches.
         custom: shapes of a workload that is not in ``WORKLOADS``.
 
     Raises:

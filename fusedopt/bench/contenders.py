@@ -59,7 +59,6 @@ class Contender:
     def __init__(self, case: Case, gradients: dict[str, Tensor]):
         self.case = case
         self.recipe = RECIPES[case.recipe]
-        self.gradients = gradients
         self.params: dict[str, nn.Parameter] = {}
         for name, value, _ in initial_tensors(case):
             self.params[name] = param = nn.Parameter(value)
@@ -74,6 +73,11 @@ class Contender:
         )
         self.scaler = self.make_scaler()
         self.scaler.scale(torch.zeros((), device=case.device))
+
+    @property
+    def clip_grad(self) -> dict[str, float] | None:
+        """What fused optimizers and wrappers take to clip as the recipe says."""
+        return None if self.max_norm is None else {"max_norm": self.max_norm}
 
     @classmethod
     def unavailable(cls, case: Case) -> str | None:
@@ -121,8 +125,7 @@ class Fused(Contender):
 
     def build(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
         cls = getattr(fusedopt, f"Fused{OPTIMIZERS[self.case.optimizer].name}")
-        clip = None if self.max_norm is None else {"max_norm": self.max_norm}
-        return cls(groups, clip_grad=clip, backend=self.backend)
+        return cls(groups, clip_grad=self.clip_grad, backend=self.backend)
 
     def make_scaler(self) -> GradScaler:
         return GradScaler(self.case.device, init_scale=SCALE, enabled=self.recipe.amp)
@@ -153,13 +156,12 @@ class FusedWrapper(Fused):
 
     def build(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
         cls = getattr(fusedopt, f"Fused{OPTIMIZERS[self.case.optimizer].name}")
-        clip = None if self.max_norm is None else {"max_norm": self.max_norm}
         if self.recipe.amp:
-            amp = fusedopt.AmpOptimWrapper({"init_scale": SCALE}, optimizer=cls(groups), clip_grad=clip)
+            amp = fusedopt.AmpOptimWrapper({"init_scale": SCALE}, optimizer=cls(groups), clip_grad=self.clip_grad)
             amp.loss_scaler.scale(torch.zeros((), device=self.case.device))
             self.wrapper: fusedopt.OptimWrapper = amp
         else:
-            self.wrapper = fusedopt.OptimWrapper(cls(groups), clip_grad=clip)
+            self.wrapper = fusedopt.OptimWrapper(cls(groups), clip_grad=self.clip_grad)
         return self.wrapper.optimizer
 
     def step(self) -> None:
@@ -180,10 +182,14 @@ class Stock(Contender):
     def build(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
         return getattr(torch.optim, OPTIMIZERS[self.case.optimizer].name)(groups, **self.flags)
 
-    def step(self) -> None:
+    def cast_gradients(self) -> None:
+        """Give the gradients the dtype of their parameters, without which torch's optimizers do not take them."""
         if self.case.dtype.endswith("-grads"):
             for param in self.params.values():
                 param.grad = param.grad.to(param.dtype)  # type: ignore[union-attr]
+
+    def step(self) -> None:
+        self.cast_gradients()
         if self.max_norm is not None:
             self.scaler.unscale_(self.optimizer)
             nn.utils.clip_grad_norm_(self.params.values(), self.max_norm)
@@ -260,9 +266,7 @@ class GradScaleTrick(TorchFused):
         return super().unavailable(case)
 
     def step(self) -> None:
-        if self.case.dtype.endswith("-grads"):
-            for param in self.params.values():
-                param.grad = param.grad.to(param.dtype)  # type: ignore[union-attr]
+        self.cast_gradients()
         scale = self.scaler._scale if self.recipe.amp else torch.ones((), device=self.case.device)
         assert scale is not None
         assert self.max_norm is not None

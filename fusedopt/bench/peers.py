@@ -173,9 +173,8 @@ class MMEngine(Stock):
         from mmengine.optim import AmpOptimWrapper, OptimWrapper
 
         optimizer = super().build(groups)
-        clip = None if self.max_norm is None else {"max_norm": self.max_norm}
         if not self.recipe.amp:
-            self.wrapper = OptimWrapper(optimizer, clip_grad=clip)
+            self.wrapper = OptimWrapper(optimizer, clip_grad=self.clip_grad)
             return optimizer
 
         class AnyDevice(AmpOptimWrapper):
@@ -187,7 +186,7 @@ class MMEngine(Stock):
 
         scaler = torch.amp.GradScaler(self.case.device, init_scale=SCALE)
         scaler.scale(torch.zeros((), device=self.case.device))
-        self.wrapper = AnyDevice(scaler, optimizer=optimizer, clip_grad=clip)
+        self.wrapper = AnyDevice(scaler, optimizer=optimizer, clip_grad=self.clip_grad)
         return optimizer
 
     def step(self) -> None:
