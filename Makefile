@@ -28,7 +28,7 @@ $(VENV)/.installed: constraints.txt pyproject.toml
 
 $(VENV)/.built: $(VENV)/.installed $(SOURCES)
 	@echo "Building fusedopt._C"
-	@FUSEDOPT_BUILD_DIR=build/cmake $(PIP) --no-build-isolation --no-deps -e .
+	@FUSEDOPT_EMULATOR=1 FUSEDOPT_BUILD_DIR=build/cmake $(PIP) --no-build-isolation --no-deps -e .
 	@touch $@
 
 demo: setup
@@ -66,7 +66,7 @@ bench-gate: setup
 
 # The native tests under AddressSanitizer and UndefinedBehaviorSanitizer, in a build of their own.
 sanitize: setup
-	FUSEDOPT_BUILD_DIR=build/sanitize/cmake FUSEDOPT_SANITIZE=address,undefined FUSEDOPT_CUDA=0 \
+	FUSEDOPT_BUILD_DIR=build/sanitize/cmake FUSEDOPT_SANITIZE=address,undefined FUSEDOPT_CUDA=0 FUSEDOPT_EMULATOR=1 \
 		python setup.py --quiet build_py --build-lib build/sanitize/lib build_ext --build-lib build/sanitize/lib
 	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so) $$(g++ -print-file-name=libstdc++.so)" \
 		ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \

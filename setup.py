@@ -2,6 +2,8 @@
 
 Environment:
     FUSEDOPT_CUDA: auto (default; builds the CUDA sources when nvcc is there), 0, or 1 (fails without nvcc).
+    FUSEDOPT_CUDA_ARCHS: architectures to build for, such as 90 or "80;90" (default: all from 80 that nvcc knows).
+    FUSEDOPT_EMULATOR: 1 also builds the CUDA kernels as host code, which the tests run.
     FUSEDOPT_WERROR: 1 makes compiler warnings errors.
     FUSEDOPT_SANITIZE: sanitizers, such as address,undefined.
     FUSEDOPT_BUILD_DIR: where CMake works, so that a second build can reuse it.
@@ -42,6 +44,8 @@ class CMakeBuild(build_ext):
             "FUSEDOPT_PYTHON_INCLUDE": sysconfig.get_path("include"),
             "FUSEDOPT_PYTHON_SUFFIX": sysconfig.get_config_var("EXT_SUFFIX"),
             "FUSEDOPT_CUDA": os.environ.get("FUSEDOPT_CUDA", "auto"),
+            "FUSEDOPT_CUDA_ARCHS": os.environ.get("FUSEDOPT_CUDA_ARCHS", ""),
+            "FUSEDOPT_EMULATOR": os.environ.get("FUSEDOPT_EMULATOR", "0"),
             "FUSEDOPT_WERROR": os.environ.get("FUSEDOPT_WERROR", "0"),
             "FUSEDOPT_SANITIZE": os.environ.get("FUSEDOPT_SANITIZE", ""),
         }

@@ -5,6 +5,10 @@
 
 #include "cpu/executor.h"
 #include "cuda/device.h"
+#include "cuda/executor.h"
+#if defined(FUSEDOPT_EMULATOR)
+#include "cuda/emulator/control.h"
+#endif
 #include "plan.h"
 #include "scaler.h"
 
@@ -14,18 +18,13 @@ namespace {
 // Read from the file's bytes by fusedopt.backends.native when the module does not load beside another torch.
 [[gnu::used]] const char kStamp[] = "fusedopt built for torch " FUSEDOPT_TORCH_VERSION ";";
 
-double number(const py::object& value) {
-  if (THPVariable_Check(value.ptr())) return scalar_of(THPVariable_Unpack(value.ptr()));
-  return value.cast<double>();
-}
-
 py::object run_step(StepPlan& plan, const py::object& param_groups, const py::dict& state, const py::object& grad_scale,
                     const py::object& found_inf, bool check, double norm_type, const py::object& max_norm,
                     bool error_if_nonfinite, double clip_value, bool write_back) {
   StepSettings settings;
-  if (!grad_scale.is_none()) settings.inverse_scale = 1.0 / number(grad_scale);
+  if (!grad_scale.is_none()) settings.scale = plan.number(grad_scale);
   settings.has_found_inf = !found_inf.is_none();
-  if (settings.has_found_inf) settings.found_inf = number(found_inf);
+  if (settings.has_found_inf) settings.found_inf = plan.number(found_inf);
   settings.check = check;
   if (norm_type > 0) {
     settings.norm.p = norm_type;
@@ -33,7 +32,7 @@ py::object run_step(StepPlan& plan, const py::object& param_groups, const py::di
                          : norm_type == 2                                       ? NormKind::kTwo
                          : norm_type == std::numeric_limits<double>::infinity() ? NormKind::kInf
                                                                                 : NormKind::kP;
-    settings.max_norm = number(max_norm);
+    settings.max_norm = plan.number(max_norm);
   }
   settings.error_if_nonfinite = error_if_nonfinite;
   settings.clip_value = clip_value;
@@ -50,11 +49,30 @@ bool update_scale_of(const py::object& scale, const py::object& growth_tracker, 
                       THPVariable_Unpack(found_inf.ptr()), growth_factor, backoff_factor, growth_interval);
 }
 
+#if defined(FUSEDOPT_EMULATOR)
+// See Note [Emulation].
+void define_emulator(py::module_& m) {
+  namespace emulated = cuda::emulated;
+  py::module_ e = m.def_submodule("emulator", "The CUDA kernels as host code, for tests: StepPlan(rule, 'emulated').");
+  py::class_<emulated::Graph, std::shared_ptr<emulated::Graph>>(e, "Graph", "Recorded launches.")
+      .def("replay", &emulated::Graph::replay)
+      .def("__len__", [](const emulated::Graph& graph) { return graph.launches.size(); });
+  e.def("begin_capture", &emulated::begin_capture, "Record launches from now on instead of running them.");
+  e.def("end_capture", &emulated::end_capture, "Stop recording; returns the Graph.");
+  e.def("launch_count", &emulated::launch_count, "Launches so far, uploads of tables included.");
+  e.def(
+      "configure", [](uint64_t order, bool slow_double) { emulated::settings() = {order, slow_double}; },
+      py::arg("order") = 0, py::arg("slow_double") = false,
+      "Run blocks and threads in another order (a seed), or as on a GPU with slow double arithmetic.");
+}
+#endif
+
 py::dict build_info() {
   py::dict info;
   info["torch"] = FUSEDOPT_TORCH_VERSION;
   info["compiler"] = FUSEDOPT_COMPILER;
   info["cuda"] = cuda::built_with();
+  info["cuda_archs"] = cuda::architectures();
   return info;
 }
 
@@ -66,7 +84,8 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "Compiled kernels of fusedopt.";
 
   py::class_<StepPlan>(m, "StepPlan", "Tables of one optimizer's tensors; fusedopt.backends.NativeBackend drives it.")
-      .def(py::init<const std::string&>(), py::arg("rule"))
+      .def(py::init<const std::string&, const std::string&, int>(), py::arg("rule"), py::arg("device") = "cpu",
+           py::arg("emulated_devices") = 1)
       .def("step", &run_step, py::arg("param_groups"), py::arg("state"), py::arg("grad_scale"), py::arg("found_inf"),
            py::arg("check"), py::arg("norm_type"), py::arg("max_norm"), py::arg("error_if_nonfinite"),
            py::arg("clip_value"), py::arg("write_back"))
@@ -82,6 +101,11 @@ PYBIND11_MODULE(_C, m) {
   m.def("cpu_isa", &cpu::isa_in_use, "The CPU instruction set in use.");
   m.def("use_cpu_isa", &cpu::use_isa, py::arg("name"), "Use another CPU instruction set, for tests.");
   m.def("cuda_problem", &cuda::problem, "Why CUDA cannot be used, or None.");
+  m.def("cuda_problem_on", &cuda::problem_on, py::arg("device"), "Why the kernels cannot run on this GPU, or None.");
+  m.def("cuda_chunk_elements", &cuda::chunk_elements, py::arg("total"), "Elements of a chunk, of so many in all.");
+#if defined(FUSEDOPT_EMULATOR)
+  define_emulator(m);
+#endif
   m.attr("CLIP_EPS") = kClipEps;
   m.attr("CPU_CHUNK_ELEMENTS") = cpu::kChunkElements;
 }

@@ -18,6 +18,17 @@
 namespace fusedopt {
 namespace {
 
+// The value of a one-element tensor.
+double scalar_of(const at::Tensor& tensor) {
+  // Around torch's dispatcher for the usual ones: it costs more than the rest of a small step's preparation.
+  c10::TensorImpl* impl = tensor.unsafeGetTensorImpl();
+  if (!foreign(impl, at::kCPU) && impl->numel() == 1) {
+    if (tensor.scalar_type() == at::kFloat) return *static_cast<const float*>(impl->data());
+    if (tensor.scalar_type() == at::kDouble) return *static_cast<const double*>(impl->data());
+  }
+  return tensor.item<double>();
+}
+
 // Any of an int, a float, a bool, a one-element tensor, or something with __float__. Returns false for anything else.
 bool to_double(PyObject* value, double& out) {
   if (PyFloat_Check(value)) {
@@ -96,19 +107,50 @@ const char* const kNoState = "has no state yet";
 
 }  // namespace
 
-double scalar_of(const at::Tensor& tensor) {
-  // Around torch's dispatcher for the usual ones: it costs more than the rest of a small step's preparation.
-  c10::TensorImpl* impl = tensor.unsafeGetTensorImpl();
-  if (!foreign(impl) && impl->numel() == 1) {
-    if (tensor.scalar_type() == at::kFloat) return *static_cast<const float*>(impl->data());
-    if (tensor.scalar_type() == at::kDouble) return *static_cast<const double*>(impl->data());
+Number StepPlan::number(const py::object& value) const {
+  if (!THPVariable_Check(value.ptr())) return {value.cast<double>()};
+  const at::Tensor& tensor = THPVariable_Unpack(value.ptr());
+  if (runner_ && tensor.device().type() == device_ && tensor.numel() == 1) return {0, &tensor};
+  return {scalar_of(tensor)};
+}
+
+StepPlan::StepPlan(const std::string& rule, const std::string& device, int emulated_devices)
+    : rule_(rule_named(rule)), emulated_devices_(emulated_devices) {
+  if (device == "cpu") return;
+  const bool emulated = device == "emulated";
+  const cuda::Launcher* launcher = emulated           ? cuda::emulated_launcher()
+                                   : device == "cuda" ? cuda::gpu_launcher()
+                                                      : nullptr;
+  if (!launcher) throw std::invalid_argument("this build has no kernels for the device '" + device + "'");
+  std::function<void*(int)> stream_of = [](int) -> void* { return nullptr; };
+  if (!emulated) {
+    device_ = at::kCUDA;
+    // torch's C++ way would make the module depend on a CUDA build of torch.
+    stream_of = [current = py::module_::import("torch._C").attr("_cuda_getCurrentRawStream")](int index) {
+      return reinterpret_cast<void*>(current(index).cast<uintptr_t>());
+    };
   }
-  return tensor.item<double>();
+  runner_ = std::make_unique<cuda::Runner>(*launcher, device_, std::move(stream_of));
+}
+
+// A hyperparameter; one that is a tensor on the plan's device is left there.
+bool StepPlan::read_number(PyObject* value, HyperValues& hyper, int slot) {
+  hyper.live[slot] = nullptr;
+  if (runner_ && THPVariable_Check(value)) {
+    const at::Tensor& tensor = THPVariable_Unpack(value);
+    if (tensor.device().type() == device_) {
+      if (tensor.numel() != 1) return false;
+      // NaN is unequal to everything, so that no state is taken for one that is not needed.
+      hyper.value[slot] = std::numeric_limits<double>::quiet_NaN();
+      hyper.live[slot] = tensor.unsafeGetTensorImpl();
+      return true;
+    }
+  }
+  return to_double(value, hyper.value[slot]);
 }
 
 void StepPlan::read_value(Group& group, Py_ssize_t group_index, GroupEntry& entry) {
   const HyperKey& key = rule_.keys[entry.hyper_key];
-  double* slots = group.hyper + key.slot;
   PyObject* value = entry.value.ptr();
   bool ok = true;
   // Numbers of Python's own never change in place; tensors, numpy arrays and lists may.
@@ -117,10 +159,10 @@ void StepPlan::read_value(Group& group, Py_ssize_t group_index, GroupEntry& entr
     const int truth = PyObject_IsTrue(value);
     ok = truth >= 0;
     if (!ok) PyErr_Clear();
-    slots[0] = truth;
+    group.hyper.value[key.slot] = truth;
     entry.live = !PyBool_Check(value);
   } else if (key.arity == 1) {
-    ok = to_double(value, slots[0]);
+    ok = read_number(value, group.hyper, key.slot);
     entry.live = !fixed(value);
   } else {
     PyObject* sequence = PySequence_Fast(value, "");
@@ -129,7 +171,7 @@ void StepPlan::read_value(Group& group, Py_ssize_t group_index, GroupEntry& entr
     entry.live = !PyTuple_CheckExact(value);
     for (int i = 0; ok && i < key.arity; ++i) {
       PyObject* item = PySequence_Fast_GET_ITEM(sequence, i);
-      ok = to_double(item, slots[i]);
+      ok = read_number(item, group.hyper, key.slot + i);
       entry.live |= !fixed(item);
     }
     Py_XDECREF(sequence);
@@ -292,11 +334,11 @@ void StepPlan::number_groups() {
   group_table_.clear();
   for (Group& group : groups_) {
     const unsigned columns = group.columns;
-    const std::string_view bytes(reinterpret_cast<const char*>(group.hyper), sizeof(group.hyper));
+    const std::string_view bytes(reinterpret_cast<const char*>(&group.hyper), sizeof(group.hyper));
     auto [found, fresh] = numbers.emplace(bytes, static_cast<uint32_t>(group_table_.size()));
-    if (fresh) group_table_.push_back(group.hyper);
+    if (fresh) group_table_.push_back(&group.hyper);
     group.table_row = found->second;
-    group.columns = rule_.columns(rule_.variant(group.hyper, 0));
+    group.columns = rule_.columns(rule_.variant(group.hyper.value, 0));
     states_known_ &= columns == group.columns;
   }
   for (size_t r = 0; r < rows_.size(); ++r) rows_[r].group = groups_[watches_[r].group].table_row;
@@ -310,10 +352,11 @@ void StepPlan::describe_param(size_t r) {
   const at::Tensor& param = THPVariable_Unpack(watch.object);
   const c10::TensorImpl* impl = param.unsafeGetTensorImpl();
   rows_[r].numel = 0;
-  watch.problem = foreign(impl);
+  watch.problem = foreign(impl, device_);
   owner.order.clear();
   if (watch.problem) return;
   watch.param.take(param.unsafeGetTensorImpl());
+  owner.device = impl->device();
   owner.sizes.assign(impl->sizes().begin(), impl->sizes().end());
   rows_[r].numel = impl->numel();
   for (size_t d = 0; d < owner.sizes.size(); ++d) {
@@ -327,7 +370,8 @@ void StepPlan::describe_param(size_t r) {
 const char* StepPlan::describe_column(Owner& owner, const at::Tensor& tensor, Column& column,
                                       std::unique_ptr<Layout>& layout, bool written) {
   const c10::TensorImpl* impl = tensor.unsafeGetTensorImpl();
-  if (const char* problem = foreign(impl)) return problem;
+  if (const char* problem = foreign(impl, device_)) return problem;
+  if (impl->device() != owner.device) return "is on another device than its parameter";
   if (impl->sizes() != at::IntArrayRef(owner.sizes)) return "has another shape than its parameter";
   to_dtype(impl, column.dtype);
   layout.reset();
@@ -387,7 +431,9 @@ const char* StepPlan::describe_column(Owner& owner, const at::Tensor& tensor, Co
   if (watch.problem) return watch.problem;
   c10::TensorImpl* impl = watch.grad.impl = grad.unsafeGetTensorImpl();
   if (!watch.grad.form.same_kind(impl)) {
-    if (foreign(impl)) return "has a gradient that is not a plain dense CPU tensor";
+    if (foreign(impl, device_) || impl->device() != owners_[r].device) {
+      return "has a gradient that is not a plain dense tensor on its own device";
+    }
     to_dtype(impl, column.dtype);
     watch.grad.form.take(impl);
   }
@@ -475,7 +521,8 @@ const char* StepPlan::resolve_state(size_t r, PyObject* inner, StateEntry& entry
     }
   }
   if (!step.defined()) return kNoState;
-  if (foreign(step.unsafeGetTensorImpl()) || step.dim() || !to_dtype(step.unsafeGetTensorImpl(), row.step_dtype) ||
+  if (foreign(step.unsafeGetTensorImpl(), device_) || step.device() != owner.device || step.dim() ||
+      !to_dtype(step.unsafeGetTensorImpl(), row.step_dtype) ||
       (row.step_dtype != DType::kFloat32 && row.step_dtype != DType::kFloat64)) {
     return kNoState;  // its initialization converts it
   }
@@ -620,6 +667,22 @@ py::object StepPlan::refresh(PyObject* groups, PyObject* state, bool write_back)
     note(r, watches_[r].state_problem);
     states_known_ = false;  // whoever is told will mend it
   }
+  if (runner_) {
+    row_devices_.resize(count);
+    bool capturing = false;
+    int last = -1;
+    for (size_t r = 0; r < count; ++r) {
+      row_devices_[r] = device_ == at::kCPU ? static_cast<int>(r) % emulated_devices_ : owners_[r].device.index();
+      if (watches_[r].problem || row_devices_[r] == last) continue;
+      last = row_devices_[r];
+      capturing |= runner_->capturing(last);
+    }
+    if (capturing) {
+      py::list refused;
+      refuse_in_capture(refused);
+      if (!refused.empty()) return refused;
+    }
+  }
   return problems.empty() ? py::object(py::none()) : py::object(problems);
 }
 
@@ -639,16 +702,27 @@ void StepPlan::derive_scalars() {
     step += 1;
     Memo& known = memo[row.group];
     if (known.step != step) {
-      known = {step, static_cast<uint32_t>(scalars_.size()), rule_.variant(group_table_[row.group], step)};
+      known = {step, static_cast<uint32_t>(scalars_.size()), rule_.variant(group_table_[row.group]->value, step)};
       scalars_.emplace_back();
-      rule_.derive(group_table_[row.group], step, &scalars_.back());
+      rule_.derive(group_table_[row.group]->value, step, &scalars_.back());
     }
     row.scalars = known.scalars;
     row.variant = known.variant;
   }
 }
 
-void StepPlan::finish_update(bool write_back) {
+void StepPlan::count_steps() {
+  for (const TensorRow& row : rows_) {
+    if (!row.grad.data || !row.step) continue;
+    if (row.step_dtype == DType::kFloat64) {
+      *static_cast<double*>(row.step) += 1;
+    } else {
+      *static_cast<float*>(row.step) += 1;
+    }
+  }
+}
+
+void StepPlan::bump_versions(bool write_back) {
   // Counting a version up is an atomic operation, which waits for its miss and everything before it: read them first.
   uint32_t versions = 0;
   for (size_t r = 0; r < rows_.size(); ++r) {
@@ -657,15 +731,7 @@ void StepPlan::finish_update(bool write_back) {
   }
   asm volatile("" : : "r"(versions));
   for (size_t r = 0; r < rows_.size(); ++r) {
-    const TensorRow& row = rows_[r];
-    if (!row.grad.data) continue;
-    if (row.step) {
-      if (row.step_dtype == DType::kFloat64) {
-        *static_cast<double*>(row.step) += 1;
-      } else {
-        *static_cast<float*>(row.step) += 1;
-      }
-    }
+    if (!rows_[r].grad.data) continue;
     auto bump = [](c10::TensorImpl* impl) {
       if (!impl->is_inference()) impl->bump_version();
     };
@@ -674,6 +740,36 @@ void StepPlan::finish_update(bool write_back) {
     const at::Tensor& grad = watches_[r].param.impl->grad();
     if (grad.defined()) bump(grad.unsafeGetTensorImpl());
   }
+}
+
+// A replay runs nothing of this plan, so what a captured step leaves out is left out for good: better to say so.
+void StepPlan::refuse_in_capture(py::list& problems) {
+  auto note = [&](size_t r, const char* problem) {
+    problems.append(py::make_tuple(watches_[r].group, watches_[r].index, problem, py::none()));
+  };
+  for (size_t r = 0; r < rows_.size(); ++r) {
+    const at::Tensor& param = THPVariable_Unpack(watches_[r].object);
+    if (rows_[r].grad.data) {
+      if (watches_[r].state_problem == kNoState) {
+        note(r, "has no state yet, which a captured step would make anew at each replay; step once before capturing");
+      }
+    } else if (param.requires_grad()) {
+      note(r,
+           "has no gradient while a CUDA graph is captured: replays would never update it. Give it one (zeros) before "
+           "capturing, or requires_grad_(False)");
+    }
+  }
+}
+
+py::object StepPlan::step_on_devices(const StepSettings& s) {
+  const cuda::Work work{rows_, row_devices_, group_table_, rule_.id, any_double_, overlaps_};
+  cuda::Outcome outcome = runner_->step(work, s);
+  bump_versions(s.write_back);
+  auto wrapped = [](at::Tensor& tensor) -> py::object {
+    if (!tensor.defined()) return py::none();
+    return py::reinterpret_steal<py::object>(THPVariable_Wrap(std::move(tensor)));
+  };
+  return py::make_tuple(wrapped(outcome.scalars), wrapped(outcome.found_inf));
 }
 
 py::object StepPlan::step(const py::object& groups, const py::dict& state, const StepSettings& s) {
@@ -687,11 +783,13 @@ py::object StepPlan::step(const py::object& groups, const py::dict& state, const
   } running(running_);
   py::object problems = refresh(groups.ptr(), state.ptr(), s.write_back);
   if (!problems.is_none()) return problems;
+  if (runner_) return step_on_devices(s);
 
   const cpu::Work work{rows_, chunks_, elements_, overlaps_};
   const bool full = s.mode() == Mode::kFull;
+  const double inverse_scale = 1.0 / s.scale.value;
   double norm = 0, coefficient = 1;
-  bool skip = s.has_found_inf && s.found_inf != 0;
+  bool skip = s.has_found_inf && s.found_inf.value != 0;
   if (any_active_) {
     derive_scalars();
     std::vector<at::Tensor> held;
@@ -712,20 +810,19 @@ py::object StepPlan::step(const py::object& groups, const py::dict& state, const
     if (s.mode() != Mode::kBare) {
       const cpu::Statistics found = cpu::statistics(work, s.norm, partials_);
       if (s.check) skip = found.nonfinite;
-      norm = found.norm * s.inverse_scale;
+      norm = found.norm * inverse_scale;
     }
-    if (full) coefficient = clip_coefficient(norm, s.max_norm);
+    if (full) coefficient = clip_coefficient(norm, s.max_norm.value);
     const bool refused = full && s.error_if_nonfinite && !skip && !std::isfinite(norm);
     if (!skip && !refused) {
-      cpu::update(work, rule_.id, scalars_, {s.inverse_scale * coefficient, s.clip_value, s.write_back});
+      cpu::update(work, rule_.id, scalars_, {inverse_scale * coefficient, s.clip_value, s.write_back});
     }
     unlocked.reset();
-    if (refused) {
-      throw std::runtime_error("The total norm of the gradients is " + std::to_string(norm) +
-                               ", so it cannot be clipped. To disable this error and scale the gradients by the "
-                               "non-finite norm anyway, set `error_if_nonfinite=False`");
+    if (refused) refuse_norm(norm);
+    if (!skip) {
+      count_steps();
+      bump_versions(s.write_back);
     }
-    if (!skip) finish_update(s.write_back);
   }
   py::object scalars = py::none(), found_inf = py::none();
   if (full) {

@@ -7,35 +7,13 @@
 #include <string>
 #include <vector>
 
+#include "cuda/executor.h"
 #include "rule_interface.h"
+#include "step.h"
 #include "tables.h"
 #include "tensors.h"
 
 namespace fusedopt {
-
-// The value of a one-element tensor.
-double scalar_of(const at::Tensor& tensor);
-
-// Which passes a step makes; see Note [Three modes] in fusedopt/backends/base.py.
-enum class Mode { kBare, kCheck, kFull };
-
-// What one step asks for; the C++ side of fusedopt.backends.StepRequest.
-struct StepSettings {
-  double inverse_scale = 1;
-  bool has_found_inf = false;
-  double found_inf = 0;
-  bool check = false;
-  StatisticsSettings norm{NormKind::kNone, 2};
-  double max_norm = 0;
-  bool error_if_nonfinite = false;
-  double clip_value = 0;  // infinite without value clipping
-  bool write_back = false;
-
-  Mode mode() const {
-    if (norm.kind != NormKind::kNone) return Mode::kFull;
-    return check ? Mode::kCheck : Mode::kBare;
-  }
-};
 
 // Note [What the plan remembers]
 // Reading 400 groups and 400 state dicts by key would cost more than the update of a small model. So the plan remembers
@@ -52,12 +30,19 @@ struct StepSettings {
 // the same value. Tensors, arrays and lists given as hyperparameters are read at each step.
 class StepPlan {
  public:
-  explicit StepPlan(const std::string& rule) : rule_(rule_named(rule)) {}
+  // `device` is "cpu", "cuda", or "emulated": the kernels of CUDA run as host code on CPU tensors, for tests; the
+  // parameters are then dealt out to so many `emulated_devices`. Throws std::invalid_argument for another one, or when
+  // the build lacks it.
+  StepPlan(const std::string& rule, const std::string& device, int emulated_devices = 1);
 
   // Brings the tables up to date and runs the passes. Returns (scalars, found_inf): a tensor (grad_norm, clip_coef) or
   // None, a 0-dim float32 tensor or None. When a parameter with a gradient is not ready for the kernels, nothing is run
-  // and a list of (group index, index in group, reason, whether it is only the state that is missing) is returned.
+  // and a list of (group index, index in group, reason, whether it is only the state that is missing) is returned; the
+  // last is None where there is nothing to mend.
   py::object step(const py::object& groups, const py::dict& state, const StepSettings& settings);
+
+  // A number as an argument of step(): read, or left where it is when that is the plan's device.
+  Number number(const py::object& value) const;
 
   size_t row_count() const { return rows_.size(); }
   size_t chunk_count() const { return chunks_.size(); }
@@ -73,7 +58,7 @@ class StepPlan {
   static constexpr int kParams = -1;
   struct Group {
     std::vector<GroupEntry> entries;
-    double hyper[kMaxHyper];
+    HyperValues hyper;
     unsigned columns;
     uint32_t table_row;
     uint64_t version;  // of its dict, when that was last read
@@ -106,6 +91,7 @@ class StepPlan {
   };
   // What is needed only when something has changed.
   struct Owner {
+    c10::Device device = at::kCPU;
     std::vector<int64_t> sizes;
     std::vector<int> order;  // dimensions longer than 1 in canonical order
     std::unique_ptr<Layout> param_layout, grad_layout, state_layout[kMaxStates];
@@ -128,6 +114,7 @@ class StepPlan {
   py::object refresh(PyObject* groups, PyObject* state, bool write_back);
   bool groups_unchanged(PyObject* groups);
   void read_groups(PyObject* groups);
+  bool read_number(PyObject* value, HyperValues& hyper, int slot);
   void read_value(Group& group, Py_ssize_t group_index, GroupEntry& entry);
   void number_groups();
   void describe_param(size_t r);
@@ -143,18 +130,25 @@ class StepPlan {
   void prefetch_state(size_t e) const;
   void build_chunks();
   void find_overlaps();
+  void refuse_in_capture(py::list& problems);
+  py::object step_on_devices(const StepSettings& settings);
   void derive_scalars();
-  void finish_update(bool write_back);
+  void count_steps();
+  void bump_versions(bool write_back);
 
   const RuleInterface& rule_;
+  c10::DeviceType device_ = at::kCPU;
+  std::unique_ptr<cuda::Runner> runner_;  // null for the CPU's own kernels
+  int emulated_devices_ = 1;
+  std::vector<int> row_devices_;  // for the runner
   std::vector<Group> groups_;
   std::vector<TensorRow> rows_;
   std::vector<Watch> watches_;
   std::vector<Owner> owners_;
   std::vector<Chunk> chunks_;
   std::vector<StateEntry> state_entries_;
-  std::vector<StateKeys> state_keys_;       // one row per distinct layout of a state dict
-  std::vector<const double*> group_table_;  // one row per distinct set of hyperparameters
+  std::vector<StateKeys> state_keys_;            // one row per distinct layout of a state dict
+  std::vector<const HyperValues*> group_table_;  // one row per distinct set of hyperparameters
   std::vector<ScalarsStorage> scalars_;
   std::vector<double> partials_;
   int64_t elements_ = 0;

@@ -11,7 +11,8 @@ namespace {
 template <class T>
 T* element(const at::Tensor& tensor, at::ScalarType dtype) {
   c10::TensorImpl* impl = tensor.unsafeGetTensorImpl();
-  if (unreachable(impl) || c10::typeMetaToScalarType(impl->dtype()) != dtype || impl->numel() != 1) return nullptr;
+  if (unreachable(impl, at::kCPU) || c10::typeMetaToScalarType(impl->dtype()) != dtype || impl->numel() != 1)
+    return nullptr;
   return static_cast<T*>(data_of(impl));
 }
 

@@ -25,12 +25,12 @@ inline bool to_dtype(const c10::TensorImpl* impl, DType& out) {
   }
 }
 
-// Why this tensor's elements are not simply there in memory, or null.
-inline const char* unreachable(const c10::TensorImpl* impl) {
+// Why this tensor's elements are not simply there in the memory of this kind of device, or null.
+inline const char* unreachable(const c10::TensorImpl* impl, c10::DeviceType device) {
   if (impl->is_python_dispatch() || impl->layout() != c10::kStrided || !impl->has_storage()) {
     return "is not a plain dense tensor";
   }
-  if (!impl->is_cpu()) return "is not on the CPU";
+  if (impl->device().type() != device) return "is on another kind of device";
   if (impl->key_set().has_any(c10::DispatchKeySet({c10::DispatchKey::Negative, c10::DispatchKey::Conjugate}))) {
     return "is a lazily negated or conjugated view";
   }
@@ -38,8 +38,8 @@ inline const char* unreachable(const c10::TensorImpl* impl) {
 }
 
 // Why the kernels cannot touch this tensor's memory at all, or null.
-inline const char* foreign(const c10::TensorImpl* impl) {
-  if (const char* reason = unreachable(impl)) return reason;
+inline const char* foreign(const c10::TensorImpl* impl, c10::DeviceType device) {
+  if (const char* reason = unreachable(impl, device)) return reason;
   DType dtype;
   return to_dtype(impl, dtype) ? nullptr : "has an unsupported dtype";
 }
@@ -68,8 +68,9 @@ inline const char* foreign(const c10::TensorImpl* impl) {
 
 // What a tensor was when it was found fit for the kernels, to see that it still is.
 struct Form {
-  c10::DispatchKeySet keys;  // with the dtype: kind and device
+  c10::DispatchKeySet keys;  // with the dtype: the kind of tensor
   caffe2::TypeMeta dtype;
+  c10::Device device = at::kCPU;
   bool contiguous;
   int64_t numel;
   uint64_t shape;
@@ -78,12 +79,15 @@ struct Form {
   void take(const c10::TensorImpl* impl) {
     keys = impl->key_set();
     dtype = impl->dtype();
+    device = impl->device();
     contiguous = impl->is_contiguous();
     numel = impl->numel();
     shape = shape_of(impl);
     storage = impl->unsafe_storage().unsafeGetStorageImpl();
   }
-  bool same_kind(const c10::TensorImpl* impl) const { return impl->key_set() == keys && impl->dtype() == dtype; }
+  bool same_kind(const c10::TensorImpl* impl) const {
+    return impl->key_set() == keys && impl->dtype() == dtype && impl->device() == device;
+  }
   // Whether impl has the form, `before` being the tensor that had it last. The same contiguous one with as many
   // elements in the same storage is not asked for its sizes: that would be one more cache line, and its elements lie as
   // they did.

@@ -43,7 +43,7 @@ def info() -> str:
         rows.append(("compiled module", f"absent: {reason}"))
     else:
         build = module.build_info()
-        cuda = f"CUDA {build['cuda']}" if build["cuda"] else "no CUDA"
+        cuda = f"CUDA {build['cuda']} ({build['cuda_archs']})" if build["cuda"] else "no CUDA"
         rows.append(("compiled module", f"built for torch {build['torch']} with {build['compiler']}, {cuda}"))
         rows.append(("CPU kernels", f"{module.cpu_isa()} in use (here: {', '.join(module.cpu_isas())})"))
         rows.append(("CUDA runtime", module.cuda_problem() or "usable"))

@@ -10,13 +10,42 @@ import pytest
 import torch
 
 import fusedopt
-from fusedopt.backends.native import load_native_module
+from fusedopt import backends
+from fusedopt.backends.native import NativeBackend, load_native_module
 
 module = load_native_module()[0]
 ISAS = module.cpu_isas() if module else []
+HAS_EMULATOR = hasattr(module, "emulator")
 
-#: Every way a step can run here: each instruction set of the native backend, and the reference.
-BACKENDS = [*(f"native-{isa}" for isa in ISAS), "reference"]
+
+class EmulatedBackend(NativeBackend):
+    """The CUDA kernels and all that drives them, run as host code on CPU tensors; see csrc/cuda/emulator."""
+
+    name = "emulated"
+    devices = 1
+
+    def _make_plan(self) -> Any:
+        return module.StepPlan(self.rule.name, "emulated", self.devices)
+
+
+class EmulatedPair(EmulatedBackend):
+    """The same on two devices, to which parameters are dealt in turns."""
+
+    name = "emulated-pair"
+    devices = 2
+
+
+if HAS_EMULATOR:
+    for emulated in (EmulatedBackend, EmulatedPair):
+        backends.BACKENDS[emulated.name] = emulated
+
+GPU = NativeBackend.unavailable(torch.device("cuda")) is None and torch.cuda.is_available()
+
+#: Every way a step can run here: each instruction set of the native backend, its CUDA kernels emulated and on a GPU,
+#: and the reference.
+BACKENDS = [*(f"native-{isa}" for isa in ISAS), *(EmulatedBackend.name for _ in [0] if HAS_EMULATOR)]
+BACKENDS += ["native-cuda"] if GPU else []
+BACKENDS += ["reference"]
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 
@@ -49,37 +78,46 @@ SMALL = [(), (0,), (1,), (17,), (3, 5, 7), (513,)]
 def backend_name(backend: str) -> str:
     """The optimizer's ``backend`` argument for an entry of BACKENDS; selects the instruction set on the way."""
     name, _, isa = backend.partition("-")
-    if isa:
+    if isa and isa != "cuda":
         assert module is not None
         module.use_cpu_isa(isa)
     return name
 
 
+def on_cpu(tensor: torch.Tensor) -> np.ndarray:
+    """The values in float64."""
+    return tensor.detach().cpu().double().numpy()
+
+
 def parameters(
     shapes: list[tuple[int, ...]], dtype: torch.dtype = torch.float32, seed: int = 0
 ) -> list[torch.nn.Parameter]:
-    generator = torch.Generator().manual_seed(seed)
-    return [torch.nn.Parameter(torch.randn(shape, generator=generator).to(dtype)) for shape in shapes]
+    """The same values on any device; with ``native-cuda`` the default one is a GPU, see conftest.py."""
+    generator = torch.Generator("cpu").manual_seed(seed)
+    device = torch.get_default_device()
+    values = [torch.randn(shape, generator=generator, device="cpu").to(device, dtype) for shape in shapes]
+    return [torch.nn.Parameter(value) for value in values]
 
 
 def set_gradients(params: list[torch.nn.Parameter], seed: int, scale: float = 1.0) -> None:
-    generator = torch.Generator().manual_seed(1000 + seed)
+    generator = torch.Generator("cpu").manual_seed(1000 + seed)
     for param in params:
-        param.grad = (torch.randn(param.shape, generator=generator) * scale).to(param.dtype)
+        grad = torch.randn(param.shape, generator=generator, device="cpu") * scale
+        param.grad = grad.to(param.device, param.dtype)
 
 
 def global_norm(params: list[torch.nn.Parameter], norm_type: float = 2.0) -> float:
     """The norm of all gradients, added up in extended precision."""
-    grads = [param.grad.detach().double().flatten() for param in params if param.grad is not None]
+    grads = [on_cpu(param.grad).flatten() for param in params if param.grad is not None]
     if not grads:
         return 0.0
-    values = np.abs(torch.cat(grads).numpy().astype(np.longdouble))
+    values = np.abs(np.concatenate(grads).astype(np.longdouble))
     return float(values.max() if norm_type == INF else np.sum(values**norm_type) ** (1 / np.longdouble(norm_type)))
 
 
 def bits(tensors: Any) -> list[bytes]:
     """The exact contents of tensors, NaN included."""
-    return [tensor.detach().contiguous().view(-1).view(torch.uint8).numpy().tobytes() for tensor in tensors]
+    return [tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes() for tensor in tensors]
 
 
 def state_bits(optimizer: torch.optim.Optimizer) -> dict[tuple[int, str], bytes]:
@@ -91,7 +129,9 @@ def state_bits(optimizer: torch.optim.Optimizer) -> dict[tuple[int, str], bytes]
     }
 
 
-each_backend = pytest.mark.parametrize("backend", BACKENDS)
+each_backend = pytest.mark.parametrize(
+    "backend", [pytest.param(name, marks=pytest.mark.gpu) if name == "native-cuda" else name for name in BACKENDS]
+)
 each_option = pytest.mark.parametrize("option", OPTIONS)
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
 

@@ -4,16 +4,24 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from cases import ISAS, module
+from cases import HAS_EMULATOR, ISAS, module
 
 
 @pytest.fixture(autouse=True)
-def _restore_globals() -> Iterator[None]:
+def _restore_globals(request: pytest.FixtureRequest) -> Iterator[None]:
     """Each test starts with one seed, the default number of threads and the best instruction set."""
     threads, dtype = torch.get_num_threads(), torch.get_default_dtype()
     torch.manual_seed(0)
+    on_gpu = "native-cuda" in getattr(getattr(request.node, "callspec", None), "params", {}).values()
+    if on_gpu:  # what a test creates without saying where is on the GPU then
+        torch.set_default_device("cuda")
     yield
+    if on_gpu:
+        torch.set_default_device(None)
     torch.set_num_threads(threads)
     torch.set_default_dtype(dtype)
     if module is not None:
         module.use_cpu_isa(ISAS[-1])
+    if HAS_EMULATOR:
+        assert module is not None
+        module.emulator.configure()

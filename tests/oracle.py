@@ -78,7 +78,7 @@ FORMULAS = {"adam": adam, "sgd": sgd}
 
 
 def as_double(tensor: torch.Tensor) -> np.ndarray:
-    return tensor.detach().double().numpy().copy()
+    return tensor.detach().cpu().double().numpy().copy()
 
 
 def ulp(values: np.ndarray, dtype: torch.dtype) -> np.ndarray:

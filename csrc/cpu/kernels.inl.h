@@ -15,6 +15,7 @@
 #include <immintrin.h>
 #endif
 
+#include "../convert.h"
 #include "kernels.h"
 
 namespace fusedopt::cpu {

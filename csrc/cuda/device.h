@@ -7,7 +7,11 @@ namespace fusedopt::cuda {
 
 // The CUDA version of the build, or nothing when it was built without.
 std::optional<std::string> built_with();
+// The architectures of the build, such as "80-real;90-real;90-virtual"; empty when it was built without.
+std::string architectures();
 // Why no CUDA device can be used, or nothing when one can.
 std::optional<std::string> problem();
+// Why the kernels cannot run on this device, or nothing when they can.
+std::optional<std::string> problem_on(int device);
 
 }  // namespace fusedopt::cuda

@@ -20,7 +20,7 @@ struct Adam {
   // What differs per instantiation, so that no pass pays for an option that is off.
   static constexpr unsigned kCoupledDecay = 1, kWithMax = 2, kVariants = 4;
 
-  static constexpr unsigned columns(unsigned variant) { return variant & kWithMax ? 0b111 : 0b011; }
+  FUSEDOPT_HD static constexpr unsigned columns(unsigned variant) { return variant & kWithMax ? 0b111 : 0b011; }
 
   FUSEDOPT_HD static unsigned variant(const double* h, double /*step*/) {
     return (h[kWeightDecay] != 0 && h[kDecoupled] == 0 ? kCoupledDecay : 0u) | (h[kAmsgrad] != 0 ? kWithMax : 0u);

@@ -18,7 +18,7 @@ struct Sgd {
 
   static constexpr unsigned kDecay = 1, kWithMomentum = 2, kFirst = 4, kWithNesterov = 8, kVariants = 16;
 
-  static constexpr unsigned columns(unsigned variant) { return variant & kWithMomentum ? 0b001 : 0b000; }
+  FUSEDOPT_HD static constexpr unsigned columns(unsigned variant) { return variant & kWithMomentum ? 0b001 : 0b000; }
 
   FUSEDOPT_HD static unsigned variant(const double* h, double step) {
     unsigned v = h[kWeightDecay] != 0 ? kDecay : 0u;

@@ -52,9 +52,11 @@ def create_backend(name: str, rule: Rule, devices: Iterable[torch.device]) -> Ba
     passed_over: list[str] = []
     for candidate in BACKENDS.values() if name == "auto" else (BACKENDS[name],):
         reasons = [reason for device in devices if (reason := candidate.unavailable(device))]
+        if not reasons and (reason := candidate.unavailable_together(devices)):
+            reasons = [reason]
         if not reasons:
             if passed_over and any(device.type != "cpu" for device in devices):
                 _note_fallback(candidate.name, passed_over[0])
-            return candidate(rule)
+            return candidate(rule, devices)
         passed_over += reasons
     raise BackendUnavailable(f"backend {name!r} is not available: {reasons[0]}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+from collections.abc import Iterable
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -73,17 +74,27 @@ class StepReport:
 
 
 class Backend(abc.ABC):
-    """Runs the steps of one optimizer. An instance belongs to that optimizer and may keep tables of its tensors."""
+    """Runs the steps of one optimizer. An instance belongs to that optimizer and may keep tables of its tensors.
+
+    Args:
+        rule: the optimizer's maths.
+        devices: where its parameters are; ``unavailable`` and ``unavailable_together`` had nothing against them.
+    """
 
     name: ClassVar[str]
 
-    def __init__(self, rule: Rule):
+    def __init__(self, rule: Rule, devices: Iterable[torch.device] = ()):
         self.rule = rule
 
     @classmethod
     @abc.abstractmethod
     def unavailable(cls, device: torch.device) -> str | None:
         """Why this backend cannot serve tensors on ``device``, or None when it can."""
+
+    @classmethod
+    def unavailable_together(cls, devices: Iterable[torch.device]) -> str | None:
+        """Why this backend cannot serve one optimizer with tensors on all these devices, or None when it can."""
+        return None
 
     @abc.abstractmethod
     def step(

@@ -7,6 +7,7 @@ import importlib.util
 import math
 import re
 import warnings
+from collections.abc import Iterable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -69,22 +70,38 @@ def update_scale(
 
 
 class NativeBackend(Backend):
-    """Compiled kernels over one plan of all the optimizer's tensors."""
+    """Compiled kernels over one plan of all the optimizer's tensors, for CPUs and NVIDIA GPUs.
+
+    On GPUs a step waits for nothing (but under ``error_if_nonfinite``) and can be captured in a CUDA graph.
+    Hyperparameters, ``max_norm`` and ``grad_scale`` given as tensors on the GPU stay live in the graph; numbers are
+    what they were at the capture.
+    """
 
     name = "native"
 
-    def __init__(self, rule: Rule):
-        super().__init__(rule)
+    def __init__(self, rule: Rule, devices: Iterable[torch.device] = ()):
+        super().__init__(rule, devices)
+        self._device_type = next((device.type for device in devices), "cpu")
+        self._plan = self._make_plan()
+
+    def _make_plan(self) -> Any:
         assert _module is not None
-        self._plan = _module.StepPlan(rule.name)
+        return _module.StepPlan(self.rule.name, self._device_type)
 
     @classmethod
     def unavailable(cls, device: torch.device) -> str | None:
         if _module is None:
             return _reason
-        if device.type != "cpu":
+        if device.type == "cpu":
+            return None
+        if device.type != "cuda" or torch.version.cuda is None:
             return f"this build has no kernels for {device.type} tensors"
-        return None
+        return _module.cuda_problem_on(device.index or 0)
+
+    @classmethod
+    def unavailable_together(cls, devices: Iterable[torch.device]) -> str | None:
+        kinds = sorted({device.type for device in devices})
+        return f"one optimizer has parameters on {' and '.join(kinds)}" if len(kinds) > 1 else None
 
     def step(
         self, param_groups: list[dict[str, Any]], state: dict[Tensor, dict[str, Any]], request: StepRequest
@@ -118,7 +135,7 @@ class NativeBackend(Backend):
 
     def _attend(
         self,
-        attention: list[tuple[int, int, str, bool]],
+        attention: list[tuple[int, int, str, bool | None]],
         param_groups: list[dict[str, Any]],
         state: dict[Tensor, dict[str, Any]],
     ) -> None:
@@ -127,9 +144,10 @@ class NativeBackend(Backend):
             group = param_groups[g]
             param, name = group["params"][i], parameter_name(group, g, i)
             check_parameter(name, param)
-            unavailable = self.unavailable(param.device)
-            if unavailable is not None:
-                raise BackendUnavailable(f"{name} is on {param.device}: {unavailable}")
+            if param.device.type != self._device_type:
+                raise BackendUnavailable(f"{name} is on {param.device}, others on {self._device_type}")
+            if state_missing is None:  # nothing that could be mended
+                raise RuntimeError(f"{name} {reason}")
             if param.grad is None:  # another thread has dropped it since
                 continue
             check_gradient(name, param, param.grad)

@@ -108,7 +108,7 @@ class Rule(abc.ABC):
             if step is None:
                 step = any(isinstance(mine.get(name), Tensor) for name in columns)
             dtype = torch.float64 if torch.get_default_dtype() == torch.float64 else torch.float32
-            mine["step"] = torch.tensor(float(step), dtype=dtype, device=param.device)
+            mine["step"] = torch.full((), float(step), dtype=dtype, device=param.device)  # waits for no device
         elif step.dim() or step.device != param.device or step.dtype not in (torch.float32, torch.float64):
             dtype = torch.float64 if step.dtype == torch.float64 else torch.float32
             mine["step"] = step.detach().reshape(()).to(device=param.device, dtype=dtype, copy=True)

@@ -1,0 +1,144 @@
+// Loads and stores of columns on a device: up to 16 bytes at a time where columns are flat, else one element.
+//
+// Note [Dtypes at run time]
+// A kernel per combination of dtypes would be hundreds. A step is bound by memory by a wide margin (an H200 has time
+// for about 190 instructions per element of AdamW, which takes about 50), so kernels take the dtype of each column from
+// its row. Threads of a block always agree on it. What matters is that no load waits for another: all columns are
+// loaded as raw bits first, and converted after.
+#pragma once
+#include "portable.h"
+
+namespace fusedopt::cuda::FUSEDOPT_TARGET {
+
+// The widest access that an address allows, up to 16 bytes.
+__device__ __forceinline__ unsigned alignment_of(const void* address) {
+  const unsigned low = static_cast<unsigned>(reinterpret_cast<uintptr_t>(address)) | 16u;
+  return low & (0u - low);
+}
+
+// 8 or 16 bytes, from and to an address of any alignment >= 2.
+template <int kWords>
+__device__ __forceinline__ void load_words(uint32_t (&to)[kWords], const char* from, unsigned alignment) {
+  static_assert(kWords == 2 || kWords == 4);
+  if (kWords == 4 && alignment == 16) {
+    const uint4 bits = *reinterpret_cast<const uint4*>(from);
+    to[0] = bits.x, to[1] = bits.y, to[kWords - 2] = bits.z, to[kWords - 1] = bits.w;
+  } else if (alignment >= 8) {
+#pragma unroll
+    for (int i = 0; i < kWords; i += 2) {
+      const uint2 bits = reinterpret_cast<const uint2*>(from)[i / 2];
+      to[i] = bits.x, to[i + 1] = bits.y;
+    }
+  } else if (alignment == 4) {
+#pragma unroll
+    for (int i = 0; i < kWords; ++i) to[i] = reinterpret_cast<const uint32_t*>(from)[i];
+  } else {
+    const uint16_t* halves = reinterpret_cast<const uint16_t*>(from);
+#pragma unroll
+    for (int i = 0; i < kWords; ++i) to[i] = halves[2 * i] | static_cast<uint32_t>(halves[2 * i + 1]) << 16;
+  }
+}
+
+template <int kWords>
+__device__ __forceinline__ void store_words(char* to, const uint32_t (&from)[kWords], unsigned alignment) {
+  static_assert(kWords == 2 || kWords == 4);
+  if (kWords == 4 && alignment == 16) {
+    *reinterpret_cast<uint4*>(to) = make_uint4(from[0], from[1], from[kWords - 2], from[kWords - 1]);
+  } else if (alignment >= 8) {
+#pragma unroll
+    for (int i = 0; i < kWords; i += 2) reinterpret_cast<uint2*>(to)[i / 2] = make_uint2(from[i], from[i + 1]);
+  } else if (alignment == 4) {
+#pragma unroll
+    for (int i = 0; i < kWords; ++i) reinterpret_cast<uint32_t*>(to)[i] = from[i];
+  } else {
+    uint16_t* halves = reinterpret_cast<uint16_t*>(to);
+#pragma unroll
+    for (int i = 0; i < kWords; ++i) {
+      halves[2 * i] = static_cast<uint16_t>(from[i]);
+      halves[2 * i + 1] = static_cast<uint16_t>(from[i] >> 16);
+    }
+  }
+}
+
+// Elements of T in so many words.
+template <class T, int kWords>
+constexpr int kLanes = kWords * 4 / static_cast<int>(sizeof(T));
+
+// The first or the second half of the 16-bit elements in these words, as floats and back.
+template <int kWords>
+__device__ __forceinline__ void unpack_halves(float (&to)[kWords], const uint32_t (&from)[kWords], int half,
+                                              DType dtype) {
+#pragma unroll
+  for (int i = 0; i < kWords; ++i) {
+    const int at = kWords * half + i;
+    const uint16_t bits = static_cast<uint16_t>(from[at / 2] >> 16 * (at % 2));
+    to[i] = dtype == DType::kBFloat16 ? bf16_to_float(bits) : fp16_to_float(bits);
+  }
+}
+
+template <int kWords>
+__device__ __forceinline__ void pack_halves(uint32_t (&to)[kWords], const float (&from)[kWords], int half,
+                                            DType dtype) {
+#pragma unroll
+  for (int i = 0; i < kWords; i += 2) {
+    uint32_t low, high;
+    if (dtype == DType::kBFloat16) {
+      low = float_to_bf16(from[i]), high = float_to_bf16(from[i + 1]);
+    } else {
+      low = float_to_fp16(from[i]), high = float_to_fp16(from[i + 1]);
+    }
+    to[(kWords * half + i) / 2] = low | high << 16;
+  }
+}
+
+// One element, of any dtype.
+template <class T>
+__device__ __forceinline__ T load_element(const char* data, int64_t index, DType dtype) {
+  switch (dtype) {
+    case DType::kFloat32:
+      return T(reinterpret_cast<const float*>(data)[index]);
+    case DType::kFloat64:
+      return T(reinterpret_cast<const double*>(data)[index]);
+    case DType::kBFloat16:
+      return T(bf16_to_float(reinterpret_cast<const uint16_t*>(data)[index]));
+    default:
+      return T(fp16_to_float(reinterpret_cast<const uint16_t*>(data)[index]));
+  }
+}
+
+template <class T>
+__device__ __forceinline__ void store_element(char* data, int64_t index, DType dtype, T value) {
+  switch (dtype) {
+    case DType::kFloat32:
+      reinterpret_cast<float*>(data)[index] = float(value);
+      return;
+    case DType::kFloat64:
+      reinterpret_cast<double*>(data)[index] = double(value);
+      return;
+    case DType::kBFloat16:
+      reinterpret_cast<uint16_t*>(data)[index] = float_to_bf16(narrow(value));
+      return;
+    default:
+      reinterpret_cast<uint16_t*>(data)[index] = float_to_fp16(narrow(value));
+  }
+}
+
+// Where the element with canonical number `index` lies, in elements; see Note [Canonical order].
+__device__ __forceinline__ int64_t place_of(const Layout* layout, int64_t index) {
+  if (!layout) return index;
+  int64_t at = 0;
+  for (int d = layout->dims - 1; d > 0; --d) {
+    const int64_t size = layout->size[d];
+    int64_t rest;
+    if (((index | size) >> 32) == 0) {  // a 64-bit division takes several times as long
+      rest = static_cast<uint32_t>(index) / static_cast<uint32_t>(size);
+    } else {
+      rest = index / size;
+    }
+    at += (index - rest * size) * layout->stride[d];
+    index = rest;
+  }
+  return at + index * layout->stride[0];
+}
+
+}  // namespace fusedopt::cuda::FUSEDOPT_TARGET

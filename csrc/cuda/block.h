@@ -1,0 +1,78 @@
+// What a block does together, and what both passes share.
+#pragma once
+#include "portable.h"
+
+namespace fusedopt::cuda::FUSEDOPT_TARGET {
+
+constexpr int kWarp = 32, kWarps = kThreads / kWarp;
+
+__device__ __forceinline__ double read_number(const void* at, DType dtype) {
+  switch (dtype) {
+    case DType::kFloat32:
+      return *static_cast<const float*>(at);
+    case DType::kFloat64:
+      return *static_cast<const double*>(at);
+    case DType::kBFloat16:
+      return bf16_to_float(*static_cast<const uint16_t*>(at));
+    default:
+      return fp16_to_float(*static_cast<const uint16_t*>(at));
+  }
+}
+
+__device__ __forceinline__ double value_of(const Operand& operand) {
+  return operand.live ? read_number(operand.live, operand.dtype) : operand.value;
+}
+
+// Adds up (or takes the maximum of) one number per thread, in an order that does not depend on anything; the result is
+// thread 0's. `scratch` holds kWarps numbers.
+template <class Combine>
+__device__ double reduce_block(double value, double* scratch, const Combine& combine) {
+  for (int distance = kWarp / 2; distance > 0; distance /= 2) {
+    value = combine(value, __shfl_down_sync(0xffffffffu, value, distance));
+  }
+  if (threadIdx.x % kWarp == 0) scratch[threadIdx.x / kWarp] = value;
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    for (int warp = 1; warp < kWarps; ++warp) value = combine(value, scratch[warp]);
+  }
+  return value;
+}
+
+// Whether this is the last block of a pass to get here. What the others wrote before is then visible; `flag` is shared.
+__device__ __forceinline__ bool is_last_block(Control* control, uint32_t blocks, bool* flag) {
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    __threadfence();
+    *flag = atomicAdd(&control->ticket, 1u) == blocks - 1;
+    __threadfence();
+  }
+  __syncthreads();
+  return *flag;
+}
+
+// The number of the step that row `r` is about to make.
+__device__ __forceinline__ double next_step(const Row& row) {
+  return row.step ? read_number(row.step, row.step_dtype) + 1 : 1;
+}
+
+__device__ __forceinline__ void count_step(const Row& row, double step) {
+  if (!row.step) return;
+  if (row.step_dtype == DType::kFloat64) {
+    *static_cast<double*>(row.step) = step;
+  } else {
+    *static_cast<float*>(row.step) = static_cast<float>(step);
+  }
+}
+
+template <class Rule>
+__device__ void derive_scalars(const GroupRow& group, double step, RowScalars* out) {
+  double hyper[kMaxHyper];
+  for (int i = 0; i < kMaxHyper; ++i) {
+    hyper[i] = group.live[i] ? read_number(group.live[i], group.live_dtype[i]) : group.value[i];
+  }
+  const auto scalars = Rule::derive(hyper, step);
+  __builtin_memcpy(&out->values, &scalars, sizeof(scalars));
+  out->variant = Rule::variant(hyper, step);
+}
+
+}  // namespace fusedopt::cuda::FUSEDOPT_TARGET

@@ -1,0 +1,8 @@
+// Stands in for the emulator in a build without it.
+#include "../launch.h"
+
+namespace fusedopt::cuda {
+
+const Launcher* emulated_launcher() { return nullptr; }
+
+}  // namespace fusedopt::cuda

@@ -1,0 +1,26 @@
+// What tests may tell the emulator. See Note [Emulation].
+#pragma once
+#include <stdint.h>
+
+#include <functional>
+#include <memory>
+#include <vector>
+
+namespace fusedopt::cuda::emulated {
+
+// What tests may choose.
+struct Settings {
+  uint64_t order = 0;  // of blocks and threads: 0 as numbered, else drawn from this seed
+  bool slow_double = false;
+};
+Settings& settings();
+// Launches recorded instead of run, as a stream does that captures a CUDA graph.
+struct Graph {
+  std::vector<std::function<void()>> launches;
+  void replay() const;
+};
+void begin_capture();
+std::shared_ptr<Graph> end_capture();
+uint64_t launch_count();  // so far, uploads included
+
+}  // namespace fusedopt::cuda::emulated

@@ -1,0 +1,339 @@
+#include "executor.h"
+
+#include <ATen/Functions.h>
+#include <c10/core/DeviceGuard.h>
+#include <c10/core/impl/VirtualGuardImpl.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <stdexcept>
+
+#include "../tensors.h"
+
+namespace fusedopt::cuda {
+namespace {
+
+constexpr size_t kUnit = 64;  // of comparing tables; uploads are multiples of it
+
+size_t rounded(size_t bytes) { return (bytes + kUnit - 1) / kUnit * kUnit; }
+
+// Reserves room for `count` of T at the end of a buffer that is `size` bytes long, and tells where.
+template <class T>
+size_t section(size_t& size, size_t count) {
+  const size_t at = size;
+  size = rounded(size + count * sizeof(T));
+  return at;
+}
+
+template <class T>
+T* at_offset(void* base, size_t offset) {
+  return reinterpret_cast<T*>(static_cast<char*>(base) + offset);
+}
+
+}  // namespace
+
+// Where kernels can read a one-element tensor as a number: in place, or in a copy made by the stream, which a graph
+// makes anew at each replay.
+const void* Executor::live(c10::TensorImpl* impl, DType& dtype) {
+  if (impl->device() == device_ && !foreign(impl, device_.type()) && impl->numel() == 1) {
+    to_dtype(impl, dtype);
+    return data_of(impl);
+  }
+  const at::Tensor tensor(c10::intrusive_ptr<c10::TensorImpl>::reclaim_copy(impl));
+  copies_.push_back(tensor.detach().to(device_, at::kDouble, /*non_blocking=*/true, /*copy=*/true));
+  dtype = DType::kFloat64;
+  return copies_.back().const_data_ptr();
+}
+
+Operand Executor::operand(const Number& number) {
+  Operand operand{number.value, nullptr, DType::kFloat64};
+  if (number.live) operand.live = live(number.live->unsafeGetTensorImpl(), operand.dtype);
+  return operand;
+}
+
+// Fills host_ with what the device is to have, and tables_ with where it is in it.
+void Executor::lay_out(const Work& work, int ordinal) {
+  mine_.clear();
+  layouts_.clear();
+  int64_t total = 0;
+  for (size_t r = 0; r < work.rows.size(); ++r) {
+    if (work.devices[r] != ordinal) continue;
+    mine_.push_back(static_cast<uint32_t>(r));
+    total += work.rows[r].numel;
+  }
+  const size_t row_count = mine_.size(), group_count = work.groups.size();
+  tables_.chunk_elements = chunk_elements(total);
+  tables_.row_count = static_cast<uint32_t>(row_count);
+
+  size_t size = 0;
+  section<Control>(size, 1);
+  const size_t groups = section<GroupRow>(size, group_count), grads = section<void*>(size, row_count);
+  const size_t rows = section<Row>(size, row_count), layouts = size;
+  host_.assign(size, 0);
+  for (size_t g = 0; g < group_count; ++g) {
+    GroupRow& row = *at_offset<GroupRow>(host_.data(), groups + g * sizeof(GroupRow));
+    std::copy_n(work.groups[g]->value, kMaxHyper, row.value);
+    for (int i = 0; i < kMaxHyper; ++i) {
+      if (c10::TensorImpl* impl = work.groups[g]->live[i]) row.live[i] = live(impl, row.live_dtype[i]);
+    }
+  }
+  uint64_t chunk = 0;
+  for (size_t i = 0; i < row_count; ++i) {
+    const TensorRow& from = work.rows[mine_[i]];
+    *at_offset<void*>(host_.data(), grads + i * sizeof(void*)) = from.grad.data;
+    Row& row = *at_offset<Row>(host_.data(), rows + i * sizeof(Row));
+    auto take = [&](int c, const Column& column) {
+      row.dtype[c] = column.dtype;
+      row.layout[c] = Row::kFlat;
+      if (!column.layout) return;
+      row.layout[c] = static_cast<int32_t>(layouts_.size());
+      layouts_.push_back(*column.layout);
+    };
+    row.data[kParam] = from.param.data;
+    take(kParam, from.param);
+    take(kGrad, from.grad);
+    for (int s = 0; s < kMaxStates; ++s) {
+      row.data[kState + s] = from.state[s].data;
+      take(kState + s, from.state[s]);
+    }
+    row.step = from.step;
+    row.step_dtype = from.step_dtype;
+    row.numel = from.numel;
+    row.group = from.group;
+    row.first_chunk = static_cast<uint32_t>(chunk);
+    chunk += static_cast<uint64_t>((from.numel + tables_.chunk_elements - 1) / tables_.chunk_elements);
+  }
+  if (chunk >> 31) throw std::runtime_error("the optimizer's parameters on one device make more than 2^31 chunks");
+  tables_.chunk_count = static_cast<uint32_t>(chunk);
+  section<Layout>(size, layouts_.size());
+  host_.resize(size);
+  if (!layouts_.empty()) std::memcpy(host_.data() + layouts, layouts_.data(), layouts_.size() * sizeof(Layout));
+
+  // Offsets for now; prepare() adds the address.
+  tables_.groups = at_offset<GroupRow>(nullptr, groups);
+  tables_.grads = at_offset<void*>(nullptr, grads);
+  tables_.rows = at_offset<Row>(nullptr, rows);
+  tables_.layouts = at_offset<Layout>(nullptr, layouts);
+}
+
+void Executor::upload_changes() {
+  char* const base = static_cast<char*>(memory_.mutable_data_ptr());
+  const size_t size = host_.size();
+  const bool all = known_.size() != size;
+  for (size_t begin = 0; begin < size;) {
+    auto same = [&](size_t at) { return !all && std::memcmp(host_.data() + at, known_.data() + at, kUnit) == 0; };
+    if (same(begin)) {
+      begin += kUnit;
+      continue;
+    }
+    // Short runs that are the same are uploaded again, rather than beginning another launch.
+    constexpr size_t kGap = 1024;
+    size_t end = begin + kUnit;
+    for (size_t at = end; at < size && at < end + kGap; at += kUnit) {
+      if (!same(at)) end = at + kUnit;
+    }
+    launcher_.upload(place_, base + begin, host_.data() + begin, end - begin);
+    begin = end;
+  }
+  known_ = host_;
+}
+
+bool Executor::prepare(const Work& work, int ordinal, const Place& place, bool capturing) {
+  place_ = place;
+  capturing_ = capturing;
+  copies_.clear();
+  lay_out(work, ordinal);
+  const bool active = std::any_of(mine_.begin(), mine_.end(), [&](uint32_t r) { return work.rows[r].grad.data; });
+  if (!active) return false;
+
+  size_t size = host_.size();
+  const size_t chunks = section<Chunk>(size, tables_.chunk_count), scalars = section<RowScalars>(size, mine_.size());
+  const size_t partials = section<double>(size, tables_.chunk_count);
+  std::vector<int64_t> structure = {tables_.chunk_elements, static_cast<int64_t>(chunks)};
+  for (uint32_t r : mine_) structure.push_back(work.rows[r].numel);
+
+  auto allocate = [&] {
+    memory_ = at::empty({static_cast<int64_t>(size)}, at::TensorOptions().dtype(at::kByte).device(device_));
+    memory_stream_ = place.stream;
+    known_.clear();
+    structure_.clear();
+  };
+  if (capturing) {
+    // The captured step has tables of its own, which its replays write: another step may change the usual ones.
+    memory_.reset();
+    allocate();
+    captured_.push_back(memory_);
+  } else if (!memory_.defined() || static_cast<size_t>(memory_.numel()) < size) {
+    allocate();
+  } else if (place.stream != memory_stream_) {
+    // Freed, it must not serve another allocation before this stream is through with it.
+    memory_.record_stream(c10::impl::VirtualGuardImpl(device_.type()).getStream(device_));
+  }
+  char* const base = static_cast<char*>(memory_.mutable_data_ptr());
+  auto place_at = [&](auto& pointer) {
+    using Pointer = std::remove_reference_t<decltype(pointer)>;
+    pointer = reinterpret_cast<Pointer>(base + reinterpret_cast<uintptr_t>(pointer));
+  };
+  place_at(tables_.groups);
+  place_at(tables_.grads);
+  place_at(tables_.rows);
+  place_at(tables_.layouts);
+  tables_.control = at_offset<Control>(base, 0);
+  tables_.chunks = at_offset<Chunk>(base, chunks);
+  tables_.scalars = at_offset<RowScalars>(base, scalars);
+  tables_.partials = at_offset<double>(base, partials);
+  upload_changes();
+  if (structure != structure_) {
+    launcher_.map_chunks(place_, tables_);
+    structure_ = std::move(structure);
+  }
+  if (capturing) {
+    memory_.reset();
+    known_.clear();
+    structure_.clear();
+  }
+  return true;
+}
+
+void Executor::statistics(const Work& work, const StepSettings& s, const Report& report, double* total) {
+  statistics_ = {};
+  statistics_.tables = tables_;
+  statistics_.norm = s.norm;
+  statistics_.rule = work.rule;
+  statistics_.check = s.check;
+  statistics_.has_found_inf = s.has_found_inf;
+  statistics_.refuse_nonfinite = s.error_if_nonfinite;
+  statistics_.scale = operand(s.scale);
+  statistics_.found_inf = operand(s.found_inf);
+  statistics_.max_norm = operand(s.max_norm);
+  statistics_.report = report;
+  statistics_.total = total;
+  launcher_.statistics(place_, statistics_);
+}
+
+void Executor::conclude(const double* totals, int count) {
+  statistics_.total = nullptr;
+  launcher_.conclude(place_, statistics_, totals, count);
+}
+
+void Executor::update(const Work& work, const StepSettings& s, const Report& report) {
+  UpdateArguments a{};
+  a.tables = tables_;
+  a.rule = work.rule;
+  a.after_statistics = s.mode() != Mode::kBare;
+  a.reverse = a.after_statistics && !work.overlaps;
+  a.write_back = s.write_back;
+  a.has_found_inf = s.has_found_inf;
+  a.clip_value = s.clip_value;
+  if (!a.after_statistics) {
+    a.scale = operand(s.scale);
+    a.found_inf = operand(s.found_inf);
+    a.report = report;
+  }
+  a.chunk_count = tables_.chunk_count;
+  a.tickets = std::max(1u, tables_.chunk_count);
+  // In graphs, starting early needs a newer driver.
+  const bool early = a.after_statistics && !capturing_;
+  if (!work.overlaps || tables_.chunk_count == 0) return launcher_.update(place_, a, early);
+  for (uint32_t r : mine_) {
+    const int64_t numel = work.rows[r].numel;
+    a.chunk_count = static_cast<uint32_t>((numel + tables_.chunk_elements - 1) / tables_.chunk_elements);
+    if (a.chunk_count) launcher_.update(place_, a, early);
+    a.first_chunk += a.chunk_count;
+  }
+}
+
+Executor& Runner::executor_of(int ordinal) {
+  const size_t index = static_cast<size_t>(std::max(ordinal, 0));
+  if (executors_.size() <= index) executors_.resize(index + 1);
+  if (!executors_[index]) {
+    const auto number = static_cast<c10::DeviceIndex>(type_ == at::kCPU ? -1 : ordinal);
+    executors_[index] = std::make_unique<Executor>(launcher_, at::Device(type_, number));
+  }
+  return *executors_[index];
+}
+
+Outcome Runner::step(const Work& work, const StepSettings& s) {
+  std::vector<Executor*> active;
+  std::vector<int> devices = work.devices;
+  std::sort(devices.begin(), devices.end());
+  devices.erase(std::unique(devices.begin(), devices.end()), devices.end());
+  bool any_capturing = false;
+  for (int device : devices) {
+    Executor& executor = executor_of(device);
+    const Place place{device, stream_of_(device)};
+    const bool capturing = launcher_.capturing(place);
+    any_capturing |= capturing;
+    if (executor.prepare(work, device, place, capturing)) active.push_back(&executor);
+  }
+  if (any_capturing && active.size() > 1) {
+    throw std::runtime_error("a step over several devices cannot be captured in a CUDA graph");
+  }
+  if (any_capturing && s.error_if_nonfinite) {
+    throw std::runtime_error(
+        "error_if_nonfinite=True reads the norm on the host, which a step captured in a CUDA graph cannot; set it to "
+        "False (grad_norm of the optimizer's last_step can be looked at after a replay)");
+  }
+
+  Outcome outcome;
+  const bool full = s.mode() == Mode::kFull;
+  const at::Device home = active.empty() ? executor_of(devices.empty() ? 0 : devices[0]).device() : active[0]->device();
+  const auto options = at::TensorOptions().device(home).dtype(work.any_double ? at::kDouble : at::kFloat);
+  if (active.empty()) {
+    if (full) {
+      outcome.scalars = at::zeros({2}, options);
+      outcome.scalars.select(0, 1).fill_(1);
+    }
+    if (s.has_found_inf) {
+      const at::Tensor given = s.found_inf.live ? s.found_inf.live->detach() : at::full({}, s.found_inf.value);
+      outcome.found_inf = given.to(home, at::kDouble).ne(0).to(at::kFloat).reshape({});
+    }
+    return outcome;
+  }
+
+  // One small allocation, where the dtypes agree.
+  Report report{};
+  const bool tells = s.check || s.has_found_inf, together = full && tells && !work.any_double;
+  if (full) {
+    const at::Tensor numbers = at::empty({together ? 3 : 2}, options);
+    report.scalars = numbers.mutable_data_ptr();
+    report.scalars_are_double = work.any_double;
+    outcome.scalars = numbers;
+    if (together) outcome.found_inf = numbers.select(0, 2);
+  }
+  if (tells) {
+    if (!together) outcome.found_inf = at::empty({}, options.dtype(at::kFloat));
+    report.found_inf = static_cast<float*>(outcome.found_inf.mutable_data_ptr());
+  }
+
+  if (s.mode() != Mode::kBare) {
+    if (active.size() == 1) {
+      active[0]->statistics(work, s, report, nullptr);
+    } else {
+      const auto count = static_cast<int64_t>(active.size());
+      std::vector<at::Tensor> totals;
+      for (Executor* executor : active) {
+        totals.push_back(at::empty({2}, at::TensorOptions().device(executor->device()).dtype(at::kDouble)));
+        executor->statistics(work, s, executor == active[0] ? report : Report{},
+                             static_cast<double*>(totals.back().mutable_data_ptr()));
+      }
+      for (Executor* executor : active) {
+        const at::Tensor all = at::empty({count, 2}, at::TensorOptions().device(executor->device()).dtype(at::kDouble));
+        for (int64_t i = 0; i < count; ++i)
+          all.select(0, i).copy_(totals[static_cast<size_t>(i)], /*non_blocking=*/true);
+        executor->conclude(static_cast<const double*>(all.const_data_ptr()), static_cast<int>(count));
+      }
+    }
+    if (full && s.error_if_nonfinite) {
+      const at::Tensor found = outcome.scalars.to(at::kCPU, at::kDouble);  // waits for the device
+      const double norm = static_cast<const double*>(found.const_data_ptr())[0];
+      const bool skipped = outcome.found_inf.defined() && outcome.found_inf.item<float>() != 0;
+      if (!skipped && !std::isfinite(norm)) refuse_norm(norm);
+    }
+  }
+  for (Executor* executor : active) executor->update(work, s, executor == active[0] ? report : Report{});
+  return outcome;
+}
+
+}  // namespace fusedopt::cuda

@@ -1,0 +1,87 @@
+// Runs the two passes on devices: keeps their tables there, and launches the kernels.
+#pragma once
+#include <ATen/core/Tensor.h>
+
+#include <functional>
+#include <memory>
+#include <vector>
+
+#include "../step.h"
+#include "launch.h"
+
+namespace fusedopt::cuda {
+
+// What a plan works on in one step; owned by the plan.
+struct Work {
+  const std::vector<TensorRow>& rows;
+  const std::vector<int>& devices;  // of each row
+  const std::vector<const HyperValues*>& groups;
+  RuleId rule;
+  bool any_double;  // a row that takes part is in float64
+  bool overlaps;    // rows share memory: the update takes one after the other
+};
+
+struct Outcome {
+  at::Tensor scalars;    // norm and clip coefficient, or undefined
+  at::Tensor found_inf;  // or undefined
+};
+
+// The tables of one device. Host copies of them tell what has changed since they were last uploaded.
+class Executor {
+ public:
+  Executor(const Launcher& launcher, at::Device device) : launcher_(launcher), device_(device) {}
+
+  // Makes the tables of the rows on this device ready for this step; false when none of them takes part.
+  bool prepare(const Work& work, int ordinal, const Place& place, bool capturing);
+
+  Operand operand(const Number& number);
+  void statistics(const Work& work, const StepSettings& settings, const Report& report, double* total);
+  void conclude(const double* totals, int count);
+  void update(const Work& work, const StepSettings& settings, const Report& report);
+
+  at::Device device() const { return device_; }
+
+ private:
+  const void* live(c10::TensorImpl* impl, DType& dtype);
+  void lay_out(const Work& work, int ordinal);
+  void upload_changes();
+
+  const Launcher& launcher_;
+  const at::Device device_;
+  Place place_{};
+  bool capturing_ = false;
+  Tables tables_{};
+  StatisticsArguments statistics_{};
+  std::vector<uint32_t> mine_;        // plan's rows on this device
+  std::vector<char> host_, known_;    // the uploaded part of the tables: now, and as it is on the device
+  std::vector<int64_t> structure_;    // numbers of elements, for which the chunk map was made
+  std::vector<Layout> layouts_;       // of columns that are not flat
+  std::vector<at::Tensor> copies_;    // of numbers that were not where kernels can read them; of this step
+  std::vector<at::Tensor> captured_;  // tables of captured steps, which their replays write
+  at::Tensor memory_;
+  void* memory_stream_ = nullptr;  // for which it was allocated
+};
+
+// All devices of one plan.
+class Runner {
+ public:
+  // `stream_of` tells the stream to use on a device.
+  Runner(const Launcher& launcher, c10::DeviceType type, std::function<void*(int device)> stream_of)
+      : launcher_(launcher), type_(type), stream_of_(std::move(stream_of)) {}
+
+  // Whether the current stream of a device is capturing a graph.
+  bool capturing(int device) const { return launcher_.capturing({device, stream_of_(device)}); }
+
+  // Throws std::runtime_error when the norm is not finite and that is to be an error; nothing has changed then.
+  Outcome step(const Work& work, const StepSettings& settings);
+
+ private:
+  Executor& executor_of(int ordinal);
+
+  const Launcher& launcher_;
+  const c10::DeviceType type_;
+  const std::function<void*(int)> stream_of_;
+  std::vector<std::unique_ptr<Executor>> executors_;  // by device
+};
+
+}  // namespace fusedopt::cuda

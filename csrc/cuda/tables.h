@@ -1,0 +1,120 @@
+// The tables that device kernels read, and the arguments of their launches. Plain data, the same on host and device.
+#pragma once
+#include <stdint.h>
+
+#include "../rules/rules.h"
+#include "../tables.h"
+
+namespace fusedopt::cuda {
+
+constexpr int kThreads = 256;
+
+// Columns of a row, in the order of kernels.
+constexpr int kParam = 0, kGrad = 1, kState = 2, kColumns = kState + kMaxStates;
+
+// Note [Adaptive chunks]
+// A block works on one chunk of one row. Few elements in all make small chunks, so that every multiprocessor has some;
+// many make large ones, so that what a block costs beside its elements does not count. The size is a function of the
+// plan's sizes alone, never of the device: a norm is added up chunk by chunk, and so has the same bits on any of them.
+constexpr int64_t kLeastChunk = 2048, kMostChunk = 65536, kWantedChunks = 4096;
+
+inline int64_t chunk_elements(int64_t total) {
+  int64_t elements = kLeastChunk;
+  while (elements < kMostChunk && total / elements > kWantedChunks) elements *= 2;
+  return elements;
+}
+
+// One distinct set of hyperparameters. Those given as device tensors are read through `live`, at each step, on the
+// device; the others are numbers.
+struct GroupRow {
+  double value[kMaxHyper];
+  const void* live[kMaxHyper];
+  DType live_dtype[kMaxHyper];
+};
+
+// One parameter; the address of its gradient is in a list of its own, because it changes most often.
+struct Row {
+  void* data[kColumns];
+  void* step;
+  int64_t numel;
+  int32_t layout[kColumns];  // row of the layout table, or kFlat
+  uint32_t group;
+  uint32_t first_chunk;
+  DType dtype[kColumns];
+  DType step_dtype;
+
+  static constexpr int32_t kFlat = -1;
+};
+
+struct Chunk {
+  uint32_t row;
+  uint32_t index;  // in its row
+};
+
+// The rule's constants of one row in this step, as the last block of a statistics pass leaves them.
+struct RowScalars {
+  ScalarsStorage values;
+  uint32_t variant;
+};
+
+struct Control {
+  double multiplier;   // inverse scale times clip coefficient
+  uint32_t skip;       // whether the update is to change nothing
+  uint32_t ticket;     // blocks of the running pass that are done; 0 between passes
+  uint32_t nonfinite;  // whether a gradient of the running pass is not finite; 0 between passes
+};
+
+struct Tables {
+  const GroupRow* groups;
+  void* const* grads;  // one per row, null where the parameter takes no part
+  const Row* rows;
+  const Layout* layouts;
+  Chunk* chunks;
+  RowScalars* scalars;  // one per row
+  double* partials;     // one per chunk
+  Control* control;
+  uint32_t row_count, chunk_count;
+  int64_t chunk_elements;
+};
+
+// A number that the host knows, or that lies on the device.
+struct Operand {
+  double value;
+  const void* live;  // null when the host knows it
+  DType dtype;
+};
+
+// Where a step leaves what it found out; null where nobody asked.
+struct Report {
+  void* scalars;  // norm and clip coefficient
+  bool scalars_are_double;
+  float* found_inf;
+};
+
+struct StatisticsArguments {
+  Tables tables;
+  StatisticsSettings norm;
+  RuleId rule;
+  bool check;                // skip when a gradient is not finite
+  bool has_found_inf;        // skip when `found_inf` is not zero
+  bool refuse_nonfinite;     // skip when the norm is not finite
+  Operand scale, found_inf;  // the divisor of the gradients, and what was found elsewhere
+  Operand max_norm;
+  Report report;
+  double* total;  // with several devices: receives the sum and whether all is finite, and nothing is concluded
+};
+
+struct UpdateArguments {
+  Tables tables;
+  RuleId rule;
+  bool after_statistics;  // control and scalars are filled in; else each block finds them for itself
+  bool reverse;           // last chunk first, for what a statistics pass has left in the cache
+  bool write_back, has_found_inf;
+  double clip_value;
+  Operand scale, found_inf;
+  Report report;
+  uint32_t first_chunk, chunk_count;  // of this launch
+  uint32_t tickets;                   // blocks of all the launches of this pass
+};
+
+}  // namespace fusedopt::cuda
