@@ -61,9 +61,9 @@ void define_emulator(py::module_& m) {
   e.def("end_capture", &emulated::end_capture, "Stop recording; returns the Graph.");
   e.def("launch_count", &emulated::launch_count, "Launches so far, uploads of tables included.");
   e.def(
-      "configure", [](uint64_t order, bool slow_double) { emulated::settings() = {order, slow_double}; },
-      py::arg("order") = 0, py::arg("slow_double") = false,
-      "Run blocks and threads in another order (a seed), or as on a GPU with slow double arithmetic.");
+      "configure", [](uint64_t order, bool slow_double, bool dry) { emulated::settings() = {order, slow_double, dry}; },
+      py::arg("order") = 0, py::arg("slow_double") = false, py::arg("dry") = false,
+      "Run blocks and threads in another order (a seed), as on a GPU with slow double arithmetic, or not at all.");
 }
 #endif
 

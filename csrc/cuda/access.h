@@ -127,6 +127,7 @@ __device__ __forceinline__ void store_element(char* data, int64_t index, DType d
 __device__ __forceinline__ int64_t place_of(const Layout* layout, int64_t index) {
   if (!layout) return index;
   int64_t at = 0;
+#pragma unroll 1
   for (int d = layout->dims - 1; d > 0; --d) {
     const int64_t size = layout->size[d];
     int64_t rest;

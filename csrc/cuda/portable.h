@@ -117,6 +117,9 @@ __device__ __forceinline__ T* in_global_memory(T* address) {
   return address;
 }
 
+// sum + x * y for a product that is exact, so that it does not matter that it is one instruction.
+__device__ __forceinline__ double add_exact_product(double sum, double x, double y) { return __fma_rn(x, y, sum); }
+
 // Makes the compiler read shared memory again instead of keeping it in registers.
 __device__ __forceinline__ void forget_memory() { asm volatile("" : : : "memory"); }
 

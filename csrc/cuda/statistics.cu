@@ -10,8 +10,9 @@
 namespace fusedopt::cuda::FUSEDOPT_TARGET {
 namespace {
 
-// 16-byte loads of a thread in flight, before the first of them is used.
-constexpr int kUnroll = 4;
+// 16-byte loads of a thread in flight, before the first of them is used: as many as there are registers for.
+template <NormKind K>
+constexpr int kUnroll = K == NormKind::kInf || K == NormKind::kP ? 2 : 4;
 
 template <NormKind K>
 struct Sum {
@@ -20,7 +21,6 @@ struct Sum {
 
   __device__ __forceinline__ void take(double magnitude, double p) {
     if constexpr (K == NormKind::kOne) value += magnitude;
-    if constexpr (K == NormKind::kTwo) value += magnitude * magnitude;
     if constexpr (K == NormKind::kInf) value = nan_max(magnitude, value);
     if constexpr (K == NormKind::kP) value += power(magnitude, p);
   }
@@ -32,7 +32,12 @@ struct Sum {
   template <class T>
   __device__ __forceinline__ void add(T x, double p) {
     if constexpr (!kTells<T>) nonfinite |= x - x != T(0);
-    if constexpr (K != NormKind::kNone) take(x < T(0) ? -static_cast<double>(x) : static_cast<double>(x), p);
+    if constexpr (K == NormKind::kTwo) {
+      const double wide = x;
+      value = sizeof(T) == 4 ? add_exact_product(value, wide, wide) : value + wide * wide;
+    } else if constexpr (K != NormKind::kNone) {
+      take(static_cast<double>(x < T(0) ? -x : x), p);
+    }
   }
 
   // A few elements at once. Not `exact`, they are first added up in float.
@@ -65,21 +70,21 @@ struct Gradient {
 };
 
 // T is what the elements are loaded as; kHalves when they are stored in 16 bits.
-template <class T, bool kHalves, bool kExact, NormKind K>
-__device__ void add_vectors(const Gradient& grad, double p, Sum<K>& sum, uint32_t& done) {
+template <class T, bool kHalves, bool kExact, bool kAligned, NormKind K>
+__device__ __forceinline__ void add_aligned_vectors(const Gradient& grad, double p, Sum<K>& sum, uint32_t& done) {
   constexpr int lanes = kHalves ? 8 : kLanes<T, 4>;
   const char* const first = in_global_memory(grad.data) + grad.offset * (16 / lanes);
-  const unsigned alignment = alignment_of(first);
+  const unsigned alignment = kAligned ? 16u : alignment_of(first);
   const uint32_t vectors = grad.length / lanes;
-  for (uint32_t v = threadIdx.x; v < vectors; v += kThreads * kUnroll) {
-    uint32_t raw[kUnroll][4] = {};  // zeros add nothing to any norm
+  for (uint32_t v = threadIdx.x; v < vectors; v += kThreads * kUnroll<K>) {
+    uint32_t raw[kUnroll<K>][4] = {};  // zeros add nothing to any norm
 #pragma unroll
-    for (int u = 0; u < kUnroll; ++u) {
+    for (int u = 0; u < kUnroll<K>; ++u) {
       const uint32_t at = v + u * kThreads;
       if (at < vectors) load_words(raw[u], first + 16 * static_cast<int64_t>(at), alignment);
     }
 #pragma unroll
-    for (int u = 0; u < kUnroll; ++u) {
+    for (int u = 0; u < kUnroll<K>; ++u) {
       if constexpr (kHalves) {
         float x[4];
         unpack_halves(x, raw[u], 0, grad.dtype);
@@ -94,6 +99,16 @@ __device__ void add_vectors(const Gradient& grad, double p, Sum<K>& sum, uint32_
     }
   }
   done = vectors * lanes;
+}
+
+template <class T, bool kHalves, bool kExact, NormKind K>
+__device__ __forceinline__ void add_vectors(const Gradient& grad, double p, Sum<K>& sum, uint32_t& done) {
+  // Chunks begin at multiples of 16 bytes.
+  if (alignment_of(grad.data) == 16) {
+    add_aligned_vectors<T, kHalves, kExact, true>(grad, p, sum, done);
+  } else {
+    add_aligned_vectors<T, kHalves, kExact, false>(grad, p, sum, done);
+  }
 }
 
 template <bool kExact, NormKind K>

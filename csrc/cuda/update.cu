@@ -19,8 +19,9 @@ struct Stream {
   __device__ __forceinline__ char* data() const { return in_global_memory(at); }
 };
 
-// How a chunk's columns keep it from being worked on in whole vectors.
-constexpr unsigned kNotFlat = 1, kNotNative = 2, kNotHalves = 4;
+// How a chunk's columns keep it from being worked on in whole vectors of floats, of 16-bit elements, and in aligned
+// ones.
+constexpr unsigned kNotFlat = 1, kNotNative = 2, kNotHalves = 4, kNotAligned = 8;
 
 // Note [Registers]
 // What all threads of a block need is in shared memory and read anew for each vector, after a forget_memory(): held in
@@ -70,11 +71,13 @@ __device__ __forceinline__ void apply(const Job<Rule, T>& job, T (&x)[kColumns][
 }
 
 // Whole vectors of a chunk, in float. With kNative all columns hold floats; else each holds floats or 16-bit elements,
-// and a vector is twice as long: one access for a 16-bit column, two for a float one.
-template <unsigned kStates, bool kNative, class Rule>
+// and a vector is twice as long: one access for a 16-bit column, two for a float one. With kAligned there is no branch
+// between one load and the next.
+template <unsigned kStates, bool kNative, bool kAligned, class Rule>
 __device__ __forceinline__ void update_vectors(const Job<Rule, float>& job, uint32_t vectors) {
   constexpr int words = kWords<kStates>, bytes = 4 * words, parts = kNative ? 1 : 2;
   const Stream(&streams)[kColumns] = job.streams;
+  auto alignment = [&](int c) { return kAligned ? 16u : streams[c].alignment; };
   for (uint32_t v = threadIdx.x; v < vectors; v += kThreads) {
     uint32_t raw[kColumns][words];
 #pragma unroll
@@ -86,7 +89,7 @@ __device__ __forceinline__ void update_vectors(const Job<Rule, float>& job, uint
         if (!uses<kStates>(c)) continue;
         const bool floats = kNative || streams[c].dtype == DType::kFloat32;
         if (floats || part == 0) {
-          load_words(raw[c], streams[c].data() + (floats ? wide : narrow), streams[c].alignment);
+          load_words(raw[c], streams[c].data() + (floats ? wide : narrow), alignment(c));
         }
       }
       float x[kColumns][words];
@@ -105,10 +108,10 @@ __device__ __forceinline__ void update_vectors(const Job<Rule, float>& job, uint
         if (kNative || streams[c].dtype == DType::kFloat32) {
           uint32_t bits[words];
           __builtin_memcpy(bits, x[c], bytes);
-          store_words(streams[c].data() + wide, bits, streams[c].alignment);
+          store_words(streams[c].data() + wide, bits, alignment(c));
         } else {
           pack_halves(raw[c], x[c], part, streams[c].dtype);
-          if (part == 1) store_words(streams[c].data() + narrow, raw[c], streams[c].alignment);
+          if (part == 1) store_words(streams[c].data() + narrow, raw[c], alignment(c));
         }
       };
       if (job.write_back) store(kGrad);
@@ -147,21 +150,47 @@ __device__ __forceinline__ void update_elements(const Job<Rule, T>& job, uint32_
   }
 }
 
-// One of the sets of states that the rule's variants have.
 template <class Rule, class T, unsigned kStates>
 __device__ __forceinline__ void update_columns(const Job<Rule, T>& job) {
   uint32_t done = 0;
   if constexpr (sizeof(T) == 4) {
     constexpr uint32_t lanes = kWords<kStates>;
     if (!(job.obstacles & (kNotFlat | kNotNative))) {
-      update_vectors<kStates, true>(job, job.length / lanes);
+      if (job.obstacles & kNotAligned) {
+        update_vectors<kStates, true, false>(job, job.length / lanes);
+      } else {
+        update_vectors<kStates, true, true>(job, job.length / lanes);
+      }
       done = job.length / lanes * lanes;
     } else if (!(job.obstacles & (kNotFlat | kNotHalves))) {
-      update_vectors<kStates, false>(job, job.length / (2 * lanes));
+      if (job.obstacles & kNotAligned) {
+        update_vectors<kStates, false, false>(job, job.length / (2 * lanes));
+      } else {
+        update_vectors<kStates, false, true>(job, job.length / (2 * lanes));
+      }
       done = job.length / (2 * lanes) * (2 * lanes);
     }
   }
   update_elements<kStates>(job, done);
+}
+
+// The first variant that has the states of variant V.
+template <class Rule>
+__device__ constexpr unsigned first_like(unsigned variant) {
+  unsigned first = 0;
+  while (Rule::columns(first) != Rule::columns(variant)) ++first;
+  return first;
+}
+
+// Calls update_columns for the set of states that it is, of all that the rule's variants have.
+template <class Rule, class T, unsigned V = 0>
+__device__ __forceinline__ void with_states(unsigned states, const Job<Rule, T>& job) {
+  if constexpr (V < Rule::kVariants) {
+    if constexpr (first_like<Rule>(V) == V) {
+      if (states == Rule::columns(V)) return update_columns<Rule, T, Rule::columns(V)>(job);
+    }
+    with_states<Rule, T, V + 1>(states, job);
+  }
 }
 
 template <class Rule, class T>
@@ -182,6 +211,7 @@ __device__ __forceinline__ void update_chunk(const UpdateArguments& a, const Row
       if (used && !flat) obstacles |= kNotFlat;
       if (used && dtype != DType::kFloat32) obstacles |= kNotNative;
       if (used && dtype == DType::kFloat64) obstacles |= kNotHalves;
+      if (used && alignment_of(data) < 16) obstacles |= kNotAligned;
     }
     obstacles = __reduce_or_sync(0xffffffffu, obstacles);
     if (c == 0) {
@@ -197,12 +227,7 @@ __device__ __forceinline__ void update_chunk(const UpdateArguments& a, const Row
     reinterpret_cast<T*>(&job.scalars)[i] = T(reinterpret_cast<const double*>(&scalars.values)[i]);
   }
   __syncthreads();
-  constexpr unsigned fewest = Rule::columns(0), most = Rule::columns(Rule::kVariants - 1);
-  if (states == fewest) {
-    update_columns<Rule, T, fewest>(job);
-  } else {
-    update_columns<Rule, T, most>(job);
-  }
+  with_states(states, job);
 }
 
 template <class Rule>

@@ -209,7 +209,7 @@ void run_or_record(std::function<void()> launch) {
     recording->launches.push_back(std::move(launch));
   } else {
     ++launches;
-    launch();
+    if (!settings().dry) launch();
   }
 }
 
