@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import copy
 import math
+import re
 from typing import Any
 
 import pytest
 import torch
-from cases import BACKENDS, backend_name, bits, each_backend, parameters, set_gradients, state_bits
+from cases import BACKENDS, GPU, backend_name, bits, each_backend, parameters, set_gradients, state_bits
 from torch import nn
 
 import fusedopt
-from fusedopt.backends import BackendUnavailable
+from fusedopt.backends import BackendUnavailable, NativeBackend, create_backend
 from fusedopt.rules import check_gradient
 
 OPTIMIZERS = [fusedopt.FusedSGD, fusedopt.FusedAdam, fusedopt.FusedAdamW]
@@ -311,10 +312,33 @@ def test_auto_says_once_why_a_device_is_served_slowly(monkeypatch: pytest.Monkey
 
     backends._note_fallback.cache_clear()
     rule, device = fusedopt.FusedAdamW.rule, torch.device("cuda", 0)
-    with pytest.warns(UserWarning, match="no kernels for cuda tensors; using the slow reference backend"):
+    monkeypatch.setattr(NativeBackend, "unavailable", classmethod(lambda cls, device: f"no kernels for {device}"))
+    with pytest.warns(UserWarning, match="no kernels for cuda:0; using the slow reference backend"):
         assert backends.create_backend("auto", rule, [device]).name == "reference"
     assert backends.create_backend("auto", rule, [device]).name == "reference"  # silent now: warnings are errors here
     backends._note_fallback.cache_clear()
+
+
+def test_parameters_on_a_cpu_and_a_gpu_are_for_the_reference_backend(monkeypatch: pytest.MonkeyPatch) -> None:
+    from fusedopt import backends
+
+    backends._note_fallback.cache_clear()
+    rule, devices = fusedopt.FusedAdamW.rule, [torch.device("cpu"), torch.device("cuda", 0)]
+    monkeypatch.setattr(NativeBackend, "unavailable", classmethod(lambda cls, device: None))
+    with pytest.raises(BackendUnavailable, match="one optimizer has parameters on cpu and cuda"):
+        backends.create_backend("native", rule, devices)
+    with pytest.warns(UserWarning, match="parameters on cpu and cuda; using the slow reference backend"):
+        assert backends.create_backend("auto", rule, devices).name == "reference"
+    backends._note_fallback.cache_clear()
+
+
+@pytest.mark.skipif(GPU, reason="there is a GPU that can be used")
+def test_a_gpu_that_cannot_be_used_has_a_reason() -> None:
+    assert NativeBackend.unavailable(torch.device("xpu", 0)) == "this build has no kernels for xpu tensors"
+    reason = NativeBackend.unavailable(torch.device("cuda", 0))
+    assert reason, "no GPU here, and nothing said about it"
+    with pytest.raises(BackendUnavailable, match=re.escape(reason)):
+        create_backend("native", fusedopt.FusedAdamW.rule, [torch.device("cuda", 0)])
 
 
 def test_unknown_instruction_set() -> None:
