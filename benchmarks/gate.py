@@ -2,24 +2,31 @@
 
 A case passes when the 95 % interval of its median ratio, over at least 20 paired rounds, lies above the floor. One that
 does not is run again, it alone, and its rounds are added, until it does or the retries are used up; then the median of
-all its rounds decides. Run it on a machine that is otherwise idle: torch's many short parallel regions suffer more from
-company than one, which flatters the ratios.
+all its rounds decides. Floors on the share of the bandwidth, and ceilings on the host's time, are decided likewise. Run
+it on a machine that is otherwise idle: torch's many short parallel regions suffer more from company than one, which
+flatters the ratios.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+import statistics
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 
+import fusedopt
 from fusedopt.bench import Case, run
 from fusedopt.bench.contenders import OURS
 from fusedopt.bench.measure import BandwidthProbe, CacheFlush, paired_ratio
 from fusedopt.bench.tables import markdown, times
+
+from .host import step_times
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -34,32 +41,71 @@ class GateError(Exception):
     """gates.toml is wrong, or a contender cannot be timed; the message is one line."""
 
 
+#: What can be asked of a case, by its key in gates.toml, and whether that is the most it may be (or else the least):
+#: the rival's time over ours; the share of the memory's bandwidth; microseconds until the optimizer's step returns, by
+#: itself and with warm caches, see host.step_times.
+LIMITS = {"ratio": False, "bandwidth": False, "host_us": True}
+
+
 @dataclass
 class Gate:
-    """A floor, and the rounds that were run to check it."""
+    """What is asked of a case, and the rounds that were run to check it.
+
+    Attributes:
+        limits: by keys of ``LIMITS``.
+        goes: how many times ``rounds`` were run.
+        ours, theirs: seconds of each round.
+        our_host, their_host: of the same rounds, until the calls returned.
+        bandwidth: bytes per second that the memory moved in each round; empty for a small case.
+        steps: seconds until the step returned, by itself and warm; empty where ``host_us`` is not asked for.
+        error: why it could not be checked.
+    """
 
     case: Case
-    floor: float
+    limits: dict[str, float]
     rival: str
     goes: int = 0
     ours: list[float] = field(default_factory=list)
     theirs: list[float] = field(default_factory=list)
+    our_host: list[float] = field(default_factory=list)
+    their_host: list[float] = field(default_factory=list)
+    bandwidth: list[float] = field(default_factory=list)
+    steps: list[float] = field(default_factory=list)
+    error: str | None = None
 
     @property
-    def ratio(self) -> tuple[float, float, float]:
-        """Median of the rival's time over ours, and its 95 % interval."""
-        quantiles, (low, high) = paired_ratio(self.theirs, self.ours)
-        return quantiles.median, low, high
+    def measures(self) -> dict[str, tuple[float, float, float]]:
+        """Median and its 95 % interval of all that was measured, by keys of ``LIMITS``."""
+        pairs = {"ratio": (self.theirs, self.ours)} if self.ours else {}
+        if self.bandwidth:
+            moved = self.case.parameters * self.case.bytes_per_parameter
+            pairs["bandwidth"] = [moved / rate for rate in self.bandwidth], self.ours
+        if self.steps:
+            pairs["host_us"] = self.steps, [1e-6] * len(self.steps)
+        found = {}
+        for name, (above, below) in pairs.items():
+            quantiles, (low, high) = paired_ratio(above, below)
+            found[name] = quantiles.median, low, high
+        return found
 
     @property
-    def passes(self) -> bool:
-        """Whether the median reaches the floor."""
-        return self.ratio[0] >= self.floor
+    def broken(self) -> list[str]:
+        """Those of the limits that the medians do not keep."""
+        return [name for name, (median, _, _) in self.measures.items() if not self._keeps(name, median)]
 
     @property
     def certain(self) -> bool:
-        """Whether the whole interval reaches the floor."""
-        return self.ratio[1] >= self.floor
+        """Whether the whole intervals keep the limits."""
+        return all(self._keeps(name, high if LIMITS[name] else low) for name, (_, low, high) in self.measures.items())
+
+    def _keeps(self, name: str, value: float) -> bool:
+        limit = self.limits.get(name)
+        return limit is None or (value <= limit if LIMITS[name] else value >= limit)
+
+    @property
+    def verdict(self) -> str:
+        """In a word or two."""
+        return "not checked" if self.error or not self.goes else "BROKEN" if self.broken else "holds"
 
     def go(self, rounds: int, flush: CacheFlush, probe: BandwidthProbe) -> None:
         """Run some rounds.
@@ -70,9 +116,40 @@ class Gate:
         result = run(self.case, [OURS, self.rival], rounds, flush, probe)
         for name, reason in result.left_out.items():
             raise GateError(f"{self.case.name}: {name}: {reason}")
+        if "bandwidth" in self.limits and not result.bandwidth:
+            raise GateError(f"{self.case.name}: too small for its share of the bandwidth")
         self.goes += 1
         self.ours += result.times[OURS].total
         self.theirs += result.times[self.rival].total
+        self.our_host += result.times[OURS].host
+        self.their_host += result.times[self.rival].host
+        self.bandwidth += result.bandwidth
+        if "host_us" in self.limits:
+            self.steps += step_times(self.case)
+
+    def record(self) -> dict[str, Any]:
+        """What was found, for a JSON."""
+        measures = {
+            name: dict(zip(("median", "low", "high"), values, strict=True)) for name, values in self.measures.items()
+        }
+        seconds = {
+            "seconds": self.ours,
+            "rival_seconds": self.theirs,
+            "host_seconds": self.our_host,
+            "rival_host_seconds": self.their_host,
+        }
+        return {
+            "case": self.case.name,
+            "parameters": self.case.parameters,
+            "rival": self.rival,
+            "verdict": self.verdict,
+            "broken": self.broken,
+            "error": self.error,
+            "rounds": len(self.ours),
+            "limits": self.limits,
+            **measures,
+            **{name: statistics.median(values) for name, values in seconds.items() if values},
+        }
 
 
 def parse_case(name: str, device: str) -> Case:
@@ -88,6 +165,21 @@ def parse_case(name: str, device: str) -> Case:
         return Case(*parts, device=device)
     except ValueError as error:
         raise GateError(f"gates.toml: {name!r}: {error}") from error
+
+
+def parse_limits(name: str, value: Any) -> dict[str, float]:
+    """What a value of gates.toml asks: a number is the least ratio, a table names what it bounds.
+
+    Raises:
+        GateError: it is neither, or names something else.
+    """
+    limits = value if isinstance(value, dict) else {"ratio": value}
+    if not limits or not set(limits) <= set(LIMITS):
+        raise GateError(f"gates.toml: {name!r} is {value!r}; expected a number, or a table of {', '.join(LIMITS)}")
+    for limit in limits.values():
+        if isinstance(limit, bool) or not isinstance(limit, (int, float)):
+            raise GateError(f"gates.toml: {name!r} is {value!r}; {limit!r} is not a number")
+    return limits
 
 
 def load(path: Path, device: str, only: Sequence[str] = ()) -> tuple[list[Gate], int, int]:
@@ -108,37 +200,100 @@ def load(path: Path, device: str, only: Sequence[str] = ()) -> tuple[list[Gate],
     if rounds < LEAST_ROUNDS:
         raise GateError(f"gates.toml: rounds is {rounds}; a median needs {LEAST_ROUNDS}")
     floors = content.get(device, {})
-    gates = {name: Gate(parse_case(name, device), floor, rival) for name, floor in floors.items()}
+    gates = {name: Gate(parse_case(name, device), parse_limits(name, value), rival) for name, value in floors.items()}
     for name in only:
         if name not in gates:
             raise GateError(f"no floor for {name!r} on {device}; there is one for {', '.join(gates)}")
     return [gate for name, gate in gates.items() if not only or name in only], rounds, retries
 
 
-def check(gates: list[Gate], rounds: int, retries: int, say: Callable[[str], object]) -> bool:
-    """Run all gates, then those again that are not certain; True when all pass."""
+def check(
+    gates: list[Gate],
+    rounds: int,
+    retries: int,
+    say: Callable[[str], object],
+    keep_going: bool = False,
+    after_each: Callable[[], object] = lambda: None,
+) -> None:
+    """Run all gates, then those again that are not certain.
+
+    Args:
+        gates: of one device.
+        rounds: of a go.
+        retries: further goes that a gate may have.
+        say: is told how each go went.
+        keep_going: note why a gate cannot be checked, and check the others.
+        after_each: called after each go.
+
+    Raises:
+        GateError: a gate cannot be checked.
+    """
     flush, probe = (made(torch.device(gates[0].case.device)) for made in (CacheFlush, BandwidthProbe))
     open_gates = gates
     for _ in range(1 + retries):
         for gate in open_gates:
-            gate.go(rounds, flush, probe)
-            ratio, low, high = gate.ratio
-            verdict = "holds" if gate.certain else "holds so far" if gate.passes else "does not hold so far"
-            say(f"{gate.case.name}: {ratio:.2f} [{low:.2f}, {high:.2f}], floor {gate.floor:g}: {verdict}")
-        open_gates = [gate for gate in open_gates if not gate.certain]
-    return all(gate.passes for gate in gates)
+            try:
+                gate.go(rounds, flush, probe)
+            except Exception as error:
+                if not keep_going:
+                    raise
+                known = isinstance(error, GateError)
+                text = str(error) if known else f"{gate.case.name}: {type(error).__name__}: {error}"
+                gate.error = text.splitlines()[0]
+                say(f"{gate.error}: not checked")
+            else:
+                verdict = "holds" if gate.certain else "does not hold so far" if gate.broken else "holds so far"
+                say(f"{gate.case.name}: {', '.join(words(gate))}: {verdict}")
+            after_each()
+        open_gates = [gate for gate in open_gates if not gate.error and not gate.certain]
+
+
+def words(gate: Gate) -> list[str]:
+    """The measures with what is asked of them: the ratio, and what else has a limit."""
+    units = {"ratio": (1.0, ""), "bandwidth": (100.0, " % of the bandwidth"), "host_us": (1.0, " µs on the host")}
+    texts = []
+    for name, values in gate.measures.items():
+        factor, unit = units[name]
+        digits = 2 if name == "ratio" else 1
+        median, low, high = (f"{factor * value:.{digits}f}" for value in values)
+        if name in gate.limits:
+            texts.append(f"{median} [{low}, {high}]{unit}")
+            texts.append(f"{'ceiling' if LIMITS[name] else 'floor'} {factor * gate.limits[name]:g}")
+        elif name == "ratio":
+            texts.append(f"{median} [{low}, {high}]{unit}")
+    return texts
 
 
 def table(gates: list[Gate]) -> str:
     """The verdicts."""
+    on_gpu = gates[0].case.device == "cuda"
+    more = on_gpu or any(set(gate.limits) != {"ratio"} for gate in gates)
     rows = []
     for gate in gates:
-        ratio, low, high = gate.ratio
-        ours = sorted(gate.ours)[len(gate.ours) // 2]
-        verdict = "holds" if gate.passes else "BROKEN"
-        cells = [gate.case.name, times(ours), f"{ratio:.2f} [{low:.2f}, {high:.2f}]", f"{gate.floor:g}"]
-        rows.append([*cells, str(len(gate.ours)), verdict])
-    return markdown(["case", OURS, f"× {gates[0].rival}", "floor", "rounds", "verdict"], rows)
+        measures, limits = gate.measures, gate.limits
+        ours = times(sorted(gate.ours)[len(gate.ours) // 2]) if gate.ours else ""
+        ratio = "{:.2f} [{:.2f}, {:.2f}]".format(*measures["ratio"]) if "ratio" in measures else ""
+        row = [gate.case.name, ours, ratio, f"{limits['ratio']:g}" if "ratio" in limits else ""]
+        if more:
+            share, host = measures.get("bandwidth"), measures.get("host_us")
+            row += [f"{share[0]:.1%}" if share else "", f"{limits['bandwidth']:.0%}" if "bandwidth" in limits else ""]
+            row += [times(1e-6 * host[0]) if host else "", f"{limits['host_us']:g} µs" if "host_us" in limits else ""]
+        rows.append([*row, str(len(gate.ours)), gate.verdict])
+    extra = ["of the bandwidth", "floor", "step on the host", "ceiling"] if more else []
+    return markdown(["case", OURS, f"× {gates[0].rival}", "floor", *extra, "rounds", "verdict"], rows)
+
+
+def save(gates: list[Gate], path: Path, complete: bool) -> None:
+    """Write all that was found as JSON; not ``complete`` while goes are to come."""
+    device = gates[0].case.device
+    content = {
+        "fusedopt": fusedopt.__version__,
+        "torch": torch.__version__,
+        "device": torch.cuda.get_device_name() if device == "cuda" else device,
+        "complete": complete,
+        "gates": [gate.record() for gate in gates],
+    }
+    path.write_text(json.dumps(content, indent=1) + "\n")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -149,23 +304,34 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--case", action="append", help="only this case (may be repeated)")
     parser.add_argument("--gates", type=Path, default=GATES, help="the file of floors (default: gates.toml)")
     parser.add_argument("--out", type=Path, help="also write the table there")
+    parser.add_argument("--json", type=Path, help="also write there, after each go, all that was measured")
+    parser.add_argument("--keep-going", action="store_true", help="check the others when one cannot be checked")
     arguments = parser.parse_args(argv)
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
+
+    def keep(complete: bool = False) -> None:
+        if arguments.json:
+            save(gates, arguments.json, complete)
+
     try:
         if arguments.device == "cuda" and not torch.cuda.is_available():
             raise GateError("torch finds no usable CUDA device here")
         gates, rounds, retries = load(arguments.gates, arguments.device, arguments.case or ())
         if not gates:
             raise GateError("no gates to check")
-        good = check(gates, rounds, retries, lambda text: print(text, flush=True))
+        check(gates, rounds, retries, lambda text: print(text, flush=True), arguments.keep_going, keep)
     except GateError as error:
         print(f"benchmarks.gate: {error}", file=sys.stderr)
         return 2
+    keep(complete=True)
     print(f"\n{table(gates)}")
     if arguments.out:
         arguments.out.write_text(table(gates) + "\n")
-    return 0 if good else 1
+    unchecked = [gate.error for gate in gates if gate.error]
+    for text in unchecked:
+        print(f"benchmarks.gate: {text}", file=sys.stderr)
+    return 1 if any(gate.broken for gate in gates) else 2 if unchecked else 0
 
 
 if __name__ == "__main__":

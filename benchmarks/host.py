@@ -21,6 +21,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -29,6 +30,9 @@ from pathlib import Path
 import torch
 
 import fusedopt
+from fusedopt.bench import CONTENDERS, RECIPES, Case
+from fusedopt.bench.cases import SCALE
+from fusedopt.bench.contenders import OURS, initial_tensors
 from fusedopt.bench.measure import interleave
 from fusedopt.bench.tables import markdown
 
@@ -54,6 +58,31 @@ def make_step(count: int, grouping: str, recipe: str, size: int = SIZE) -> Calla
     optimizer = fusedopt.FusedAdamW(groups, clip_grad={"max_norm": 1.0}, backend="native")
     scale = torch.tensor(1024.0)
     return lambda: optimizer.step(grad_scale=scale)
+
+
+def step_times(case: Case, steps: int = 100, warmup: int = 20) -> list[float]:
+    """Seconds until ``step`` of the optimizer returns, by itself and in a loop, so with everything in the caches.
+
+    The scaler's step and update around it are not counted; the scale is a tensor, as the scaler hands it over. On a GPU
+    the device is idle before each step, so that none waits for room in its queue.
+    """
+    contender = CONTENDERS[OURS](case, {name: grad for name, _, grad in initial_tensors(case)})
+    settings = {"grad_scale": torch.tensor(SCALE, device=case.device)} if RECIPES[case.recipe].amp else {}
+    step: Callable[..., object] = contender.optimizer.step
+    taken = []
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        for _ in range(warmup + steps):
+            if case.device == "cuda":
+                torch.cuda.synchronize()
+            start = time.perf_counter()
+            step(**settings)
+            taken.append(time.perf_counter() - start)
+    finally:
+        if collecting:
+            gc.enable()
+    return taken[warmup:]
 
 
 def time_table(rounds: int) -> str:

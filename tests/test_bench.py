@@ -39,8 +39,10 @@ run_module = importlib.import_module("fusedopt.bench.run")
 
 CPU = torch.device("cpu")
 TINY = {"a.weight": (5, 7), "a.bias": (5,), "b.weight": (3, 11), "scale": ()}
-#: Those that are always here, but for one that takes seconds to compile.
-HERE = [name for name in CONTENDERS if name.startswith((OURS, "torch-")) and name != "torch-compiled"]
+#: One that takes seconds to compile, and one that needs a GPU.
+ELSEWHERE = ["torch-compiled", "torch-graphed"]
+#: Those that are always here, but for these.
+HERE = [name for name in CONTENDERS if name.startswith((OURS, "torch-")) and name not in ELSEWHERE]
 #: Those that compile something for each case, or at first.
 COMPILING = ["torch-compiled", "deepspeed", "torchao", "torchao-8bit"]
 PEERS = [name for name, contender in CONTENDERS.items() if issubclass(contender, Peer)]
@@ -604,6 +606,7 @@ class TestContender:
         ("name", "case", "reason"),
         [
             ("torch-merged", tiny("one"), "there is one group"),
+            ("torch-graphed", tiny(), "CUDA graphs need a GPU"),
             ("torch-grad-scale", tiny(recipe="amp"), "without clipping it is torch-fused"),
             (
                 "torch-compiled",
@@ -1071,7 +1074,7 @@ class TestCommand:
         assert bench("--grouping", "two", "--warm") == 0
         output = capsys.readouterr().out
         assert tables_of(output) == ["tiny/two/adamw/amp-clip/warm"]
-        names = [OURS, *(name for name in CONTENDERS if name.startswith("torch-") and name != "torch-compiled")]
+        names = [OURS, *(name for name in CONTENDERS if name.startswith("torch-") and name not in ELSEWHERE)]
         _, rows, rest = table_of(output)
         assert sorted(row[0] for row in rows) == sorted(names)
         assert rest == []

@@ -15,6 +15,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT))  # benchmarks/ is not installed
 
 from benchmarks import gate, report, suite  # noqa: E402
+from benchmarks.host import step_times  # noqa: E402
 from fusedopt.backends.native import NativeBackend  # noqa: E402
 from fusedopt.bench import CONTENDERS, DTYPES, OPTIMIZERS, RECIPES, WORKLOADS, Case, Result  # noqa: E402
 from fusedopt.bench.measure import Times  # noqa: E402
@@ -39,14 +40,24 @@ class TestSuite:
         assert all(entry.rounds >= 20 for entry in entries)
 
 
-def scripted(monkeypatch: pytest.MonkeyPatch, ratios: dict[str, list[list[float]]]) -> list[str]:
-    """Have the gate see these ratios, a list for each go of each workload; returns the log of goes."""
+def scripted(
+    monkeypatch: pytest.MonkeyPatch,
+    ratios: dict[str, list[list[float]]],
+    shares: dict[str, list[list[float]]] | None = None,
+) -> list[str]:
+    """Have the gate see these ratios, a list for each go of each workload; returns the log of goes.
+
+    ``shares`` are those of the bandwidth, likewise.
+    """
     log: list[str] = []
 
     def run(case: Case, names: list[str], rounds: int, *_: Any) -> Result:
         log.append(case.workload)
         ratio = ratios[case.workload].pop(0)
-        return Result(case, times={"fusedopt": Times([1.0] * len(ratio)), "torch-fused": Times(ratio)})
+        moved = case.parameters * case.bytes_per_parameter
+        bandwidth = [moved / share for share in (shares or {}).get(case.workload, [[]]).pop(0)]
+        times = {"fusedopt": Times([1.0] * len(ratio), [0.5] * len(ratio)), "torch-fused": Times(ratio, ratio)}
+        return Result(case, times=times, bandwidth=bandwidth)
 
     monkeypatch.setattr(gate, "run", run)
     monkeypatch.setattr(gate, "CacheFlush", lambda device: None)
@@ -54,7 +65,7 @@ def scripted(monkeypatch: pytest.MonkeyPatch, ratios: dict[str, list[list[float]
     return log
 
 
-def write_gates(path: Path, floors: dict[str, float], rounds: int = 20, retries: int = 2) -> Path:
+def write_gates(path: Path, floors: dict[str, float | str], rounds: int = 20, retries: int = 2) -> Path:
     lines = ["[settings]", 'rival = "torch-fused"', f"rounds = {rounds}", f"retries = {retries}", "[cpu]"]
     path.write_text("\n".join([*lines, *(f'"{name}" = {floor}' for name, floor in floors.items())]))
     return path
@@ -158,6 +169,116 @@ class TestGate:
 
         monkeypatch.setattr(NativeBackend, "step", slow)
         assert gate.main(["--gates", str(gates)]) == 1
+
+
+RAGGED = "ragged/one/adamw/amp-clip"
+VIT = "vit-tiny/one/adamw/amp-clip"
+
+
+class TestLimits:
+    """What a gate can ask for beside the ratio."""
+
+    def test_the_gpu_s_ask_for_bandwidth_and_host_time(self) -> None:
+        gates, _, _ = gate.load(gate.GATES, "cuda")
+        assert {name for entry in gates for name in entry.limits} == set(gate.LIMITS)
+        for entry in gates:
+            if "bandwidth" in entry.limits:
+                assert entry.case.parameters >= 10**8
+        assert all(set(entry.limits) == {"ratio"} for entry in gate.load(gate.GATES, "cpu")[0])
+
+    def test_a_share_of_the_bandwidth(
+        self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        shares = [[0.95] * 20, [0.85] * 20, [0.85] * 20, [0.85] * 20]
+        log = scripted(
+            monkeypatch,
+            {"ragged": [[2.0] * 20], "vit-tiny": [[2.0] * 20] * 3},
+            {"ragged": shares[:1], "vit-tiny": shares[1:]},
+        )
+        asked = "{ ratio = 1.5, bandwidth = 0.9 }"
+        gates = write_gates(tmp_path / "g.toml", {RAGGED: asked, VIT: asked})
+        assert gate.main(["--gates", str(gates), "--json", str(tmp_path / "r.json")]) == 1
+        assert log == ["ragged", "vit-tiny", "vit-tiny", "vit-tiny"]
+        assert "95.0 [95.0, 95.0] % of the bandwidth, floor 90: holds" in capsys.readouterr().out
+        good, bad = json.loads((tmp_path / "r.json").read_text())["gates"]
+        assert (good["verdict"], good["broken"]) == ("holds", [])
+        assert (bad["verdict"], bad["broken"]) == ("BROKEN", ["bandwidth"])
+        assert bad["bandwidth"]["median"] == pytest.approx(0.85)
+        assert bad["rounds"] == 60
+
+    @pytest.mark.parametrize(("micros", "code"), [(50.0, 0), (70.0, 1)])
+    def test_a_ceiling_on_the_host_s_time_needs_no_ratio(
+        self,
+        monkeypatch: pytest.MonkeyPatch,
+        tmp_path: Path,
+        capsys: pytest.CaptureFixture[str],
+        micros: float,
+        code: int,
+    ) -> None:
+        scripted(monkeypatch, {"ragged": [[0.5] * 20] * 3})
+        monkeypatch.setattr(gate, "step_times", lambda case: [1e-6 * micros] * 100)
+        gates = write_gates(tmp_path / "g.toml", {RAGGED: "{ host_us = 60 }"})
+        assert gate.main(["--gates", str(gates), "--json", str(tmp_path / "r.json")]) == code
+        out = capsys.readouterr().out
+        assert f"{micros:.1f} [{micros:.1f}, {micros:.1f}] µs on the host, ceiling 60" in out
+        (row,) = [line for line in out.splitlines() if line.startswith("| ragged")]
+        assert [cell.strip() for cell in row.split("|")[3:10]] == ["0.50 [0.50, 0.50]", "", "", "", *row_end(micros)]
+        (found,) = json.loads((tmp_path / "r.json").read_text())["gates"]
+        assert found["host_us"]["median"] == pytest.approx(micros)
+        assert found["host_seconds"] == 0.5
+
+    def test_the_step_is_timed_by_itself(self) -> None:
+        times = step_times(Case("400x64", recipe="amp"), steps=5, warmup=1)
+        assert len(times) == 5
+        assert all(0 < seconds < 1 for seconds in times)
+
+    @pytest.mark.parametrize(
+        ("asked", "message"),
+        [
+            ("{ speed = 2.0 }", "expected a number, or a table of ratio, bandwidth, host_us"),
+            ("{}", "expected a number, or a table"),
+            ("'2'", "'2' is not a number"),
+            ("{ ratio = true }", "True is not a number"),
+            ("{ bandwidth = 0.9 }", "too small for its share of the bandwidth"),
+        ],
+    )
+    def test_what_cannot_be_asked(
+        self,
+        asked: str,
+        message: str,
+        monkeypatch: pytest.MonkeyPatch,
+        tmp_path: Path,
+        capsys: pytest.CaptureFixture[str],
+    ) -> None:
+        scripted(monkeypatch, {"ragged": [[2.0] * 20]})
+        assert gate.main(["--gates", str(write_gates(tmp_path / "g.toml", {RAGGED: asked}))]) == 2
+        assert message in capsys.readouterr().err
+
+    @pytest.mark.parametrize(("ratio", "code"), [(2.0, 2), (1.0, 1)])
+    def test_one_that_cannot_be_checked_need_not_stop_the_others(
+        self,
+        monkeypatch: pytest.MonkeyPatch,
+        tmp_path: Path,
+        capsys: pytest.CaptureFixture[str],
+        ratio: float,
+        code: int,
+    ) -> None:
+        log = scripted(monkeypatch, {"vit-tiny": [[ratio] * 20] * 3})  # nothing for the other: a KeyError
+        gates = write_gates(tmp_path / "g.toml", {RAGGED: 1.5, VIT: 1.5})
+        out = tmp_path / "r.json"
+        assert gate.main(["--gates", str(gates), "--keep-going", "--json", str(out)]) == code
+        assert log[:2] == ["ragged", "vit-tiny"]
+        assert f"{RAGGED}: KeyError" in capsys.readouterr().err
+        content = json.loads(out.read_text())
+        assert content["complete"]
+        assert [found["verdict"] for found in content["gates"]] == ["not checked", "holds" if code == 2 else "BROKEN"]
+        with pytest.raises(KeyError):
+            gate.main(["--gates", str(gates)])
+
+
+def row_end(micros: float) -> list[str]:
+    """The end of a gate's row in the table: host time, ceiling, rounds."""
+    return [f"{micros:g} µs", "60 µs", "20" if micros <= 60 else "60"]
 
 
 def record(group: str, contender: str, seconds: list[float], kind: str = "step", **info: Any) -> dict[str, Any]:

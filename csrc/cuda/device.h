@@ -7,7 +7,7 @@ namespace fusedopt::cuda {
 
 // The CUDA version of the build, or nothing when it was built without.
 std::optional<std::string> built_with();
-// The architectures of the build, such as "80-real;90-real;90-virtual"; empty when it was built without.
+// The architectures of the build, such as "sm_80, sm_90"; empty when it was built without.
 std::string architectures();
 // Why no CUDA device can be used, or nothing when one can.
 std::optional<std::string> problem();

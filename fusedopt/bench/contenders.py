@@ -282,6 +282,47 @@ class GradScaleTrick(TorchFused):
             self.scaler.update()
 
 
+class Graphed(TorchFused):
+    """The whole stock sequence, captured once in a CUDA graph and replayed: nothing of its host time is left."""
+
+    description = "torch, fused=True and capturable: unscaling, clipping, step and update in one CUDA graph"
+
+    @classmethod
+    def unavailable(cls, case: Case) -> str | None:
+        return "CUDA graphs need a GPU" if case.device != "cuda" else super().unavailable(case)
+
+    def __init__(self, case: Case, gradients: dict[str, Tensor]):
+        super().__init__(case, gradients)
+        initial = [param.detach().clone() for param in self.params.values()]
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(3):  # makes the state, and loads what a capture could not
+                self.set_gradients()
+                super().step()
+        torch.cuda.current_stream().wait_stream(stream)
+        self.set_gradients()
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._graph):
+            super().step()
+        # As if none of these steps had been: a momentum buffer of zeros does what none does, without dampening.
+        with torch.no_grad():
+            for param, value in zip(self.params.values(), initial, strict=True):
+                param.copy_(value)
+        for state in self.optimizer.state.values():
+            for value in state.values():
+                if isinstance(value, Tensor):
+                    value.zero_()
+        self.set_gradients()
+
+    def build(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+        capturable = {} if self.case.optimizer == "sgd" else {"capturable": True}  # SGD has no such argument
+        return getattr(torch.optim, OPTIMIZERS[self.case.optimizer].name)(groups, **self.flags, **capturable)
+
+    def step(self) -> None:
+        self._graph.replay()
+
+
 #: By the names that a user types.
 CONTENDERS: dict[str, type[Contender]] = {
     OURS: Fused,
@@ -293,4 +334,5 @@ CONTENDERS: dict[str, type[Contender]] = {
     "torch-merged": Merged,
     "torch-grad-scale": GradScaleTrick,
     "torch-compiled": Compiled,
+    "torch-graphed": Graphed,
 }

@@ -1,0 +1,436 @@
+"""What the GPU job (.ci/gpu) needs beside bash: what there is to run on, the verdict, the summary, the picture.
+
+Only the standard library is needed, and matplotlib for the picture.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import os
+import platform
+import re
+import subprocess
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+GOOD, TESTS_FAILED, TOO_SLOW, NOTHING_SAID, NO_TESTS, SANITIZER_ERRORS = range(6)
+MEANINGS = {
+    GOOD: "all is well",
+    TESTS_FAILED: "tests failed",
+    TOO_SLOW: "a floor on speed is broken",
+    NOTHING_SAID: "nothing can be said",
+    NO_TESTS: "no GPU test ran",
+    SANITIZER_ERRORS: "compute-sanitizer found errors",
+}
+#: Which of several exit codes is the job's.
+PRECEDENCE = (TESTS_FAILED, NO_TESTS, SANITIZER_ERRORS, TOO_SLOW, NOTHING_SAID)
+#: Steps without which the others do not run, and the job being stopped.
+REQUIRED = ("environment", "build", "stopped")
+PASSES = ("memcheck", "racecheck", "initcheck")
+MODULES = ("torch", "numpy", "pytest", "pytest_benchmark", "hypothesis")
+MOST_NAMES = 40
+
+
+@dataclass(frozen=True)
+class Step:
+    """A step of the job; ``code`` is None when it did not run, for ``reason``."""
+
+    name: str
+    code: int | None
+    seconds: int
+    reason: str = ""
+
+    @property
+    def timed_out(self) -> bool:
+        """Whether ``timeout`` ended it."""
+        return self.code in (124, 137)
+
+    @property
+    def outcome(self) -> str:
+        """In a few words."""
+        if self.code is None:
+            return f"did not run: {self.reason}"
+        if self.reason:
+            return self.reason
+        return "done" if self.code == 0 else "timed out" if self.timed_out else f"exit code {self.code}"
+
+
+def read_steps(path: Path) -> dict[str, Step]:
+    """The lines that `note` of .ci/gpu wrote, by name."""
+    steps = {}
+    for line in path.read_text().splitlines() if path.exists() else []:
+        name, code, seconds, reason = line.split("\t")
+        steps[name] = Step(name, None if code == "-" else int(code), int(seconds), reason)
+    return steps
+
+
+@dataclass
+class Tests:
+    """A run of pytest. An error in set-up or collection is a failure; an expected failure is not counted as run."""
+
+    passed: int = 0
+    skipped: int = 0
+    failures: list[str] = field(default_factory=list)
+
+    @property
+    def ran(self) -> int:
+        """Those that were executed."""
+        return self.passed + len(self.failures)
+
+
+def read_junit(path: Path) -> Tests | None:
+    """The tests in a JUnit XML, or None when there is no (whole) one."""
+    try:
+        root = ElementTree.parse(path).getroot()
+    except (OSError, ElementTree.ParseError):
+        return None
+    tests = Tests()
+    for case in root.iter("testcase"):
+        if case.find("failure") is not None or case.find("error") is not None:
+            name = "::".join(filter(None, (case.get("classname"), case.get("name"))))
+            if name not in tests.failures:  # a test that fails, and then in tear-down too, is there twice
+                tests.failures.append(name)
+        elif case.find("skipped") is not None:
+            tests.skipped += 1
+        else:
+            tests.passed += 1
+    return tests
+
+
+@dataclass
+class Pass:
+    """A run under one of compute-sanitizer's tools: ``clean``, ``errors``, or ``skipped`` for ``reason``.
+
+    ``ours`` counts the findings in this package's kernels, ``others`` those elsewhere, which are not ours to mend.
+    """
+
+    name: str
+    verdict: str
+    reason: str = ""
+    ours: int = 0
+    others: int = 0
+    tests: int = 0
+    findings: list[str] = field(default_factory=list)
+
+
+def read_findings(log: str) -> tuple[list[str], list[str]]:
+    """The findings in a log of compute-sanitizer: those in our kernels, and the others.
+
+    A finding is a headline and indented lines that tell where. What the tool says of itself has no such lines, and a
+    race that it warns of is not an error.
+    """
+    records: list[list[str]] = []
+    for line in log.splitlines():
+        if not line.startswith("========="):
+            continue
+        text = line.removeprefix("=========")
+        if text.startswith("  ") and records:
+            records[-1].append(text.strip())
+        elif text.strip():
+            records.append([text.strip()])
+    about_itself = r"COMPUTE-SANITIZER|[A-Z]+ SUMMARY|Target application|Internal Sanitizer|(Error|Warning): (?!Race)"
+    found: tuple[list[str], list[str]] = [], []
+    for headline, *places in records:
+        if re.match(about_itself, headline) or headline.lower().startswith("warn"):
+            continue
+        if places or "Race reported" in headline:
+            found["fusedopt" not in " ".join([headline, *places])].append(" ".join([headline, *places[:1]]))
+    return found
+
+
+def judge_pass(step: Step, log: str | None, tests: Tests | None) -> Pass:
+    """What a run under compute-sanitizer says, from its log and the tests that ran under it."""
+    log = log or ""
+    ran = tests.ran if tests else 0
+    ours, others = read_findings(log)
+    result = Pass(step.name, "skipped", "", len(ours), len(others), ran, ours)
+    summaries = re.findall(r"(?:ERROR SUMMARY: |RACECHECK SUMMARY:.*\()(\d+) error", log)
+    if ours:
+        result.verdict = "errors"
+    elif step.code is None:
+        result.reason = step.reason
+    elif "Device not supported" in log:
+        result.reason = "it does not support this device"
+    elif step.timed_out:
+        result.reason = f"timed out after {step.seconds} s"
+    elif not ran:
+        words = [line.removeprefix("=========").strip() for line in log.splitlines() if "Error" in line]
+        result.reason = f"it ended before any test had run ({words[-1] if words else f'exit code {step.code}'})"
+    elif sum(map(int, summaries)) and not others:
+        result.verdict, result.ours = "errors", sum(map(int, summaries))
+        result.reason = "its summary counts errors, and the log does not say where"
+    elif not summaries:
+        result.reason = "its log has no summary"
+    elif tests and tests.failures:
+        result.reason = f"{len(tests.failures)} of {ran} tests failed under it, without a finding"
+    elif "Internal Sanitizer Error" in log:
+        result.reason = "it could not follow every launch"
+    else:
+        result.verdict = "clean"
+    return result
+
+
+@dataclass
+class Job:
+    """All that the steps have left."""
+
+    environment: str
+    steps: dict[str, Step]
+    tests: Tests | None
+    passes: list[Pass]
+    results: dict[str, Any] | None
+
+    @classmethod
+    def load(cls, work: Path, out: Path) -> Job:
+        """Read the folder of the steps, and the artifacts."""
+        steps = read_steps(work / "steps.tsv")
+        passes = []
+        for name in PASSES:
+            if name in steps:
+                log = work / f"{name}.log"
+                text = log.read_text(errors="replace") if log.exists() else None
+                passes.append(judge_pass(steps[name], text, read_junit(work / f"{name}.xml")))
+        try:
+            results = json.loads((out / "results.json").read_text())
+        except (OSError, ValueError):
+            results = None
+        environment = work / "environment.txt"
+        text = environment.read_text().strip() if environment.exists() else ""
+        return cls(text, steps, read_junit(out / "junit.xml"), passes, results)
+
+    @property
+    def gates(self) -> list[dict[str, Any]]:
+        """The records of benchmarks.gate."""
+        return self.results["gates"] if self.results else []
+
+    def judge(self) -> tuple[int, list[str]]:
+        """The exit code, and what led to it."""
+        for name in REQUIRED:
+            step = self.steps.get(name)
+            if step and step.code != 0:
+                return NOTHING_SAID, [f"{name}: {step.outcome}"]
+        if not self.steps:
+            return NOTHING_SAID, ["nothing ran"]
+        found = [*self._judge_tests(), *self._judge_passes(), *self._judge_gates()]
+        code = next((code for code in PRECEDENCE if any(code == other for other, _ in found)), GOOD)
+        return code, [text for _, text in found]
+
+    def _judge_tests(self) -> Iterable[tuple[int, str]]:
+        step, tests = self.steps.get("tests"), self.tests
+        if step is None or (step.code is None and "FUSEDOPT_GPU_SKIP" in step.reason):
+            return
+        kernels = self.steps.get("kernels")
+        if tests and tests.failures:
+            yield TESTS_FAILED, f"tests: {len(tests.failures)} of {tests.ran} failed"
+        if step.timed_out:
+            yield TESTS_FAILED, f"tests: timed out after {step.seconds} s"
+        elif step.code is not None and step.code not in (0, 1, 5) and not (tests and tests.failures):
+            yield TESTS_FAILED, f"tests: pytest ended with exit code {step.code}"
+        elif step.code is None or not (tests and tests.ran):
+            reason = f": {kernels.reason}" if kernels else f": {step.reason}" if step.reason else ""
+            yield NO_TESTS, f"tests: none ran on the GPU{reason}"
+        elif step.code == 1 and not tests.failures:
+            yield TESTS_FAILED, "tests: pytest failed"
+
+    def _judge_passes(self) -> Iterable[tuple[int, str]]:
+        for result in self.passes:
+            if result.verdict == "errors":
+                yield SANITIZER_ERRORS, f"{result.name}: {result.ours} errors in our kernels"
+
+    def _judge_gates(self) -> Iterable[tuple[int, str]]:
+        step = self.steps.get("gates")
+        if step is None or (step.code is None and "FUSEDOPT_GPU_SKIP" in step.reason):
+            return
+        for gate in self.gates:
+            if gate["broken"]:
+                yield TOO_SLOW, f"gates: {gate['case']}: {', '.join(gate['broken'])}"
+            elif gate["verdict"] != "holds":
+                yield NOTHING_SAID, f"gates: {gate['error'] or gate['case'] + ': not checked'}"
+        if step.code is None or not self.results or not self.results["complete"]:
+            yield NOTHING_SAID, f"gates: not all were checked: {step.outcome}"
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A Markdown table."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(cell.replace('|', '/') for cell in line)} |" for line in lines)
+
+
+def seconds(value: float | None) -> str:
+    """With a unit."""
+    return "" if value is None else f"{1e3 * value:.3g} ms" if value >= 1e-3 else f"{1e6 * value:.3g} µs"
+
+
+def gate_table(gates: list[dict[str, Any]]) -> str:
+    """The verdicts, and what was measured."""
+    rows = []
+    for gate in gates:
+        limits = gate["limits"]
+        ratio, share, host = (gate.get(name) for name in ("ratio", "bandwidth", "host_us"))
+        rows.append(
+            [
+                gate["case"],
+                seconds(gate.get("seconds")),
+                f"{ratio['median']:.2f} [{ratio['low']:.2f}, {ratio['high']:.2f}]" if ratio else "",
+                f"{limits['ratio']:g}" if "ratio" in limits else "",
+                f"{share['median']:.1%}" if share else "",
+                f"{limits['bandwidth']:.0%}" if "bandwidth" in limits else "",
+                f"{host['median']:.1f} µs" if host else "",
+                f"{limits['host_us']:g} µs" if "host_us" in limits else "",
+                seconds(gate.get("host_seconds")),
+                str(gate["rounds"]),
+                gate["verdict"],
+            ]
+        )
+    head = ["case", "fusedopt", f"× {gates[0]['rival']}", "floor", "of the bandwidth", "floor"]
+    return table([*head, "step on the host, warm", "ceiling", "until the call returns", "rounds", "verdict"], rows)
+
+
+def summary(job: Job, pictures: Sequence[str] = ()) -> str:
+    """The job as a page."""
+    code, reasons = job.judge()
+    lines = [f"# GPU job: {MEANINGS[code]}", "", f"Exit code {code}.", ""]
+    lines += [*(f"- {reason}" for reason in reasons), ""] if reasons else []
+    if job.environment:
+        lines += ["```", job.environment, "```", ""]
+    rows = [[step.name, step.outcome, f"{step.seconds} s"] for step in job.steps.values()]
+    lines += [table(["step", "outcome", "time"], rows), ""]
+    if job.tests:
+        tests = job.tests
+        lines += ["## Tests marked gpu", ""]
+        lines += [f"{tests.passed} passed, {len(tests.failures)} failed, {tests.skipped} skipped.", ""]
+        lines += [f"- `{name}`" for name in tests.failures[:MOST_NAMES]]
+        if len(tests.failures) > MOST_NAMES:
+            lines.append(f"- and {len(tests.failures) - MOST_NAMES} more")
+        lines += [""] if tests.failures else []
+    if job.passes:
+        lines += ["## compute-sanitizer", ""]
+        head = ["tool", "verdict", "tests", "in our kernels", "elsewhere"]
+        rows = [
+            [
+                result.name,
+                result.verdict + (f": {result.reason}" if result.reason else ""),
+                *map(str, (result.tests, result.ours, result.others)),
+            ]
+            for result in job.passes
+        ]
+        lines += [table(head, rows), ""]
+        found = [f"- {result.name}: {text}" for result in job.passes for text in dict.fromkeys(result.findings)]
+        lines += [*found[:MOST_NAMES], ""] if found else []
+    if job.gates:
+        lines += ["## Floors on speed", "", gate_table(job.gates), ""]
+    lines += [f"![{Path(name).stem}]({name})" for name in pictures]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def draw(gates: list[dict[str, Any]], path: Path) -> str | None:
+    """Bars of the ratios and of the shares of the bandwidth, with what is asked of them; or why there are none."""
+    gates = [gate for gate in gates if "ratio" in gate]
+    if not gates:
+        return "no floors were checked"
+    if importlib.util.find_spec("matplotlib") is None:
+        return "matplotlib is not installed"
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    height = 1.2 + 0.35 * len(gates)
+    figure, panels = plt.subplots(1, 2, figsize=(11, height), sharey=True, layout="constrained")
+    for axes, key, factor in zip(panels, ("ratio", "bandwidth"), (1, 100), strict=True):
+        for row, gate in enumerate(gates):
+            if key in gate:
+                median, low, high = (factor * gate[key][part] for part in ("median", "low", "high"))
+                colour = "#d1495b" if key in gate["broken"] else "#30638e"
+                axes.barh(row, median, xerr=[[max(0.0, median - low)], [max(0.0, high - median)]], color=colour)
+            if key in gate["limits"]:
+                limit = factor * gate["limits"][key]
+                axes.plot([limit, limit], [row - 0.45, row + 0.45], color="black")
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(axis="x", alpha=0.3)
+    panels[0].set(xscale="log", xlabel=f"times as long as fusedopt: {gates[0]['rival']} (line: floor)")
+    panels[1].set(xlabel="% of a copy's bandwidth (line: floor)")
+    panels[0].set_yticks(range(len(gates)), [gate["case"].replace("/cuda", "") for gate in gates], fontsize=8)
+    panels[0].invert_yaxis()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+    return None
+
+
+def report(work: Path, out: Path) -> int:
+    """Write summary.md and the picture, print the summary; returns the job's exit code."""
+    job = Job.load(work, out)
+    code, _ = job.judge()
+    if "gates" in job.steps:
+        try:
+            reason = draw(job.gates, out / "gates.png")
+        except Exception as error:  # the picture must not cost the summary
+            reason = f"{type(error).__name__}: {error}"
+        job.steps["plot"] = Step("plot", None if reason else 0, 0, reason or "")
+    pictures = [name for name in ("gates.png", "bench-bandwidth.png") if (out / name).exists()]
+    text = summary(job, pictures)
+    (out / "summary.md").write_text(text)
+    print(f"\n{text}")
+    return code
+
+
+def _output(*command: str) -> str:
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+
+
+def environment(path: Path) -> int:
+    """Write what there is to run on, and print the GPU's compute capability; or print what is missing."""
+    missing = [name for name in MODULES if importlib.util.find_spec(name) is None]
+    if missing:
+        print(f"python3 has no {' and no '.join(missing)}")
+        return 1
+    import torch
+
+    if not torch.cuda.is_available():
+        built = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "built without CUDA"
+        print(f"no GPU: torch {torch.__version__}, {built}, finds no usable CUDA device")
+        return 1
+    major, minor = torch.cuda.get_device_capability()
+    if major < 8:
+        print(f"the GPU has compute capability {major}.{minor}; 8.0 is needed")
+        return 1
+    driver = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").split("\n")[0]
+    gpus = re.sub(r" \(UUID: [^)]*\)", "", _output("nvidia-smi", "-L"))
+    nvcc = re.search(r"release .*", _output("nvcc", "--version"))
+    rows = {
+        "GPU": f"{torch.cuda.get_device_name()}, compute capability {major}.{minor}, of {torch.cuda.device_count()}",
+        "nvidia-smi -L": gpus.replace("\n", "; ") or "no answer",
+        "driver": driver or "unknown",
+        "nvcc": nvcc[0] if nvcc else "not found",
+        "torch": f"{torch.__version__}, CUDA {torch.version.cuda}",
+        "Python": f"{platform.python_version()}, {os.cpu_count()} processors",
+        "commit": _output("git", "rev-parse", "--short=9", "HEAD") or "unknown",
+    }
+    path.write_text("".join(f"{key:<14} {value}\n" for key, value in rows.items()))
+    print(f"{major}{minor}")
+    return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Report, or look at the environment."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--environment", type=Path, help="write what there is to run on to this file, and no report")
+    parser.add_argument("--work", type=Path, help="folder with what the steps have left")
+    parser.add_argument("--out", type=Path, help="folder of the artifacts")
+    arguments = parser.parse_args(argv)
+    if arguments.environment:
+        return environment(arguments.environment)
+    return report(arguments.work, arguments.out)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

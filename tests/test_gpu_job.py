@@ -1,0 +1,453 @@
+"""The GPU job: the verdict and the summary of .ci/gpu_report.py, and that .ci/gpu ends as it should in every case."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[1]
+if not (ROOT / ".ci" / "gpu").exists():
+    pytest.skip("not in a source tree", allow_module_level=True)
+
+spec = importlib.util.spec_from_file_location("gpu_report", ROOT / ".ci" / "gpu_report.py")
+assert spec is not None and spec.loader is not None
+gpu_report: Any = importlib.util.module_from_spec(spec)
+sys.modules["gpu_report"] = gpu_report  # dataclasses look their module up
+spec.loader.exec_module(gpu_report)
+
+PASSED, FAILED = (
+    '<testcase classname="t" name="good[{}]"/>',
+    '<testcase classname="t" name="bad[{}]"><failure/></testcase>',
+)
+SKIPPED = '<testcase classname="t" name="s"><skipped/></testcase>'
+
+CLEAN = """\
+========= COMPUTE-SANITIZER
+========= ERROR SUMMARY: 0 errors
+"""
+INVALID_READ = """\
+========= COMPUTE-SANITIZER
+========= Invalid __global__ read of size 16 bytes
+=========     at void fusedopt::cuda::gpu::<unnamed>::update_kernel<fusedopt::Adam>(UpdateArguments)+0x90
+=========     by thread (0,0,0) in block (3,0,0)
+=========     Address 0x7f0000000000 is out of bounds
+=========
+========= ERROR SUMMARY: 1 error
+"""
+UNINITIALIZED_ELSEWHERE = """\
+========= COMPUTE-SANITIZER
+========= Uninitialized __global__ memory read of size 4 bytes
+=========     at void at::native::vectorized_elementwise_kernel<4, ...>(int)+0x120
+=========     by thread (0,0,0) in block (0,0,0)
+=========
+========= Uninitialized access at 0x7f00 on access by cudaMemcpy source
+=========
+========= ERROR SUMMARY: 2 errors
+"""
+RACE = """\
+========= COMPUTE-SANITIZER
+========= Error: Race reported between Write access at fusedopt::cuda::gpu::statistics_kernel(int)+0xf0
+=========     and Read access at fusedopt::cuda::gpu::statistics_kernel(int)+0xd0 [32 hazards]
+=========
+========= RACECHECK SUMMARY: 1 hazard displayed (1 error, 0 warnings)
+"""
+RACE_WARNING = RACE.replace("Error: Race", "Warning: Race").replace("1 error, 0 warnings", "0 errors, 1 warning")
+REFUSED = """\
+========= COMPUTE-SANITIZER
+========= Error: Device not supported. Please refer to the "Supported Devices" section of the sanitizer documentation
+=========
+========= ERROR SUMMARY: 0 errors
+"""
+CRASHED = """\
+========= COMPUTE-SANITIZER
+========= Error: Target application terminated before first instrumented API call
+"""
+
+
+def junit(*cases: str) -> str:
+    """A JUnit XML as pytest writes it."""
+    text = "".join(case.format(number) for number, case in enumerate(cases))
+    return f'<?xml version="1.0" encoding="utf-8"?><testsuites><testsuite name="pytest">{text}</testsuite></testsuites>'
+
+
+def gate_record(case: str = "vit-l/one/adamw/amp-clip/cuda", ratio: float = 1.7, **more: Any) -> dict[str, Any]:
+    """A record as benchmarks.gate writes it."""
+    broken = ["ratio"] if ratio < 1.5 else []
+    return {
+        "case": case,
+        "rival": "torch-fused",
+        "verdict": "BROKEN" if broken else "holds",
+        "broken": broken,
+        "error": None,
+        "rounds": 21,
+        "limits": {"ratio": 1.5, "bandwidth": 0.9},
+        "ratio": {"median": ratio, "low": ratio - 0.1, "high": ratio + 0.1},
+        "bandwidth": {"median": 0.93, "low": 0.92, "high": 0.94},
+        "seconds": 2.3e-3,
+        "host_seconds": 1.2e-4,
+        **more,
+    }
+
+
+class Folders:
+    """What the steps of a job leave, made up."""
+
+    def __init__(self, root: Path):
+        self.work, self.out = root / "work", root / "out"
+        self.work.mkdir()
+        self.out.mkdir()
+        self.step("environment")
+        (self.work / "environment.txt").write_text("GPU  NVIDIA H200\n")
+
+    def step(self, name: str, code: int | str = 0, reason: str = "", seconds: int = 5) -> Folders:
+        with (self.work / "steps.tsv").open("a") as file:
+            file.write(f"{name}\t{code}\t{seconds}\t{reason}\n")
+        return self
+
+    def tests(self, code: int, *cases: str) -> Folders:
+        (self.out / "junit.xml").write_text(junit(*cases))
+        return self.step("build").step("tests", code)
+
+    def sanitizer(self, name: str, log: str, code: int = 0, *cases: str) -> Folders:
+        (self.work / f"{name}.log").write_text(log)
+        (self.work / f"{name}.xml").write_text(junit(*(cases or [PASSED])))
+        return self.step(name, code)
+
+    def gates(self, code: int, *records: dict[str, Any], complete: bool = True) -> Folders:
+        content = {"complete": complete, "gates": list(records)}
+        (self.out / "results.json").write_text(json.dumps(content))
+        return self.step("gates", code)
+
+    def report(self) -> tuple[int, str]:
+        code = gpu_report.report(self.work, self.out)
+        return code, (self.out / "summary.md").read_text()
+
+
+@pytest.fixture
+def folders(tmp_path: Path) -> Folders:
+    return Folders(tmp_path)
+
+
+class TestVerdict:
+    def test_all_is_well(self, folders: Folders) -> None:
+        folders.tests(0, PASSED, PASSED, SKIPPED).sanitizer("memcheck", CLEAN).gates(0, gate_record())
+        code, text = folders.report()
+        assert code == gpu_report.GOOD
+        assert "NVIDIA H200" in text
+        assert "2 passed, 0 failed, 1 skipped" in text
+        assert "| memcheck | clean | 1 | 0 | 0 |" in text
+        assert "| 1.70 [1.60, 1.80] | 1.5 | 93.0% | 90% |" in text
+        assert "holds" in text
+
+    def test_failed_tests_are_named(self, folders: Folders) -> None:
+        code, text = folders.tests(1, PASSED, FAILED, FAILED).gates(0, gate_record()).report()
+        assert code == gpu_report.TESTS_FAILED
+        assert "tests: 2 of 3 failed" in text
+        assert "- `t::bad[1]`" in text
+        assert "holds" in text, "the floors are reported all the same"
+
+    def test_a_long_list_of_failures_is_cut(self, folders: Folders) -> None:
+        _, text = folders.tests(1, *[FAILED] * 100).report()
+        assert text.count("- `t::bad") == gpu_report.MOST_NAMES
+        assert f"and {100 - gpu_report.MOST_NAMES} more" in text
+
+    @pytest.mark.parametrize(
+        ("code", "reason"), [(124, "timed out after 5 s"), (137, "timed out"), (139, "exit code 139"), (3, "code 3")]
+    )
+    def test_tests_that_hang_or_crash_have_failed(self, folders: Folders, code: int, reason: str) -> None:
+        result, text = folders.step("build").step("tests", code).report()
+        assert result == gpu_report.TESTS_FAILED
+        assert reason in text
+
+    def test_a_file_that_cannot_be_collected_has_failed(self, folders: Folders) -> None:
+        broken = '<testcase classname="" name="tests.test_x"><error message="collection failure"/></testcase>'
+        code, text = folders.tests(1, PASSED, broken).report()
+        assert code == gpu_report.TESTS_FAILED
+        assert "`tests.test_x`" in text
+
+    @pytest.mark.parametrize(("code", "cases"), [(0, [SKIPPED, SKIPPED]), (5, [])])
+    def test_no_gpu_test_ran(self, folders: Folders, code: int, cases: list[str]) -> None:
+        result, text = folders.tests(code, *cases).gates(0, gate_record()).report()
+        assert result == gpu_report.NO_TESTS
+        assert "none ran on the GPU" in text
+
+    def test_kernels_that_do_not_load_are_the_reason(self, folders: Folders) -> None:
+        folders.step("kernels", 1, "this build has kernels for sm_80").tests(5).step("gates", "-", "the kernels ...")
+        code, text = folders.report()
+        assert code == gpu_report.NO_TESTS
+        assert "none ran on the GPU: this build has kernels for sm_80" in text
+
+    def test_a_broken_floor(self, folders: Folders) -> None:
+        slow = gate_record("resnet-50/one/adamw/amp-clip/cuda", ratio=1.2)
+        code, text = folders.tests(0, PASSED).gates(1, gate_record(), slow).report()
+        assert code == gpu_report.TOO_SLOW
+        assert "gates: resnet-50/one/adamw/amp-clip/cuda: ratio" in text
+        assert "BROKEN" in text
+
+    def test_tests_count_more_than_floors(self, folders: Folders) -> None:
+        code, text = folders.tests(1, FAILED).gates(1, gate_record(ratio=1.0)).sanitizer("racecheck", RACE).report()
+        assert code == gpu_report.TESTS_FAILED
+        assert "racecheck: 1 errors" in text
+        assert "amp-clip/cuda: ratio" in text
+
+    @pytest.mark.parametrize("complete", [True, False])
+    def test_floors_that_cannot_be_checked(self, folders: Folders, complete: bool) -> None:
+        record = gate_record(verdict="not checked", error="vit-l: torch-fused: wrong result", rounds=0)
+        del record["ratio"], record["bandwidth"], record["seconds"]
+        code, text = folders.tests(0, PASSED).gates(2, gate_record(), record, complete=complete).report()
+        assert code == gpu_report.NOTHING_SAID
+        assert "torch-fused: wrong result" in text
+        assert ("not all were checked" in text) is not complete
+
+    def test_without_results_the_floors_were_not_checked(self, folders: Folders) -> None:
+        code, text = folders.tests(0, PASSED).step("gates", 1).report()
+        assert code == gpu_report.NOTHING_SAID
+        assert "not all were checked: exit code 1" in text
+
+    def test_no_time_for_the_floors(self, folders: Folders) -> None:
+        code, text = folders.tests(0, PASSED).step("gates", "-", "no time was left").report()
+        assert code == gpu_report.NOTHING_SAID
+        assert "no time was left" in text
+
+    @pytest.mark.parametrize("name", ["environment", "build", "stopped"])
+    def test_infrastructure(self, tmp_path: Path, name: str) -> None:
+        folders = Folders(tmp_path)
+        (folders.work / "steps.tsv").unlink()
+        code, text = folders.step(name, 1, "no GPU: torch finds none").report()
+        assert code == gpu_report.NOTHING_SAID
+        assert f"{name}: no GPU: torch finds none" in text
+
+    def test_what_was_left_out_is_not_missed(self, folders: Folders) -> None:
+        for name in ("tests", "gates", "sanitizer", "bench"):
+            folders.step(name, "-", "left out by FUSEDOPT_GPU_SKIP")
+        assert folders.report()[0] == gpu_report.GOOD
+
+    def test_nothing_ran(self, tmp_path: Path) -> None:
+        assert gpu_report.report(tmp_path, tmp_path) == gpu_report.NOTHING_SAID
+        assert "nothing ran" in (tmp_path / "summary.md").read_text()
+
+    def test_half_an_xml_is_none(self, folders: Folders) -> None:
+        folders.tests(124, PASSED)
+        (folders.out / "junit.xml").write_text(junit(PASSED)[:80])
+        assert folders.report()[0] == gpu_report.TESTS_FAILED
+
+
+class TestSanitizer:
+    @pytest.mark.parametrize(("name", "log"), [("memcheck", INVALID_READ), ("racecheck", RACE)])
+    def test_errors_in_our_kernels(self, folders: Folders, name: str, log: str) -> None:
+        code, text = folders.tests(0, PASSED).sanitizer(name, log, 99).report()
+        assert code == gpu_report.SANITIZER_ERRORS
+        assert f"{name}: 1 errors in our kernels" in text
+        assert "_kernel" in text
+
+    def test_errors_count_when_time_ran_out_after_them(self, folders: Folders) -> None:
+        assert folders.tests(0, PASSED).sanitizer("memcheck", INVALID_READ, 124).report()[0] == 5
+
+    def test_errors_count_when_the_test_died_of_them(self, folders: Folders) -> None:
+        assert folders.tests(0, PASSED).sanitizer("memcheck", INVALID_READ, 1, SKIPPED).report()[0] == 5
+
+    def test_other_kernels_are_not_ours_to_mend(self, folders: Folders) -> None:
+        code, text = folders.tests(0, PASSED).sanitizer("initcheck", UNINITIALIZED_ELSEWHERE, 99).report()
+        assert code == gpu_report.GOOD
+        assert "| initcheck | clean | 1 | 0 | 1 |" in text
+
+    def test_a_warning_is_no_error(self, folders: Folders) -> None:
+        assert folders.tests(0, PASSED).sanitizer("racecheck", RACE_WARNING).report()[0] == gpu_report.GOOD
+
+    def test_errors_that_cannot_be_read_count_as_ours(self, folders: Folders) -> None:
+        log = CLEAN.replace("0 errors", "3 errors")
+        assert folders.tests(0, PASSED).sanitizer("memcheck", log, 99).report()[0] == gpu_report.SANITIZER_ERRORS
+
+    @pytest.mark.parametrize(
+        ("log", "code", "cases", "reason"),
+        [
+            (REFUSED, 255, [FAILED], "it does not support this device"),
+            (CRASHED, 255, [SKIPPED], "it ended before any test had run (Error: Target application terminated"),
+            ("", 127, [SKIPPED], "it ended before any test had run (exit code 127)"),
+            (CLEAN, 124, [PASSED], "timed out after 5 s"),
+            (CLEAN, 1, [PASSED, FAILED], "1 of 2 tests failed under it, without a finding"),
+            ("========= COMPUTE-SANITIZER\n", 0, [PASSED], "its log has no summary"),
+        ],
+    )
+    def test_what_says_nothing_is_left_out_with_its_reason(
+        self, folders: Folders, log: str, code: int, cases: list[str], reason: str
+    ) -> None:
+        result, text = folders.tests(0, PASSED).sanitizer("memcheck", log, code, *cases).report()
+        assert result == gpu_report.GOOD
+        assert f"| memcheck | skipped: {reason}" in text
+
+    def test_a_missing_tool(self, folders: Folders) -> None:
+        folders.tests(0, PASSED).step("memcheck", "-", "compute-sanitizer is not on PATH")
+        code, text = folders.report()
+        assert code == gpu_report.GOOD
+        assert "skipped: compute-sanitizer is not on PATH" in text
+
+
+class TestPicture:
+    def test_it_shows_every_gate(self, folders: Folders) -> None:
+        pytest.importorskip("matplotlib")
+        host = gate_record("400x64/one/adamw/amp-clip/cuda", limits={"host_us": 60})
+        host["host_us"] = {"median": 45.0, "low": 44.0, "high": 46.0}
+        _, text = folders.tests(0, PASSED).gates(0, gate_record(), host).report()
+        assert (folders.out / "gates.png").stat().st_size > 10_000
+        assert "![gates](gates.png)" in text
+        assert "| 45.0 µs | 60 µs |" in text
+
+    def test_without_matplotlib_the_reason_is_there(self, folders: Folders, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(gpu_report.importlib.util, "find_spec", lambda name: None)
+        code, text = folders.tests(0, PASSED).gates(0, gate_record()).report()
+        assert code == gpu_report.GOOD
+        assert "did not run: matplotlib is not installed" in text
+        assert "gates.png" not in text
+
+
+# Stands in for python3: the report is the real one, all that would need a GPU is made up.
+PYTHON = """\
+#!/usr/bin/env bash
+arguments="$*"
+case "$arguments" in
+  ".ci/gpu_report.py --environment "*) echo "GPU  made up" >"$3"; echo 90 ;;
+  .ci/gpu_report.py*) exec "{python}" "$@" ;;
+  csrc/build.py*) [ "$FUSEDOPT_CUDA_ARCHS" = 90 ] && exit "${{FAKE_BUILD:-0}}" ;;
+  "-m pytest -m gpu "*)
+    echo "tests begin"
+    ${{FAKE_HANG:+sleep 60}}
+    xml=${{arguments##*--junit-xml=}}
+    cp "{junit}" "$xml"
+    exit "${{FAKE_TESTS:-0}}" ;;
+  "-m benchmarks.gate "*)
+    cp "{results}" "${{arguments##*--json }}"
+    exit 0 ;;
+  -c*) [[ "$arguments" != *matplotlib* ]] ;;
+  *) exit 99 ;;
+esac
+"""
+SANITIZER = """\
+#!/usr/bin/env bash
+while [ "$1" != --log-file ]; do shift; done
+printf '%s\\n' "========= COMPUTE-SANITIZER" "========= ERROR SUMMARY: 0 errors" >"$2"
+while [[ "$1" != --junit-xml=* ]]; do shift; done
+cp "{junit}" "${{1#--junit-xml=}}"
+"""
+
+
+@pytest.fixture
+def fake(tmp_path: Path) -> dict[str, str]:
+    """The environment of a job for which a GPU and tools are made up."""
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "junit.xml").write_text(junit(PASSED))
+    (tmp_path / "results.json").write_text(json.dumps({"complete": True, "gates": [gate_record()]}))
+    names = {"junit": tmp_path / "junit.xml", "results": tmp_path / "results.json", "python": sys.executable}
+    quiet = "#!/usr/bin/env bash\n"
+    scripts = {"python3": PYTHON, "compute-sanitizer": SANITIZER, "nvcc": quiet, "cmake": quiet, "ninja": quiet}
+    for name, text in scripts.items():
+        path = tmp_path / "bin" / name
+        path.write_text(text.format(**names))
+        path.chmod(0o755)
+    return {
+        **os.environ,
+        "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}",
+        "FUSEDOPT_ARTIFACTS": str(tmp_path / "artifacts"),
+        "GITHUB_STEP_SUMMARY": str(tmp_path / "step_summary.md"),
+    }
+
+
+def run_job(environment: dict[str, str]) -> tuple[int, str]:
+    """Exit code and summary; the log has to hold the summary too."""
+    result = subprocess.run(
+        ["bash", ROOT / ".ci" / "gpu"], env=environment, capture_output=True, text=True, timeout=120, check=False
+    )
+    folder = Path(environment["FUSEDOPT_ARTIFACTS"])
+    text = (folder / "summary.md").read_text()
+    assert text in result.stdout, result.stdout + result.stderr
+    assert (folder / "log.txt").read_text() == result.stdout
+    assert len(list(folder.iterdir())) <= 8
+    return result.returncode, text
+
+
+@pytest.mark.skipif(shutil.which("timeout") is None, reason="needs coreutils")
+class TestScript:
+    @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+    def test_without_a_gpu_it_says_so_at_once(self, tmp_path: Path) -> None:
+        path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+        begin = time.monotonic()
+        code, text = run_job(
+            {**os.environ, "PATH": path, "FUSEDOPT_ARTIFACTS": str(tmp_path), "GITHUB_STEP_SUMMARY": ""}
+        )
+        assert code == 3
+        assert "environment: no GPU: torch" in text or "python3 has no" in text
+        assert time.monotonic() - begin < 60
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["log.txt", "summary.md"]
+
+    def test_every_step_runs(self, fake: dict[str, str]) -> None:
+        code, text = run_job(fake)
+        assert code == 0, text
+        for row in ("| build | done |", "| tests | done |", "| gates | done |", "| memcheck | clean | 1 |"):
+            assert row in text
+        assert "did not run: matplotlib is not installed" in text
+        assert Path(fake["GITHUB_STEP_SUMMARY"]).read_text() == text
+
+    def test_failed_tests_do_not_keep_the_rest_from_running(self, fake: dict[str, str], tmp_path: Path) -> None:
+        (tmp_path / "junit.xml").write_text(junit(FAILED))
+        code, text = run_job({**fake, "FAKE_TESTS": "1"})
+        assert code == 1
+        assert "| gates | done |" in text
+
+    def test_a_failed_build_ends_it(self, fake: dict[str, str]) -> None:
+        code, text = run_job({**fake, "FAKE_BUILD": "7"})
+        assert code == 3
+        assert "build: exit code 7" in text
+        assert "| tests |" not in text
+
+    def test_a_broken_floor(self, fake: dict[str, str], tmp_path: Path) -> None:
+        content = {"complete": True, "gates": [gate_record(ratio=1.0)]}
+        (tmp_path / "results.json").write_text(json.dumps(content))
+        assert run_job(fake)[0] == 2
+
+    def test_steps_can_be_left_out(self, fake: dict[str, str]) -> None:
+        code, text = run_job({**fake, "FUSEDOPT_GPU_SKIP": "sanitizer gates"})
+        assert code == 0
+        assert text.count("did not run: left out by FUSEDOPT_GPU_SKIP") == 2
+        assert "## Floors" not in text
+
+    def test_without_time_nothing_starts(self, fake: dict[str, str]) -> None:
+        code, text = run_job({**fake, "FUSEDOPT_GPU_BUDGET": "5"})
+        assert code == 3
+        assert "build: did not run: no time was left" in text
+
+    def test_without_python_there_is_a_summary_too(self, fake: dict[str, str], tmp_path: Path) -> None:
+        (tmp_path / "bin" / "python3").write_text("#!/usr/bin/env bash\nexit 1\n")
+        code, text = run_job(fake)
+        assert code == 3
+        assert "environment" in text
+
+    def test_stopped_from_outside_it_still_reports(self, fake: dict[str, str]) -> None:
+        command, environment = ["bash", ROOT / ".ci" / "gpu"], {**fake, "FAKE_HANG": "1"}
+        with subprocess.Popen(
+            command, env=environment, stdout=subprocess.PIPE, text=True, start_new_session=True
+        ) as job:
+            assert job.stdout is not None
+            while "tests begin" not in job.stdout.readline():
+                pass
+            os.killpg(job.pid, signal.SIGTERM)
+            rest = job.stdout.read()
+            assert job.wait(timeout=30) == 3
+        assert "stopped: the job was stopped from outside" in rest
+        assert "stopped from outside" in (Path(fake["FUSEDOPT_ARTIFACTS"]) / "summary.md").read_text()
+
+    @pytest.mark.slow
+    def test_tests_that_hang_are_ended(self, fake: dict[str, str]) -> None:
+        code, text = run_job({**fake, "FAKE_HANG": "1", "FUSEDOPT_GPU_BUDGET": "13"})
+        assert code == 1
+        assert "tests: timed out after" in text

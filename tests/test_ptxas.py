@@ -1,0 +1,209 @@
+"""What the CUDA compiler makes of the kernels: registers, spills, the width of accesses; and what the module holds.
+
+No GPU is needed, only nvcc.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import struct
+import subprocess
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from cases import module
+
+CUDA = Path(__file__).parents[1] / "csrc" / "cuda"
+NVCC = shutil.which(os.environ.get("CUDACXX", "nvcc"))
+SOURCES = ("statistics", "update", "upload")
+ARCHITECTURES = ("80", "90", "100")
+# Those of CMakeLists.txt.
+FLAGS = ("-std=c++17", "-O3", "-DNDEBUG", "--fmad=false")
+#: Four blocks of 256 threads on a multiprocessor, see Note [Registers].
+MOST_REGISTERS = 64
+NORMS = 5
+
+needs_nvcc = pytest.mark.skipif(NVCC is None or not CUDA.exists(), reason="nvcc or the sources are not here")
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """What ptxas reports of a kernel, in bytes but for the registers."""
+
+    registers: int
+    stack: int
+    spill_stores: int
+    spill_loads: int
+
+
+def parse_report(text: str) -> dict[str, Kernel]:
+    """The kernels in ptxas' report, by mangled name. Device functions that were not inlined are left out."""
+    kernels = {}
+    for name, rest in re.findall(r"Compiling entry function '(\w+)'(.*?)(?=Compiling entry function|\Z)", text, re.S):
+        sizes = r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads"
+        frame = re.search(sizes + r"\s+ptxas info\s+: Used (\d+) registers", rest)
+        assert frame is not None, rest
+        stack, stores, loads, registers = map(int, frame.groups())
+        kernels[name] = Kernel(registers, stack, stores, loads)
+    return kernels
+
+
+def short_name(mangled: str) -> str:
+    """``update_kernel<Adam>``, ``statistics_kernel<2>``, ``upload_kernel<3840>``, ``map_kernel``."""
+    found = re.search(r"\d([a-z]+_kernel)(?:I(?:NS_\d+(\w+?)E|LNS_\w*?E(\d+)E|Lm(\d+)E)E)?", mangled)
+    assert found is not None, mangled
+    argument = found[2] or found[3] or found[4]
+    return f"{found[1]}<{argument}>" if argument else found[1]
+
+
+def compile_one(source: str, arch: str, folder: Path) -> tuple[str, str]:
+    """(ptxas' report, PTX) of one source."""
+    assert NVCC is not None
+    kept = folder / f"{source}-{arch}"
+    kept.mkdir()
+    code = ["-gencode", f"arch=compute_{arch},code=sm_{arch}"]
+    command = [NVCC, *FLAGS, *code, "-Xptxas", "-v", "-cubin", "--keep", "--keep-dir", kept, "-o", kept / "out.cubin"]
+    result = subprocess.run([*command, CUDA / f"{source}.cu"], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    (ptx,) = kept.glob("*.ptx")
+    return result.stderr, ptx.read_text()
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], tuple[str, str]]:
+    """Reports and PTX, by source and architecture, of all that this nvcc knows."""
+    assert NVCC is not None
+    known = subprocess.run([NVCC, "--list-gpu-arch"], capture_output=True, text=True, check=True).stdout.split()
+    folder = tmp_path_factory.mktemp("ptxas")
+    jobs = [(source, arch) for arch in ARCHITECTURES for source in SOURCES if f"compute_{arch}" in known]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return dict(zip(jobs, pool.map(lambda job: compile_one(*job, folder), jobs), strict=True))
+
+
+def reports(compiled: dict[tuple[str, str], tuple[str, str]], arch: str) -> dict[str, Kernel]:
+    """The kernels of an architecture, by short name."""
+    if ("update", arch) not in compiled:
+        pytest.skip(f"this nvcc does not know sm_{arch}")
+    found = [parse_report(compiled[source, arch][0]) for source in SOURCES]
+    kernels = [(short_name(name), kernel) for report in found for name, kernel in report.items()]
+    assert len(dict(kernels)) == len(kernels)
+    return dict(kernels)
+
+
+def entries(ptx: str) -> dict[str, str]:
+    """The body of each kernel in PTX, by short name."""
+    parts = re.split(r"^(?:\.visible |\.weak )?\.(?:entry|func)\b", ptx, flags=re.M)[1:]
+    return {short_name(part.split("(")[0]): part for part in parts if "_kernel" in part.split("(")[0]}
+
+
+REPORT = """\
+ptxas info    : Compiling entry function '_ZN8fusedopt4cuda3gpu3abc13update_kernelINS_4AdamEEEvNS0_15UpdateArgumentsE' \
+for 'sm_90'
+ptxas info    : Function properties for _ZN8fusedopt4cuda3gpu3abc13update_kernelINS_4AdamEEEvNS0_15UpdateArgumentsE
+    8 bytes stack frame, 12 bytes spill stores, 16 bytes spill loads
+ptxas info    : Used 62 registers, used 1 barriers, 368 bytes smem
+ptxas info    : Function properties for __internal_accurate_pow
+    0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
+ptxas info    : Compiling entry function '_ZN8fusedopt4cuda3gpu3abc10map_kernelENS0_6TablesE' for 'sm_90'
+    0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
+ptxas info    : Used 22 registers
+"""
+
+
+def test_the_report_is_read() -> None:
+    found = {short_name(name): kernel for name, kernel in parse_report(REPORT).items()}
+    assert found == {"update_kernel<Adam>": Kernel(62, 8, 12, 16), "map_kernel": Kernel(22, 0, 0, 0)}
+
+
+@needs_nvcc
+@pytest.mark.slow
+class TestKernels:
+    @pytest.mark.parametrize("arch", ARCHITECTURES)
+    def test_all_are_there(self, compiled: dict[tuple[str, str], tuple[str, str]], arch: str) -> None:
+        names = set(reports(compiled, arch))
+        expected = {f"statistics_kernel<{kind}>" for kind in range(NORMS)} | {"conclude_kernel", "map_kernel"}
+        assert expected <= names
+        rest = Counter(name.partition("<")[0] for name in names - expected)
+        assert rest["upload_kernel"] == 2
+        if module is not None:
+            rules = {f"update_kernel<{rule.title()}>" for rule in module.rule_names()}
+            assert {name for name in names if name.startswith("update_kernel")} == rules
+        assert set(rest) == {"upload_kernel", "update_kernel"}, "and no others"
+
+    @pytest.mark.parametrize("arch", ARCHITECTURES)
+    def test_registers_suffice_without_spills(
+        self, compiled: dict[tuple[str, str], tuple[str, str]], arch: str
+    ) -> None:
+        for name, kernel in reports(compiled, arch).items():
+            assert kernel.registers <= MOST_REGISTERS, name
+            assert (kernel.stack, kernel.spill_stores, kernel.spill_loads) == (0, 0, 0), name
+
+    @pytest.mark.parametrize("arch", ARCHITECTURES)
+    def test_streams_move_in_16_bytes_of_global_memory(
+        self, compiled: dict[tuple[str, str], tuple[str, str]], arch: str
+    ) -> None:
+        """An access to what might be shared memory as well is slower, and a sign that the compiler was not told."""
+        reports(compiled, arch)
+        updates, statistics = (entries(compiled[source, arch][1]) for source in ("update", "statistics"))
+        for name, body in updates.items():
+            assert re.search(r"\bld\.global(\.nc)?\.v4\.[ufb]32", body), name
+            assert re.search(r"\bst\.global\.v4\.[ufb]32", body), name
+        for name, body in statistics.items():
+            if name.startswith("statistics_kernel"):
+                assert re.search(r"\bld\.global(\.nc)?\.v4\.[ufb]32", body), name
+        for name, body in {**updates, **statistics}.items():
+            assert re.findall(r"\b(?:ld|st)\.v[248]\.\w+", body) == [], name
+
+    @pytest.mark.parametrize("arch", ARCHITECTURES)
+    def test_the_update_can_start_early_from_sm_90_on(
+        self, compiled: dict[tuple[str, str], tuple[str, str]], arch: str
+    ) -> None:
+        reports(compiled, arch)
+        early = int(arch) >= 90
+        for name, body in entries(compiled["update", arch][1]).items():
+            assert ("griddepcontrol.wait" in body) == early, name
+        for name, body in entries(compiled["statistics", arch][1]).items():
+            assert ("griddepcontrol.launch_dependents" in body) == (early and name.startswith("statistics")), name
+
+    @pytest.mark.parametrize("arch", ARCHITECTURES)
+    def test_nothing_is_contracted(self, compiled: dict[tuple[str, str], tuple[str, str]], arch: str) -> None:
+        """See Note [Same bits everywhere]: fma appears where it was asked for, and never in float."""
+        reports(compiled, arch)
+        for body in entries(compiled["update", arch][1]).values():
+            assert "fma.rn.f32" not in body
+
+
+def fat_binaries(data: bytes) -> Counter[tuple[str, int]]:
+    """How many images for each ("ptx" or "elf", architecture) are embedded in a file: the headers that nvcc writes."""
+    found: Counter[tuple[str, int]] = Counter()
+    magic = struct.pack("<I", 0xBA55ED50)
+    at = data.find(magic)
+    while at >= 0:
+        if at + 16 <= len(data):
+            _, version, header, size = struct.unpack_from("<IHHQ", data, at)
+            end = at + header + size
+            if (version, header) == (1, 16) and end <= len(data):
+                image = at + header
+                while image + 32 <= end:
+                    kind, _, head, length = struct.unpack_from("<HHIQ", data, image)
+                    (arch,) = struct.unpack_from("<I", data, image + 28)
+                    found[{1: "ptx", 2: "elf"}.get(kind, "other"), arch] += 1
+                    image += head + length
+        at = data.find(magic, at + 4)
+    return found
+
+
+@pytest.mark.skipif(module is None or not module.build_info()["cuda"], reason="there are no CUDA kernels in the module")
+def test_the_module_has_kernels_for_every_architecture_it_names() -> None:
+    assert module is not None
+    named = [int(name) for name in re.findall(r"sm_(\d+)", module.build_info()["cuda_archs"])]
+    assert named
+    found = fat_binaries(Path(module.__file__).read_bytes())
+    assert {arch for kind, arch in found if kind == "elf"} >= set(named)
+    assert all(found["elf", arch] >= len(SOURCES) for arch in named)
+    assert {arch for kind, arch in found if kind == "ptx"} == {named[-1]}, "for what comes after it"
