@@ -255,25 +255,27 @@ Executor& Runner::executor_of(int ordinal) {
 }
 
 Outcome Runner::step(const Work& work, const StepSettings& s) {
-  std::vector<Executor*> active;
   std::vector<int> devices = work.devices;
   std::sort(devices.begin(), devices.end());
   devices.erase(std::unique(devices.begin(), devices.end()), devices.end());
-  bool any_capturing = false;
+  std::vector<Place> places;
+  bool capturing = false;
   for (int device : devices) {
-    Executor& executor = executor_of(device);
-    const Place place{device, stream_of_(device)};
-    const bool capturing = launcher_.capturing(place);
-    any_capturing |= capturing;
-    if (executor.prepare(work, device, place, capturing)) active.push_back(&executor);
+    places.push_back({device, stream_of_(device)});
+    capturing |= launcher_.capturing(places.back());
   }
-  if (any_capturing && active.size() > 1) {
+  if (capturing && devices.size() > 1) {
     throw std::runtime_error("a step over several devices cannot be captured in a CUDA graph");
   }
-  if (any_capturing && s.error_if_nonfinite) {
+  if (capturing && s.error_if_nonfinite) {
     throw std::runtime_error(
         "error_if_nonfinite=True reads the norm on the host, which a step captured in a CUDA graph cannot; set it to "
         "False (grad_norm of the optimizer's last_step can be looked at after a replay)");
+  }
+  std::vector<Executor*> active;
+  for (size_t i = 0; i < devices.size(); ++i) {
+    Executor& executor = executor_of(devices[i]);
+    if (executor.prepare(work, devices[i], places[i], capturing)) active.push_back(&executor);
   }
 
   Outcome outcome;

@@ -39,6 +39,11 @@ class SGDHyperparameters(Hyperparameters):
         self.check_flags()
 
 
+def _may_be_used(momentum: float | Tensor) -> bool:
+    """Whether it is not zero, for all that is known without waiting for a device."""
+    return isinstance(momentum, Tensor) or momentum != 0
+
+
 class SGD(Rule):
     r"""Stochastic gradient descent with momentum, as ``torch.optim.SGD``.
 
@@ -53,7 +58,7 @@ class SGD(Rule):
 
     name = "sgd"
     hyperparameters = SGDHyperparameters
-    columns = (StateColumn("momentum_buffer", needed=lambda group: group["momentum"] != 0),)
+    columns = (StateColumn("momentum_buffer", needed=lambda group: _may_be_used(group["momentum"])),)
     hides_step = True
 
     def update(

@@ -1,0 +1,635 @@
+"""What only a GPU can show: streams, graphs, synchronization, large tensors, several devices, moves between devices.
+
+The tests of every backend run there too, as ``native-cuda``; test_cuda.py has the kernels' logic, emulated.
+"""
+
+from __future__ import annotations
+
+import copy
+import gc
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from cases import (
+    DTYPES,
+    GPU,
+    INF,
+    OPTIONS,
+    RAGGED,
+    SMALL,
+    bits,
+    each_dtype,
+    each_option,
+    global_norm,
+    parameters,
+    set_gradients,
+)
+from torch import nn
+
+import fusedopt
+from fusedopt import backends
+from fusedopt.amp import GradScaler
+from fusedopt.info import info
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not GPU, reason="no CUDA device that fusedopt's kernels run on"),
+    # What torch says, beside the error, of a capture that was refused.
+    pytest.mark.filterwarnings("ignore:The CUDA Graph is empty"),
+]
+
+CUDA = torch.device("cuda", 0)
+CLIP = {"max_norm": 0.5}
+
+
+def on_gpu(
+    shapes: list[tuple[int, ...]], dtype: torch.dtype = torch.float32, device: torch.device = CUDA, seed: int = 0
+) -> list[nn.Parameter]:
+    """The values of cases.parameters, on a GPU."""
+    return [nn.Parameter(param.detach().to(device)) for param in parameters(shapes, dtype, seed)]
+
+
+def small_model(seed: int = 0) -> nn.Module:
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(16, 64), nn.GELU(), nn.LayerNorm(64), nn.Linear(64, 4)).to(CUDA)
+
+
+def states(optimizer: Any) -> dict[str, torch.Tensor]:
+    params = [param for group in optimizer.param_groups for param in group["params"]]
+    return {
+        f"{index} {name}": value
+        for index, param in enumerate(params)
+        for name, value in optimizer.state.get(param, {}).items()
+    }
+
+
+def contents(optimizer: Any) -> list[Any]:
+    params = [param for group in optimizer.param_groups for param in group["params"]]
+    found = states(optimizer)
+    return [bits(params), list(found), bits(found.values())]
+
+
+def busy(milliseconds: float = 20) -> None:
+    """Keep the current stream busy, so that work that does not wait for it comes too early."""
+    torch.cuda._sleep(int(milliseconds * 1.5e6))
+
+
+@pytest.fixture
+def no_sync() -> Iterator[Callable[[str], None]]:
+    """Sets what torch does when the host waits for the device: 'error' or 'default'."""
+    yield torch.cuda.set_sync_debug_mode
+    torch.cuda.set_sync_debug_mode("default")
+
+
+# --- Nothing waits for the device --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("accumulative_counts", [1, 2])
+@pytest.mark.parametrize("clip_grad", [None, CLIP, {"type": "value", "clip_value": 0.1}], ids=["bare", "norm", "value"])
+@pytest.mark.parametrize("wrapper_type", ["OptimWrapper", "AmpOptimWrapper"])
+@pytest.mark.parametrize("warm", [False, True], ids=["from the first step", "warm"])
+def test_update_params_does_not_wait(
+    warm: bool,
+    wrapper_type: str,
+    clip_grad: dict[str, Any] | None,
+    accumulative_counts: int,
+    no_sync: Callable[[str], None],
+) -> None:
+    model = small_model()
+    optimizer = fusedopt.FusedAdamW(model.parameters(), lr=0.01)
+    scaling = {"loss_scale": {"init_scale": 256.0}} if wrapper_type == "AmpOptimWrapper" else {}  # nothing overflows
+    wrapper: Any = getattr(fusedopt, wrapper_type)(
+        optimizer=optimizer, clip_grad=clip_grad, accumulative_counts=accumulative_counts, **scaling
+    )
+    inputs = torch.randn(8, 16, device=CUDA)
+
+    def iterate() -> None:
+        with wrapper.optim_context(model):
+            loss = model(inputs).float().square().mean()
+        wrapper.update_params(loss)
+
+    if warm:
+        for _ in range(accumulative_counts):
+            iterate()
+    else:  # torch's own libraries may wait when they are first used
+        with wrapper.optim_context(model):
+            model(inputs).float().square().mean().backward()
+        optimizer.zero_grad()
+    before = [param.detach().clone() for param in model.parameters()]
+    no_sync("error")
+    for _ in range(2 * accumulative_counts):
+        iterate()
+    report = optimizer.last_step
+    assert report is not None
+    assert (report.grad_norm is None) == (clip_grad is None or "max_norm" not in clip_grad)
+    no_sync("default")
+    assert all(float(state["step"]) == 2 + warm for state in optimizer.state.values())
+    assert not all(torch.equal(old, new) for old, new in zip(before, model.parameters(), strict=True))
+
+
+@each_option
+def test_no_option_makes_a_step_wait(option: str, no_sync: Callable[[str], None]) -> None:
+    cls, options = OPTIONS[option]
+    options = copy.deepcopy(options)
+    for key, value in options.items():  # hyperparameters given as tensors belong on the GPU
+        if isinstance(value, torch.Tensor):
+            options[key] = value.to(CUDA)
+        elif isinstance(value, tuple):
+            options[key] = tuple(item.to(CUDA) if isinstance(item, torch.Tensor) else item for item in value)
+    params = on_gpu(SMALL)
+    optimizer = cls(params, **options, clip_grad={"max_norm": torch.tensor(0.5, device=CUDA)})
+    scale = torch.tensor(2.0, device=CUDA)
+    set_gradients(params, 0)
+    no_sync("error")
+    for _ in range(3):
+        optimizer.step(grad_scale=scale)
+        optimizer.step(grad_scale=scale, found_inf=torch.zeros((), device=CUDA))
+
+
+# --- Streams -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("clip_grad", [None, CLIP], ids=["bare", "norm"])
+def test_a_step_runs_on_the_current_stream(clip_grad: dict[str, Any] | None) -> None:
+    """Right after a slow kernel that makes its gradients."""
+    expected, params = on_gpu(RAGGED), on_gpu(RAGGED)
+    twins = [fusedopt.FusedAdamW(these, lr=0.01, clip_grad=clip_grad) for these in (expected, params)]
+    for these in (expected, params):
+        set_gradients(these, 0)
+    for optimizer in twins:
+        optimizer.step()
+    set_gradients(expected, 1)
+    twins[0].step()
+    fresh = [param.grad.clone() for param in expected]
+    torch.cuda.synchronize()
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        busy()
+        for param, grad in zip(params, fresh, strict=True):
+            param.grad.copy_(grad)
+        twins[1].step()
+    stream.synchronize()
+    assert contents(twins[0]) == contents(twins[1])
+
+
+def test_two_streams_in_turns() -> None:
+    expected, params = on_gpu(RAGGED), on_gpu(RAGGED)
+    one, two = (fusedopt.FusedAdamW(these, lr=0.01, clip_grad=CLIP) for these in (expected, params))
+    streams = [torch.cuda.Stream(), torch.cuda.Stream()]
+    torch.cuda.synchronize()
+    for step in range(8):
+        set_gradients(expected, step)
+        one.step()
+        stream, other = streams[step % 2], streams[1 - step % 2]
+        stream.wait_stream(other)
+        with torch.cuda.stream(stream):
+            busy(2)
+            set_gradients(params, step)  # elsewhere each time, so tables are uploaded
+            two.step()
+    torch.cuda.synchronize()
+    assert contents(one) == contents(two)
+
+
+def test_tables_outlive_an_optimizer_whose_step_is_pending() -> None:
+    """They are freed in the order of the stream: what is allocated over them there comes later."""
+    expected, params = on_gpu(RAGGED), on_gpu(RAGGED)
+    for these in (expected, params):
+        set_gradients(these, 0)
+    fusedopt.FusedSGD(expected, lr=0.1, momentum=0.9, clip_grad=CLIP).step()
+    torch.cuda.synchronize()
+    for stream in (torch.cuda.current_stream(), torch.cuda.Stream()):
+        these = [nn.Parameter(param.detach().clone()) for param in params]
+        set_gradients(these, 0)
+        torch.cuda.synchronize()
+        with torch.cuda.stream(stream):
+            busy()
+            optimizer = fusedopt.FusedSGD(these, lr=0.1, momentum=0.9, clip_grad=CLIP)
+            optimizer.step()
+            del optimizer
+            gc.collect()
+            held = [torch.full((size,), 255, dtype=torch.uint8, device=CUDA) for size in (512, 4096, 20_000) * 50]
+        torch.cuda.synchronize()
+        assert bits(these) == bits(expected)
+        assert len(held) == 150
+
+
+def test_tables_used_on_two_streams_outlive_their_optimizer() -> None:
+    expected, params = on_gpu(RAGGED), on_gpu(RAGGED)
+    for these in (expected, params):
+        set_gradients(these, 0)
+    one = fusedopt.FusedSGD(expected, lr=0.1, momentum=0.9, clip_grad=CLIP)
+    one.step()
+    one.step()
+    optimizer = fusedopt.FusedSGD(params, lr=0.1, momentum=0.9, clip_grad=CLIP)
+    optimizer.step()
+    torch.cuda.synchronize()
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        busy()
+        optimizer.step()
+    state = optimizer.state  # which is the user's to keep alive
+    del optimizer
+    gc.collect()
+    # On the stream that the tables were allocated for, which is idle.
+    held = [torch.full((size,), 255, dtype=torch.uint8, device=CUDA) for size in (512, 4096, 20_000) * 50]
+    torch.cuda.synchronize()
+    assert bits(params) == bits(expected)
+    assert len(held) == 150
+    assert len(state) == len(params)
+
+
+# --- Graphs ------------------------------------------------------------------------------------------------------
+
+
+class Twins:
+    """An optimizer whose steps are captured and replayed, and one that steps eagerly, with numbers as GPU tensors."""
+
+    def __init__(self, **settings: Any):
+        self.params = [on_gpu(SMALL), on_gpu(SMALL)]
+        self.bounds = [torch.tensor(0.5, device=CUDA) for _ in range(2)]
+        self.optimizers = [
+            fusedopt.FusedAdamW(
+                params,
+                lr=torch.tensor(0.1, device=CUDA),
+                betas=(torch.tensor(0.9, device=CUDA), torch.tensor(0.99, device=CUDA)),
+                weight_decay=torch.tensor(0.1, device=CUDA),
+                **{"clip_grad": {"max_norm": bound}, **settings},
+            )
+            for params, bound in zip(self.params, self.bounds, strict=True)
+        ]
+        self.replayed, self.eager = self.optimizers
+        for params in self.params:
+            set_gradients(params, 100)
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for optimizer in self.optimizers:
+                optimizer.step()
+        torch.cuda.current_stream().wait_stream(side)
+
+    def set_gradients(self, seed: int) -> None:
+        """In place: a graph has their addresses."""
+        for params in self.params:
+            before = [param.grad for param in params]
+            set_gradients(params, seed)
+            for param, grad in zip(params, before, strict=True):
+                param.grad = grad.copy_(param.grad)
+
+    def capture(self) -> torch.cuda.CUDAGraph:
+        graph = torch.cuda.CUDAGraph()
+        torch.cuda.synchronize()
+        with torch.cuda.graph(graph):
+            self.replayed.step()
+        return graph
+
+
+def test_a_captured_step_reads_tensors_at_each_replay() -> None:
+    twins = Twins()
+    before = contents(twins.replayed)
+    graph = twins.capture()
+    report = twins.replayed.last_step
+    assert contents(twins.replayed) == before, "nothing has run"
+    for seed in range(10):
+        twins.set_gradients(seed)
+        for optimizer, bound in zip(twins.optimizers, twins.bounds, strict=True):
+            group = optimizer.param_groups[0]
+            group["lr"].fill_(0.1 / (seed + 1))
+            group["betas"][0].fill_(0.9 - 0.05 * seed)
+            group["betas"][1].fill_(0.99 - 0.05 * seed)
+            group["weight_decay"].fill_(0.01 * seed)
+            bound.fill_(0.1 + seed)
+        graph.replay()
+        twins.eager.step()
+        assert contents(twins.replayed) == contents(twins.eager)
+        eager = twins.eager.last_step
+        assert bits([report.grad_norm, report.clip_coef]) == bits([eager.grad_norm, eager.clip_coef])
+    assert float(twins.replayed.state[twins.params[0][0]]["step"]) == 11
+
+
+def test_an_eager_step_between_replays_does_not_disturb_the_graph() -> None:
+    twins = Twins()
+    graph = twins.capture()
+    for seed in range(4):
+        twins.set_gradients(seed)
+        graph.replay()
+        twins.eager.step()
+        for optimizer, params in zip(twins.optimizers, twins.params, strict=True):
+            known = [param.grad for param in params]
+            set_gradients(params, 50 + seed)
+            optimizer.step()
+            for param, grad in zip(params, known, strict=True):
+                param.grad = grad
+        assert contents(twins.replayed) == contents(twins.eager)
+
+
+def test_numbers_are_frozen_in_a_graph() -> None:
+    twins = Twins(clip_grad=CLIP)
+    for optimizer in twins.optimizers:
+        optimizer.param_groups[0]["lr"] = 0.1
+    graph = twins.capture()
+    twins.replayed.param_groups[0]["lr"] = 0.7
+    for seed in range(3):
+        twins.set_gradients(seed)
+        graph.replay()
+        twins.eager.step()
+        assert contents(twins.replayed) == contents(twins.eager)
+
+
+@pytest.mark.parametrize("clip_grad", [None, CLIP], ids=["bare", "norm"])
+def test_a_whole_amp_iteration_in_a_graph(clip_grad: dict[str, Any] | None) -> None:
+    """Forward, scaled backward, step and update of the scale; one of the replays overflows."""
+    models = [small_model(), small_model()]
+    lrs = [torch.tensor(0.01, device=CUDA) for _ in models]
+    optimizers = [
+        fusedopt.FusedAdamW(model.parameters(), lr=lr, clip_grad=clip_grad)
+        for model, lr in zip(models, lrs, strict=True)
+    ]
+    scalers = [GradScaler("cuda", init_scale=2.0**10, growth_interval=3) for _ in models]
+    inputs = torch.zeros(8, 16, device=CUDA)
+
+    def iterate(which: int) -> None:
+        optimizers[which].zero_grad(set_to_none=False)
+        # Without its cache, which would hold casts of the warm-up's weights.
+        with torch.autocast("cuda", dtype=torch.float16, cache_enabled=False):
+            loss = models[which](inputs).float().square().mean()
+        scalers[which].scale(loss).backward()
+        scalers[which].step(optimizers[which])
+        scalers[which].update()
+
+    generator = torch.Generator().manual_seed(0)
+    inputs.copy_(torch.randn(8, 16, generator=generator))
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(2):
+            iterate(0)
+            iterate(1)
+    torch.cuda.current_stream().wait_stream(side)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        iterate(0)
+
+    scales, skipped = [], 0
+    for step in range(10):
+        inputs.copy_(torch.randn(8, 16, generator=generator))
+        if step == 4:
+            inputs[0, 0] = INF
+        for lr in lrs:
+            lr.fill_(0.01 / (step + 1))
+        before = contents(optimizers[0])
+        graph.replay()
+        skipped += contents(optimizers[0]) == before
+        iterate(1)
+        torch.testing.assert_close(
+            [param.detach() for param in models[0].parameters()], [param.detach() for param in models[1].parameters()]
+        )
+        scales.append(float(scalers[0]._scale))  # type: ignore[arg-type]
+        assert scales[-1] == scalers[1].get_scale()
+    assert skipped == 1
+    assert scales[4] == scales[3] / 2
+    assert max(scales) > 2.0**10
+
+
+def test_a_capture_before_the_first_step_is_refused() -> None:
+    params = on_gpu(SMALL)
+    set_gradients(params, 0)
+    optimizer = fusedopt.FusedAdamW(params)
+    before = bits(params)
+    torch.cuda.synchronize()
+    with (
+        pytest.raises(RuntimeError, match=r"params'\]\[0\].*has no state yet"),
+        torch.cuda.graph(torch.cuda.CUDAGraph()),
+    ):
+        optimizer.step()
+    assert bits(params) == before
+    assert not optimizer.state
+
+
+def test_a_missing_gradient_is_refused_in_a_capture_and_a_frozen_one_is_not() -> None:
+    twins = Twins()
+    twins.params[0][4].grad = None
+    before = contents(twins.replayed)
+    with pytest.raises(RuntimeError, match=r"params'\]\[4\].*no gradient while"):
+        twins.capture()
+    assert contents(twins.replayed) == before
+    twins.params[0][4].requires_grad_(False)
+    graph = twins.capture()
+    graph.replay()
+    assert float(twins.replayed.state[twins.params[0][4]]["step"]) == 1
+    assert float(twins.replayed.state[twins.params[0][3]]["step"]) == 2
+
+
+def test_error_if_nonfinite_is_refused_in_a_capture() -> None:
+    twins = Twins(clip_grad={"max_norm": 1.0, "error_if_nonfinite": True})
+    before = contents(twins.replayed)
+    with pytest.raises(RuntimeError, match="error_if_nonfinite"):
+        twins.capture()
+    assert contents(twins.replayed) == before
+
+
+# --- The same results as elsewhere -------------------------------------------------------------------------------
+
+
+@each_dtype
+@each_option
+def test_without_clipping_results_are_those_of_the_cpu(option: str, dtype: torch.dtype) -> None:
+    """To the bit, but for pow in Adam's bias correction."""
+    cls, options = OPTIONS[option]
+    here, there = parameters(RAGGED, dtype), on_gpu(RAGGED, dtype)
+    cpu = cls(here, **copy.deepcopy(options))
+    gpu = cls(there, **copy.deepcopy(options))
+    assert gpu.backend_in_use == "native"
+    for step in range(2):
+        for params, optimizer in ((here, cpu), (there, gpu)):
+            set_gradients(params, step)
+            optimizer.step()
+        if cls is fusedopt.FusedSGD:
+            assert bits(there) == bits(here)
+            assert list(states(gpu)) == list(states(cpu))
+            assert bits(states(gpu).values()) == bits(states(cpu).values())
+            continue
+        eps = torch.finfo(dtype).eps
+        found = [param.detach().cpu() for param in there]
+        torch.testing.assert_close(found, [param.detach() for param in here], rtol=4 * eps, atol=2 * eps)
+        got = {name: value.cpu() for name, value in states(gpu).items()}
+        torch.testing.assert_close(got, states(cpu), rtol=4 * eps, atol=2 * eps)
+
+
+@pytest.mark.parametrize("norm_type", [1.0, 2.0, 3.0, INF])
+def test_every_run_gives_the_same_bits(norm_type: float) -> None:
+    def run() -> list[bytes]:
+        params = on_gpu([*RAGGED, (3000, 1000)])
+        optimizer = fusedopt.FusedAdamW(params, lr=0.01, clip_grad={"max_norm": 0.5, "norm_type": norm_type})
+        norms = []
+        for step in range(3):
+            set_gradients(params, step)
+            optimizer.step(grad_scale=2.0)
+            norms.append(optimizer.last_step.grad_norm)  # type: ignore[union-attr]
+        assert float(norms[-1]) == pytest.approx(global_norm(params, norm_type) / 2, rel=1e-6)  # type: ignore[arg-type]
+        return [*bits(params), *bits(norms)]
+
+    want = run()
+    for _ in range(10):
+        assert run() == want
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("clip_grad", [None, {"max_norm": INF}], ids=["bare", "norm"])
+def test_more_than_two_to_the_31_elements(clip_grad: dict[str, Any] | None) -> None:
+    count = 2**31 + 5
+    free = torch.cuda.mem_get_info()[0]
+    if free < 14 * 2**30:
+        pytest.skip(f"needs 14 GiB of free GPU memory, {free / 2**30:.1f} GiB are free")
+    param = nn.Parameter(torch.zeros(count, dtype=torch.bfloat16, device=CUDA))
+    param.grad = torch.ones(count, dtype=torch.bfloat16, device=CUDA)
+    optimizer = fusedopt.FusedSGD([param], lr=1.0, clip_grad=clip_grad)
+    optimizer.step()
+    places = torch.tensor([0, 1, 2**30, 2**31 - 1, 2**31, count - 1], device=CUDA)
+    assert param.detach()[places].tolist() == [-1.0] * 6
+    assert bool((param.detach() == -1).all())
+    if clip_grad is not None:
+        assert float(optimizer.last_step.grad_norm) == pytest.approx(count**0.5, rel=1e-6)  # type: ignore
+
+
+# --- Devices -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one CUDA device only")
+@pytest.mark.parametrize("clip_grad", [None, CLIP, {"max_norm": 0.5, "norm_type": INF}], ids=["bare", "2", "inf"])
+def test_several_gpus_in_one_optimizer(clip_grad: dict[str, Any] | None) -> None:
+    devices = [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
+    one = on_gpu(RAGGED)
+    spread = [nn.Parameter(p.detach().to(devices[index % len(devices)])) for index, p in enumerate(one)]
+    settings = {"lr": torch.tensor(0.01, device=devices[-1]), "clip_grad": clip_grad}
+    optimizers = [fusedopt.FusedAdamW(params, **settings) for params in (one, spread)]
+    scale = torch.tensor(2.0, device=devices[0])
+    for step in range(4):
+        for params, optimizer in zip((one, spread), optimizers, strict=True):
+            set_gradients(params, step, 2.0)
+            if step == 2:
+                params[4].grad[-1] = INF
+            before = contents(optimizer)
+            optimizer.step(grad_scale=scale)
+            assert (contents(optimizer) == before) == (step == 2)
+            assert float(optimizer.last_step.found_inf) == (step == 2)  # type: ignore[union-attr, arg-type]
+        torch.testing.assert_close([p.detach().to(CUDA) for p in spread], [p.detach() for p in one])
+
+
+def test_a_model_may_move_after_its_optimizer_was_made() -> None:
+    model = nn.Sequential(nn.Linear(16, 32), nn.Linear(32, 4))
+    expected = copy.deepcopy(model)
+    optimizers = [fusedopt.FusedAdamW(m.parameters(), lr=0.01, clip_grad=CLIP) for m in (model, expected)]
+    model.to(CUDA)
+    for step in range(3):
+        for m, optimizer in zip((model, expected), optimizers, strict=True):
+            set_gradients(list(m.parameters()), step)
+            optimizer.step()
+        assert all(param.is_cuda for param in model.parameters())
+        assert all(value.is_cuda for value in states(optimizers[0]).values())
+        assert optimizers[0].backend_in_use == "native"
+        torch.testing.assert_close([p.detach().cpu() for p in model.parameters()], [*expected.parameters()])
+    # And back, with its state, as a checkpoint would be moved.
+    optimizers[0].zero_grad()
+    model.cpu()
+    optimizers[0].load_state_dict(optimizers[0].state_dict())
+    for m, optimizer in zip((model, expected), optimizers, strict=True):
+        set_gradients(list(m.parameters()), 9)
+        optimizer.step()
+    assert all(not value.is_cuda for value in states(optimizers[0]).values())
+    torch.testing.assert_close([*model.parameters()], [*expected.parameters()])
+
+
+@pytest.mark.parametrize("option", ["sgd-momentum", "adam-amsgrad", "adamw"])
+def test_torchs_state_dict_loads_with_its_step_on_the_cpu(option: str) -> None:
+    cls, options = OPTIONS[option]
+    stock_type = getattr(torch.optim, cls.__name__.removeprefix("Fused"))
+    params, others = on_gpu([(33,), (5, 7)]), on_gpu([(33,), (5, 7)])
+    stock = stock_type(others, foreach=False, **options)
+    for step in range(2):
+        set_gradients(others, step)
+        stock.step()
+    for param, other in zip(params, others, strict=True):
+        param.data.copy_(other.data)
+    optimizer = cls(params, **options)
+    saved = stock.state_dict()
+    if cls is not fusedopt.FusedSGD:
+        assert not saved["state"][0]["step"].is_cuda
+    optimizer.load_state_dict(saved)
+    for step in range(2, 4):
+        for these, opt in ((params, optimizer), (others, stock)):
+            set_gradients(these, step)
+            opt.step()
+        torch.testing.assert_close(params, others)
+    assert all(value.is_cuda for value in states(optimizer).values())
+
+
+def test_fuse_takes_over_torchs_fused_adamw_in_mid_training() -> None:
+    params, others = on_gpu([(33,), (5, 7)]), on_gpu([(33,), (5, 7)])
+    stocks = [torch.optim.AdamW(these, lr=0.01, weight_decay=0.1, fused=True) for these in (params, others)]
+    for step in range(3):
+        for these, stock in zip((params, others), stocks, strict=True):
+            set_gradients(these, step)
+            stock.step()
+    twin = fusedopt.fuse(stocks[0])
+    assert twin.backend_in_use == "native"
+    for step in range(3, 6):
+        for these, optimizer in ((params, twin), (others, stocks[1])):
+            set_gradients(these, step)
+            optimizer.step()
+        torch.testing.assert_close(params, others)
+    assert all(float(twin.state[param]["step"]) == 6 for param in params)
+
+
+def test_numbers_on_the_cpu_serve_too() -> None:
+    params, others = on_gpu(SMALL), on_gpu(SMALL)
+    here = fusedopt.FusedAdamW(params, lr=torch.tensor(2.0**-6), clip_grad={"max_norm": torch.tensor(0.5)})
+    there = fusedopt.FusedAdamW(others, lr=2.0**-6, clip_grad={"max_norm": 0.5})
+    for these, optimizer in ((params, here), (others, there)):
+        set_gradients(these, 0)
+        optimizer.step(grad_scale=torch.tensor(4.0))
+        optimizer.step(grad_scale=torch.tensor(4.0), found_inf=torch.tensor(0.0))
+    assert bits(params) == bits(others)
+    assert here.last_step.found_inf.is_cuda  # type: ignore[union-attr]
+    before = contents(here)
+    here.step(grad_scale=4.0, found_inf=torch.tensor(2.0))
+    assert contents(here) == before
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.int64], ids=str)
+def test_hyperparameters_may_be_gpu_tensors_of_any_dtype(dtype: torch.dtype) -> None:
+    params, others = on_gpu(SMALL), on_gpu(SMALL)
+    one = torch.ones(1, dtype=dtype, device=CUDA)
+    pairs = ((params, fusedopt.FusedAdamW(params, lr=one)), (others, fusedopt.FusedAdamW(others, lr=1.0)))
+    for step in range(2):
+        for these, optimizer in pairs:
+            set_gradients(these, step)
+            optimizer.step()
+    assert bits(params) == bits(others)
+
+
+def test_a_cpu_and_a_gpu_in_one_optimizer_take_the_reference_backend() -> None:
+    backends._note_fallback.cache_clear()
+    mixed = [*parameters([(33,)]), *on_gpu([(17,)], seed=1)]
+    with pytest.warns(UserWarning, match="parameters on cpu and cuda; using the slow reference backend"):
+        optimizer = fusedopt.FusedAdamW(mixed, lr=0.01, clip_grad=CLIP)
+    assert optimizer.backend_in_use == "reference"
+    with pytest.raises(backends.BackendUnavailable, match="cpu and cuda"):
+        fusedopt.FusedAdamW(mixed, backend="native")
+    alike = [nn.Parameter(param.detach().cpu()) for param in mixed]
+    expected = fusedopt.FusedAdamW(alike, lr=0.01, clip_grad=CLIP)
+    for step in range(2):
+        for these, opt in ((mixed, optimizer), (alike, expected)):
+            set_gradients(these, step)
+            opt.step()
+        torch.testing.assert_close([param.detach().cpu() for param in mixed], [param.detach() for param in alike])
+
+
+def test_the_gpu_serves_and_info_names_it() -> None:
+    assert fusedopt.FusedAdamW(on_gpu([(3,)])).backend_in_use == "native"
+    text = info()
+    assert torch.cuda.get_device_name(0) in text
+    served = [line for line in text.splitlines() if line.startswith("backend native on cuda:0 ")]
+    assert [line.split()[-1] for line in served] == ["available"]
