@@ -352,11 +352,11 @@ void StepPlan::describe_param(size_t r) {
   const at::Tensor& param = THPVariable_Unpack(watch.object);
   const c10::TensorImpl* impl = param.unsafeGetTensorImpl();
   rows_[r].numel = 0;
+  owner.device = impl->device();
   watch.problem = foreign(impl, device_);
   owner.order.clear();
   if (watch.problem) return;
   watch.param.take(param.unsafeGetTensorImpl());
-  owner.device = impl->device();
   owner.sizes.assign(impl->sizes().begin(), impl->sizes().end());
   rows_[r].numel = impl->numel();
   for (size_t d = 0; d < owner.sizes.size(); ++d) {
@@ -672,8 +672,10 @@ py::object StepPlan::refresh(PyObject* groups, PyObject* state, bool write_back)
     bool capturing = false;
     int last = -1;
     for (size_t r = 0; r < count; ++r) {
-      row_devices_[r] = device_ == at::kCPU ? static_cast<int>(r) % emulated_devices_ : owners_[r].device.index();
-      if (watches_[r].problem || row_devices_[r] == last) continue;
+      row_devices_[r] = watches_[r].problem   ? cuda::kNowhere
+                        : device_ == at::kCPU ? static_cast<int>(r) % emulated_devices_
+                                              : owners_[r].device.index();
+      if (row_devices_[r] == cuda::kNowhere || row_devices_[r] == last) continue;
       last = row_devices_[r];
       capturing |= runner_->capturing(last);
     }
@@ -761,9 +763,31 @@ void StepPlan::refuse_in_capture(py::list& problems) {
   }
 }
 
+// All that a step works on, so that no other thread frees it.
+std::vector<at::Tensor> StepPlan::hold_tensors() const {
+  std::vector<at::Tensor> held;
+  auto hold = [&](c10::TensorImpl* impl) {
+    if (impl) held.emplace_back(c10::intrusive_ptr<c10::TensorImpl>::reclaim_copy(impl));
+  };
+  for (size_t r = 0; r < rows_.size(); ++r) {
+    if (!rows_[r].grad.data) continue;
+    hold(watches_[r].param.impl);
+    held.push_back(watches_[r].param.impl->grad());
+    hold(watches_[r].step.impl);
+    for (const Watched& column : watches_[r].state) hold(column.impl);
+  }
+  return held;
+}
+
 py::object StepPlan::step_on_devices(const StepSettings& s) {
   const cuda::Work work{rows_, row_devices_, group_table_, rule_.id, any_double_, overlaps_};
-  cuda::Outcome outcome = runner_->step(work, s);
+  // A thread that waits for the device must let the others run: one of them may have to launch what it waits for.
+  auto wait = [this](const std::function<void()>& read) {
+    const std::vector<at::Tensor> held = hold_tensors();
+    const py::gil_scoped_release unlocked;
+    read();
+  };
+  cuda::Outcome outcome = runner_->step(work, s, wait);
   bump_versions(s.write_back);
   auto wrapped = [](at::Tensor& tensor) -> py::object {
     if (!tensor.defined()) return py::none();
@@ -795,16 +819,7 @@ py::object StepPlan::step(const py::object& groups, const py::dict& state, const
     std::vector<at::Tensor> held;
     std::optional<py::gil_scoped_release> unlocked;
     if (elements_ >= kUnlockElements) {
-      auto hold = [&](c10::TensorImpl* impl) {
-        if (impl) held.emplace_back(c10::intrusive_ptr<c10::TensorImpl>::reclaim_copy(impl));
-      };
-      for (size_t r = 0; r < rows_.size(); ++r) {
-        if (!rows_[r].grad.data) continue;
-        hold(watches_[r].param.impl);
-        held.push_back(watches_[r].param.impl->grad());
-        hold(watches_[r].step.impl);
-        for (const Watched& column : watches_[r].state) hold(column.impl);
-      }
+      held = hold_tensors();
       unlocked.emplace();
     }
     if (s.mode() != Mode::kBare) {

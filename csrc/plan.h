@@ -131,6 +131,7 @@ class StepPlan {
   void build_chunks();
   void find_overlaps();
   void refuse_in_capture(py::list& problems);
+  std::vector<at::Tensor> hold_tensors() const;
   py::object step_on_devices(const StepSettings& settings);
   void derive_scalars();
   void count_steps();

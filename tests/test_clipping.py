@@ -188,3 +188,16 @@ def test_settings_are_validated_copied_and_kept() -> None:
     assert optimizer.clip_grad == {"type": "value", "clip_value": 3.0}
     optimizer.clip_grad = None
     assert optimizer.clip_grad is None
+
+
+@each_backend
+def test_a_norm_beyond_the_range_of_float_is_finite_all_the_same(backend: str) -> None:
+    """What counts is the norm as it was found, in double, and not as it is reported."""
+    params = [torch.nn.Parameter(torch.zeros(10)) for _ in range(10)]
+    for param in params:
+        param.grad = torch.full_like(param, 3e38)
+    clip = {"max_norm": 1.0, "error_if_nonfinite": True}
+    optimizer = fusedopt.FusedSGD(params, lr=1.0, clip_grad=clip, backend=backend_name(backend))
+    optimizer.step()
+    assert float(params[0].detach()[0]) == pytest.approx(-0.1, rel=1e-4)
+    assert optimizer.last_step.grad_norm.dtype == torch.float32

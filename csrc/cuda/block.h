@@ -1,5 +1,7 @@
 // What a block does together, and what both passes share.
 #pragma once
+#include <new>
+
 #include "portable.h"
 
 namespace fusedopt::cuda::FUSEDOPT_TARGET {
@@ -70,8 +72,8 @@ __device__ void derive_scalars(const GroupRow& group, double step, RowScalars* o
   for (int i = 0; i < kMaxHyper; ++i) {
     hyper[i] = group.live[i] ? read_number(group.live[i], group.live_dtype[i]) : group.value[i];
   }
-  const auto scalars = Rule::derive(hyper, step);
-  __builtin_memcpy(&out->values, &scalars, sizeof(scalars));
+  // Stored as numbers: a copy of bytes would be stored byte by byte.
+  new (&out->values) typename Rule::template Scalars<double>(Rule::derive(hyper, step));
   out->variant = Rule::variant(hyper, step);
 }
 

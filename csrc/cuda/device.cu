@@ -20,14 +20,14 @@ void update(const Place&, const UpdateArguments&, bool early);
 namespace {
 
 void load(int device) {
-  const OnDevice here(device);
+  use(device);
   load_statistics();
   load_update();
   load_upload();
 }
 
 bool capturing(const Place& place) {
-  const OnDevice here(place.device);
+  use(place.device);
   cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
   check(cudaStreamIsCapturing(static_cast<cudaStream_t>(place.stream), &status), "ask whether a stream captures");
   return status != cudaStreamCaptureStatusNone;
@@ -36,7 +36,7 @@ bool capturing(const Place& place) {
 // Why the kernels do not load on a device that is there, or nothing.
 std::optional<std::string> find_problem_on(int device) {
   try {
-    const OnDevice here(device);
+    use(device);
     cudaDeviceProp properties{};
     check(cudaGetDeviceProperties(&properties, device), "read the device's properties");
     const int capability = properties.major * 10 + properties.minor;

@@ -11,7 +11,7 @@ std::optional<std::string> built_with();
 std::string architectures();
 // Why no CUDA device can be used, or nothing when one can.
 std::optional<std::string> problem();
-// Why the kernels cannot run on this device, or nothing when they can.
+// Why the kernels cannot run on this device, or nothing when they can. Leaves it the current one.
 std::optional<std::string> problem_on(int device);
 
 }  // namespace fusedopt::cuda

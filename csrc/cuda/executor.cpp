@@ -40,10 +40,13 @@ const void* Executor::live(c10::TensorImpl* impl, DType& dtype) {
     to_dtype(impl, dtype);
     return data_of(impl);
   }
-  const at::Tensor tensor(c10::intrusive_ptr<c10::TensorImpl>::reclaim_copy(impl));
-  copies_.push_back(tensor.detach().to(device_, at::kDouble, /*non_blocking=*/true, /*copy=*/true));
+  at::Tensor& copy = copies_[impl];
+  if (!copy.defined()) {
+    const at::Tensor tensor(c10::intrusive_ptr<c10::TensorImpl>::reclaim_copy(impl));
+    copy = tensor.detach().to(device_, at::kDouble, /*non_blocking=*/true, /*copy=*/true);
+  }
   dtype = DType::kFloat64;
-  return copies_.back().const_data_ptr();
+  return copy.const_data_ptr();
 }
 
 Operand Executor::operand(const Number& number) {
@@ -53,14 +56,13 @@ Operand Executor::operand(const Number& number) {
 }
 
 // Fills host_ with what the device is to have, and tables_ with where it is in it.
-void Executor::lay_out(const Work& work, int ordinal) {
-  mine_.clear();
+void Executor::lay_out(const Work& work) {
   layouts_.clear();
   int64_t total = 0;
-  for (size_t r = 0; r < work.rows.size(); ++r) {
-    if (work.devices[r] != ordinal) continue;
-    mine_.push_back(static_cast<uint32_t>(r));
+  std::vector<bool> used(work.groups.size());
+  for (uint32_t r : mine_) {
     total += work.rows[r].numel;
+    used[work.rows[r].group] = true;
   }
   const size_t row_count = mine_.size(), group_count = work.groups.size();
   tables_.chunk_elements = chunk_elements(total);
@@ -72,6 +74,7 @@ void Executor::lay_out(const Work& work, int ordinal) {
   const size_t rows = section<Row>(size, row_count), layouts = size;
   host_.assign(size, 0);
   for (size_t g = 0; g < group_count; ++g) {
+    if (!used[g]) continue;
     GroupRow& row = *at_offset<GroupRow>(host_.data(), groups + g * sizeof(GroupRow));
     std::copy_n(work.groups[g]->value, kMaxHyper, row.value);
     for (int i = 0; i < kMaxHyper; ++i) {
@@ -117,12 +120,15 @@ void Executor::lay_out(const Work& work, int ordinal) {
   tables_.layouts = at_offset<Layout>(nullptr, layouts);
 }
 
-void Executor::upload_changes() {
-  char* const base = static_cast<char*>(memory_.mutable_data_ptr());
+// Uploads what is not known to be on the device, or everything.
+void Executor::upload(char* base, bool all) {
   const size_t size = host_.size();
-  const bool all = known_.size() != size;
+  std::vector<char> known;
+  std::swap(known, known_);  // nothing is, while this is underway: a launch may fail
+  all |= known.size() != size;
+  auto same = [&](size_t at) { return !all && std::memcmp(host_.data() + at, known.data() + at, kUnit) == 0; };
+  bool changed = false;
   for (size_t begin = 0; begin < size;) {
-    auto same = [&](size_t at) { return !all && std::memcmp(host_.data() + at, known_.data() + at, kUnit) == 0; };
     if (same(begin)) {
       begin += kUnit;
       continue;
@@ -135,17 +141,26 @@ void Executor::upload_changes() {
     }
     launcher_.upload(place_, base + begin, host_.data() + begin, end - begin);
     begin = end;
+    changed = true;
   }
-  known_ = host_;
+  if (changed) known = host_;
+  std::swap(known, known_);
 }
 
 bool Executor::prepare(const Work& work, int ordinal, const Place& place, bool capturing) {
   place_ = place;
   capturing_ = capturing;
   copies_.clear();
-  lay_out(work, ordinal);
-  const bool active = std::any_of(mine_.begin(), mine_.end(), [&](uint32_t r) { return work.rows[r].grad.data; });
+  captured_.reset();
+  mine_.clear();
+  bool active = false;
+  for (size_t r = 0; r < work.rows.size(); ++r) {
+    if (work.devices[r] != ordinal) continue;
+    mine_.push_back(static_cast<uint32_t>(r));
+    active |= work.rows[r].grad.data != nullptr;
+  }
   if (!active) return false;
+  lay_out(work);
 
   size_t size = host_.size();
   const size_t chunks = section<Chunk>(size, tables_.chunk_count), scalars = section<RowScalars>(size, mine_.size());
@@ -154,23 +169,22 @@ bool Executor::prepare(const Work& work, int ordinal, const Place& place, bool c
   for (uint32_t r : mine_) structure.push_back(work.rows[r].numel);
 
   auto allocate = [&] {
-    memory_ = at::empty({static_cast<int64_t>(size)}, at::TensorOptions().dtype(at::kByte).device(device_));
+    return at::empty({static_cast<int64_t>(size)}, at::TensorOptions().dtype(at::kByte).device(device_));
+  };
+  if (capturing) {
+    // Tables of its own, which the graph's replays write: another step may change the usual ones meanwhile.
+    captured_ = allocate();
+    if (device_.is_cpu()) emulated_.push_back(captured_);
+  } else if (!memory_.defined() || static_cast<size_t>(memory_.numel()) < size) {
+    memory_ = allocate();
     memory_stream_ = place.stream;
     known_.clear();
     structure_.clear();
-  };
-  if (capturing) {
-    // The captured step has tables of its own, which its replays write: another step may change the usual ones.
-    memory_.reset();
-    allocate();
-    captured_.push_back(memory_);
-  } else if (!memory_.defined() || static_cast<size_t>(memory_.numel()) < size) {
-    allocate();
   } else if (place.stream != memory_stream_) {
     // Freed, it must not serve another allocation before this stream is through with it.
     memory_.record_stream(c10::impl::VirtualGuardImpl(device_.type()).getStream(device_));
   }
-  char* const base = static_cast<char*>(memory_.mutable_data_ptr());
+  char* const base = static_cast<char*>((capturing ? captured_ : memory_).mutable_data_ptr());
   auto place_at = [&](auto& pointer) {
     using Pointer = std::remove_reference_t<decltype(pointer)>;
     pointer = reinterpret_cast<Pointer>(base + reinterpret_cast<uintptr_t>(pointer));
@@ -183,15 +197,16 @@ bool Executor::prepare(const Work& work, int ordinal, const Place& place, bool c
   tables_.chunks = at_offset<Chunk>(base, chunks);
   tables_.scalars = at_offset<RowScalars>(base, scalars);
   tables_.partials = at_offset<double>(base, partials);
-  upload_changes();
+  if (capturing) {
+    launcher_.upload(place_, base, host_.data(), host_.size());
+    launcher_.map_chunks(place_, tables_);
+    return true;
+  }
+  upload(base, known_.empty());
   if (structure != structure_) {
+    structure_.clear();
     launcher_.map_chunks(place_, tables_);
     structure_ = std::move(structure);
-  }
-  if (capturing) {
-    memory_.reset();
-    known_.clear();
-    structure_.clear();
   }
   return true;
 }
@@ -244,98 +259,126 @@ void Executor::update(const Work& work, const StepSettings& s, const Report& rep
   }
 }
 
+bool Runner::capturing(int device) const {
+  const c10::OptionalDeviceGuard guard(device_of(device));
+  return launcher_.capturing({device, stream_of_(device)});
+}
+
+at::Device Runner::device_of(int ordinal) const {
+  return {type_, static_cast<c10::DeviceIndex>(type_ == at::kCPU ? -1 : ordinal)};
+}
+
 Executor& Runner::executor_of(int ordinal) {
-  const size_t index = static_cast<size_t>(std::max(ordinal, 0));
+  const auto index = static_cast<size_t>(ordinal);
   if (executors_.size() <= index) executors_.resize(index + 1);
-  if (!executors_[index]) {
-    const auto number = static_cast<c10::DeviceIndex>(type_ == at::kCPU ? -1 : ordinal);
-    executors_[index] = std::make_unique<Executor>(launcher_, at::Device(type_, number));
-  }
+  if (!executors_[index]) executors_[index] = std::make_unique<Executor>(launcher_, device_of(ordinal));
   return *executors_[index];
 }
 
-Outcome Runner::step(const Work& work, const StepSettings& s) {
-  std::vector<int> devices = work.devices;
+Outcome Runner::step(const Work& work, const StepSettings& s, const Wait& wait) {
+  std::vector<int> devices;
+  for (int device : work.devices) {
+    if (device == kNowhere || (!devices.empty() && devices.back() == device)) continue;
+    devices.push_back(device);
+  }
   std::sort(devices.begin(), devices.end());
   devices.erase(std::unique(devices.begin(), devices.end()), devices.end());
-  std::vector<Place> places;
-  bool capturing = false;
-  for (int device : devices) {
-    places.push_back({device, stream_of_(device)});
-    capturing |= launcher_.capturing(places.back());
-  }
-  if (capturing && devices.size() > 1) {
+  bool any_capturing = false;
+  for (int device : devices) any_capturing |= capturing(device);
+  if (any_capturing && devices.size() > 1) {
     throw std::runtime_error("a step over several devices cannot be captured in a CUDA graph");
   }
-  if (capturing && s.error_if_nonfinite) {
+  if (any_capturing && s.error_if_nonfinite) {
     throw std::runtime_error(
         "error_if_nonfinite=True reads the norm on the host, which a step captured in a CUDA graph cannot; set it to "
         "False (grad_norm of the optimizer's last_step can be looked at after a replay)");
   }
-  std::vector<Executor*> active;
-  for (size_t i = 0; i < devices.size(); ++i) {
-    Executor& executor = executor_of(devices[i]);
-    if (executor.prepare(work, devices[i], places[i], capturing)) active.push_back(&executor);
-  }
 
   Outcome outcome;
-  const bool full = s.mode() == Mode::kFull;
-  const at::Device home = active.empty() ? executor_of(devices.empty() ? 0 : devices[0]).device() : active[0]->device();
-  const auto options = at::TensorOptions().device(home).dtype(work.any_double ? at::kDouble : at::kFloat);
-  if (active.empty()) {
-    if (full) {
-      outcome.scalars = at::zeros({2}, options);
-      outcome.scalars.select(0, 1).fill_(1);
+  std::vector<Executor*> active;
+  try {
+    for (int device : devices) {
+      Executor& executor = executor_of(device);
+      const c10::OptionalDeviceGuard guard(executor.device());
+      if (executor.prepare(work, device, {device, stream_of_(device)}, any_capturing)) active.push_back(&executor);
     }
-    if (s.has_found_inf) {
-      const at::Tensor given = s.found_inf.live ? s.found_inf.live->detach() : at::full({}, s.found_inf.value);
-      outcome.found_inf = given.to(home, at::kDouble).ne(0).to(at::kFloat).reshape({});
+    if (!active.empty()) {
+      run(work, s, wait, active, outcome);
+      return outcome;
     }
-    return outcome;
+  } catch (...) {
+    for (const auto& executor : executors_) {
+      if (executor) executor->forget();
+    }
+    throw;
   }
 
-  // One small allocation, where the dtypes agree.
+  const auto options = at::TensorOptions().device(device_of(devices.empty() ? 0 : devices[0])).dtype(at::kFloat);
+  if (s.mode() == Mode::kFull) {
+    outcome.scalars = at::zeros({2}, options);
+    outcome.scalars.select(0, 1).fill_(1);
+  }
+  if (s.has_found_inf) {
+    const at::Tensor given = s.found_inf.live ? s.found_inf.live->detach() : at::full({}, s.found_inf.value, options);
+    outcome.found_inf = given.to(options.device(), at::kDouble, /*non_blocking=*/true).ne(0).to(at::kFloat).reshape({});
+  }
+  return outcome;
+}
+
+// The passes, with something to work on.
+void Runner::run(const Work& work, const StepSettings& s, const Wait& wait, const std::vector<Executor*>& active,
+                 Outcome& outcome) {
+  const bool full = s.mode() == Mode::kFull, tells = s.check || s.has_found_inf;
+  // A norm that is to be finite is judged as precisely as it was found.
+  const bool in_double = work.any_double || (full && s.error_if_nonfinite);
+  const auto options = at::TensorOptions().device(active[0]->device()).dtype(in_double ? at::kDouble : at::kFloat);
   Report report{};
-  const bool tells = s.check || s.has_found_inf, together = full && tells && !work.any_double;
+  const bool together = full && tells && !in_double;  // one small allocation
   if (full) {
-    const at::Tensor numbers = at::empty({together ? 3 : 2}, options);
-    report.scalars = numbers.mutable_data_ptr();
-    report.scalars_are_double = work.any_double;
-    outcome.scalars = numbers;
-    if (together) outcome.found_inf = numbers.select(0, 2);
+    outcome.scalars = at::empty({together ? 3 : 2}, options);
+    report.scalars = outcome.scalars.mutable_data_ptr();
+    report.scalars_are_double = in_double;
+    if (together) outcome.found_inf = outcome.scalars.select(0, 2);
   }
   if (tells) {
     if (!together) outcome.found_inf = at::empty({}, options.dtype(at::kFloat));
     report.found_inf = static_cast<float*>(outcome.found_inf.mutable_data_ptr());
   }
 
-  if (s.mode() != Mode::kBare) {
-    if (active.size() == 1) {
-      active[0]->statistics(work, s, report, nullptr);
-    } else {
-      const auto count = static_cast<int64_t>(active.size());
-      std::vector<at::Tensor> totals;
-      for (Executor* executor : active) {
-        totals.push_back(at::empty({2}, at::TensorOptions().device(executor->device()).dtype(at::kDouble)));
-        executor->statistics(work, s, executor == active[0] ? report : Report{},
-                             static_cast<double*>(totals.back().mutable_data_ptr()));
-      }
-      for (Executor* executor : active) {
-        const at::Tensor all = at::empty({count, 2}, at::TensorOptions().device(executor->device()).dtype(at::kDouble));
-        for (int64_t i = 0; i < count; ++i)
-          all.select(0, i).copy_(totals[static_cast<size_t>(i)], /*non_blocking=*/true);
-        executor->conclude(static_cast<const double*>(all.const_data_ptr()), static_cast<int>(count));
-      }
+  if (s.mode() != Mode::kBare && active.size() == 1) {
+    const c10::OptionalDeviceGuard guard(active[0]->device());
+    active[0]->statistics(work, s, report, nullptr);
+  } else if (s.mode() != Mode::kBare) {
+    const auto count = static_cast<int64_t>(active.size());
+    std::vector<at::Tensor> totals;
+    for (Executor* executor : active) {
+      const c10::OptionalDeviceGuard guard(executor->device());
+      totals.push_back(at::empty({2}, at::TensorOptions().device(executor->device()).dtype(at::kDouble)));
+      executor->statistics(work, s, executor == active[0] ? report : Report{},
+                           static_cast<double*>(totals.back().mutable_data_ptr()));
     }
-    if (full && s.error_if_nonfinite) {
-      const at::Tensor found = outcome.scalars.to(at::kCPU, at::kDouble);  // waits for the device
-      const double norm = static_cast<const double*>(found.const_data_ptr())[0];
-      const bool skipped = outcome.found_inf.defined() && outcome.found_inf.item<float>() != 0;
-      if (!skipped && !std::isfinite(norm)) refuse_norm(norm);
+    for (Executor* executor : active) {
+      const c10::OptionalDeviceGuard guard(executor->device());
+      const at::Tensor all = at::empty({count, 2}, at::TensorOptions().device(executor->device()).dtype(at::kDouble));
+      for (int64_t i = 0; i < count; ++i) all.select(0, i).copy_(totals[static_cast<size_t>(i)], /*non_blocking=*/true);
+      executor->conclude(static_cast<const double*>(all.const_data_ptr()), static_cast<int>(count));
     }
   }
-  for (Executor* executor : active) executor->update(work, s, executor == active[0] ? report : Report{});
-  return outcome;
+  if (full && s.error_if_nonfinite) {
+    double norm = 0;
+    bool skipped = false;
+    wait([&] {
+      const at::Tensor found = outcome.scalars.to(at::kCPU);
+      norm = static_cast<const double*>(found.const_data_ptr())[0];
+      skipped = outcome.found_inf.defined() && outcome.found_inf.item<float>() != 0;
+    });
+    if (!skipped && !std::isfinite(norm)) refuse_norm(norm);
+    if (!work.any_double) outcome.scalars = outcome.scalars.to(at::kFloat);
+  }
+  for (Executor* executor : active) {
+    const c10::OptionalDeviceGuard guard(executor->device());
+    executor->update(work, s, executor == active[0] ? report : Report{});
+  }
 }
 
 }  // namespace fusedopt::cuda

@@ -4,6 +4,7 @@
 
 #include <functional>
 #include <memory>
+#include <unordered_map>
 #include <vector>
 
 #include "../step.h"
@@ -11,10 +12,13 @@
 
 namespace fusedopt::cuda {
 
+// Stands for the device of a row that no kernel can work on, and that takes no part.
+constexpr int kNowhere = -1;
+
 // What a plan works on in one step; owned by the plan.
 struct Work {
   const std::vector<TensorRow>& rows;
-  const std::vector<int>& devices;  // of each row
+  const std::vector<int>& devices;  // of each row, or kNowhere
   const std::vector<const HyperValues*>& groups;
   RuleId rule;
   bool any_double;  // a row that takes part is in float64
@@ -26,7 +30,7 @@ struct Outcome {
   at::Tensor found_inf;  // or undefined
 };
 
-// The tables of one device. Host copies of them tell what has changed since they were last uploaded.
+// The tables of one device. A host copy of them tells what has changed since they were last uploaded.
 class Executor {
  public:
   Executor(const Launcher& launcher, at::Device device) : launcher_(launcher), device_(device) {}
@@ -34,17 +38,19 @@ class Executor {
   // Makes the tables of the rows on this device ready for this step; false when none of them takes part.
   bool prepare(const Work& work, int ordinal, const Place& place, bool capturing);
 
-  Operand operand(const Number& number);
   void statistics(const Work& work, const StepSettings& settings, const Report& report, double* total);
   void conclude(const double* totals, int count);
   void update(const Work& work, const StepSettings& settings, const Report& report);
+  // After a failure nothing is known of what is on the device.
+  void forget() { known_.clear(); }
 
   at::Device device() const { return device_; }
 
  private:
   const void* live(c10::TensorImpl* impl, DType& dtype);
-  void lay_out(const Work& work, int ordinal);
-  void upload_changes();
+  Operand operand(const Number& number);
+  void lay_out(const Work& work);
+  void upload(char* base, bool all);
 
   const Launcher& launcher_;
   const at::Device device_;
@@ -52,14 +58,16 @@ class Executor {
   bool capturing_ = false;
   Tables tables_{};
   StatisticsArguments statistics_{};
-  std::vector<uint32_t> mine_;        // plan's rows on this device
-  std::vector<char> host_, known_;    // the uploaded part of the tables: now, and as it is on the device
-  std::vector<int64_t> structure_;    // numbers of elements, for which the chunk map was made
-  std::vector<Layout> layouts_;       // of columns that are not flat
-  std::vector<at::Tensor> copies_;    // of numbers that were not where kernels can read them; of this step
-  std::vector<at::Tensor> captured_;  // tables of captured steps, which their replays write
-  at::Tensor memory_;
-  void* memory_stream_ = nullptr;  // for which it was allocated
+  std::vector<uint32_t> mine_;      // plan's rows on this device
+  std::vector<char> host_, known_;  // the uploaded part of the tables: now, and as it is on the device
+  std::vector<int64_t> structure_;  // numbers of elements, for which the chunk map was made
+  std::vector<Layout> layouts_;     // of columns that are not flat
+  // Copies of numbers that were not where kernels can read them; of this step.
+  std::unordered_map<c10::TensorImpl*, at::Tensor> copies_;
+  at::Tensor memory_;                 // has the tables
+  void* memory_stream_ = nullptr;     // for which it was allocated
+  at::Tensor captured_;               // has the tables of a step that is being captured
+  std::vector<at::Tensor> emulated_;  // has those of all, where no graph has memory of its own
 };
 
 // All devices of one plan.
@@ -70,13 +78,18 @@ class Runner {
       : launcher_(launcher), type_(type), stream_of_(std::move(stream_of)) {}
 
   // Whether the current stream of a device is capturing a graph.
-  bool capturing(int device) const { return launcher_.capturing({device, stream_of_(device)}); }
+  bool capturing(int device) const;
 
-  // Throws std::runtime_error when the norm is not finite and that is to be an error; nothing has changed then.
-  Outcome step(const Work& work, const StepSettings& settings);
+  // Throws std::runtime_error when the norm is not finite and that is to be an error; nothing has changed then. What
+  // waits for the device is called through `wait`.
+  using Wait = std::function<void(const std::function<void()>& read)>;
+  Outcome step(const Work& work, const StepSettings& settings, const Wait& wait);
 
  private:
+  at::Device device_of(int ordinal) const;
   Executor& executor_of(int ordinal);
+  void run(const Work& work, const StepSettings& settings, const Wait& wait, const std::vector<Executor*>& active,
+           Outcome& outcome);
 
   const Launcher& launcher_;
   const c10::DeviceType type_;

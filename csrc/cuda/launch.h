@@ -14,7 +14,8 @@ struct Place {
   void* stream;
 };
 
-// Every function throws std::runtime_error with CUDA's words when a call fails. None waits for the device.
+// Every function throws std::runtime_error with CUDA's words when a call fails, none waits for the device, and all may
+// leave it the current one.
 struct Launcher {
   // Loads the kernels, which must not happen while a graph is captured.
   void (*load)(int device);

@@ -9,6 +9,9 @@
 #include <stdexcept>
 
 #define FUSEDOPT_TARGET gpu
+#if CUDART_VERSION >= 12010
+#define FUSEDOPT_LARGE_ARGUMENTS
+#endif
 
 namespace fusedopt::cuda::gpu {
 
@@ -19,24 +22,13 @@ inline void check(cudaError_t status, const char* what) {
                            cudaGetErrorName(status) + ")");
 }
 
-// Makes a device the current one for a while.
-class OnDevice {
- public:
-  explicit OnDevice(int device) {
-    check(cudaGetDevice(&before_), "find the current device");
-    if (before_ != device) check(cudaSetDevice(device), "change the device");
-    changed_ = before_ != device;
-  }
-  ~OnDevice() {
-    if (changed_) cudaSetDevice(before_);
-  }
-  OnDevice(const OnDevice&) = delete;
-  OnDevice& operator=(const OnDevice&) = delete;
-
- private:
-  int before_ = 0;
-  bool changed_ = false;
-};
+// Makes a device the current one. Whoever calls the launcher has torch restore what was before: to set a device that
+// has no context yet would make one there.
+inline void use(int device) {
+  int now = 0;
+  check(cudaGetDevice(&now), "find the current device");
+  if (now != device) check(cudaSetDevice(device), "change the device");
+}
 
 // Loads a kernel now; else its first launch does, which a capture does not allow.
 template <class... Parameters>
@@ -48,15 +40,17 @@ void load_kernel(void (*kernel)(Parameters...)) {
 // The same for one kernel, to see whether the build has any for this device.
 cudaError_t probe(cudaFuncAttributes* attributes);
 
-// Whether kernels on a device can start early. (sm_90 and later can.)
-inline bool starts_early(int device) {
+// Whether a kernel may start early on a device: whether the code that runs there waits, as that for sm_90 and later
+// does. What counts is the architecture it was compiled for, since a driver may have made its code from older PTX.
+template <class... Parameters>
+bool starts_early(void (*kernel)(Parameters...), int device) {
   constexpr int kDevices = 64;
-  static std::atomic<signed char> known[kDevices];  // 0: not asked yet
+  static std::atomic<signed char> known[kDevices];  // 0: not asked yet. (Kernels with these parameters are one file's.)
   std::atomic<signed char>& answer = known[device % kDevices];
   if (!answer) {
-    int major = 0;
-    check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), "read a device's capability");
-    answer = major >= 9 ? 1 : -1;
+    cudaFuncAttributes attributes{};
+    check(cudaFuncGetAttributes(&attributes, kernel), "read a kernel's attributes");
+    answer = attributes.ptxVersion >= 90 ? 1 : -1;
   }
   return answer > 0;
 }
@@ -65,7 +59,7 @@ inline bool starts_early(int device) {
 template <class... Parameters>
 void launch(void (*kernel)(Parameters...), uint32_t blocks, const Place& place, bool early,
             const Parameters&... arguments) {
-  const OnDevice here(place.device);
+  use(place.device);
   cudaLaunchAttribute attribute{};
   attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   attribute.val.programmaticStreamSerializationAllowed = 1;
@@ -74,13 +68,13 @@ void launch(void (*kernel)(Parameters...), uint32_t blocks, const Place& place, 
   config.blockDim = kThreads;
   config.stream = static_cast<cudaStream_t>(place.stream);
   config.attrs = &attribute;
-  config.numAttrs = early && starts_early(place.device) ? 1 : 0;
+  config.numAttrs = early && starts_early(kernel, place.device) ? 1 : 0;
   check(cudaLaunchKernelEx(&config, kernel, arguments...), "launch a kernel");
 }
 
 // Whether the driver takes launches with up to 32764 bytes of arguments, and not just 4 KB.
 inline bool takes_large_arguments() {
-#if CUDART_VERSION >= 12010
+#if defined(FUSEDOPT_LARGE_ARGUMENTS)
   static const bool takes = [] {
     int driver = 0;
     return cudaDriverGetVersion(&driver) == cudaSuccess && driver >= 12010;

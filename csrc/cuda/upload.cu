@@ -45,7 +45,9 @@ void upload_part(const Place& place, char* to, const char* from, size_t bytes) {
 
 void load_upload() {
   load_kernel(upload_kernel<kSmallUpload>);
+#if defined(FUSEDOPT_LARGE_ARGUMENTS)
   if (takes_large_arguments()) load_kernel(upload_kernel<kLargeUpload>);
+#endif
   load_kernel(map_kernel);
 }
 
@@ -62,7 +64,9 @@ void upload(const Place& place, void* to, const void* from, size_t bytes) {
     if (left <= kSmallUpload || !takes_large_arguments()) {
       upload_part<kSmallUpload>(place, target, source, part = std::min(left, kSmallUpload));
     } else {
+#if defined(FUSEDOPT_LARGE_ARGUMENTS)
       upload_part<kLargeUpload>(place, target, source, part = std::min(left, kLargeUpload));
+#endif
     }
     done += part;
   }

@@ -96,7 +96,13 @@ class NativeBackend(Backend):
             return None
         if device.type != "cuda" or torch.version.cuda is None:
             return f"this build has no kernels for {device.type} tensors"
-        return _module.cuda_problem_on(device.index or 0)
+        if (reason := _module.cuda_problem()) is not None:
+            return reason
+        if not torch.cuda.is_available():
+            return "torch finds no usable CUDA device"
+        index = torch.cuda.current_device() if device.index is None else device.index
+        with torch.cuda.device(index):
+            return _module.cuda_problem_on(index)
 
     @classmethod
     def unavailable_together(cls, devices: Iterable[torch.device]) -> str | None:

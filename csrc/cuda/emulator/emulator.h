@@ -23,6 +23,7 @@
 #define __grid_constant__
 #define __launch_bounds__(...)
 #define FUSEDOPT_TARGET emulated
+#define FUSEDOPT_LARGE_ARGUMENTS
 
 namespace fusedopt::cuda::emulated {
 
