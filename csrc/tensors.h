@@ -86,7 +86,8 @@ struct Form {
     storage = impl->unsafe_storage().unsafeGetStorageImpl();
   }
   bool same_kind(const c10::TensorImpl* impl) const {
-    return impl->key_set() == keys && impl->dtype() == dtype && impl->device() == device;
+    // The keys tell a CPU from a GPU, and there is one CPU.
+    return impl->key_set() == keys && impl->dtype() == dtype && (device.is_cpu() || impl->device() == device);
   }
   // Whether impl has the form, `before` being the tensor that had it last. The same contiguous one with as many
   // elements in the same storage is not asked for its sizes: that would be one more cache line, and its elements lie as
