@@ -669,7 +669,7 @@ py::object StepPlan::refresh(PyObject* groups, PyObject* state, bool write_back)
   }
   if (runner_) {
     row_devices_.resize(count);
-    bool capturing = false;
+    capturing_ = false;
     int last = -1;
     for (size_t r = 0; r < count; ++r) {
       row_devices_[r] = watches_[r].problem   ? cuda::kNowhere
@@ -677,9 +677,9 @@ py::object StepPlan::refresh(PyObject* groups, PyObject* state, bool write_back)
                                               : owners_[r].device.index();
       if (row_devices_[r] == cuda::kNowhere || row_devices_[r] == last) continue;
       last = row_devices_[r];
-      capturing |= runner_->capturing(last);
+      capturing_ |= runner_->capturing(last);
     }
-    if (capturing) {
+    if (capturing_) {
       py::list refused;
       refuse_in_capture(refused);
       if (!refused.empty()) return refused;
@@ -780,7 +780,7 @@ std::vector<at::Tensor> StepPlan::hold_tensors() const {
 }
 
 py::object StepPlan::step_on_devices(const StepSettings& s) {
-  const cuda::Work work{rows_, row_devices_, group_table_, rule_.id, any_double_, overlaps_};
+  const cuda::Work work{rows_, row_devices_, group_table_, rule_.id, any_double_, overlaps_, capturing_};
   // A thread that waits for the device must let the others run: one of them may have to launch what it waits for.
   auto wait = [this](const std::function<void()>& read) {
     const std::vector<at::Tensor> held = hold_tensors();

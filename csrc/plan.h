@@ -157,7 +157,7 @@ class StepPlan {
   bool any_active_ = false, any_double_ = false;
   bool hyper_changed_ = true, overlaps_ = false;
   bool states_known_ = false, state_problems_ = false;
-  bool running_ = false;
+  bool running_ = false, capturing_ = false;
 };
 
 }  // namespace fusedopt

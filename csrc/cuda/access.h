@@ -60,10 +60,6 @@ __device__ __forceinline__ void store_words(char* to, const uint32_t (&from)[kWo
   }
 }
 
-// Elements of T in so many words.
-template <class T, int kWords>
-constexpr int kLanes = kWords * 4 / static_cast<int>(sizeof(T));
-
 // The first or the second half of the 16-bit elements in these words, as floats and back.
 template <int kWords>
 __device__ __forceinline__ void unpack_halves(float (&to)[kWords], const uint32_t (&from)[kWords], int half,

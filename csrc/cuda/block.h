@@ -2,23 +2,14 @@
 #pragma once
 #include <new>
 
-#include "portable.h"
+#include "access.h"
 
 namespace fusedopt::cuda::FUSEDOPT_TARGET {
 
 constexpr int kWarp = 32, kWarps = kThreads / kWarp;
 
 __device__ __forceinline__ double read_number(const void* at, DType dtype) {
-  switch (dtype) {
-    case DType::kFloat32:
-      return *static_cast<const float*>(at);
-    case DType::kFloat64:
-      return *static_cast<const double*>(at);
-    case DType::kBFloat16:
-      return bf16_to_float(*static_cast<const uint16_t*>(at));
-    default:
-      return fp16_to_float(*static_cast<const uint16_t*>(at));
-  }
+  return load_element<double>(static_cast<const char*>(at), 0, dtype);
 }
 
 __device__ __forceinline__ double value_of(const Operand& operand) {
@@ -50,6 +41,12 @@ __device__ __forceinline__ bool is_last_block(Control* control, uint32_t blocks,
   }
   __syncthreads();
   return *flag;
+}
+
+// Elements of the chunk that begins at `offset` of a row.
+__device__ __forceinline__ uint32_t chunk_length(const Tables& tables, const Row& row, int64_t offset) {
+  const int64_t left = row.numel - offset;
+  return static_cast<uint32_t>(left < tables.chunk_elements ? left : tables.chunk_elements);
 }
 
 // The number of the step that row `r` is about to make.

@@ -105,7 +105,7 @@ void Executor::lay_out(const Work& work) {
     row.numel = from.numel;
     row.group = from.group;
     row.first_chunk = static_cast<uint32_t>(chunk);
-    chunk += static_cast<uint64_t>((from.numel + tables_.chunk_elements - 1) / tables_.chunk_elements);
+    chunk += chunks_of(from.numel, tables_.chunk_elements);
   }
   if (chunk >> 31) throw std::runtime_error("the optimizer's parameters on one device make more than 2^31 chunks");
   tables_.chunk_count = static_cast<uint32_t>(chunk);
@@ -120,12 +120,12 @@ void Executor::lay_out(const Work& work) {
   tables_.layouts = at_offset<Layout>(nullptr, layouts);
 }
 
-// Uploads what is not known to be on the device, or everything.
-void Executor::upload(char* base, bool all) {
+// Uploads what is not known to be on the device.
+void Executor::upload(char* base) {
   const size_t size = host_.size();
   std::vector<char> known;
   std::swap(known, known_);  // nothing is, while this is underway: a launch may fail
-  all |= known.size() != size;
+  const bool all = known.size() != size;
   auto same = [&](size_t at) { return !all && std::memcmp(host_.data() + at, known.data() + at, kUnit) == 0; };
   bool changed = false;
   for (size_t begin = 0; begin < size;) {
@@ -147,9 +147,8 @@ void Executor::upload(char* base, bool all) {
   std::swap(known, known_);
 }
 
-bool Executor::prepare(const Work& work, int ordinal, const Place& place, bool capturing) {
+bool Executor::prepare(const Work& work, int ordinal, const Place& place) {
   place_ = place;
-  capturing_ = capturing;
   copies_.clear();
   captured_.reset();
   mine_.clear();
@@ -171,7 +170,7 @@ bool Executor::prepare(const Work& work, int ordinal, const Place& place, bool c
   auto allocate = [&] {
     return at::empty({static_cast<int64_t>(size)}, at::TensorOptions().dtype(at::kByte).device(device_));
   };
-  if (capturing) {
+  if (work.capturing) {
     // Tables of its own, which the graph's replays write: another step may change the usual ones meanwhile.
     captured_ = allocate();
     if (device_.is_cpu()) emulated_.push_back(captured_);
@@ -184,7 +183,7 @@ bool Executor::prepare(const Work& work, int ordinal, const Place& place, bool c
     // Freed, it must not serve another allocation before this stream is through with it.
     memory_.record_stream(c10::impl::VirtualGuardImpl(device_.type()).getStream(device_));
   }
-  char* const base = static_cast<char*>((capturing ? captured_ : memory_).mutable_data_ptr());
+  char* const base = static_cast<char*>((work.capturing ? captured_ : memory_).mutable_data_ptr());
   auto place_at = [&](auto& pointer) {
     using Pointer = std::remove_reference_t<decltype(pointer)>;
     pointer = reinterpret_cast<Pointer>(base + reinterpret_cast<uintptr_t>(pointer));
@@ -197,12 +196,12 @@ bool Executor::prepare(const Work& work, int ordinal, const Place& place, bool c
   tables_.chunks = at_offset<Chunk>(base, chunks);
   tables_.scalars = at_offset<RowScalars>(base, scalars);
   tables_.partials = at_offset<double>(base, partials);
-  if (capturing) {
+  if (work.capturing) {
     launcher_.upload(place_, base, host_.data(), host_.size());
     launcher_.map_chunks(place_, tables_);
     return true;
   }
-  upload(base, known_.empty());
+  upload(base);
   if (structure != structure_) {
     structure_.clear();
     launcher_.map_chunks(place_, tables_);
@@ -249,11 +248,10 @@ void Executor::update(const Work& work, const StepSettings& s, const Report& rep
   a.chunk_count = tables_.chunk_count;
   a.tickets = std::max(1u, tables_.chunk_count);
   // In graphs, starting early needs a newer driver.
-  const bool early = a.after_statistics && !capturing_;
+  const bool early = a.after_statistics && !work.capturing;
   if (!work.overlaps || tables_.chunk_count == 0) return launcher_.update(place_, a, early);
   for (uint32_t r : mine_) {
-    const int64_t numel = work.rows[r].numel;
-    a.chunk_count = static_cast<uint32_t>((numel + tables_.chunk_elements - 1) / tables_.chunk_elements);
+    a.chunk_count = chunks_of(work.rows[r].numel, tables_.chunk_elements);
     if (a.chunk_count) launcher_.update(place_, a, early);
     a.first_chunk += a.chunk_count;
   }
@@ -283,12 +281,10 @@ Outcome Runner::step(const Work& work, const StepSettings& s, const Wait& wait) 
   }
   std::sort(devices.begin(), devices.end());
   devices.erase(std::unique(devices.begin(), devices.end()), devices.end());
-  bool any_capturing = false;
-  for (int device : devices) any_capturing |= capturing(device);
-  if (any_capturing && devices.size() > 1) {
+  if (work.capturing && devices.size() > 1) {
     throw std::runtime_error("a step over several devices cannot be captured in a CUDA graph");
   }
-  if (any_capturing && s.error_if_nonfinite) {
+  if (work.capturing && s.error_if_nonfinite) {
     throw std::runtime_error(
         "error_if_nonfinite=True reads the norm on the host, which a step captured in a CUDA graph cannot; set it to "
         "False (grad_norm of the optimizer's last_step can be looked at after a replay)");
@@ -300,7 +296,7 @@ Outcome Runner::step(const Work& work, const StepSettings& s, const Wait& wait) 
     for (int device : devices) {
       Executor& executor = executor_of(device);
       const c10::OptionalDeviceGuard guard(executor.device());
-      if (executor.prepare(work, device, {device, stream_of_(device)}, any_capturing)) active.push_back(&executor);
+      if (executor.prepare(work, device, {device, stream_of_(device)})) active.push_back(&executor);
     }
     if (!active.empty()) {
       run(work, s, wait, active, outcome);

@@ -23,6 +23,7 @@ struct Work {
   RuleId rule;
   bool any_double;  // a row that takes part is in float64
   bool overlaps;    // rows share memory: the update takes one after the other
+  bool capturing;   // the current stream of a device is capturing a graph
 };
 
 struct Outcome {
@@ -36,7 +37,7 @@ class Executor {
   Executor(const Launcher& launcher, at::Device device) : launcher_(launcher), device_(device) {}
 
   // Makes the tables of the rows on this device ready for this step; false when none of them takes part.
-  bool prepare(const Work& work, int ordinal, const Place& place, bool capturing);
+  bool prepare(const Work& work, int ordinal, const Place& place);
 
   void statistics(const Work& work, const StepSettings& settings, const Report& report, double* total);
   void conclude(const double* totals, int count);
@@ -50,12 +51,11 @@ class Executor {
   const void* live(c10::TensorImpl* impl, DType& dtype);
   Operand operand(const Number& number);
   void lay_out(const Work& work);
-  void upload(char* base, bool all);
+  void upload(char* base);
 
   const Launcher& launcher_;
   const at::Device device_;
   Place place_{};
-  bool capturing_ = false;
   Tables tables_{};
   StatisticsArguments statistics_{};
   std::vector<uint32_t> mine_;      // plan's rows on this device

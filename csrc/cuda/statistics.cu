@@ -72,7 +72,7 @@ struct Gradient {
 // T is what the elements are loaded as; kHalves when they are stored in 16 bits.
 template <class T, bool kHalves, bool kExact, bool kAligned, NormKind K>
 __device__ __forceinline__ void add_aligned_vectors(const Gradient& grad, double p, Sum<K>& sum, uint32_t& done) {
-  constexpr int lanes = kHalves ? 8 : kLanes<T, 4>;
+  constexpr int lanes = 16 / (kHalves ? 2 : static_cast<int>(sizeof(T)));
   const char* const first = in_global_memory(grad.data) + grad.offset * (16 / lanes);
   const unsigned alignment = kAligned ? 16u : alignment_of(first);
   const uint32_t vectors = grad.length / lanes;
@@ -222,8 +222,7 @@ __global__ void __launch_bounds__(kThreads, 4) statistics_kernel(const __grid_co
       const Row& row = tables.rows[chunk.row];
       Gradient grad{data, row.layout[kGrad] < 0 ? nullptr : tables.layouts + row.layout[kGrad], row.dtype[kGrad],
                     chunk.index * tables.chunk_elements, 0};
-      const int64_t left = row.numel - grad.offset;
-      grad.length = static_cast<uint32_t>(left < tables.chunk_elements ? left : tables.chunk_elements);
+      grad.length = chunk_length(tables, row, grad.offset);
       constexpr bool tells = Sum<K>::template kTells<float>;
       Sum<K> sum;
       bool exact = true;

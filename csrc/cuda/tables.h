@@ -24,6 +24,11 @@ inline int64_t chunk_elements(int64_t total) {
   return elements;
 }
 
+// Chunks of a row.
+FUSEDOPT_HD uint32_t chunks_of(int64_t numel, int64_t chunk_elements) {
+  return static_cast<uint32_t>((numel + chunk_elements - 1) / chunk_elements);
+}
+
 // One distinct set of hyperparameters. Those given as device tensors are read through `live`, at each step, on the
 // device; the others are numbers.
 struct GroupRow {

@@ -215,9 +215,8 @@ __device__ __forceinline__ void update_chunk(const UpdateArguments& a, const Row
     }
     obstacles = __reduce_or_sync(0xffffffffu, obstacles);
     if (c == 0) {
-      const int64_t left = row.numel - offset;
       job.offset = offset;
-      job.length = static_cast<uint32_t>(left < a.tables.chunk_elements ? left : a.tables.chunk_elements);
+      job.length = chunk_length(a.tables, row, offset);
       job.multiplier = T(multiplier), job.bound = T(a.clip_value);
       job.variant = scalars.variant, job.obstacles = obstacles, job.write_back = a.write_back;
     }

@@ -29,7 +29,7 @@ __global__ void __launch_bounds__(kThreads)
 
 __global__ void __launch_bounds__(kThreads) map_kernel(const __grid_constant__ Tables tables) {
   const Row& row = tables.rows[blockIdx.x];
-  const int64_t count = (row.numel + tables.chunk_elements - 1) / tables.chunk_elements;
+  const uint32_t count = chunks_of(row.numel, tables.chunk_elements);
   for (uint32_t i = threadIdx.x; i < count; i += kThreads) tables.chunks[row.first_chunk + i] = {blockIdx.x, i};
 }
 
