@@ -5,11 +5,12 @@
 
 #include "cpu/executor.h"
 #include "cuda/device.h"
-#include "cuda/executor.h"
+#include "device/executor.h"
 #if defined(FUSEDOPT_EMULATOR)
 #include "cuda/emulator/control.h"
 #endif
 #include "plan.h"
+#include "python_launcher.h"
 #include "scaler.h"
 
 namespace fusedopt {
@@ -84,8 +85,8 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "Compiled kernels of fusedopt.";
 
   py::class_<StepPlan>(m, "StepPlan", "Tables of one optimizer's tensors; fusedopt.backends.NativeBackend drives it.")
-      .def(py::init<const std::string&, const std::string&, int>(), py::arg("rule"), py::arg("device") = "cpu",
-           py::arg("emulated_devices") = 1)
+      .def(py::init<const std::string&, const std::string&, int, const py::object&>(), py::arg("rule"),
+           py::arg("device") = "cpu", py::arg("emulated_devices") = 1, py::arg("launcher") = py::none())
       .def("step", &run_step, py::arg("param_groups"), py::arg("state"), py::arg("grad_scale"), py::arg("found_inf"),
            py::arg("check"), py::arg("norm_type"), py::arg("max_norm"), py::arg("error_if_nonfinite"),
            py::arg("clip_value"), py::arg("write_back"))
@@ -102,7 +103,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("use_cpu_isa", &cpu::use_isa, py::arg("name"), "Use another CPU instruction set, for tests.");
   m.def("cuda_problem", &cuda::problem, "Why CUDA cannot be used, or None.");
   m.def("cuda_problem_on", &cuda::problem_on, py::arg("device"), "Why the kernels cannot run on this GPU, or None.");
-  m.def("cuda_chunk_elements", &cuda::chunk_elements, py::arg("total"), "Elements of a chunk, of so many in all.");
+  m.def("device_chunk_elements", &device::chunk_elements, py::arg("total"), "Elements of a chunk, of so many in all.");
+  define_launching(m);
 #if defined(FUSEDOPT_EMULATOR)
   define_emulator(m);
 #endif

@@ -14,6 +14,8 @@
 #include <unordered_set>
 
 #include "cpu/executor.h"
+#include "cuda/launchers.h"
+#include "python_launcher.h"
 
 namespace fusedopt {
 namespace {
@@ -114,23 +116,30 @@ Number StepPlan::number(const py::object& value) const {
   return {scalar_of(tensor)};
 }
 
-StepPlan::StepPlan(const std::string& rule, const std::string& device, int emulated_devices)
+StepPlan::StepPlan(const std::string& rule, const std::string& device, int emulated_devices, const py::object& object)
     : rule_(rule_named(rule)), emulated_devices_(emulated_devices) {
-  if (device == "cpu") return;
-  const bool emulated = device == "emulated";
-  const cuda::Launcher* launcher = emulated           ? cuda::emulated_launcher()
-                                   : device == "cuda" ? cuda::gpu_launcher()
-                                                      : nullptr;
-  if (!launcher) throw std::invalid_argument("this build has no kernels for the device '" + device + "'");
   std::function<void*(int)> stream_of = [](int) -> void* { return nullptr; };
-  if (!emulated) {
+  auto streams_from = [&](const py::object& current) {
+    stream_of = [current](int index) { return reinterpret_cast<void*>(current(index).cast<uintptr_t>()); };
+  };
+  const device::Launcher* launcher = nullptr;
+  if (!object.is_none()) {
+    device_ = c10::Device(device).type();
+    launcher_ = std::make_unique<device::Launcher>(python_launcher(object, device_));
+    launcher = launcher_.get();
+    streams_from(object.attr("stream"));
+  } else if (device == "cpu") {
+    return;
+  } else if (device == "emulated") {
+    launcher = cuda::emulated_launcher();
+  } else if (device == "cuda") {
     device_ = at::kCUDA;
+    launcher = cuda::gpu_launcher();
     // torch's C++ way would make the module depend on a CUDA build of torch.
-    stream_of = [current = py::module_::import("torch._C").attr("_cuda_getCurrentRawStream")](int index) {
-      return reinterpret_cast<void*>(current(index).cast<uintptr_t>());
-    };
+    streams_from(py::module_::import("torch._C").attr("_cuda_getCurrentRawStream"));
   }
-  runner_ = std::make_unique<cuda::Runner>(*launcher, device_, std::move(stream_of));
+  if (!launcher) throw std::invalid_argument("this build has no kernels for the device '" + device + "'");
+  runner_ = std::make_unique<device::Runner>(*launcher, device_, std::move(stream_of));
 }
 
 // A hyperparameter; one that is a tensor on the plan's device is left there.
@@ -672,10 +681,10 @@ py::object StepPlan::refresh(PyObject* groups, PyObject* state, bool write_back)
     capturing_ = false;
     int last = -1;
     for (size_t r = 0; r < count; ++r) {
-      row_devices_[r] = watches_[r].problem   ? cuda::kNowhere
+      row_devices_[r] = watches_[r].problem   ? device::kNowhere
                         : device_ == at::kCPU ? static_cast<int>(r) % emulated_devices_
                                               : owners_[r].device.index();
-      if (row_devices_[r] == cuda::kNowhere || row_devices_[r] == last) continue;
+      if (row_devices_[r] == device::kNowhere || row_devices_[r] == last) continue;
       last = row_devices_[r];
       capturing_ |= runner_->capturing(last);
     }
@@ -780,14 +789,14 @@ std::vector<at::Tensor> StepPlan::hold_tensors() const {
 }
 
 py::object StepPlan::step_on_devices(const StepSettings& s) {
-  const cuda::Work work{rows_, row_devices_, group_table_, rule_.id, any_double_, overlaps_, capturing_};
+  const device::Work work{rows_, row_devices_, group_table_, rule_.id, any_double_, overlaps_, capturing_};
   // A thread that waits for the device must let the others run: one of them may have to launch what it waits for.
   auto wait = [this](const std::function<void()>& read) {
     const std::vector<at::Tensor> held = hold_tensors();
     const py::gil_scoped_release unlocked;
     read();
   };
-  cuda::Outcome outcome = runner_->step(work, s, wait);
+  device::Outcome outcome = runner_->step(work, s, wait);
   bump_versions(s.write_back);
   auto wrapped = [](at::Tensor& tensor) -> py::object {
     if (!tensor.defined()) return py::none();

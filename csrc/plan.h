@@ -7,7 +7,7 @@
 #include <string>
 #include <vector>
 
-#include "cuda/executor.h"
+#include "device/executor.h"
 #include "rule_interface.h"
 #include "step.h"
 #include "tables.h"
@@ -31,9 +31,10 @@ namespace fusedopt {
 class StepPlan {
  public:
   // `device` is "cpu", "cuda", or "emulated": the kernels of CUDA run as host code on CPU tensors, for tests; the
-  // parameters are then dealt out to so many `emulated_devices`. Throws std::invalid_argument for another one, or when
-  // the build lacks it.
-  StepPlan(const std::string& rule, const std::string& device, int emulated_devices = 1);
+  // parameters are then dealt out to so many `emulated_devices`. Any kind of device will do with a `launcher`, an
+  // object of Python that launches the kernels. Throws std::invalid_argument for another device, or when the build
+  // lacks it.
+  StepPlan(const std::string& rule, const std::string& device, int emulated_devices, const py::object& launcher);
 
   // Brings the tables up to date and runs the passes. Returns (scalars, found_inf): a tensor (grad_norm, clip_coef) or
   // None, a 0-dim float32 tensor or None. When a parameter with a gradient is not ready for the kernels, nothing is run
@@ -139,7 +140,8 @@ class StepPlan {
 
   const RuleInterface& rule_;
   c10::DeviceType device_ = at::kCPU;
-  std::unique_ptr<cuda::Runner> runner_;  // null for the CPU's own kernels
+  std::unique_ptr<device::Launcher> launcher_;  // null for one that lasts as long as the module
+  std::unique_ptr<device::Runner> runner_;      // null for the CPU's own kernels
   int emulated_devices_ = 1;
   std::vector<int> row_devices_;  // for the runner
   std::vector<Group> groups_;

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,12 @@ import torch
 
 import fusedopt
 from fusedopt import backends
-from fusedopt.backends.native import NativeBackend, load_native_module
+from fusedopt.backends import NativeBackend, TritonBackend
+from fusedopt.backends.native import load_native_module
+
+# One process either interprets Triton's kernels or compiles them; it reads this when it first makes one.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
 
 module = load_native_module()[0]
 ISAS = module.cpu_isas() if module else []
@@ -42,10 +48,18 @@ if HAS_EMULATOR:
 GPU = NativeBackend.unavailable(torch.device("cuda")) is None and torch.cuda.is_available()
 
 #: Every way a step can run here: each instruction set of the native backend, its CUDA kernels emulated and on a GPU,
-#: and the reference.
+#: Triton's kernels interpreted or on a GPU, and the reference.
 BACKENDS = [*(f"native-{isa}" for isa in ISAS), *(EmulatedBackend.name for _ in [0] if HAS_EMULATOR)]
 BACKENDS += ["native-cuda"] if GPU else []
+BACKENDS += ["triton"] if TritonBackend.unavailable(torch.device("cpu")) is None else []
+BACKENDS += ["triton-cuda"] if TritonBackend.unavailable(torch.device("cuda")) is None else []
 BACKENDS += ["reference"]
+
+
+def on_gpu(backend: str) -> bool:
+    """Whether an entry of BACKENDS runs on a GPU."""
+    return backend.endswith("-cuda")
+
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 
@@ -67,12 +81,20 @@ OPTIONS: dict[str, tuple[type[torch.optim.Optimizer], dict[str, Any]]] = {
     "adamw-tensor-betas": (fusedopt.FusedAdamW, {"betas": (torch.tensor(0.9), torch.tensor(0.99))}),
 }
 
-_CHUNK = 16384
+
+def _ragged(chunk: int) -> list[tuple[int, ...]]:
+    small = [(), (0,), (1,), (7,), (8,), (9,), (15,), (16,), (17,), (31,), (33,), (63,), (65,), (3, 5, 7)]
+    return [*small, (511,), (512,), (513,), (chunk - 1,), (chunk,), (chunk + 1,), (2, chunk + 3)]
+
 
 #: Edges of every loop: empty, 0-dim, vector widths, conversion block and chunk, each with its neighbours.
-RAGGED = [(), (0,), (1,), (7,), (8,), (9,), (15,), (16,), (17,), (31,), (33,), (63,), (65,), (3, 5, 7), (511,), (512,)]
-RAGGED += [(513,), (_CHUNK - 1,), (_CHUNK,), (_CHUNK + 1,), (2, _CHUNK + 3)]
+RAGGED = _ragged(16384)
 SMALL = [(), (0,), (1,), (17,), (3, 5, 7), (513,)]
+
+
+def shapes_for(backend: str) -> list[tuple[int, ...]]:
+    """Shapes with every edge that a backend has. (Interpreted, a chunk takes milliseconds.)"""
+    return {"reference": SMALL, "triton": _ragged(2048)}.get(backend, RAGGED)
 
 
 def backend_name(backend: str) -> str:
@@ -92,7 +114,7 @@ def on_cpu(tensor: torch.Tensor) -> np.ndarray:
 def parameters(
     shapes: list[tuple[int, ...]], dtype: torch.dtype = torch.float32, seed: int = 0
 ) -> list[torch.nn.Parameter]:
-    """The same values on any device; with ``native-cuda`` the default one is a GPU, see conftest.py."""
+    """The same values on any device; the default one may be a GPU, see conftest.py."""
     generator = torch.Generator("cpu").manual_seed(seed)
     device = torch.get_default_device()
     values = [torch.randn(shape, generator=generator, device="cpu").to(device, dtype) for shape in shapes]
@@ -117,7 +139,9 @@ def global_norm(params: list[torch.nn.Parameter], norm_type: float = 2.0) -> flo
 
 def bits(tensors: Any) -> list[bytes]:
     """The exact contents of tensors, NaN included."""
-    return [tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes() for tensor in tensors]
+    # (A tensor of one element may count as contiguous with any strides, but not be viewed as bytes.)
+    plain = (tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for tensor in tensors)
+    return [tensor.view(-1).view(torch.uint8).numpy().tobytes() for tensor in plain]
 
 
 def state_bits(optimizer: torch.optim.Optimizer) -> dict[tuple[int, str], bytes]:
@@ -130,7 +154,7 @@ def state_bits(optimizer: torch.optim.Optimizer) -> dict[tuple[int, str], bytes]
 
 
 each_backend = pytest.mark.parametrize(
-    "backend", [pytest.param(name, marks=pytest.mark.gpu) if name == "native-cuda" else name for name in BACKENDS]
+    "backend", [pytest.param(name, marks=pytest.mark.gpu) if on_gpu(name) else name for name in BACKENDS]
 )
 each_option = pytest.mark.parametrize("option", OPTIONS)
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from cases import HAS_EMULATOR, ISAS, module
+from cases import HAS_EMULATOR, ISAS, module, on_gpu
 
 
 @pytest.fixture(autouse=True)
@@ -12,11 +12,12 @@ def _restore_globals(request: pytest.FixtureRequest) -> Iterator[None]:
     """Each test starts with one seed, the default number of threads and the best instruction set."""
     threads, dtype = torch.get_num_threads(), torch.get_default_dtype()
     torch.manual_seed(0)
-    on_gpu = "native-cuda" in getattr(getattr(request.node, "callspec", None), "params", {}).values()
-    if on_gpu:  # what a test creates without saying where is on the GPU then
+    backend = getattr(getattr(request.node, "callspec", None), "params", {}).get("backend")
+    device_wanted = isinstance(backend, str) and on_gpu(backend)
+    if device_wanted:  # what a test creates without saying where is on the GPU then
         torch.set_default_device("cuda")
     yield
-    if on_gpu:
+    if device_wanted:
         torch.set_default_device(None)
     torch.set_num_threads(threads)
     torch.set_default_dtype(dtype)

@@ -260,7 +260,7 @@ def test_a_single_nonfinite_gradient_is_found_anywhere(slow: bool, norm_type: fl
 def test_chunk_elements_grow_with_the_model() -> None:
     ends = [0, *(2048 * 4096 * 2**k for k in range(8)), 2**40]
     totals = sorted({max(0, end + by) for end in ends for by in (-2049, -1, 0, 1, 2048, 4097)})
-    sizes = [module.cuda_chunk_elements(total) for total in totals]  # type: ignore[union-attr]
+    sizes = [module.device_chunk_elements(total) for total in totals]  # type: ignore[union-attr]
     assert sizes[0] == 2048
     assert sizes[-1] == 65536
     assert sizes == sorted(sizes)
@@ -288,7 +288,7 @@ def test_every_element_is_updated_once_around_the_ends_of_chunks(clip: str, dtyp
 
 def test_larger_chunks() -> None:
     count = 9_000_001
-    assert module.cuda_chunk_elements(count + 4095 + 4097) == 4096  # type: ignore[union-attr]
+    assert module.device_chunk_elements(count + 4095 + 4097) == 4096  # type: ignore[union-attr]
     params = [nn.Parameter(torch.zeros(length)) for length in (4095, count, 4097)]
     optimizer = fusedopt.FusedSGD(params, lr=1.0, backend="emulated")
     for param in params:

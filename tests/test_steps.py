@@ -10,7 +10,6 @@ import torch
 from cases import (
     ISAS,
     OPTIONS,
-    RAGGED,
     SMALL,
     backend_name,
     bits,
@@ -20,6 +19,7 @@ from cases import (
     global_norm,
     parameters,
     set_gradients,
+    shapes_for,
 )
 from oracle import CheckedStep
 
@@ -29,7 +29,7 @@ import fusedopt
 def make(option: str, backend: str, dtype: torch.dtype, **extra: Any) -> tuple[Any, list[torch.nn.Parameter]]:
     cls, settings = OPTIONS[option]
     name = backend_name(backend)
-    params = parameters(SMALL if name == "reference" else RAGGED, dtype)
+    params = parameters(shapes_for(backend), dtype)
     return cls(params, **settings, **extra, backend=name), params
 
 

@@ -1,6 +1,6 @@
 // Stands in for the CUDA sources in a build without them.
 #include "device.h"
-#include "launch.h"
+#include "launchers.h"
 
 namespace fusedopt::cuda {
 

@@ -15,7 +15,7 @@ void upload(const Place&, void* to, const void* from, size_t bytes);
 void map_chunks(const Place&, const Tables&);
 void statistics(const Place&, const StatisticsArguments&);
 void conclude(const Place&, const StatisticsArguments&, const double* totals, int count);
-void update(const Place&, const UpdateArguments&, bool early);
+void update(const Place&, const UpdateArguments&, const Row& like, bool early);
 
 namespace {
 
@@ -91,8 +91,8 @@ std::optional<std::string> problem_on(int device) {
 }
 
 const Launcher* gpu_launcher() {
-  static const Launcher launcher = {gpu::load,       gpu::capturing, gpu::upload, gpu::map_chunks,
-                                    gpu::statistics, gpu::conclude,  gpu::update};
+  static const Launcher launcher = {gpu::capturing,  gpu::upload,   gpu::map_chunks,
+                                    gpu::statistics, gpu::conclude, gpu::update};
   return &launcher;
 }
 

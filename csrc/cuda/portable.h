@@ -1,7 +1,7 @@
 // What the kernel sources include: CUDA's own names under nvcc, the emulator's in a host build of the same sources.
 #pragma once
 #include "../convert.h"
-#include "launch.h"
+#include "launchers.h"
 
 #if defined(__CUDACC__)
 

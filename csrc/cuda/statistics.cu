@@ -214,7 +214,7 @@ __global__ void __launch_bounds__(kThreads, 4) statistics_kernel(const __grid_co
   let_next_kernel_start();
   const uint32_t c = blockIdx.x;
   if (c < tables.chunk_count) {
-    const Chunk chunk = tables.chunks[c];
+    const ChunkEntry chunk = tables.chunks[c];
     const char* const data = static_cast<const char*>(tables.grads[chunk.row]);
     double total = 0;
     bool nonfinite = false;

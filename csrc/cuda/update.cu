@@ -237,7 +237,7 @@ __global__ void __launch_bounds__(kThreads, 4) update_kernel(const __grid_consta
   uint32_t c = a.first_chunk + blockIdx.x;
   if (a.reverse) c = last - 1 - blockIdx.x;
   const bool working = blockIdx.x < a.chunk_count;
-  const Chunk chunk = working ? tables.chunks[c] : Chunk{0, 0};
+  const ChunkEntry chunk = working ? tables.chunks[c] : ChunkEntry{0, 0};
   char* const grad = working ? static_cast<char*>(tables.grads[chunk.row]) : nullptr;
   const Row& row = tables.rows[chunk.row];
 
@@ -288,7 +288,7 @@ void load_update() {
 #undef FUSEDOPT_LOAD_UPDATE
 }
 
-void update(const Place& place, const UpdateArguments& a, bool early) {
+void update(const Place& place, const UpdateArguments& a, const Row&, bool early) {
   const uint32_t blocks = a.chunk_count ? a.chunk_count : 1;
   switch (a.rule) {
 #define FUSEDOPT_LAUNCH_UPDATE(Rule)                      \

@@ -1,4 +1,4 @@
-"""Backends run the steps. ``native`` is the compiled module, ``reference`` is plain PyTorch."""
+"""Backends run the steps: ``native`` is compiled ahead, ``triton`` on first use, ``reference`` is plain PyTorch."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from ..rules import Rule, did_you_mean
 from .base import Backend, BackendUnavailable, StepReport, StepRequest
 from .native import NativeBackend
 from .reference import ReferenceBackend
+from .triton import TritonBackend
 
 __all__ = [
     "BACKENDS",
@@ -21,12 +22,15 @@ __all__ = [
     "ReferenceBackend",
     "StepReport",
     "StepRequest",
+    "TritonBackend",
     "check_backend_name",
     "create_backend",
 ]
 
 #: Backends by name, in the order in which 'auto' tries them.
-BACKENDS: dict[str, type[Backend]] = {backend.name: backend for backend in (NativeBackend, ReferenceBackend)}
+BACKENDS: dict[str, type[Backend]] = {
+    backend.name: backend for backend in (NativeBackend, TritonBackend, ReferenceBackend)
+}
 
 
 def check_backend_name(name: str) -> None:

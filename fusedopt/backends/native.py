@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-import math
 import re
 import warnings
-from collections.abc import Iterable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -15,8 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..rules import NormClip, Rule, ValueClip, check_gradient, check_parameter, parameter_name
-from .base import Backend, BackendUnavailable, StepReport, StepRequest
+from .plan import PlanBackend
 
 __all__ = ["NativeBackend", "load_native_module", "update_scale"]
 
@@ -69,7 +66,7 @@ def update_scale(
     )
 
 
-class NativeBackend(Backend):
+class NativeBackend(PlanBackend):
     """Compiled kernels over one plan of all the optimizer's tensors, for CPUs and NVIDIA GPUs.
 
     On GPUs a step waits for nothing (but under ``error_if_nonfinite``) and can be captured in a CUDA graph.
@@ -78,11 +75,6 @@ class NativeBackend(Backend):
     """
 
     name = "native"
-
-    def __init__(self, rule: Rule, devices: Iterable[torch.device] = ()):
-        super().__init__(rule, devices)
-        self._device_type = next((device.type for device in devices), "cpu")
-        self._plan = self._make_plan()
 
     def _make_plan(self) -> Any:
         assert _module is not None
@@ -103,61 +95,3 @@ class NativeBackend(Backend):
         index = torch.cuda.current_device() if device.index is None else device.index
         with torch.cuda.device(index):
             return _module.cuda_problem_on(index)
-
-    @classmethod
-    def unavailable_together(cls, devices: Iterable[torch.device]) -> str | None:
-        kinds = sorted({device.type for device in devices})
-        return f"one optimizer has parameters on {' and '.join(kinds)}" if len(kinds) > 1 else None
-
-    def step(
-        self, param_groups: list[dict[str, Any]], state: dict[Tensor, dict[str, Any]], request: StepRequest
-    ) -> StepReport:
-        norm_type, error_if_nonfinite, clip_value = 0.0, False, math.inf
-        max_norm: float | Tensor = 0.0
-        clip = request.clip
-        if isinstance(clip, NormClip):
-            norm_type, max_norm, error_if_nonfinite = clip.norm_type, clip.max_norm, clip.error_if_nonfinite
-        elif isinstance(clip, ValueClip):
-            clip_value = clip.clip_value
-
-        asked = (
-            request.grad_scale,
-            request.found_inf,
-            request.check,
-            norm_type,
-            max_norm,
-            error_if_nonfinite,
-            clip_value,
-            request.write_back_grads,
-        )
-        result = self._plan.step(param_groups, state, *asked)
-        if isinstance(result, list):
-            self._attend(result, param_groups, state)
-            result = self._plan.step(param_groups, state, *asked)
-        if isinstance(result, list):
-            g, i, reason, _ = result[0]
-            raise RuntimeError(f"{parameter_name(param_groups[g], g, i)} {reason}")
-        return StepReport(*result)
-
-    def _attend(
-        self,
-        attention: list[tuple[int, int, str, bool | None]],
-        param_groups: list[dict[str, Any]],
-        state: dict[Tensor, dict[str, Any]],
-    ) -> None:
-        """Look at what the plan cannot serve as it is: raise what is wrong, then create the state that is missing."""
-        for g, i, reason, state_missing in attention:
-            group = param_groups[g]
-            param, name = group["params"][i], parameter_name(group, g, i)
-            check_parameter(name, param)
-            if param.device.type != self._device_type:
-                raise BackendUnavailable(f"{name} is on {param.device}, others on {self._device_type}")
-            if state_missing is None:  # nothing that could be mended
-                raise RuntimeError(f"{name} {reason}")
-            if param.grad is None:  # another thread has dropped it since
-                continue
-            check_gradient(name, param, param.grad)
-            if not state_missing:
-                raise RuntimeError(f"{name} {reason}")
-        for g, i, _, _ in attention:
-            self.rule.init_state(param_groups[g], param_groups[g]["params"][i], state)

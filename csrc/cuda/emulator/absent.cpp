@@ -1,5 +1,5 @@
 // Stands in for the emulator in a build without it.
-#include "../launch.h"
+#include "../launchers.h"
 
 namespace fusedopt::cuda {
 

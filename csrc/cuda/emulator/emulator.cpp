@@ -225,6 +225,4 @@ uint64_t launch_count() { return launches; }
 
 bool capturing(const Place&) { return recording != nullptr; }
 
-void load(int) {}
-
 }  // namespace fusedopt::cuda::emulated

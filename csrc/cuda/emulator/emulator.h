@@ -13,7 +13,7 @@
 
 #include <string>
 
-#include "../launch.h"
+#include "../launchers.h"
 #include "control.h"
 
 #define __global__
@@ -97,7 +97,6 @@ T& block_shared() {
   return *static_cast<T*>(shared_memory(sizeof(T)));
 }
 
-void load(int device);
 bool capturing(const Place&);
 void run_or_record(std::function<void()> launch);
 void run_blocks(uint32_t blocks, const std::function<void()>& kernel);

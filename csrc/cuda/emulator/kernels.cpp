@@ -6,8 +6,8 @@
 namespace fusedopt::cuda {
 
 const Launcher* emulated_launcher() {
-  static const Launcher launcher = {emulated::load,       emulated::capturing, emulated::upload, emulated::map_chunks,
-                                    emulated::statistics, emulated::conclude,  emulated::update};
+  static const Launcher launcher = {emulated::capturing,  emulated::upload,   emulated::map_chunks,
+                                    emulated::statistics, emulated::conclude, emulated::update};
   return &launcher;
 }
 

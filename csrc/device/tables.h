@@ -5,9 +5,7 @@
 #include "../rules/rules.h"
 #include "../tables.h"
 
-namespace fusedopt::cuda {
-
-constexpr int kThreads = 256;
+namespace fusedopt::device {
 
 // Columns of a row, in the order of kernels.
 constexpr int kParam = 0, kGrad = 1, kState = 2, kColumns = kState + kMaxStates;
@@ -51,7 +49,7 @@ struct Row {
   static constexpr int32_t kFlat = -1;
 };
 
-struct Chunk {
+struct ChunkEntry {
   uint32_t row;
   uint32_t index;  // in its row
 };
@@ -74,7 +72,7 @@ struct Tables {
   void* const* grads;  // one per row, null where the parameter takes no part
   const Row* rows;
   const Layout* layouts;
-  Chunk* chunks;
+  ChunkEntry* chunks;   // the chunk map
   RowScalars* scalars;  // one per row
   double* partials;     // one per chunk
   Control* control;
@@ -122,4 +120,4 @@ struct UpdateArguments {
   uint32_t tickets;                   // blocks of all the launches of this pass
 };
 
-}  // namespace fusedopt::cuda
+}  // namespace fusedopt::device

@@ -10,7 +10,7 @@
 #include "../step.h"
 #include "launch.h"
 
-namespace fusedopt::cuda {
+namespace fusedopt::device {
 
 // Stands for the device of a row that no kernel can work on, and that takes no part.
 constexpr int kNowhere = -1;
@@ -50,8 +50,17 @@ class Executor {
  private:
   const void* live(c10::TensorImpl* impl, DType& dtype);
   Operand operand(const Number& number);
+  static uint64_t kind_of(const TensorRow& row);
+  void sort_rows(const Work& work);
   void lay_out(const Work& work);
   void upload(char* base);
+
+  // Neighbouring rows that one update takes.
+  struct Run {
+    uint64_t kind;
+    uint32_t first_chunk, chunk_count;
+    size_t like;  // offset of one of them in host_
+  };
 
   const Launcher& launcher_;
   const at::Device device_;
@@ -61,7 +70,8 @@ class Executor {
   std::vector<uint32_t> mine_;      // plan's rows on this device
   std::vector<char> host_, known_;  // the uploaded part of the tables: now, and as it is on the device
   std::vector<int64_t> structure_;  // numbers of elements, for which the chunk map was made
-  std::vector<Layout> layouts_;     // of columns that are not flat
+  std::vector<Run> runs_;
+  std::vector<Layout> layouts_;  // of columns that are not flat
   // Copies of numbers that were not where kernels can read them; of this step.
   std::unordered_map<c10::TensorImpl*, at::Tensor> copies_;
   at::Tensor memory_;                 // has the tables
@@ -97,4 +107,4 @@ class Runner {
   std::vector<std::unique_ptr<Executor>> executors_;  // by device
 };
 
-}  // namespace fusedopt::cuda
+}  // namespace fusedopt::device

@@ -11,7 +11,7 @@
 
 #include "../tensors.h"
 
-namespace fusedopt::cuda {
+namespace fusedopt::device {
 namespace {
 
 constexpr size_t kUnit = 64;  // of comparing tables; uploads are multiples of it
@@ -55,9 +55,37 @@ Operand Executor::operand(const Number& number) {
   return operand;
 }
 
+// What the rows of one update have in common under `per_dtypes`, as a number; 0 for one that takes no part.
+uint64_t Executor::kind_of(const TensorRow& row) {
+  if (!row.grad.data || row.numel == 0) return 0;
+  uint64_t kind = 0;
+  auto add = [&](const Column& column) {
+    kind = 8 * kind + (column.data ? 1 + static_cast<uint64_t>(column.dtype) : 0);
+  };
+  add(row.param);
+  add(row.grad);
+  for (const Column& state : row.state) add(state);
+  return kind;
+}
+
+// Puts rows of one kind beside each other, when there are several kinds.
+void Executor::sort_rows(const Work& work) {
+  uint64_t first = 0;
+  bool several = false;
+  for (uint32_t r : mine_) {
+    const uint64_t kind = kind_of(work.rows[r]);
+    if (first == 0) first = kind;
+    several |= kind != 0 && kind != first;
+  }
+  if (!several) return;
+  std::stable_sort(mine_.begin(), mine_.end(),
+                   [&](uint32_t a, uint32_t b) { return kind_of(work.rows[a]) < kind_of(work.rows[b]); });
+}
+
 // Fills host_ with what the device is to have, and tables_ with where it is in it.
 void Executor::lay_out(const Work& work) {
   layouts_.clear();
+  runs_.clear();
   int64_t total = 0;
   std::vector<bool> used(work.groups.size());
   for (uint32_t r : mine_) {
@@ -105,7 +133,16 @@ void Executor::lay_out(const Work& work) {
     row.numel = from.numel;
     row.group = from.group;
     row.first_chunk = static_cast<uint32_t>(chunk);
-    chunk += chunks_of(from.numel, tables_.chunk_elements);
+    const uint32_t count = chunks_of(from.numel, tables_.chunk_elements);
+    chunk += count;
+    const uint64_t kind = launcher_.per_dtypes ? kind_of(from) : 1;
+    if (runs_.empty() || work.overlaps || (kind && runs_.back().kind && kind != runs_.back().kind)) {
+      runs_.push_back({kind, row.first_chunk, 0, rows + i * sizeof(Row)});
+    } else if (runs_.back().kind == 0) {
+      runs_.back().kind = kind;
+      runs_.back().like = rows + i * sizeof(Row);
+    }
+    runs_.back().chunk_count += count;
   }
   if (chunk >> 31) throw std::runtime_error("the optimizer's parameters on one device make more than 2^31 chunks");
   tables_.chunk_count = static_cast<uint32_t>(chunk);
@@ -159,11 +196,13 @@ bool Executor::prepare(const Work& work, int ordinal, const Place& place) {
     active |= work.rows[r].grad.data != nullptr;
   }
   if (!active) return false;
+  if (launcher_.per_dtypes && !work.overlaps) sort_rows(work);
   lay_out(work);
 
   size_t size = host_.size();
-  const size_t chunks = section<Chunk>(size, tables_.chunk_count), scalars = section<RowScalars>(size, mine_.size());
-  const size_t partials = section<double>(size, tables_.chunk_count);
+  const size_t chunks = section<ChunkEntry>(size, tables_.chunk_count),
+               scalars = section<RowScalars>(size, mine_.size());
+  const size_t partials = section<double>(size, static_cast<size_t>(launcher_.partials) * tables_.chunk_count);
   std::vector<int64_t> structure = {tables_.chunk_elements, static_cast<int64_t>(chunks)};
   for (uint32_t r : mine_) structure.push_back(work.rows[r].numel);
 
@@ -193,7 +232,7 @@ bool Executor::prepare(const Work& work, int ordinal, const Place& place) {
   place_at(tables_.rows);
   place_at(tables_.layouts);
   tables_.control = at_offset<Control>(base, 0);
-  tables_.chunks = at_offset<Chunk>(base, chunks);
+  tables_.chunks = at_offset<ChunkEntry>(base, chunks);
   tables_.scalars = at_offset<RowScalars>(base, scalars);
   tables_.partials = at_offset<double>(base, partials);
   if (work.capturing) {
@@ -232,11 +271,12 @@ void Executor::conclude(const double* totals, int count) {
 }
 
 void Executor::update(const Work& work, const StepSettings& s, const Report& report) {
+  const bool finds = s.mode() != Mode::kBare;
   UpdateArguments a{};
   a.tables = tables_;
   a.rule = work.rule;
-  a.after_statistics = s.mode() != Mode::kBare;
-  a.reverse = a.after_statistics && !work.overlaps;
+  a.after_statistics = finds || launcher_.prepares_bare;
+  a.reverse = finds && !work.overlaps;
   a.write_back = s.write_back;
   a.has_found_inf = s.has_found_inf;
   a.clip_value = s.clip_value;
@@ -245,15 +285,15 @@ void Executor::update(const Work& work, const StepSettings& s, const Report& rep
     a.found_inf = operand(s.found_inf);
     a.report = report;
   }
-  a.chunk_count = tables_.chunk_count;
   a.tickets = std::max(1u, tables_.chunk_count);
   // In graphs, starting early needs a newer driver.
   const bool early = a.after_statistics && !work.capturing;
-  if (!work.overlaps || tables_.chunk_count == 0) return launcher_.update(place_, a, early);
-  for (uint32_t r : mine_) {
-    a.chunk_count = chunks_of(work.rows[r].numel, tables_.chunk_elements);
-    if (a.chunk_count) launcher_.update(place_, a, early);
-    a.first_chunk += a.chunk_count;
+  for (const Run& run : runs_) {
+    if (tables_.chunk_count && (run.chunk_count == 0 || run.kind == 0)) continue;
+    a.first_chunk = run.first_chunk;
+    a.chunk_count = run.chunk_count;
+    launcher_.update(place_, a, *at_offset<Row>(host_.data(), run.like), early);
+    if (!tables_.chunk_count) break;
   }
 }
 
@@ -341,23 +381,26 @@ void Runner::run(const Work& work, const StepSettings& s, const Wait& wait, cons
     report.found_inf = static_cast<float*>(outcome.found_inf.mutable_data_ptr());
   }
 
-  if (s.mode() != Mode::kBare && active.size() == 1) {
-    const c10::OptionalDeviceGuard guard(active[0]->device());
-    active[0]->statistics(work, s, report, nullptr);
-  } else if (s.mode() != Mode::kBare) {
+  const bool finds = s.mode() != Mode::kBare;
+  auto report_of = [&](Executor* executor) { return executor == active[0] ? report : Report{}; };
+  if (finds && active.size() > 1) {
     const auto count = static_cast<int64_t>(active.size());
     std::vector<at::Tensor> totals;
     for (Executor* executor : active) {
       const c10::OptionalDeviceGuard guard(executor->device());
       totals.push_back(at::empty({2}, at::TensorOptions().device(executor->device()).dtype(at::kDouble)));
-      executor->statistics(work, s, executor == active[0] ? report : Report{},
-                           static_cast<double*>(totals.back().mutable_data_ptr()));
+      executor->statistics(work, s, report_of(executor), static_cast<double*>(totals.back().mutable_data_ptr()));
     }
     for (Executor* executor : active) {
       const c10::OptionalDeviceGuard guard(executor->device());
       const at::Tensor all = at::empty({count, 2}, at::TensorOptions().device(executor->device()).dtype(at::kDouble));
       for (int64_t i = 0; i < count; ++i) all.select(0, i).copy_(totals[static_cast<size_t>(i)], /*non_blocking=*/true);
       executor->conclude(static_cast<const double*>(all.const_data_ptr()), static_cast<int>(count));
+    }
+  } else if (finds || launcher_.prepares_bare) {
+    for (Executor* executor : active) {
+      const c10::OptionalDeviceGuard guard(executor->device());
+      executor->statistics(work, s, report_of(executor), nullptr);
     }
   }
   if (full && s.error_if_nonfinite) {
@@ -373,8 +416,8 @@ void Runner::run(const Work& work, const StepSettings& s, const Wait& wait, cons
   }
   for (Executor* executor : active) {
     const c10::OptionalDeviceGuard guard(executor->device());
-    executor->update(work, s, executor == active[0] ? report : Report{});
+    executor->update(work, s, report_of(executor));
   }
 }
 
-}  // namespace fusedopt::cuda
+}  // namespace fusedopt::device

@@ -1,0 +1,87 @@
+"""What the backends have in common whose steps a StepPlan of the compiled module runs."""
+
+from __future__ import annotations
+
+import abc
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..rules import NormClip, Rule, ValueClip, check_gradient, check_parameter, parameter_name
+from .base import Backend, BackendUnavailable, StepReport, StepRequest
+
+__all__ = ["PlanBackend"]
+
+
+class PlanBackend(Backend):
+    """Asks the plan for each step, and attends to what it cannot serve as it is."""
+
+    def __init__(self, rule: Rule, devices: Iterable[torch.device] = ()):
+        super().__init__(rule, devices)
+        self._device_type = next((device.type for device in devices), "cpu")
+        self._plan = self._make_plan()
+
+    @abc.abstractmethod
+    def _make_plan(self) -> Any:
+        """A StepPlan for tensors on ``self._device_type``."""
+
+    @classmethod
+    def unavailable_together(cls, devices: Iterable[torch.device]) -> str | None:
+        kinds = sorted({device.type for device in devices})
+        return f"one optimizer has parameters on {' and '.join(kinds)}" if len(kinds) > 1 else None
+
+    def step(
+        self, param_groups: list[dict[str, Any]], state: dict[Tensor, dict[str, Any]], request: StepRequest
+    ) -> StepReport:
+        norm_type, error_if_nonfinite, clip_value = 0.0, False, math.inf
+        max_norm: float | Tensor = 0.0
+        clip = request.clip
+        if isinstance(clip, NormClip):
+            norm_type, max_norm, error_if_nonfinite = clip.norm_type, clip.max_norm, clip.error_if_nonfinite
+        elif isinstance(clip, ValueClip):
+            clip_value = clip.clip_value
+
+        asked = (
+            request.grad_scale,
+            request.found_inf,
+            request.check,
+            norm_type,
+            max_norm,
+            error_if_nonfinite,
+            clip_value,
+            request.write_back_grads,
+        )
+        result = self._plan.step(param_groups, state, *asked)
+        if isinstance(result, list):
+            self._attend(result, param_groups, state)
+            result = self._plan.step(param_groups, state, *asked)
+        if isinstance(result, list):
+            g, i, reason, _ = result[0]
+            raise RuntimeError(f"{parameter_name(param_groups[g], g, i)} {reason}")
+        return StepReport(*result)
+
+    def _attend(
+        self,
+        attention: list[tuple[int, int, str, bool | None]],
+        param_groups: list[dict[str, Any]],
+        state: dict[Tensor, dict[str, Any]],
+    ) -> None:
+        """Look at what the plan cannot serve as it is: raise what is wrong, then create the state that is missing."""
+        for g, i, reason, state_missing in attention:
+            group = param_groups[g]
+            param, name = group["params"][i], parameter_name(group, g, i)
+            check_parameter(name, param)
+            if param.device.type != self._device_type:
+                raise BackendUnavailable(f"{name} is on {param.device}, others on {self._device_type}")
+            if state_missing is None:  # nothing that could be mended
+                raise RuntimeError(f"{name} {reason}")
+            if param.grad is None:  # another thread has dropped it since
+                continue
+            check_gradient(name, param, param.grad)
+            if not state_missing:
+                raise RuntimeError(f"{name} {reason}")
+        for g, i, _, _ in attention:
+            self.rule.init_state(param_groups[g], param_groups[g]["params"][i], state)

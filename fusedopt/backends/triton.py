@@ -1,0 +1,338 @@
+"""The Triton backend: for GPUs that the compiled module has no kernels for, launched by the same plan."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import json
+import math
+import time
+from typing import Any, NamedTuple
+
+import torch
+
+from ..rules import RULES, Rule
+from .base import BackendUnavailable
+from .native import load_native_module
+from .plan import PlanBackend
+
+__all__ = ["Launcher", "TritonBackend", "Tuning", "warm_up"]
+
+_LEAST_TRITON = (3, 6)
+_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)  # by number, as DType of csrc/tables.h
+_ABSENT = -1
+_PREPARE_ROWS = 128
+
+
+@functools.cache
+def _triton_problem() -> str | None:
+    """Why Triton cannot be used at all, or None."""
+    try:
+        import triton
+    except ImportError as error:
+        return f"triton is not installed ({error}); install it with: pip install 'fusedopt[triton]'"
+    version = tuple(int(part) for part in triton.__version__.split(".")[:2])
+    if version < _LEAST_TRITON:
+        return f"triton {triton.__version__} is installed; {'.'.join(map(str, _LEAST_TRITON))} or later is needed"
+    return None
+
+
+def interpreting() -> bool:
+    """Whether Triton's kernels run in its interpreter (TRITON_INTERPRET=1), on CPU tensors."""
+    import triton
+
+    return bool(triton.knobs.runtime.interpret)
+
+
+class Tuning(NamedTuple):
+    """How the update is launched: elements that a program works on at once, and its warps."""
+
+    block: int
+    warps: int
+
+
+#: What is tried; the first serves where nothing may be measured. Chunks have 2048 elements or more.
+_TUNINGS = tuple(Tuning(*pair) for pair in ((1024, 4), (512, 4), (1024, 8), (2048, 4), (2048, 8)))
+#: Elements of the tensors it is tried on: more than caches hold, so that memory decides.
+_TUNING_ELEMENTS = 16 << 20
+#: What was found out in this process.
+_chosen: dict[tuple[str, str, tuple[int, ...]], Tuning] = {}
+
+
+class Launcher:
+    """Launches the kernels of one rule; its methods are called by the plan, see csrc/device/launch.h.
+
+    Args:
+        rule: whose kernels.
+        device_type: ``'cuda'`` (of NVIDIA or AMD), ``'xpu'``, or ``'cpu'`` for the interpreter.
+        tuning: of the update; None finds it out, once per device and dtypes, with the first step that needs it.
+    """
+
+    def __init__(self, rule: Rule, device_type: str, tuning: Tuning | None = None):
+        import triton
+
+        from . import triton_kernels
+
+        self.rule = rule
+        self.device_type = device_type
+        self.tuning = tuning
+        self.interpreted = interpreting()
+        self.slow_double = functools.cache(self._has_slow_double)
+        self._driver = triton.runtime.driver
+        self._kernels = triton_kernels
+        self._mine = triton_kernels.RULES[rule.name]
+
+    def stream(self, device: int) -> int:
+        """The current stream of a device, as an address."""
+        return 0 if self.interpreted else self._driver.active.get_current_stream(device)
+
+    def capturing(self, device: int) -> bool:
+        """Whether a graph of launches is being captured on the current stream."""
+        probe = getattr(getattr(torch, self.device_type), "is_current_stream_capturing", None)
+        return probe is not None and probe()
+
+    def launch(self, kernel: Any, programs: int, *arguments: Any, **settings: Any) -> None:
+        """Launch ``programs`` programs of a kernel on the current stream."""
+        if self.interpreted:
+            import numpy
+
+            with numpy.errstate(all="ignore"):  # infinities and NaN are the kernels' business
+                kernel[(programs,)](*arguments, **settings)
+        else:
+            # No contraction of products and sums: the same bits everywhere, and exact products of halves in power().
+            kernel[(programs,)](*arguments, **settings, enable_fp_fusion=False)
+
+    def map_chunks(self, tables: Any) -> None:
+        """Fill in the chunk map."""
+        self.launch(
+            self._kernels.map_kernel, tables.row_count, tables.rows, tables.chunks, tables.chunk_elements, BLOCK=128
+        )
+
+    def statistics(self, device: int, a: Any) -> None:
+        """The statistics pass, if there is something to find out, and the conclusions."""
+        t = a.tables
+        if (a.kind or a.check) and t.chunk_count:
+            self.launch(
+                self._kernels.statistics_kernel,
+                t.chunk_count,
+                *(t.grads, t.rows, t.layouts, t.chunks, t.partials, t.chunk_elements, a.p),
+                KIND=a.kind,
+                SLOW_DOUBLE=self.slow_double(device),
+                num_warps=8,
+            )
+        if a.total:
+            self.launch(self._kernels.total_kernel, 1, t.partials, t.chunk_count, a.total, KIND=a.kind)
+        else:
+            self.conclude(a, t.partials, t.chunk_count)
+
+    def conclude(self, a: Any, found: int, found_count: int) -> None:
+        """Norm, clip coefficient and skip from the pairs that were found, then constants and step counts of rows."""
+        t = a.tables
+        numbers = [
+            x for number in (a.scale, a.found_inf, a.max_norm) for x in (number.value, number.live, number.dtype)
+        ]
+        self.launch(
+            self._kernels.prepare_kernel,
+            -(-t.row_count // _PREPARE_ROWS),
+            *(t.grads, t.rows, t.groups, t.scalars, t.control, t.row_count),
+            *(found, found_count, a.p, *numbers, a.report.scalars, a.report.found_inf),
+            CONSTANTS=self._mine.constants,
+            CONSTANT_COUNT=self._mine.constant_count,
+            KIND=a.kind,
+            CHECK=a.check,
+            HAS_FOUND_INF=a.has_found_inf,
+            REFUSE_NONFINITE=a.refuse_nonfinite,
+            REPORT_DOUBLE=a.report.scalars_are_double,
+            BLOCK=_PREPARE_ROWS,
+        )
+
+    def update(self, device: int, a: Any, dtypes: tuple[int, ...]) -> None:
+        """The update pass over chunks of rows whose columns have these dtypes."""
+        if not a.chunk_count:
+            return
+        t = a.tables
+        tuning = self.tuning or self._tuning_for(device, dtypes)
+        self.launch(
+            self._kernels.update_kernel,
+            a.chunk_count,
+            *(t.grads, t.rows, t.layouts, t.chunks, t.scalars, t.control, t.chunk_elements),
+            *(a.first_chunk, a.clip_value),
+            UPDATE=self._mine.update,
+            **dict(zip(("PARAM", "GRAD", "A", "B", "C"), dtypes, strict=True)),
+            REVERSE=a.reverse,
+            WRITE_BACK=a.write_back,
+            BLOCK=tuning.block,
+            RAGGED=tuning.block if self.interpreted else 64 * tuning.warps,
+            num_warps=tuning.warps,
+        )
+
+    def _has_slow_double(self, device: int) -> bool:
+        """Whether float64 arithmetic is so slow that a norm is first added up, in short runs, in float32."""
+        if self.device_type != "cuda":
+            return False
+        properties = torch.cuda.get_device_properties(device)
+        if torch.version.hip is not None:
+            return not properties.gcnArchName.startswith("gfx9")
+        capability = properties.major * 10 + properties.minor
+        return capability in (86, 87, 89, 103) or capability >= 110
+
+    def _tuning_for(self, device: int, dtypes: tuple[int, ...]) -> Tuning:
+        if self.interpreted:
+            return Tuning(2048, 1)
+        name = getattr(torch, self.device_type).get_device_name(device)
+        key = (name, self.rule.name, dtypes)
+        if key not in _chosen:
+            if (kept := _kept_tuning(self._kernels.update_kernel, key)) is not None:
+                _chosen[key] = kept
+            elif self.capturing(device):
+                return _TUNINGS[0]
+            else:
+                _chosen[key] = self._measure(torch.device(self.device_type, device), dtypes)
+                _keep_tuning(self._kernels.update_kernel, key, _chosen[key])
+        return _chosen[key]
+
+    def _measure(self, device: torch.device, dtypes: tuple[int, ...]) -> Tuning:
+        """The fastest of the tunings, for a large tensor; the first where there is no memory to try."""
+        from triton.testing import do_bench
+
+        times = {}
+        try:
+            step_of = scratch_step(self.rule, device, dtypes, _TUNING_ELEMENTS)
+            for tuning in _TUNINGS:
+                step = step_of(Launcher(self.rule, self.device_type, tuning))
+                times[tuning] = do_bench(step, warmup=5, rep=20, return_mode="median")
+        except torch.OutOfMemoryError:
+            return _TUNINGS[0]
+        return min(times, key=times.__getitem__)
+
+
+def scratch_step(rule: Rule, device: torch.device, dtypes: tuple[int, ...], elements: int) -> Any:
+    """A function that makes, of a launcher, a step of one parameter of its own with these dtypes of columns."""
+    from . import triton_kernels
+
+    states = [code for code in dtypes[2:] if code != _ABSENT]
+    settings = rule.hyperparameters(**triton_kernels.RULES[rule.name].settings[len(states)])
+    param = torch.nn.Parameter(torch.zeros(elements, dtype=_DTYPES[dtypes[0]], device=device))
+    if dtypes[1] != dtypes[0]:
+        param.grad_dtype = None
+    param.grad = torch.ones(elements, dtype=_DTYPES[dtypes[1]], device=device)
+    state: dict[Any, dict[str, Any]] = {param: {"step": torch.zeros((), device=device)}}
+    for spec, code in zip(rule.columns, states, strict=False):
+        state[param][spec.name] = torch.zeros(elements, dtype=_DTYPES[code], device=device)
+    groups = [{"params": [param], **settings.as_defaults()}]
+
+    def step_of(launcher: Launcher) -> Any:
+        plan = _make_plan(launcher)
+        return lambda: plan.step(groups, state, None, None, False, 0.0, 0.0, False, math.inf, False)
+
+    return step_of
+
+
+def _make_plan(launcher: Launcher) -> Any:
+    module, reason = load_native_module()
+    if module is None:
+        raise BackendUnavailable(str(reason))
+    return module.StepPlan(launcher.rule.name, launcher.device_type, launcher=launcher)
+
+
+def _cache_of(kernel: Any, key: tuple[str, str, tuple[int, ...]]) -> Any:
+    """Triton's on-disk cache, for one kernel source and one device."""
+    from triton.runtime.cache import get_cache_manager
+
+    return get_cache_manager(hashlib.sha256(f"{kernel.cache_key}{key}{_TUNINGS}".encode()).hexdigest())
+
+
+def _kept_tuning(kernel: Any, key: tuple[str, str, tuple[int, ...]]) -> Tuning | None:
+    """What an earlier process has found out, or None."""
+    path = _cache_of(kernel, key).get_file("fusedopt-tuning.json")
+    if path is None:
+        return None
+    with contextlib.suppress(OSError, ValueError, TypeError):
+        with open(path) as file:
+            tuning = Tuning(*json.load(file))
+        if tuning in _TUNINGS:
+            return tuning
+    return None
+
+
+def _keep_tuning(kernel: Any, key: tuple[str, str, tuple[int, ...]], tuning: Tuning) -> None:
+    with contextlib.suppress(OSError):  # a cache that cannot be written costs time, no more
+        _cache_of(kernel, key).put(json.dumps(tuning), "fusedopt-tuning.json", binary=False)
+
+
+class TritonBackend(PlanBackend):
+    """Triton kernels over the same plan, for GPUs of NVIDIA, AMD and Intel.
+
+    A step waits for nothing (but under ``error_if_nonfinite``) and can be captured in a CUDA graph. What it first needs
+    is compiled, and its launches are tuned, in the first step of each combination of dtypes: seconds, of which Triton's
+    cache on disk saves later processes most.
+    """
+
+    name = "triton"
+
+    def _make_plan(self) -> Any:
+        return _make_plan(Launcher(self.rule, self._device_type))
+
+    @classmethod
+    def unavailable(cls, device: torch.device) -> str | None:
+        module, reason = load_native_module()
+        if module is None:
+            return f"its plan is missing: {reason}"
+        if (reason := _triton_problem()) is not None:
+            return reason
+        if device.type == "cpu":
+            if interpreting():
+                return None
+            return (
+                "Triton has no kernels for CPUs (TRITON_INTERPRET=1, set before the start, runs its slow interpreter)"
+            )
+        if device.type not in ("cuda", "xpu"):
+            return f"Triton has no kernels for {device.type} tensors"
+        if interpreting():
+            return f"TRITON_INTERPRET is set, and the interpreter does not reach {device.type} tensors"
+        torch_module = getattr(torch, device.type)
+        if not torch_module.is_available():
+            return f"torch finds no usable {device.type} device"
+        if device.type == "xpu" and not torch_module.get_device_properties(device).has_fp64:
+            return "the device has no float64 arithmetic, which norms are added up in"
+        return _driver_problem()
+
+
+@functools.cache
+def _driver_problem() -> str | None:
+    """Why Triton cannot compile for the GPU that is there, or None."""
+    import triton
+
+    try:
+        triton.runtime.driver.active.get_current_target()
+    except Exception as error:  # each driver has its own
+        return f"triton {triton.__version__} finds no driver: {str(error).splitlines()[0] if str(error) else error!r}"
+    return None
+
+
+class WarmUp(NamedTuple):
+    """What the first steps of a rule and dtype took."""
+
+    rule: str
+    dtype: torch.dtype
+    seconds: float
+    tuning: Tuning
+
+
+def warm_up(device: torch.device) -> list[WarmUp]:
+    """Compile and tune the usual kernels for a device, as the first steps would, and tell how long it took."""
+    results = []
+    index = device.index or 0
+    for rule in RULES.values():
+        for dtype in (torch.float32, torch.bfloat16):
+            code = _DTYPES.index(dtype)
+            states = 1 if rule.name == "sgd" else 2
+            dtypes = (code,) * (2 + states) + (_ABSENT,) * (3 - states)
+            begin = time.perf_counter()
+            launcher = Launcher(rule, device.type)
+            step = scratch_step(rule, device, dtypes, 1)(launcher)
+            step()
+            getattr(torch, device.type).synchronize(device)
+            results.append(WarmUp(rule.name, dtype, time.perf_counter() - begin, launcher._tuning_for(index, dtypes)))
+    return results

@@ -1,0 +1,110 @@
+"""Compiles every Triton kernel for a target, without a GPU: ``python triton_compile.py cuda 90 32``.
+
+Prints one line of JSON for each: kernel, its variant, registers, spilled bytes (None where the compiler does not tell),
+and for CUDA how wide the accesses of global memory are. Not to be mixed with the interpreter in one process.
+"""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from fusedopt.backends import triton_kernels as kernels
+from fusedopt.backends.triton import _TUNINGS
+
+F32, F64, BF16, F16, ABSENT = 0, 1, 2, 3, -1
+TYPES = {"tl.int64": "i64", "tl.int32": "i32", "tl.float64": "fp64"}
+
+
+def variants() -> Iterator[tuple[Any, dict[str, Any], int, str]]:
+    """(kernel, constants, warps, name) of what is worth compiling: each path, dtype and tuning, not every product."""
+    yield kernels.map_kernel, {"BLOCK": 128}, 4, "map"
+    for kind, slow in itertools.product(range(5), (False, True)):
+        yield kernels.statistics_kernel, {"KIND": kind, "SLOW_DOUBLE": slow}, 8, f"statistics-{kind}-{slow}"
+    for kind in range(5):
+        yield kernels.total_kernel, {"KIND": kind}, 4, f"total-{kind}"
+    for (name, rule), kind, flag in itertools.product(kernels.RULES.items(), range(5), (False, True)):
+        constants = {
+            "CONSTANTS": rule.constants,
+            "CONSTANT_COUNT": rule.constant_count,
+            "KIND": kind,
+            "CHECK": flag,
+            "HAS_FOUND_INF": not flag,
+            "REFUSE_NONFINITE": flag and kind != 0,
+            "REPORT_DOUBLE": flag,
+            "BLOCK": 128,
+        }
+        yield kernels.prepare_kernel, constants, 4, f"prepare-{name}-{kind}-{flag}"
+    mixes = {
+        "adam": [
+            *((d, d, d, d, ABSENT) for d in (F32, F64, BF16, F16)),
+            *((d, d, d, d, d) for d in (F32, F64, BF16)),
+            (BF16, BF16, F32, F32, ABSENT),
+            (F32, F16, F32, BF16, F32),
+            (F64, BF16, F16, BF16, ABSENT),
+        ],
+        "sgd": [(d, d, state, ABSENT, ABSENT) for d in (F32, F64, BF16, F16) for state in (ABSENT, d)],
+    }
+    for name, mix in ((rule, mix) for rule in mixes for mix in mixes[rule]):
+        for tuning in _TUNINGS if mix[:4] == (F32, F32, F32, F32) else _TUNINGS[:1]:
+            constants = {
+                "UPDATE": kernels.RULES[name].update,
+                **dict(zip(("PARAM", "GRAD", "A", "B", "C"), mix, strict=True)),
+                "REVERSE": name == "adam",
+                "WRITE_BACK": mix[2] == ABSENT or mix[1] == BF16,
+                "BLOCK": tuning.block,
+                "RAGGED": 64 * tuning.warps,
+            }
+            yield kernels.update_kernel, constants, tuning.warps, f"update-{name}-{mix}-{tuning.block}/{tuning.warps}"
+
+
+def compiled(target: GPUTarget, kernel: Any, constants: dict[str, Any], warps: int) -> dict[str, Any]:
+    """What the compiler says of one variant."""
+    signature = {
+        name: "constexpr" if name in constants else TYPES[parameter.annotation]
+        for name, parameter in inspect.signature(kernel.fn).parameters.items()
+    }
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants)
+    result = triton.compile(source, target=target, options={"num_warps": warps, "enable_fp_fusion": False})
+    if target.backend == "hip":
+        text = result.asm["amdgcn"]
+        found = {name: int(re.search(rf"\.{name}: +(\d+)", text)[1]) for name in ("vgpr_count", "vgpr_spill_count")}
+        scratch = int(re.search(r"\.private_segment_fixed_size: +(\d+)", text)[1])
+        return {"registers": found["vgpr_count"], "spilled": found["vgpr_spill_count"] + scratch, "fused": 0}
+    ptx = result.asm["ptx"]
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.cubin"
+        path.write_bytes(result.asm["cubin"])
+        tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+        text = subprocess.run([tool, "-res-usage", path], capture_output=True, text=True, check=True).stdout
+    registers, stack, local = (int(re.search(rf"{name}:(\d+)", text)[1]) for name in ("REG", "STACK", "LOCAL"))
+    return {
+        "registers": registers,
+        "spilled": stack + local,
+        "vector_loads": len(re.findall(r"ld\.global\S*\.v[24]\.", ptx)),
+        "vector_stores": len(re.findall(r"st\.global\S*\.v[24]\.", ptx)),
+        "fused": len(re.findall(r"\bfma\.", ptx)),
+        "approximate": len(re.findall(r"\b(?:sqrt\.approx|div\.full|div\.approx)", ptx)),
+    }
+
+
+def main(backend: str, arch: str, warp_size: str) -> None:
+    target = GPUTarget(backend, int(arch) if arch.isdigit() else arch, int(warp_size))
+    for kernel, constants, warps, name in variants():
+        print(json.dumps({"name": name, **compiled(target, kernel, constants, warps)}), flush=True)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
