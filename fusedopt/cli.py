@@ -102,6 +102,11 @@ def _build_parser() -> argparse.ArgumentParser:
         help="show versions, devices and backends",
         description="Show versions, devices, and which backends can run here.",
     )
+    info.add_argument(
+        "--warmup",
+        action="store_true",
+        help="also compile and tune the Triton kernels for each GPU, and show how long that took",
+    )
     info.set_defaults(run=_info)
     return parser
 
@@ -177,9 +182,11 @@ def _bench(arguments: argparse.Namespace) -> int:
 
 
 def _info(arguments: argparse.Namespace) -> int:
-    from .info import info
+    from .info import info, warm_up
 
     print(info())
+    if arguments.warmup:
+        print(f"\n{warm_up()}")
     return 0
 
 

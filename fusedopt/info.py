@@ -8,12 +8,12 @@ import sys
 
 import torch
 
-from .backends import BACKENDS
+from .backends import BACKENDS, TritonBackend, triton
 from .backends.native import load_native_module
 from .rules import RULES
 from .version import __version__
 
-__all__ = ["info"]
+__all__ = ["info", "warm_up"]
 
 
 def _processor() -> str:
@@ -25,7 +25,8 @@ def _processor() -> str:
 
 
 def _devices() -> list[torch.device]:
-    return [torch.device("cpu"), *(torch.device("cuda", index) for index in range(torch.cuda.device_count()))]
+    gpus = [(kind, index) for kind in ("cuda", "xpu") for index in range(getattr(torch, kind).device_count())]
+    return [torch.device("cpu"), *(torch.device(*gpu) for gpu in gpus)]
 
 
 def info() -> str:
@@ -38,7 +39,7 @@ def info() -> str:
         ("processor", f"{_processor()}, {os.cpu_count()} logical, {torch.get_num_threads()} torch threads"),
     ]
     for device in _devices()[1:]:
-        rows.append((str(device), torch.cuda.get_device_name(device)))
+        rows.append((str(device), getattr(torch, device.type).get_device_name(device)))
     if module is None:
         rows.append(("compiled module", f"absent: {reason}"))
     else:
@@ -52,5 +53,26 @@ def info() -> str:
         for name, backend in BACKENDS.items():
             unavailable = backend.unavailable(device)
             rows.append((f"backend {name} on {device}", "available" if unavailable is None else unavailable))
+    return _aligned(rows)
+
+
+def _aligned(rows: list[tuple[str, str]]) -> str:
     width = max(len(key) for key, _ in rows)
     return "\n".join(f"{key:<{width}}  {value}" for key, value in rows)
+
+
+def warm_up() -> str:
+    """Make the first steps of the Triton backend on each GPU, and tell what they took: compilation and tuning.
+
+    Later processes find both in Triton's cache on disk, and this tells what is left then.
+    """
+    rows = []
+    for device in _devices()[1:]:
+        if (reason := TritonBackend.unavailable(device)) is not None:
+            rows.append((f"warm-up on {device}", f"not done: {reason}"))
+            continue
+        for found in triton.warm_up(device):
+            what = f"warm-up of {found.rule}, {str(found.dtype).removeprefix('torch.')} on {device}"
+            block, warps = found.tuning
+            rows.append((what, f"{found.seconds:.1f} s, {block} elements and {warps} warps a program"))
+    return _aligned(rows or [("warm-up", "no GPU, so there is nothing to compile")])

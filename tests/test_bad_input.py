@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import re
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -13,7 +14,8 @@ from cases import BACKENDS, GPU, backend_name, bits, each_backend, parameters, s
 from torch import nn
 
 import fusedopt
-from fusedopt.backends import BackendUnavailable, NativeBackend, create_backend
+from fusedopt import backends
+from fusedopt.backends import BackendUnavailable, NativeBackend, TritonBackend, create_backend
 from fusedopt.rules import check_gradient
 
 OPTIMIZERS = [fusedopt.FusedSGD, fusedopt.FusedAdam, fusedopt.FusedAdamW]
@@ -307,29 +309,63 @@ def test_a_backend_that_cannot_serve_says_why(monkeypatch: pytest.MonkeyPatch) -
     assert fusedopt.FusedAdamW(parameters([(3,)])).backend_in_use == "reference"
 
 
-def test_auto_says_once_why_a_device_is_served_slowly(monkeypatch: pytest.MonkeyPatch) -> None:
-    from fusedopt import backends
+@pytest.fixture
+def serve(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
+    """A function that says why the backends cannot serve GPUs: None for one that can, or at least is taken for it."""
+
+    def say(**reasons: str | None) -> None:
+        for name, reason in reasons.items():
+            monkeypatch.setattr(
+                backends.BACKENDS[name], "unavailable", classmethod(lambda cls, device, reason=reason: reason)
+            )
+            monkeypatch.setattr(backends.BACKENDS[name], "_make_plan", lambda self: None)
 
     backends._note_fallback.cache_clear()
+    yield say
+    backends._note_fallback.cache_clear()
+
+
+def test_auto_says_once_why_a_gpu_is_not_served_by_the_first_backend(serve: Callable[..., None]) -> None:
     rule, device = fusedopt.FusedAdamW.rule, torch.device("cuda", 0)
-    monkeypatch.setattr(NativeBackend, "unavailable", classmethod(lambda cls, device: f"no kernels for {device}"))
-    with pytest.warns(UserWarning, match="no kernels for cuda:0; using the slow reference backend"):
+    serve(native="built without CUDA", triton=None)
+    with pytest.warns(UserWarning, match="fusedopt: native: built without CUDA; using the triton backend"):
+        assert backends.create_backend("auto", rule, [device]).name == "triton"
+    assert backends.create_backend("auto", rule, [device]).name == "triton"  # silent now: warnings are errors here
+    serve(triton="not installed")
+    with pytest.warns(
+        UserWarning, match="native: built without CUDA; triton: not installed; using the slow reference backend"
+    ):
         assert backends.create_backend("auto", rule, [device]).name == "reference"
-    assert backends.create_backend("auto", rule, [device]).name == "reference"  # silent now: warnings are errors here
-    backends._note_fallback.cache_clear()
+    serve(native=None)
+    assert backends.create_backend("auto", rule, [device]).name == "native"
 
 
-def test_parameters_on_a_cpu_and_a_gpu_are_for_the_reference_backend(monkeypatch: pytest.MonkeyPatch) -> None:
-    from fusedopt import backends
-
-    backends._note_fallback.cache_clear()
+def test_parameters_on_a_cpu_and_a_gpu_are_for_the_reference_backend(serve: Callable[..., None]) -> None:
     rule, devices = fusedopt.FusedAdamW.rule, [torch.device("cpu"), torch.device("cuda", 0)]
-    monkeypatch.setattr(NativeBackend, "unavailable", classmethod(lambda cls, device: None))
-    with pytest.raises(BackendUnavailable, match="one optimizer has parameters on cpu and cuda"):
-        backends.create_backend("native", rule, devices)
-    with pytest.warns(UserWarning, match="parameters on cpu and cuda; using the slow reference backend"):
+    serve(native=None, triton=None)
+    for name in ("native", "triton"):
+        with pytest.raises(BackendUnavailable, match="one optimizer has parameters on cpu and cuda"):
+            backends.create_backend(name, rule, devices)
+    with pytest.warns(
+        UserWarning, match="native and triton: one .* parameters on cpu and cuda; using the slow reference backend"
+    ):
         assert backends.create_backend("auto", rule, devices).name == "reference"
-    backends._note_fallback.cache_clear()
+
+
+def test_the_environment_names_the_backend_that_auto_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FUSEDOPT_BACKEND", "reference")
+    assert fusedopt.FusedSGD(parameters([(3,)])).backend_in_use == "reference"
+    assert fusedopt.FusedSGD(parameters([(3,)]), backend="native").backend_in_use == "native"
+    monkeypatch.setenv("FUSEDOPT_BACKEND", "")
+    assert fusedopt.FusedSGD(parameters([(3,)])).backend_in_use == "native"
+    monkeypatch.setenv("FUSEDOPT_BACKEND", "trton")
+    unknown = "FUSEDOPT_BACKEND in the environment: unknown backend 'trton'; did you mean 'triton'?"
+    with pytest.raises(ValueError, match=re.escape(unknown)):
+        fusedopt.FusedSGD(parameters([(3,)]))
+    monkeypatch.setenv("FUSEDOPT_BACKEND", "triton")
+    monkeypatch.setattr(TritonBackend, "unavailable", classmethod(lambda cls, device: "no driver"))
+    with pytest.raises(BackendUnavailable, match=r"'triton' \(from FUSEDOPT_BACKEND .*\) is not available: no driver"):
+        fusedopt.FusedSGD(parameters([(3,)]))
 
 
 @pytest.mark.skipif(GPU, reason="there is a GPU that can be used")

@@ -69,9 +69,30 @@ class TestHelp:
 def test_info_prints_what_info_returns(capsys, monkeypatch):
     module = ModuleType("fusedopt.info")
     module.info = lambda: "all about it"  # type: ignore[attr-defined]
+    module.warm_up = lambda: "how long it took"  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "fusedopt.info", module)
     assert main(["info"]) == 0
     assert capsys.readouterr().out == "all about it\n"
+    assert main(["info", "--warmup"]) == 0
+    assert capsys.readouterr().out == "all about it\n\nhow long it took\n"
+
+
+def test_warm_up_tells_of_each_gpu_what_was_compiled_or_why_not(monkeypatch):
+    from fusedopt import info
+    from fusedopt.backends import TritonBackend, triton
+
+    gpus = [torch.device("cuda", 0), torch.device("cuda", 1)]
+    monkeypatch.setattr(info, "_devices", lambda: [torch.device("cpu")])
+    assert "no GPU" in info.warm_up()
+    monkeypatch.setattr(info, "_devices", lambda: [torch.device("cpu"), *gpus])
+    monkeypatch.setattr(
+        TritonBackend, "unavailable", classmethod(lambda cls, device: "no driver" if device.index else None)
+    )
+    found = triton.WarmUp("adam", torch.bfloat16, 2.25, triton.Tuning(512, 4))
+    monkeypatch.setattr(triton, "warm_up", lambda device: [found])
+    first, second = info.warm_up().splitlines()
+    assert first.startswith("warm-up of adam, bfloat16 on cuda:0  2.2 s, 512 elements and 4 warps")
+    assert second.split("  ")[0] == "warm-up on cuda:1" and second.endswith("not done: no driver")
 
 
 class TestCompare:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import warnings
 from collections.abc import Iterable
 
@@ -27,6 +28,9 @@ __all__ = [
     "create_backend",
 ]
 
+#: Environment variable that names the backend of all optimizers that are left to choose ('auto').
+VARIABLE = "FUSEDOPT_BACKEND"
+
 #: Backends by name, in the order in which 'auto' tries them.
 BACKENDS: dict[str, type[Backend]] = {
     backend.name: backend for backend in (NativeBackend, TritonBackend, ReferenceBackend)
@@ -41,26 +45,48 @@ def check_backend_name(name: str) -> None:
 
 @functools.cache
 def _note_fallback(chosen: str, reason: str) -> None:
-    """Say once that a device is served slowly, and why. (On a CPU, importing fusedopt has said so.)"""
-    warnings.warn(f"fusedopt: {reason}; using the slow {chosen} backend. This note appears once.", stacklevel=7)
+    """Say once that a device is not served by what would serve it best, and why. (On a CPU, the import has said so.)"""
+    slow = "slow " if chosen == ReferenceBackend.name else ""
+    warnings.warn(f"fusedopt: {reason}; using the {slow}{chosen} backend. This note appears once.", stacklevel=7)
+
+
+def _backend_asked_for(name: str) -> tuple[str, str]:
+    """The backend to use and, for messages, how it was asked for: 'auto' leaves it to the environment."""
+    check_backend_name(name)
+    wanted = os.environ.get(VARIABLE, "")
+    if name != "auto" or not wanted:
+        return name, f"backend {name!r}"
+    try:
+        check_backend_name(wanted)
+    except ValueError as error:
+        raise ValueError(f"{VARIABLE} in the environment: {error}") from None
+    return wanted, f"backend {wanted!r} (from {VARIABLE} in the environment)"
 
 
 def create_backend(name: str, rule: Rule, devices: Iterable[torch.device]) -> Backend:
     """The backend called ``name`` for parameters on ``devices``; 'auto' takes the first that can serve them all.
 
+    In place of 'auto', the environment may name one for the whole process: ``FUSEDOPT_BACKEND=triton``.
+
     Raises:
         BackendUnavailable: the named backend cannot serve; the message says why.
+        ValueError: there is no backend of that name.
     """
-    check_backend_name(name)
+    name, asked = _backend_asked_for(name)
     devices = set(devices)
-    passed_over: list[str] = []
+    passed_over: dict[str, str] = {}
     for candidate in BACKENDS.values() if name == "auto" else (BACKENDS[name],):
         reasons = [reason for device in devices if (reason := candidate.unavailable(device))]
         if not reasons and (reason := candidate.unavailable_together(devices)):
             reasons = [reason]
         if not reasons:
             if passed_over and any(device.type != "cpu" for device in devices):
-                _note_fallback(candidate.name, passed_over[0])
+                # A reason that several have is given once.
+                whose: dict[str, list[str]] = {}
+                for who, why in passed_over.items():
+                    whose.setdefault(why, []).append(who)
+                told = (f"{' and '.join(who)}: {why}" for why, who in whose.items())
+                _note_fallback(candidate.name, "; ".join(told))
             return candidate(rule, devices)
-        passed_over += reasons
-    raise BackendUnavailable(f"backend {name!r} is not available: {reasons[0]}")
+        passed_over[candidate.name] = reasons[0]
+    raise BackendUnavailable(f"{asked} is not available: {passed_over[name]}")

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .plan import PlanBackend
 
-__all__ = ["NativeBackend", "load_native_module", "update_scale"]
+__all__ = ["NativeBackend", "compiled_module", "load_native_module", "update_scale"]
 
 _REBUILD = "rebuild it with: pip install --no-build-isolation --force-reinstall --no-deps fusedopt (or -e . in a clone)"
 
@@ -50,6 +50,11 @@ def load_native_module() -> tuple[ModuleType | None, str | None]:
 _module, _reason = load_native_module()
 if _module is None:
     warnings.warn(f"{_reason}: fusedopt runs on its slow reference backend. To build it, {_REBUILD}", stacklevel=2)
+
+
+def compiled_module() -> tuple[Any, str | None]:
+    """(module, None), or (None, reason) where it was not built: what was found when fusedopt was imported."""
+    return _module, _reason
 
 
 def update_scale(

@@ -14,7 +14,7 @@ import torch
 
 from ..rules import RULES, Rule
 from .base import BackendUnavailable
-from .native import load_native_module
+from .native import compiled_module
 from .plan import PlanBackend
 
 __all__ = ["Launcher", "TritonBackend", "Tuning", "warm_up"]
@@ -230,7 +230,7 @@ def scratch_step(rule: Rule, device: torch.device, dtypes: tuple[int, ...], elem
 
 
 def _make_plan(launcher: Launcher) -> Any:
-    module, reason = load_native_module()
+    module, reason = compiled_module()
     if module is None:
         raise BackendUnavailable(str(reason))
     return module.StepPlan(launcher.rule.name, launcher.device_type, launcher=launcher)
@@ -276,7 +276,7 @@ class TritonBackend(PlanBackend):
 
     @classmethod
     def unavailable(cls, device: torch.device) -> str | None:
-        module, reason = load_native_module()
+        module, reason = compiled_module()
         if module is None:
             return f"its plan is missing: {reason}"
         if (reason := _triton_problem()) is not None:

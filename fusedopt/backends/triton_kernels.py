@@ -22,12 +22,11 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from .native import load_native_module
+from .native import compiled_module
 
 __all__ = ["RULES", "map_kernel", "prepare_kernel", "statistics_kernel", "total_kernel", "update_kernel"]
 
-_module, _ = load_native_module()
-_layout = _module.launching.TABLE_LAYOUT if _module is not None else {}
+_layout = compiled_module()[0].launching.TABLE_LAYOUT
 
 
 def _field(name: str, size: int = 1) -> tl.constexpr:

@@ -63,7 +63,8 @@ class FusedOptimizer(torch.optim.Optimizer):
         settings: the validated defaults.
         clip_grad: gradient clipping inside the step, see :func:`fusedopt.rules.parse_clip_grad`.
         write_back_grads: leave the unscaled, clipped gradients in ``.grad`` after a step that was not skipped.
-        backend: ``'auto'``, ``'native'`` or ``'reference'``.
+        backend: ``'auto'`` (the first that can serve the parameters' devices), ``'native'``, ``'triton'`` or
+            ``'reference'``. In place of 'auto', ``FUSEDOPT_BACKEND`` in the environment may name one.
 
     Attributes:
         last_step: the :class:`~fusedopt.backends.StepReport` of the last step, None before the first.
