@@ -21,6 +21,14 @@ def test_fragments_run(page: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
         exec(compile(fragment, f"{page.name}, fragment {number}", "exec"), namespace)
 
 
+def test_the_kernels_page_quotes_the_source() -> None:
+    source = (REPOSITORY / "fusedopt" / "backends" / "triton_kernels.py").read_text()
+    quotations = re.findall(r"```python\n(.*?)```", (REPOSITORY / "docs" / "kernels.md").read_text(), re.DOTALL)
+    assert len(quotations) >= 8
+    for quotation in quotations:
+        assert quotation in source, f"not, or no longer, in the source:\n{quotation}"
+
+
 def test_links_point_to_files_that_exist() -> None:
     for page in [REPOSITORY / "README.md", REPOSITORY / "CONTRIBUTING.md", *(REPOSITORY / "docs").rglob("*.md")]:
         for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", page.read_text()):

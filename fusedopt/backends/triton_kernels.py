@@ -17,6 +17,7 @@ bfloat16, has no exact fused multiply-add and none of the device libraries, and 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import triton
@@ -33,6 +34,13 @@ def _field(name: str, size: int = 1) -> tl.constexpr:
     """Where a field is in its struct (or the struct's size), in units of ``size`` bytes."""
     assert _layout[name] % size == 0
     return tl.constexpr(_layout[name] // size)
+
+
+def launched(function: Callable[..., None]) -> Any:
+    """A kernel. It gets addresses and counts that differ from step to step, and is compiled once for all of them."""
+    # Triton would compile it again for a number that is 1, for one that is a multiple of 16, and so on.
+    numbers = [name for name, annotation in function.__annotations__.items() if annotation != "tl.constexpr"]
+    return triton.jit(function, do_not_specialize=numbers)
 
 
 # Structs of csrc/device/tables.h are read through pointers to words (int64), halves (int32) and bytes.
@@ -299,7 +307,7 @@ RULES = {
 # The chunk map
 
 
-@triton.jit
+@launched
 def map_kernel(rows: tl.int64, chunks: tl.int64, chunk_elements: tl.int64, BLOCK: tl.constexpr):
     """Tell each chunk of row ``program_id`` which it is."""
     row = tl.program_id(0)
@@ -378,7 +386,7 @@ def add_narrow_chunk(
     return total, bad
 
 
-@triton.jit
+@launched
 def statistics_kernel(
     grads: tl.int64,
     rows: tl.int64,
@@ -440,7 +448,7 @@ def add_up(found, count, KIND: tl.constexpr):
     return total, tl.sum(bad, axis=0)
 
 
-@triton.jit
+@launched
 def total_kernel(found: tl.int64, count: tl.int32, total: tl.int64, KIND: tl.constexpr):
     """With several devices: make one pair of all that one of them found."""
     value, bad = add_up(found, count, KIND)
@@ -448,7 +456,7 @@ def total_kernel(found: tl.int64, count: tl.int32, total: tl.int64, KIND: tl.con
     tl.store(total.to(tl.pointer_type(tl.float64)) + 1, bad)
 
 
-@triton.jit
+@launched
 def prepare_kernel(
     grads: tl.int64,
     rows: tl.int64,
@@ -586,7 +594,7 @@ def update_block(
         store(c_data, c_at, mask, c, C)
 
 
-@triton.jit
+@launched
 def update_kernel(
     grads: tl.int64,
     rows: tl.int64,
