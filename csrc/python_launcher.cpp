@@ -68,14 +68,21 @@ device::Launcher python_launcher(const py::object& object, c10::DeviceType type)
   launcher.conclude = [call = method("conclude")](const Place&, const device::StatisticsArguments& a,
                                                   const double* totals,
                                                   int count) { call(&a, address(totals), count); };
-  launcher.update = [call = method("update")](const Place& place, const device::UpdateArguments& a,
-                                              const device::Row& like, bool) {
+  // The number of each column's dtype, or -1 for one that is not there.
+  auto dtypes_of = [](const device::Row& like) {
     py::tuple dtypes(device::kColumns);
     for (int c = 0; c < device::kColumns; ++c) {
       dtypes[static_cast<size_t>(c)] = like.data[c] || c == device::kGrad ? static_cast<int>(like.dtype[c]) : -1;
     }
-    call(place.device, &a, dtypes);
+    return dtypes;
   };
+  launcher.load = [call = method("load"), dtypes_of](const Place& place, const device::UpdateArguments& a,
+                                                     const device::Row& like) {
+    call(place.device, &a, dtypes_of(like));
+  };
+  launcher.update = [call = method("update"), dtypes_of](const Place& place, const device::UpdateArguments& a,
+                                                         const device::Row& like,
+                                                         bool) { call(place.device, &a, dtypes_of(like)); };
   launcher.partials = 2;
   launcher.prepares_bare = true;
   launcher.per_dtypes = true;

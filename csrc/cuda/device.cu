@@ -91,7 +91,7 @@ std::optional<std::string> problem_on(int device) {
 }
 
 const Launcher* gpu_launcher() {
-  static const Launcher launcher = {gpu::capturing,  gpu::upload,   gpu::map_chunks,
+  static const Launcher launcher = {gpu::capturing,  nullptr,       gpu::upload, gpu::map_chunks,
                                     gpu::statistics, gpu::conclude, gpu::update};
   return &launcher;
 }

@@ -270,7 +270,9 @@ void Executor::conclude(const double* totals, int count) {
   launcher_.conclude(place_, statistics_, totals, count);
 }
 
-void Executor::update(const Work& work, const StepSettings& s, const Report& report) {
+// Calls `launch` with the arguments of each launch of the update.
+void Executor::for_each_update(const Work& work, const StepSettings& s, const Report& report,
+                               const std::function<void(const UpdateArguments&, const Row& like)>& launch) {
   const bool finds = s.mode() != Mode::kBare;
   UpdateArguments a{};
   a.tables = tables_;
@@ -286,15 +288,25 @@ void Executor::update(const Work& work, const StepSettings& s, const Report& rep
     a.report = report;
   }
   a.tickets = std::max(1u, tables_.chunk_count);
-  // In graphs, starting early needs a newer driver.
-  const bool early = a.after_statistics && !work.capturing;
   for (const Run& run : runs_) {
     if (tables_.chunk_count && (run.chunk_count == 0 || run.kind == 0)) continue;
     a.first_chunk = run.first_chunk;
     a.chunk_count = run.chunk_count;
-    launcher_.update(place_, a, *at_offset<Row>(host_.data(), run.like), early);
+    launch(a, *at_offset<Row>(host_.data(), run.like));
     if (!tables_.chunk_count) break;
   }
+}
+
+void Executor::load(const Work& work, const StepSettings& s) {
+  if (!launcher_.load) return;
+  for_each_update(work, s, {}, [this](const UpdateArguments& a, const Row& like) { launcher_.load(place_, a, like); });
+}
+
+void Executor::update(const Work& work, const StepSettings& s, const Report& report) {
+  for_each_update(work, s, report, [&](const UpdateArguments& a, const Row& like) {
+    // In graphs, starting early needs a newer driver.
+    launcher_.update(place_, a, like, a.after_statistics && !work.capturing);
+  });
 }
 
 bool Runner::capturing(int device) const {
@@ -381,6 +393,10 @@ void Runner::run(const Work& work, const StepSettings& s, const Wait& wait, cons
     report.found_inf = static_cast<float*>(outcome.found_inf.mutable_data_ptr());
   }
 
+  for (Executor* executor : active) {
+    const c10::OptionalDeviceGuard guard(executor->device());
+    executor->load(work, s);
+  }
   const bool finds = s.mode() != Mode::kBare;
   auto report_of = [&](Executor* executor) { return executor == active[0] ? report : Report{}; };
   if (finds && active.size() > 1) {

@@ -39,6 +39,8 @@ class Executor {
   // Makes the tables of the rows on this device ready for this step; false when none of them takes part.
   bool prepare(const Work& work, int ordinal, const Place& place);
 
+  // Makes the launches of update() ready.
+  void load(const Work& work, const StepSettings& settings);
   void statistics(const Work& work, const StepSettings& settings, const Report& report, double* total);
   void conclude(const double* totals, int count);
   void update(const Work& work, const StepSettings& settings, const Report& report);
@@ -54,6 +56,8 @@ class Executor {
   void sort_rows(const Work& work);
   void lay_out(const Work& work);
   void upload(char* base);
+  void for_each_update(const Work& work, const StepSettings& settings, const Report& report,
+                       const std::function<void(const UpdateArguments&, const Row& like)>& launch);
 
   // Neighbouring rows that one update takes.
   struct Run {

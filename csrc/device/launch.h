@@ -17,6 +17,9 @@ struct Place {
 // fails, none waits for the device, and all may leave it the current one.
 struct Launcher {
   std::function<bool(const Place&)> capturing;
+  // Makes everything ready that update() needs with these arguments, before the step has changed anything: what can go
+  // wrong then leaves all as it was. Null where nothing is to be made ready.
+  std::function<void(const Place&, const UpdateArguments&, const Row& like)> load;
   // Writes host memory to the device, ordered with the stream and, in a capture, at each replay. The memory may be
   // anything's once this returns. All are multiples of 16 bytes.
   std::function<void(const Place&, void* to, const void* from, size_t bytes)> upload;

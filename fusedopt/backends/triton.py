@@ -56,8 +56,10 @@ class Tuning(NamedTuple):
 _TUNINGS = tuple(Tuning(*pair) for pair in ((1024, 4), (512, 4), (1024, 8), (2048, 4), (2048, 8)))
 #: Elements of the tensors it is tried on: more than caches hold, so that memory decides.
 _TUNING_ELEMENTS = 16 << 20
-#: What was found out in this process.
+#: What was found out in this process, by name of the GPU, rule and dtypes.
 _chosen: dict[tuple[str, str, tuple[int, ...]], Tuning] = {}
+#: Kernels that were loaded in this process, by device and all that they are compiled for.
+_loaded: set[tuple[Any, ...]] = set()
 
 
 class Launcher:
@@ -79,6 +81,7 @@ class Launcher:
         self.tuning = tuning
         self.interpreted = interpreting()
         self.slow_double = functools.cache(self._has_slow_double)
+        self._settings: dict[tuple[Any, ...], dict[str, Any]] = {}  # of updates that can be launched
         self._driver = triton.runtime.driver
         self._kernels = triton_kernels
         self._mine = triton_kernels.RULES[rule.name]
@@ -93,15 +96,30 @@ class Launcher:
         return probe is not None and probe()
 
     def launch(self, kernel: Any, programs: int, *arguments: Any, **settings: Any) -> None:
-        """Launch ``programs`` programs of a kernel on the current stream."""
+        """Launch ``programs`` programs of a kernel on the current stream; with 0, only load it.
+
+        Raises:
+            RuntimeError: it would have to be loaded in the capture of a graph.
+        """
         if self.interpreted:
             import numpy
 
             with numpy.errstate(all="ignore"):  # infinities and NaN are the kernels' business
                 kernel[(programs,)](*arguments, **settings)
-        else:
-            # No contraction of products and sums: the same bits everywhere, and exact products of halves in power().
+            return
+        device = self._driver.active.get_current_device()
+        variant = (self.device_type, device, kernel, *settings.values())
+        if variant not in _loaded and self.capturing(device):
+            raise RuntimeError(
+                f"the Triton kernel {kernel.__name__} for this kind of step has not been loaded, and cannot be while a "
+                "graph is captured; make one such step before capturing"
+            )
+        # No contraction of products and sums: the same bits everywhere, and exact products of halves in power().
+        if programs:
             kernel[(programs,)](*arguments, **settings, enable_fp_fusion=False)
+        else:
+            kernel.warmup(*arguments, **settings, enable_fp_fusion=False, grid=(1,))._init_handles()
+        _loaded.add(variant)
 
     def map_chunks(self, tables: Any) -> None:
         """Fill in the chunk map."""
@@ -147,25 +165,35 @@ class Launcher:
             BLOCK=_PREPARE_ROWS,
         )
 
+    def load(self, device: int, a: Any, dtypes: tuple[int, ...]) -> None:
+        """Compile and tune what :meth:`update` is about to launch, as long as a failure leaves everything as it was."""
+        variant = (device, dtypes, a.reverse, a.write_back)
+        if variant in self._settings:
+            return
+        tuning = self._tuning_for(device, dtypes)
+        settings = {
+            "UPDATE": self._mine.update,
+            **dict(zip(("PARAM", "GRAD", "A", "B", "C"), dtypes, strict=True)),
+            "REVERSE": a.reverse,
+            "WRITE_BACK": a.write_back,
+            "BLOCK": tuning.block,
+            "RAGGED": tuning.block if self.interpreted else 64 * tuning.warps,
+            "num_warps": tuning.warps,
+        }
+        if not self.interpreted:
+            self.launch(self._kernels.update_kernel, 0, *self._arguments(a), **settings)
+        self._settings[variant] = settings
+
     def update(self, device: int, a: Any, dtypes: tuple[int, ...]) -> None:
         """The update pass over chunks of rows whose columns have these dtypes."""
-        if not a.chunk_count:
-            return
+        if a.chunk_count:
+            settings = self._settings[device, dtypes, a.reverse, a.write_back]
+            self.launch(self._kernels.update_kernel, a.chunk_count, *self._arguments(a), **settings)
+
+    def _arguments(self, a: Any) -> tuple[Any, ...]:
         t = a.tables
-        tuning = self.tuning or self._tuning_for(device, dtypes)
-        self.launch(
-            self._kernels.update_kernel,
-            a.chunk_count,
-            *(t.grads, t.rows, t.layouts, t.chunks, t.scalars, t.control, t.chunk_elements),
-            *(a.first_chunk, a.clip_value),
-            UPDATE=self._mine.update,
-            **dict(zip(("PARAM", "GRAD", "A", "B", "C"), dtypes, strict=True)),
-            REVERSE=a.reverse,
-            WRITE_BACK=a.write_back,
-            BLOCK=tuning.block,
-            RAGGED=tuning.block if self.interpreted else 64 * tuning.warps,
-            num_warps=tuning.warps,
-        )
+        addresses = (t.grads, t.rows, t.layouts, t.chunks, t.scalars, t.control)
+        return *addresses, t.chunk_elements, a.first_chunk, a.clip_value
 
     def _has_slow_double(self, device: int) -> bool:
         """Whether float64 arithmetic is so slow that a norm is first added up, in short runs, in float32."""
@@ -178,10 +206,11 @@ class Launcher:
         return capability in (86, 87, 89, 103) or capability >= 110
 
     def _tuning_for(self, device: int, dtypes: tuple[int, ...]) -> Tuning:
+        if self.tuning is not None:
+            return self.tuning
         if self.interpreted:
             return Tuning(2048, 1)
-        name = getattr(torch, self.device_type).get_device_name(device)
-        key = (name, self.rule.name, dtypes)
+        key = (getattr(torch, self.device_type).get_device_name(device), self.rule.name, dtypes)
         if key not in _chosen:
             if (kept := _kept_tuning(self._kernels.update_kernel, key)) is not None:
                 _chosen[key] = kept

@@ -6,8 +6,9 @@
 namespace fusedopt::cuda {
 
 const Launcher* emulated_launcher() {
-  static const Launcher launcher = {emulated::capturing,  emulated::upload,   emulated::map_chunks,
-                                    emulated::statistics, emulated::conclude, emulated::update};
+  static const Launcher launcher = {
+      emulated::capturing, nullptr,         emulated::upload, emulated::map_chunks, emulated::statistics,
+      emulated::conclude,  emulated::update};
   return &launcher;
 }
 
