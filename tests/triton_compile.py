@@ -1,7 +1,8 @@
-"""Compiles every Triton kernel for a target, without a GPU: ``python triton_compile.py cuda 90 32``.
+"""Compiles every Triton kernel for a target, without a GPU: ``python triton_compile.py cuda 90 32 [--quick]``.
 
-Prints one line of JSON for each: kernel, its variant, registers, spilled bytes (None where the compiler does not tell),
-and for CUDA how wide the accesses of global memory are. Not to be mixed with the interpreter in one process.
+Prints one line of JSON for each: its name and variant, registers, spilled bytes, and for CUDA how many accesses of
+global memory are 16 bytes wide and how many operations are fused or approximate. ``--quick`` leaves variants out that
+differ little from others. Not to be mixed with the interpreter in one process.
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ from fusedopt.backends import triton_kernels as kernels
 from fusedopt.backends.triton import _TUNINGS
 
 F32, F64, BF16, F16, ABSENT = 0, 1, 2, 3, -1
+#: How PTX ends the name of an access of 16 bytes.
+WHOLE_VECTOR = r"\.(?:v4\.\w32|v2\.\w64)\b"
 TYPES = {"tl.int64": "i64", "tl.int32": "i32", "tl.float64": "fp64"}
 
 
@@ -93,17 +96,26 @@ def compiled(target: GPUTarget, kernel: Any, constants: dict[str, Any], warps: i
     return {
         "registers": registers,
         "spilled": stack + local,
-        "vector_loads": len(re.findall(r"ld\.global\S*\.v[24]\.", ptx)),
-        "vector_stores": len(re.findall(r"st\.global\S*\.v[24]\.", ptx)),
+        "vector_loads": len(re.findall(r"ld\.global\S*" + WHOLE_VECTOR, ptx)),
+        "vector_stores": len(re.findall(r"st\.global\S*" + WHOLE_VECTOR, ptx)),
         "fused": len(re.findall(r"\bfma\.", ptx)),
         "approximate": len(re.findall(r"\b(?:sqrt\.approx|div\.full|div\.approx)", ptx)),
     }
 
 
-def main(backend: str, arch: str, warp_size: str) -> None:
+def is_quick(name: str) -> bool:
+    """Whether a variant is one of the few that say most."""
+    return name.endswith((f"-{_TUNINGS[0].block}/{_TUNINGS[0].warps}", "map", "-2-True", "-4-True", "total-2"))
+
+
+def main(backend: str, arch: str, warp_size: str, selection: str = "") -> None:
     target = GPUTarget(backend, int(arch) if arch.isdigit() else arch, int(warp_size))
     for kernel, constants, warps, name in variants():
-        print(json.dumps({"name": name, **compiled(target, kernel, constants, warps)}), flush=True)
+        if selection == "--quick" and not is_quick(name):
+            continue
+        numbers = {key: value for key, value in constants.items() if isinstance(value, int)}
+        found = compiled(target, kernel, constants, warps)
+        print(json.dumps({"name": name, "warps": warps, "constants": numbers, **found}), flush=True)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,1111 @@
+"""The Triton backend: bits, launches, two devices, captures, numbers, tuning, and where it serves.
+
+The kernels run in Triton's interpreter, on CPU tensors. The tests of every backend run so as well; these are about what
+only this backend has. What the compiler makes of the kernels is looked at without a GPU, in processes of their own.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import importlib.util
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from decimal import Context, Decimal
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, ClassVar, NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from cases import DTYPES, INF, OPTIONS, bits, each_option, global_norm, module, parameters, set_gradients
+from test_cuda import CLIPS, LOOSE, NORMS, contents, each_clip, make, mixed, placed, reported
+from torch import nn
+
+import fusedopt
+from fusedopt import backends
+from fusedopt.backends import BackendUnavailable, NativeBackend, TritonBackend
+from fusedopt.backends import triton as backend
+from fusedopt.rules import CLIP_EPS, RULES
+
+if module is None:
+    pytest.skip("the compiled module is not built", allow_module_level=True)
+triton = pytest.importorskip("triton")
+tl = pytest.importorskip("triton.language")
+kernels: Any = importlib.import_module("fusedopt.backends.triton_kernels")
+
+pytestmark = pytest.mark.skipif(
+    TritonBackend.unavailable(torch.device("cpu")) is not None,
+    reason=f"{TritonBackend.unavailable(torch.device('cpu'))}",
+)
+
+#: Of all dtypes in turns; each dtype has a short one and one that is not a multiple of anything.
+SHAPES = [(2051,), (17,), (513,), (3, 5, 7), (), (2049,), (0,), (1,), (33,), (5, 9), (8,), (4099,)]
+FEW = [(5,), (0,), (3, 5, 7)]
+ADAM, SGD = RULES["adam"], RULES["sgd"]
+
+
+class Launched(NamedTuple):
+    """One launch."""
+
+    kernel: str
+    programs: int
+    settings: dict[str, Any]
+
+
+class Watched(backend.Launcher):
+    """Keeps account of all launches, and leaves them to a graph while one is captured."""
+
+    launched: ClassVar[list[Launched]] = []
+    graph: ClassVar[list[Callable[[], None]] | None] = None
+    slow: ClassVar[bool] = False
+    dry: ClassVar[bool] = False  # launches are counted, not run
+
+    def __init__(self, *args: Any):
+        super().__init__(*args)
+        self.slow_double = lambda device: Watched.slow
+
+    def capturing(self, device: int) -> bool:
+        return Watched.graph is not None
+
+    def launch(self, kernel: Any, programs: int, *arguments: Any, **settings: Any) -> None:
+        Watched.launched.append(Launched(kernel.__name__.removesuffix("_kernel"), programs, settings))
+        run = functools.partial(super().launch, kernel, programs, *arguments, **settings)
+        if Watched.graph is not None:
+            Watched.graph.append(run)
+        elif not Watched.dry:
+            run()
+
+
+class Pair(TritonBackend):
+    """The same on two devices, to which parameters are dealt in turns."""
+
+    name = "triton-pair"
+
+    def _make_plan(self) -> Any:
+        return module.StepPlan(self.rule.name, "cpu", 2, launcher=Watched(self.rule, "cpu"))  # type: ignore[union-attr]
+
+
+@pytest.fixture(autouse=True)
+def _watch(monkeypatch: pytest.MonkeyPatch) -> None:
+    Watched.launched, Watched.graph, Watched.slow, Watched.dry = [], None, False, False
+    monkeypatch.setattr(backend, "Launcher", Watched)
+    monkeypatch.setitem(backends.BACKENDS, Pair.name, Pair)
+
+
+def launches_of(step: Callable[[], Any]) -> list[str]:
+    """The kernels that a step launches, in order."""
+    Watched.launched.clear()
+    step()
+    return [launch.kernel for launch in Watched.launched]
+
+
+def settings_of(kernel: str) -> list[dict[str, Any]]:
+    """The settings of all launches of a kernel so far."""
+    return [launch.settings for launch in Watched.launched if launch.kernel == kernel]
+
+
+def twins(
+    option: str, make_params: Callable[[], list[nn.Parameter]], **extra: Any
+) -> list[tuple[Any, list[nn.Parameter]]]:
+    """(optimizer, parameters) of equal values, of this backend and of the native one."""
+    cls, options = OPTIONS[option]
+    made = []
+    for name in ("triton", "native"):
+        params = make_params()
+        made.append((cls(params, **{**copy.deepcopy(options), **copy.deepcopy(extra)}, backend=name), params))
+    return made
+
+
+# --- The same bits -----------------------------------------------------------------------------------------------
+
+
+@each_option
+def test_without_clipping_the_bits_are_those_of_the_cpu_kernels(option: str) -> None:
+    pair = twins(option, lambda: mixed(SHAPES))
+    for step, scale in enumerate([None, 4.0, 3.0]):
+        for optimizer, params in pair:
+            set_gradients(params, step, scale or 1.0)
+            if step == 1:
+                params[3].grad = params[8].grad = None
+            optimizer.step(grad_scale=scale)
+        assert contents(pair[0][0]) == contents(pair[1][0])
+        assert reported(pair[0][0]) == reported(pair[1][0])
+
+
+@pytest.mark.parametrize("option", ["sgd-nesterov", "adam-amsgrad", "adamw"])
+def test_value_clip_unscaling_and_write_back_give_the_same_bits(option: str) -> None:
+    pair = twins(option, lambda: mixed(SHAPES), clip_grad=CLIPS["value"], write_back_grads=True)
+    for step, scale in enumerate([2.0, 3.0]):
+        for optimizer, params in pair:
+            set_gradients(params, step, scale=scale)
+            optimizer.step(grad_scale=scale)
+        assert contents(pair[0][0]) == contents(pair[1][0])
+        assert bits(param.grad for param in pair[0][1]) == bits(param.grad for param in pair[1][1])
+
+
+@pytest.mark.parametrize("option", ["sgd-momentum", "adam-amsgrad"])
+def test_any_dtypes_of_parameter_gradient_and_states_give_the_same_bits(option: str) -> None:
+    """One parameter for each dtype of it and of its first state; the others' follow in turns."""
+    pair = twins(
+        option, lambda: [nn.Parameter(p.detach().to(DTYPES[i // 4])) for i, p in enumerate(parameters([(37,)] * 16))]
+    )
+    for optimizer, params in pair:
+        for param in params:
+            param.grad_dtype = None
+        set_gradients(params, 0)
+        optimizer.step()
+        for i, param in enumerate(params):
+            for number, (name, value) in enumerate(sorted(optimizer.state[param].items())):
+                if value.dim():
+                    optimizer.state[param][name] = value.to(DTYPES[(i + number) % 4])
+    for step in (1, 2):
+        for optimizer, params in pair:
+            set_gradients(params, step)
+            for i, param in enumerate(params):
+                param.grad = param.grad.to(DTYPES[(i + i // 4 + step) % 4])
+            optimizer.step(grad_scale=2.0)
+        assert contents(pair[0][0]) == contents(pair[1][0])
+    mixes = {tuple(launch[c] for c in ("PARAM", "GRAD", "A", "B", "C")) for launch in settings_of("update")}
+    assert len(mixes) > 32, "each step has its own"
+
+
+@pytest.mark.parametrize("offset", [1, 3, 8])
+def test_any_alignment_gives_the_same_bits(offset: int) -> None:
+    pair = twins("adam-amsgrad", lambda: mixed([(2500,)] * 4))
+    for step in range(2):
+        for optimizer, params in pair:
+            set_gradients(params, step)
+            for number, param in enumerate(params):
+                if step == 0:
+                    param.data = placed(param.data, offset * number % 9)
+                param.grad = placed(param.grad, (offset + number) % 9)
+            optimizer.step()
+        assert contents(pair[0][0]) == contents(pair[1][0])
+
+
+@pytest.mark.parametrize("norm_type", NORMS)
+def test_the_norm_is_exact_to_a_few_digits_of_float64(norm_type: float) -> None:
+    optimizer, params = twins("adamw", lambda: mixed(SHAPES), clip_grad={"max_norm": 0.5, "norm_type": norm_type})[0]
+    set_gradients(params, 0, scale=4.0)
+    optimizer.step(grad_scale=4.0)
+    exact = global_norm(params, norm_type) / 4
+    tolerance = 4 * 2**-52 if norm_type in (1.0, 2.0, INF) else 1e-13
+    assert float(optimizer.last_step.grad_norm) == pytest.approx(exact, rel=tolerance)
+    assert float(optimizer.last_step.clip_coef) == pytest.approx(0.5 / (exact + 1e-6), rel=tolerance)
+
+
+@pytest.mark.parametrize("norm_type", [1.0, 2.0, INF])
+@pytest.mark.parametrize("option", ["sgd-momentum", "adam-amsgrad"])
+def test_with_equal_coefficients_clipping_gives_the_same_bits(option: str, norm_type: float) -> None:
+    """Small whole numbers: their sums are exact in any order."""
+    clip = {"max_norm": 0.7, "norm_type": norm_type}
+    pair = twins(option, lambda: mixed(SHAPES), clip_grad=clip, write_back_grads=True)
+    for _ in range(2):
+        for optimizer, params in pair:
+            for number, param in enumerate(params):
+                param.grad = ((torch.arange(param.numel()) + number) % 7 - 3).to(param.dtype).view(param.shape)
+            optimizer.step(grad_scale=2.0)
+        assert reported(pair[0][0]) == reported(pair[1][0])
+        assert float(pair[0][0].last_step.clip_coef) < 1
+        assert contents(pair[0][0]) == contents(pair[1][0])
+        assert bits(param.grad for param in pair[0][1]) == bits(param.grad for param in pair[1][1])
+
+
+@pytest.mark.parametrize("tuning", backend._TUNINGS, ids=lambda tuning: f"{tuning.block}-{tuning.warps}")
+def test_every_tuning_gives_the_same_bits(tuning: backend.Tuning, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backend, "Launcher", lambda rule, device: Watched(rule, device, tuning))
+    pair = twins("adamw", lambda: parameters([(2048,), (2048 + 777,), (3, 700)]))
+    for optimizer, params in pair:
+        set_gradients(params, 0)
+        optimizer.step()
+    assert contents(pair[0][0]) == contents(pair[1][0])
+    (settings,) = settings_of("update")
+    assert (settings["BLOCK"], settings["num_warps"]) == tuning
+
+
+# --- Launches ----------------------------------------------------------------------------------------------------
+
+
+BARE, FULL = ["prepare", "update"], ["statistics", "prepare", "update"]
+
+
+@pytest.mark.parametrize(("mode", "kernels"), {"bare": BARE, "value": BARE, "check": FULL, "norm": FULL}.items())
+def test_a_step_launches_what_it_needs(mode: str, kernels: list[str]) -> None:
+    optimizer, params = make("adamw", "triton", FEW, clip_grad=CLIPS.get(mode))
+    scale = 2.0 if mode == "check" else None
+
+    def step() -> list[str]:
+        return launches_of(lambda: optimizer.step(grad_scale=scale))
+
+    set_gradients(params, 0)
+    assert step() == ["map", *kernels]
+    assert step() == kernels
+    held = [param.grad for param in params]
+    set_gradients(params, 1)
+    assert step() == kernels, "gradients have moved"
+    optimizer.param_groups[0]["lr"] = 0.02
+    assert step() == kernels, "a hyperparameter has changed"
+    params[0].grad = None
+    assert step() == kernels, "a gradient has gone"
+    optimizer.add_param_group({"params": parameters([(7,)])})
+    assert step() == ["map", *kernels], "one more, if only without gradient"
+    optimizer.zero_grad()
+    assert step() == []
+    assert len(held) == len(params)
+
+
+def test_many_groups_are_one_launch() -> None:
+    Watched.dry = True
+    groups = [{"params": [param], "lr": 0.1 / (1 + i % 7)} for i, param in enumerate(parameters([(3,)] * 400))]
+    optimizer = fusedopt.FusedSGD(groups, momentum=0.9, backend="triton")
+    for group in groups:
+        set_gradients(group["params"], 0)
+    assert launches_of(optimizer.step) == ["map", *BARE]
+    assert [launch.programs for launch in Watched.launched] == [400, math.ceil(400 / 128), 400]
+
+
+def test_one_update_for_each_combination_of_dtypes_whatever_comes_between() -> None:
+    """Gradients come and go, so that rows are sorted anew."""
+    pair = twins("adamw", lambda: mixed([(5,), (9,), (17,), (3,)] * 3))
+    present = [range(12), (0, 1, 5), (2,), range(12), (1, 4, 8), range(0, 12, 2)]
+    for step, indices in enumerate(present):
+        for _, params in pair:
+            set_gradients(params, step)
+            for index in set(range(12)) - set(indices):
+                params[index].grad = None
+        launched = launches_of(pair[0][0].step)
+        pair[1][0].step()
+        assert launched.count("update") == len({index % 4 for index in indices})
+        assert [launch.programs for launch in Watched.launched if launch.kernel == "prepare"] == [1]
+        assert contents(pair[0][0]) == contents(pair[1][0]), f"step {step}"
+
+
+@pytest.mark.parametrize("clip", [None, LOOSE], ids=["bare", "norm"])
+def test_parameters_that_share_memory_are_updated_one_after_the_other(clip: dict[str, Any] | None) -> None:
+    results = []
+    for name in ("triton", "native"):
+        base, other = torch.zeros(3000), torch.zeros(7, dtype=torch.float64)
+        views = [base, other, base[1000:2500], base[::2], torch.zeros(3, dtype=torch.bfloat16), base]
+        params = [nn.Parameter(view) for view in views]
+        optimizer = fusedopt.FusedSGD(params, lr=0.1, weight_decay=0.3, clip_grad=clip, backend=name)
+        for step in range(2):
+            set_gradients(params, step)
+            if step == 1:
+                params[1].grad = None
+            launched = launches_of(optimizer.step)
+            assert name == "native" or launched.count("update") == len(params) - step
+        results.append(contents(optimizer))
+    assert results[0] == results[1]
+
+
+# --- Two devices -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("norm_type", NORMS)
+def test_the_norm_is_that_of_all_devices(norm_type: float) -> None:
+    optimizer, params = make(
+        "adamw", "triton-pair", SHAPES[:6], torch.float64, clip_grad={"max_norm": 0.5, "norm_type": norm_type}
+    )
+    for step in range(2):
+        set_gradients(params, step, scale=4.0)
+        launched = launches_of(lambda: optimizer.step(grad_scale=4.0))
+        exact = global_norm(params, norm_type) / 4
+        assert float(optimizer.last_step.grad_norm) == pytest.approx(exact, rel=1e-13)
+        assert float(optimizer.last_step.clip_coef) == pytest.approx(0.5 / (exact + 1e-6), rel=1e-13)
+        assert float(optimizer.last_step.found_inf) == 0
+    assert launched == ["statistics", "total"] * 2 + ["prepare"] * 2 + ["update"] * 2
+
+
+@pytest.mark.parametrize("clip", [None, LOOSE, CLIPS["value"]], ids=["bare", "norm", "value"])
+def test_two_devices_give_the_same_bits(clip: dict[str, Any] | None) -> None:
+    """Also when one of them has no gradients."""
+    pair, native = (make("adamw", name, FEW * 2, clip_grad=clip) for name in ("triton-pair", "native"))
+    for step, missing in enumerate([(), (0, 2, 4), (1, 3, 5), range(6), ()]):
+        for optimizer, params in (pair, native):
+            set_gradients(params, step)
+            for index in missing:
+                params[index].grad = None
+            optimizer.step()
+        assert contents(pair[0]) == contents(native[0])
+    assert launches_of(pair[0].step).count("update") == 2
+
+
+@pytest.mark.parametrize("victim", [2, 3])
+@each_clip
+def test_an_overflow_on_one_device_skips_the_step_on_both(clip: str, victim: int) -> None:
+    optimizer, params = make("adamw", "triton-pair", [(5,), (33,)] * 2, clip_grad=CLIPS[clip])
+    for step, bad in enumerate([None, INF, math.nan, None]):
+        set_gradients(params, step)
+        if bad is not None:
+            params[victim].grad[4] = bad
+        before = contents(optimizer)
+        optimizer.step(grad_scale=2.0)
+        assert (contents(optimizer) == before) == (bad is not None)
+        assert float(optimizer.last_step.found_inf) == (bad is not None)
+    assert all(float(optimizer.state[param]["step"]) == 2 for param in params)
+
+
+# --- Captures ----------------------------------------------------------------------------------------------------
+# A graph's launches are run when it is replayed. Uploads of tables are no launches here: they happen at the capture, to
+# memory that is the capture's own. How they get into a graph of a GPU cannot be seen without one.
+
+
+class Captured:
+    """Launches within a ``with`` block are recorded, and run by ``replay()``."""
+
+    def __enter__(self) -> Captured:
+        self.launches = Watched.graph = []
+        return self
+
+    def __exit__(self, *failure: object) -> None:
+        Watched.graph = None
+
+    def replay(self) -> None:
+        for launch in self.launches:
+            launch()
+
+
+def refill(params: list[nn.Parameter], seed: int, scale: float = 1.0) -> None:
+    """New contents for gradients that stay where they are."""
+    before = [param.grad for param in params]
+    set_gradients(params, seed, scale)
+    for param, grad in zip(params, before, strict=True):
+        if grad is not None:
+            param.grad = grad.copy_(param.grad)
+
+
+@each_clip
+@pytest.mark.parametrize("option", ["sgd-momentum", "adam-amsgrad", "adamw-tensor-lr"])
+def test_a_replayed_step_is_a_step(option: str, clip: str) -> None:
+    replayed, eager = (make(option, "triton", FEW, clip_grad=CLIPS[clip]) for _ in range(2))
+    scale = torch.tensor(2.0)
+    for optimizer, params in (replayed, eager):
+        refill(params, 9)
+        optimizer.step(grad_scale=scale)
+    before = contents(replayed[0])
+    with Captured() as graph:
+        replayed[0].step(grad_scale=scale)
+    assert contents(replayed[0]) == before, "nothing has run"
+    assert len(graph.launches) == 4, "chunk map, statistics, prepare, update"
+    report = replayed[0].last_step
+    for seed, bad in enumerate([None, INF, None]):
+        scale.fill_(seed + 2.0)
+        for optimizer, params in (replayed, eager):
+            refill(params, seed)
+            if bad is not None:
+                params[2].grad[1, 1, 1] = bad
+            if option == "adamw-tensor-lr":
+                optimizer.param_groups[0]["lr"].fill_(0.1 * (seed + 1))
+        graph.replay()
+        eager[0].step(grad_scale=scale)
+        assert contents(replayed[0]) == contents(eager[0])
+        assert float(report.found_inf) == (bad is not None)
+        if clip == "norm":
+            assert bits([report.grad_norm, report.clip_coef]) == bits(
+                [eager[0].last_step.grad_norm, eager[0].last_step.clip_coef]
+            )
+    assert float(replayed[0].state[replayed[1][0]]["step"]) == 3, "each replay counts, but for the overflow"
+
+
+def test_a_step_between_replays_does_not_disturb_the_graph() -> None:
+    (replayed, params), (eager, others) = (make("adamw", "triton", FEW) for _ in range(2))
+    for optimizer, these in ((replayed, params), (eager, others)):
+        refill(these, 9)
+        optimizer.step()
+    with Captured() as graph:
+        replayed.step()
+    for seed in range(3):
+        refill(params, seed)
+        refill(others, seed)
+        graph.replay()
+        eager.step()
+        assert contents(replayed) == contents(eager)
+        for optimizer, these in ((replayed, params), (eager, others)):
+            known = [param.grad for param in these]
+            set_gradients(these, 100 + seed)  # elsewhere
+            these[0].grad = None
+            optimizer.param_groups[0]["lr"] = 0.5
+            optimizer.step()
+            optimizer.param_groups[0]["lr"] = 0.01
+            for param, grad in zip(these, known, strict=True):
+                param.grad = grad
+        assert contents(replayed) == contents(eager)
+
+
+@pytest.mark.parametrize(
+    ("refused", "message"),
+    {
+        "no state": r"params'\]\[0\].*has no state yet",
+        "no gradient": r"params'\]\[2\].*no gradient while.*captured",
+        "error_if_nonfinite": "error_if_nonfinite=True reads the norm",
+        "two devices": "several devices cannot be captured",
+    }.items(),
+)
+def test_what_a_capture_cannot_hold_is_refused(refused: str, message: str) -> None:
+    clip = {"max_norm": 1.0, "error_if_nonfinite": refused == "error_if_nonfinite"}
+    optimizer, params = make("adamw", "triton-pair" if refused == "two devices" else "triton", FEW, clip_grad=clip)
+    set_gradients(params, 0)
+    if refused != "no state":
+        optimizer.step()
+    if refused == "no gradient":
+        params[2].grad = None
+    before = contents(optimizer)
+    with Captured() as graph, pytest.raises(RuntimeError, match=message):
+        optimizer.step()
+    assert graph.launches == []
+    assert contents(optimizer) == before
+    optimizer.step()
+    assert contents(optimizer) != before
+
+
+# --- The norm where double arithmetic is slow --------------------------------------------------------------------
+
+
+def norm_step(values: torch.Tensor, norm_type: float, *, slow: bool, **asked: Any) -> tuple[Any, nn.Parameter]:
+    """One step of SGD with these gradients, and a report in float64 due to a second parameter without weight."""
+    Watched.slow = slow
+    param, wide = nn.Parameter(torch.zeros_like(values)), nn.Parameter(torch.zeros(1, dtype=torch.float64))
+    param.grad, wide.grad = values, torch.zeros(1, dtype=torch.float64)
+    clip = {"max_norm": 1.0, "norm_type": norm_type}
+    optimizer = fusedopt.FusedSGD([param, wide], lr=1.0, clip_grad=clip, backend="triton")
+    optimizer.step(**asked)
+    assert settings_of("statistics")[-1]["SLOW_DOUBLE"] == slow
+    return optimizer, param
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("norm_type", NORMS)
+def test_slow_double_norm_of_random_gradients(norm_type: float, dtype: torch.dtype) -> None:
+    values = torch.randn(5003).to(dtype)
+    found = {slow: float(norm_step(values, norm_type, slow=slow)[0].last_step.grad_norm) for slow in (False, True)}
+    param = nn.Parameter(values)
+    param.grad = values
+    exact = global_norm([param], norm_type)
+    assert found[False] == pytest.approx(exact, rel=1e-13)
+    assert found[True] == pytest.approx(exact, rel=1e-7)
+    if dtype in (torch.float32, torch.float64):  # sums of a few 16-bit numbers may be exact in float
+        assert (found[True] != found[False]) == (dtype == torch.float32 and norm_type in (1.0, 2.0))
+
+
+@pytest.mark.parametrize("length", [1, 8, 1024, 2051])
+@pytest.mark.parametrize(
+    ("norm_type", "value", "dtype"),
+    [
+        (1.0, 3e38, torch.float32),
+        (1.0, 3e38, torch.bfloat16),
+        (2.0, 1e30, torch.float32),
+        (2.0, 1e-25, torch.bfloat16),
+        (2.0, 6e-8, torch.float16),
+        (2.0, 1e-40, torch.float32),
+    ],
+)
+def test_slow_double_norm_is_exact_where_float_overflows_or_underflows(
+    norm_type: float, value: float, dtype: torch.dtype, length: int
+) -> None:
+    values = torch.full((length,), value, dtype=dtype)
+    slow, param = norm_step(values, norm_type, slow=True, grad_scale=1.0)
+    assert float(slow.last_step.found_inf) == 0, "the sum overflows, no gradient does"
+    assert float(slow.last_step.grad_norm) == pytest.approx(global_norm([param], norm_type), rel=1e-12)
+
+
+def test_slow_double_norm_of_one_chunk_that_overflows_among_others() -> None:
+    values = torch.randn(7000)
+    values[3000] = 1e25
+    values[5000:] = 1e-24
+    optimizer, param = norm_step(values, 2.0, slow=True)
+    assert float(optimizer.last_step.grad_norm) == pytest.approx(global_norm([param]), rel=1e-7)
+
+
+@pytest.mark.parametrize("slow", [False, True])
+@pytest.mark.parametrize("bad", [math.nan, INF, -INF])
+def test_a_single_nonfinite_gradient_is_found_anywhere(bad: float, slow: bool) -> None:
+    for dtype, place in zip(DTYPES, (0, 1023, 2048, 3002), strict=True):
+        values = torch.full((3003,), 0.5, dtype=dtype)
+        values[place] = bad
+        optimizer, param = norm_step(values, 2.0, slow=slow, grad_scale=2.0)
+        assert float(optimizer.last_step.found_inf) == 1
+        assert not param.any()
+
+
+# --- Numbers -----------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def power_kernel(bases, exponents, results, BLOCK: tl.constexpr):
+    i = tl.arange(0, BLOCK)
+    tl.store(results + i, kernels.power(tl.load(bases + i), tl.load(exponents + i)))
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.5, 0.9, 0.999, 0.9999, 1 - 2**-20, 1 - 2**-53])
+def test_powers_are_right_to_the_last_digit(beta: float) -> None:
+    steps = [*range(1, 1800), *(2**k + by for k in range(11, 21) for by in (-1, 0, 1)), *range(2000, 10**6, 4567)]
+    steps = (steps + [10**6] * 2048)[:2048]
+    exponents = torch.tensor(steps, dtype=torch.float64)
+    found = torch.empty_like(exponents)
+    with np.errstate(all="ignore"):
+        power_kernel[(1,)](torch.full_like(exponents, beta), exponents, found, BLOCK=2048)
+    exact = Context(prec=80, Emin=-(10**9))
+    want = np.array([float(exact.power(Decimal(beta), step)) for step in steps])
+    assert np.array_equal(1 - found.numpy(), 1 - want), "what the update makes of it"
+    normal = want > 1e-280
+    assert normal.any() or beta == 0
+    assert np.array_equal(found.numpy()[normal], want[normal])
+    assert np.allclose(found.numpy()[~normal], 0, atol=1e-279)
+
+
+CODES = {
+    torch.float32: kernels.F32,
+    torch.float64: kernels.F64,
+    torch.bfloat16: kernels.BF16,
+    torch.float16: kernels.F16,
+}
+each_half = pytest.mark.parametrize("half", [torch.bfloat16, torch.float16], ids=str)
+each_wide = pytest.mark.parametrize("wide", [torch.float32, torch.float64], ids=str)
+
+
+@triton.jit
+def convert_kernel(source: tl.int64, target: tl.int64, FROM: tl.constexpr, TO: tl.constexpr, BLOCK: tl.constexpr):
+    """Elements of one column to those of another."""
+    i = tl.arange(0, BLOCK)
+    kernels.store(
+        target, i, i >= 0, kernels.load(source, i, i >= 0, FROM, tl.float64 if FROM == kernels.F64 else tl.float32), TO
+    )
+
+
+def converted(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """What the kernels store of these values."""
+    count = triton.next_power_of_2(values.numel())
+    source, target = torch.zeros(count, dtype=values.dtype), torch.empty(count, dtype=dtype)
+    source[: values.numel()] = values
+    with np.errstate(all="ignore"):
+        convert_kernel[(1,)](source.data_ptr(), target.data_ptr(), CODES[values.dtype], CODES[dtype], count)
+    return target[: values.numel()]
+
+
+def every(half: torch.dtype) -> torch.Tensor:
+    """All numbers of a 16-bit dtype, infinities and NaN included."""
+    return torch.arange(-(2**15), 2**15).to(torch.int16).view(half)
+
+
+@each_wide
+@each_half
+def test_every_16_bit_number_is_read_as_it_is(half: torch.dtype, wide: torch.dtype) -> None:
+    torch.testing.assert_close(converted(every(half), wide), every(half).to(wide), rtol=0, atol=0, equal_nan=True)
+
+
+@each_wide
+@each_half
+def test_16_bit_numbers_are_rounded_once_to_nearest_even(half: torch.dtype, wide: torch.dtype) -> None:
+    """Halfway between any two neighbours, subnormal or not, and right beside that; beyond the last one is infinity."""
+    numbers = torch.arange(torch.tensor(INF, dtype=half).view(torch.int16)).to(torch.int16)  # zero and all above it
+    low = numbers.view(half).to(wide)
+    gaps = low.diff()
+    middle = low + torch.cat([gaps, gaps[-1:]]) / 2
+    infinity = torch.tensor(INF, dtype=wide)
+    even = numbers + (numbers & 1)
+    for values, want in [
+        (low, numbers),
+        (torch.nextafter(middle, -infinity), numbers),
+        (middle, even),
+        (torch.nextafter(middle, infinity), numbers + 1),
+    ]:
+        assert torch.equal(converted(values, half).view(torch.int16), want)
+        assert torch.equal(converted(-values, half).view(torch.int16), want | -(2**15))
+
+
+@each_wide
+@each_half
+def test_what_is_no_number_stays_so_in_16_bits(half: torch.dtype, wide: torch.dtype) -> None:
+    largest = torch.finfo(wide).max
+    values = torch.tensor([INF, -INF, largest, -largest, math.nan, -math.nan], dtype=wide)
+    assert converted(values, half)[:4].tolist() == [INF, -INF, INF, -INF]
+    payloads = torch.arange(1, 2**12, dtype=torch.int32)
+    odd = torch.cat([payloads + 0x7F800000, payloads - 0x800000]).view(torch.float32)
+    assert odd.isnan().all()
+    for nans in (values[4:], odd.to(wide)):
+        assert converted(nans, half).isnan().all()
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.int64, torch.bool], ids=str)
+def test_numbers_may_be_tensors_of_any_dtype(dtype: torch.dtype) -> None:
+    def number(value: float) -> torch.Tensor:
+        return torch.tensor(value).to(dtype)
+
+    clip = {"max_norm": number(1.0)}
+    pair = [
+        make("adam-decay", name, FEW, lr=number(1.0), weight_decay=number(1.0), clip_grad=clip)
+        for name in ("triton", "native")
+    ]
+    for step, value in enumerate((1.0, 0.0, 1.0)):
+        for optimizer, params in pair:
+            for param in params:
+                param.grad = torch.full_like(param, 2.0 * step)
+            optimizer.param_groups[0]["weight_decay"].fill_(value)
+            optimizer.step(grad_scale=number(1.0), found_inf=number(0.0))
+        assert contents(pair[0][0]) == contents(pair[1][0])
+        assert reported(pair[0][0]) == reported(pair[1][0])
+    before = contents(pair[0][0])
+    pair[0][0].step(grad_scale=number(1.0), found_inf=number(1.0))
+    assert (contents(pair[0][0]) == before) == (pair[0][0].last_step.found_inf == 1)
+
+
+@pytest.mark.parametrize("taken", [0, 1, 1000, 2**24 - 1, 2**24])
+def test_steps_are_counted_in_the_dtype_of_the_counter(taken: int) -> None:
+    """In float32 the count stays where it is at 2^24, as torch's does."""
+    pair = twins("adamw", lambda: parameters([(5,), (9,)]))
+    for optimizer, params in pair:
+        set_gradients(params, 0)
+        optimizer.step()
+        for param, dtype in zip(params, (torch.float32, torch.float64), strict=True):
+            optimizer.state[param]["step"] = torch.tensor(taken, dtype=dtype)
+        optimizer.step()
+        single, double = (float(optimizer.state[param]["step"]) for param in params)
+        assert double == taken + 1
+        assert single == min(taken + 1, 2**24)
+    assert contents(pair[0][0]) == contents(pair[1][0])
+
+
+def test_more_rows_than_one_program_prepares() -> None:
+    pair = twins("adamw", lambda: parameters([(2 * (index % 16 == 1),) for index in range(130)]))
+    for optimizer, params in pair:
+        set_gradients(params, 0)
+        optimizer.step()
+        for index, param in enumerate(params):
+            optimizer.state[param]["step"].fill_(index)
+        params[97].grad = None
+        optimizer.step()
+    assert [launch.programs for launch in Watched.launched if launch.kernel == "prepare"] == [2, 2]
+    assert contents(pair[0][0]) == contents(pair[1][0])
+    (optimizer, params), _ = pair
+    before = contents(optimizer)
+    params[129].grad[1] = math.nan
+    optimizer.step(grad_scale=2.0)
+    assert contents(optimizer) == before
+    optimizer.step(found_inf=torch.tensor(1.0))
+    assert contents(optimizer) == before
+
+
+# --- What is written twice ---------------------------------------------------------------------------------------
+
+
+def test_constants_of_the_kernels_are_those_of_the_others() -> None:
+    assert kernels.CLIP_EPS.value == CLIP_EPS == module.CLIP_EPS  # type: ignore[union-attr]
+    least = module.device_chunk_elements(1)  # type: ignore[union-attr]
+    for tuning in (*backend._TUNINGS, backend.Tuning(2048, 1)):
+        assert least % tuning.block == 0
+        assert tuning.block % (64 * tuning.warps) == 0 or tuning.warps == 1
+
+
+def test_dtypes_have_the_plans_numbers() -> None:
+    assert [CODES[dtype].value for dtype in backend._DTYPES] == list(range(len(DTYPES)))
+    for dtype in DTYPES:
+        optimizer, params = make("sgd", "triton", [(3,)], dtype)
+        set_gradients(params, 0)
+        optimizer.step()
+        settings = settings_of("update")[-1]
+        want = CODES[dtype].value
+        assert [settings[name] for name in ("PARAM", "GRAD", "A", "B", "C")] == [
+            want,
+            want,
+            *[kernels.ABSENT.value] * 3,
+        ]
+
+
+def test_norms_have_the_plans_numbers() -> None:
+    orders = {None: kernels.NONE, 1.0: kernels.ONE, 2.0: kernels.TWO, INF: kernels.INF, 3.0: kernels.P, 0.5: kernels.P}
+    for order, kind in orders.items():
+        clip = None if order is None else {"max_norm": 1.0, "norm_type": order}
+        optimizer, params = make("sgd", "triton", [(3,)], clip_grad=clip)
+        set_gradients(params, 0)
+        optimizer.step(grad_scale=2.0)
+        for kernel in ("statistics", "prepare"):
+            assert settings_of(kernel)[-1]["KIND"] == kind.value
+
+
+#: A setting in which each hyperparameter matters, and another value of each.
+MATTERS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "sgd": (
+        {"lr": 0.1, "momentum": 0.5, "dampening": 0.25, "weight_decay": 0.2},
+        {"lr": 0.3, "momentum": 0.7, "dampening": 0.1, "weight_decay": 0.4, "nesterov": True, "maximize": True},
+    ),
+    "adam": (
+        {"lr": 0.1, "betas": (0.5, 0.6), "eps": 0.01, "weight_decay": 0.2},
+        {
+            "lr": 0.3,
+            "betas": (0.5, 0.7),
+            "eps": 0.03,
+            "weight_decay": 0.4,
+            "amsgrad": True,
+            "maximize": True,
+            "decoupled_weight_decay": True,
+        },
+    ),
+}
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_every_hyperparameter_is_taken_for_what_it_is(rule: str) -> None:
+    base, others = MATTERS[rule]
+    ignored = {"foreach", "fused", "capturable", "differentiable"}
+    assert set(others) == set(RULES[rule].hyperparameters().as_defaults()) - ignored
+    results = []
+    for name in ("triton", "native"):
+        params = [nn.Parameter(torch.tensor([1.0, -2.0, 3.0])) for _ in range(len(others) + 1)]
+        groups = [{"params": [param], **base} for param in params]
+        optimizer = {"sgd": fusedopt.FusedSGD, "adam": fusedopt.FusedAdam}[rule](groups, backend=name)
+        for group, (key, value) in zip(optimizer.param_groups[1:], others.items(), strict=True):
+            group[key] = value
+        for step in range(3):
+            for param in params:
+                param.grad = torch.tensor([1.0, 0.5, -0.25]) / (step + 1)
+            optimizer.step()
+        results.append(contents(optimizer))
+    assert results[0] == results[1]
+    assert len({param for param, _ in results[0]}) == len(params), "each made a difference"
+
+
+def test_every_rule_has_kernels() -> None:
+    assert set(kernels.RULES) == set(RULES)
+    for name, rule in kernels.RULES.items():
+        for states, settings in rule.settings.items():
+            group = RULES[name].hyperparameters(**settings).as_defaults()
+            assert sum(column.needed(group) for column in RULES[name].columns) == states
+
+
+# --- Tuning ------------------------------------------------------------------------------------------------------
+
+
+class Device:
+    """Stands for a GPU on which tunings take so long; ``tried`` has those that were measured."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, cache: Path):
+        self.tried: list[backend.Tuning] = []
+        self.name, self.capturing, self.memory = "a GPU", False, True
+        self.times = {tuning: 1.0 + number for number, tuning in enumerate(backend._TUNINGS)}
+        monkeypatch.setattr(backend, "_chosen", {})
+        monkeypatch.setattr(backend, "scratch_step", self.scratch_step)
+        monkeypatch.setattr(triton.testing, "do_bench", self.do_bench)
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: self.name)
+        monkeypatch.setenv("TRITON_CACHE_DIR", str(cache))
+
+    def scratch_step(self, rule: Any, device: torch.device, dtypes: tuple[int, ...], elements: int) -> Any:
+        if not self.memory:
+            raise torch.OutOfMemoryError
+        assert device == torch.device("cuda", 0)
+        return lambda launcher: lambda: launcher.tuning
+
+    def do_bench(self, step: Callable[[], backend.Tuning], **how: Any) -> float:
+        self.tried.append(step())
+        return self.times[self.tried[-1]]
+
+    def tuning(
+        self, dtypes: tuple[int, ...] = (0, 0, 0, 0, -1), rule: Any = ADAM, source: str = "kernel"
+    ) -> backend.Tuning:
+        """What a new launcher takes."""
+        launcher = Watched(rule, "cuda")
+        launcher.interpreted = False
+        launcher.capturing = lambda device: self.capturing  # type: ignore[method-assign]
+        launcher._kernels = SimpleNamespace(update_kernel=SimpleNamespace(cache_key=source))
+        return launcher._tuning_for(0, dtypes)
+
+    def restart(self) -> None:
+        """As if in another process."""
+        backend._chosen.clear()
+        self.tried.clear()
+
+
+@pytest.fixture
+def device(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Device:
+    return Device(monkeypatch, tmp_path)
+
+
+@pytest.mark.parametrize("fastest", backend._TUNINGS)
+def test_the_fastest_is_taken_and_kept(fastest: backend.Tuning, device: Device) -> None:
+    device.times[fastest] = 0.5
+    assert device.tuning() == fastest
+    assert device.tried == list(backend._TUNINGS)
+    assert device.tuning() == fastest
+    assert len(device.tried) == len(backend._TUNINGS), "measured once"
+    device.restart()
+    found = device.tuning()
+    assert found == fastest
+    assert isinstance(found, backend.Tuning)
+    assert device.tried == [], "found on disk"
+
+
+@pytest.mark.parametrize("differs", ["device", "dtypes", "rule", "kernel"])
+def test_each_device_rule_mix_of_dtypes_and_kernel_has_its_own(differs: str, device: Device) -> None:
+    first, second = backend._TUNINGS[2:4]
+    device.times[first] = 0.5
+    assert device.tuning() == first
+    device.times[second] = 0.25
+    device.restart()
+    device.name = "another GPU" if differs == "device" else device.name
+    other = {"dtypes": {"dtypes": (2, 2, 0, 0, -1)}, "rule": {"rule": SGD}, "kernel": {"source": "other"}}
+    assert device.tuning(**other.get(differs, {})) == second
+    device.restart()
+    device.name = "a GPU"
+    assert device.tuning() == first
+    assert device.tried == []
+
+
+@pytest.mark.parametrize(
+    "content", ["", "{", "null", "[1024]", "[1024, 4, 1]", "[333, 4]", '"x"', b"\xff\xfe"], ids=str
+)
+def test_a_file_that_is_not_ours_is_measured_anew_and_replaced(
+    content: str | bytes, device: Device, tmp_path: Path
+) -> None:
+    device.times[backend._TUNINGS[1]] = 0.5
+    device.tuning()
+    (file,) = tmp_path.rglob("fusedopt-tuning.json")
+    for _ in range(2):
+        file.write_bytes(content if isinstance(content, bytes) else content.encode())
+        device.restart()
+        assert device.tuning() == backend._TUNINGS[1]
+        assert len(device.tried) == len(backend._TUNINGS)
+        assert json.loads(file.read_text()) == list(backend._TUNINGS[1])
+
+
+def test_without_memory_to_try_the_first_serves(device: Device) -> None:
+    device.memory = False
+    assert device.tuning() == backend._TUNINGS[0]
+    assert device.tried == []
+
+
+def test_a_file_that_cannot_be_written_is_no_error(device: Device, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*args: Any, **kwargs: Any) -> None:
+        raise PermissionError
+
+    monkeypatch.setattr(triton.runtime.cache.FileCacheManager, "put", fail)
+    device.times[backend._TUNINGS[1]] = 0.5
+    assert device.tuning() == device.tuning() == backend._TUNINGS[1]
+    assert len(device.tried) == len(backend._TUNINGS), "measured once in this process"
+
+
+def test_nothing_is_measured_in_a_capture(device: Device) -> None:
+    device.times[backend._TUNINGS[1]] = 0.5
+    device.capturing = True
+    assert device.tuning() == backend._TUNINGS[0]
+    assert device.tried == []
+    device.capturing = False
+    assert device.tuning() == backend._TUNINGS[1]
+    device.capturing = True
+    assert device.tuning() == backend._TUNINGS[1]
+    device.restart()
+    assert device.tuning() == backend._TUNINGS[1], "but a file is read"
+
+
+@pytest.mark.parametrize(
+    ("rule", "dtypes"),
+    [
+        *(("sgd", (code, code, state, -1, -1)) for code in range(4) for state in (-1, code)),
+        *(("adam", (code, code, code, code, third)) for code in range(4) for third in (-1, code)),
+        ("sgd", (0, 2, 3, -1, -1)),
+        ("adam", (2, 2, 0, 0, -1)),
+        ("adam", (1, 2, 3, 2, -1)),
+        ("adam", (0, 3, 0, 2, 1)),
+    ],
+)
+def test_what_is_tuned_is_a_step_of_those_dtypes(rule: str, dtypes: tuple[int, ...]) -> None:
+    step_of = backend.scratch_step(RULES[rule], torch.device("cpu"), dtypes, 40)
+    for tuning in backend._TUNINGS[:2]:
+        step = step_of(Watched(RULES[rule], "cpu", tuning))
+        assert launches_of(step) == ["map", *BARE]
+        (settings,) = settings_of("update")
+        assert tuple(settings[name] for name in ("PARAM", "GRAD", "A", "B", "C")) == dtypes
+        assert settings["BLOCK"] == tuning.block
+        assert launches_of(step) == BARE
+
+
+# --- Where it serves ---------------------------------------------------------------------------------------------
+
+CPU, CUDA, XPU = (torch.device(kind) for kind in ("cpu", "cuda", "xpu"))
+
+
+@pytest.fixture
+def compiling(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
+    """As in a process without the interpreter where torch has GPUs, and nothing is remembered."""
+    monkeypatch.setattr(backend, "interpreting", lambda: False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.xpu, "is_available", lambda: True)
+    monkeypatch.setattr(torch.xpu, "get_device_properties", lambda device: SimpleNamespace(has_fp64=True))
+    driver = SimpleNamespace(active=SimpleNamespace(get_current_target=lambda: "a target"))
+    monkeypatch.setattr(triton.runtime, "driver", driver)
+    remembered = (backend._triton_problem, backend._driver_problem)
+    for problem in remembered:
+        problem.cache_clear()
+    yield monkeypatch
+    for problem in remembered:
+        problem.cache_clear()
+
+
+@pytest.mark.parametrize("kind", [CUDA, XPU], ids=str)
+def test_it_serves_gpus(kind: torch.device, compiling: pytest.MonkeyPatch) -> None:
+    assert TritonBackend.unavailable(kind) is None
+
+
+@pytest.mark.parametrize("version", ["3.6.0", "3.10.0+git1234", "4.0.0rc1", "10.0"])
+def test_later_versions_will_do(version: str, compiling: pytest.MonkeyPatch) -> None:
+    compiling.setattr(triton, "__version__", version)
+    assert TritonBackend.unavailable(CUDA) is None
+
+
+def no_driver(error: Exception) -> SimpleNamespace:
+    def fail() -> None:
+        raise error
+
+    return SimpleNamespace(active=SimpleNamespace(get_current_target=fail))
+
+
+@pytest.mark.parametrize(
+    ("kind", "target", "value", "message"),
+    [
+        (CPU, None, None, "Triton has no kernels for CPUs (TRITON_INTERPRET=1"),
+        ("mps", None, None, "Triton has no kernels for mps tensors"),
+        ("meta", None, None, "Triton has no kernels for meta tensors"),
+        (CUDA, (backend, "compiled_module"), lambda: (None, "not built"), "its plan is missing: not built"),
+        (CUDA, (sys.modules, "triton"), None, "triton is not installed"),
+        (CUDA, (sys.modules, "triton"), None, "pip install 'fusedopt[triton]'"),
+        (CUDA, (triton, "__version__"), "3.5.1", "triton 3.5.1 is installed; 3.6 or later is needed"),
+        (CUDA, (triton, "__version__"), "2.10", "triton 2.10 is installed; 3.6 or later is needed"),
+        (CUDA, (backend, "interpreting"), lambda: True, "the interpreter does not reach cuda tensors"),
+        (CUDA, (torch.cuda, "is_available"), lambda: False, "torch finds no usable cuda device"),
+        (XPU, (torch.xpu, "is_available"), lambda: False, "torch finds no usable xpu device"),
+        (
+            XPU,
+            (torch.xpu, "get_device_properties"),
+            lambda device: SimpleNamespace(has_fp64=False),
+            "the device has no float64 arithmetic",
+        ),
+        (
+            CUDA,
+            (triton.runtime, "driver"),
+            no_driver(RuntimeError("0 active drivers\nsecond line")),
+            "0 active drivers",
+        ),
+        (CUDA, (triton.runtime, "driver"), no_driver(RuntimeError()), "finds no driver: RuntimeError()"),
+    ],
+)
+def test_where_it_cannot_serve_it_says_why(
+    kind: Any, target: Any, value: Any, message: str, compiling: pytest.MonkeyPatch
+) -> None:
+    if target is not None:
+        (compiling.setitem if target[0] is sys.modules else compiling.setattr)(*target, value)
+    reason = TritonBackend.unavailable(torch.device(kind))
+    assert message in str(reason)
+    assert "\n" not in str(reason)
+    with pytest.raises(BackendUnavailable, match=re.escape(f"backend 'triton' is not available: {reason}")):
+        backends.create_backend("triton", ADAM, [torch.device(kind)])
+
+
+def test_parameters_of_two_kinds_of_devices_are_not_for_it(compiling: pytest.MonkeyPatch) -> None:
+    with pytest.raises(BackendUnavailable, match="one optimizer has parameters on cuda and xpu"):
+        backends.create_backend("triton", ADAM, [CUDA, XPU])
+
+
+def test_auto_takes_it_after_the_native_backend_and_before_the_reference(compiling: pytest.MonkeyPatch) -> None:
+    def refuse(kind: type, reason: str | None) -> None:
+        compiling.setattr(kind, "unavailable", classmethod(lambda cls, device: reason))
+
+    backends._note_fallback.cache_clear()
+    refuse(NativeBackend, None)
+    compiling.setattr(NativeBackend, "_make_plan", lambda self: None)
+    assert backends.create_backend("auto", ADAM, [CUDA]).name == "native"
+    refuse(NativeBackend, "no kernels in this build")
+    with pytest.warns(UserWarning, match="no kernels in this build; using the .*triton backend"):
+        assert backends.create_backend("auto", ADAM, [CUDA]).name == "triton"
+    assert backends.create_backend("auto", ADAM, [CUDA]).name == "triton"  # silent now: warnings are errors here
+    refuse(TritonBackend, "no driver")
+    with pytest.warns(UserWarning, match="no kernels in this build.*; using the slow reference backend"):
+        assert backends.create_backend("auto", ADAM, [CUDA]).name == "reference"
+    backends._note_fallback.cache_clear()
+
+
+WITHOUT_INTERPRETER = """
+import sys, torch, fusedopt
+print('triton' in sys.modules)  # torch's own optimizers import it later
+param = torch.nn.Parameter(torch.zeros(3))
+optimizer = fusedopt.FusedAdamW([param])
+param.grad = torch.ones(3)
+optimizer.step()
+print(optimizer.backend_in_use)
+try:
+    fusedopt.FusedAdamW([param], backend="triton")
+except fusedopt.backends.BackendUnavailable as error:
+    print(error)
+"""
+
+
+def without_interpreter(*command: Any, **env: str) -> subprocess.CompletedProcess[str]:
+    """A process that compiles Triton's kernels, if it comes to that."""
+    environment = {**os.environ, "PYTHONPATH": str(Path(fusedopt.__file__).parents[1]), **env}
+    environment.pop("TRITON_INTERPRET", None)
+    result = subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    return result
+
+
+def test_without_the_interpreter_a_cpu_is_refused() -> None:
+    lines = without_interpreter("-W", "error", "-c", WITHOUT_INTERPRETER).stdout.splitlines()
+    assert lines[:2] == ["False", "native"]
+    assert lines[2].startswith("backend 'triton' is not available: Triton has no kernels for CPUs (TRITON_INTERPRET=1")
+
+
+# --- What is compiled --------------------------------------------------------------------------------------------
+
+COMPILE = Path(__file__).parent / "triton_compile.py"
+#: Targets, and whether all variants are compiled for them.
+TARGETS = {("cuda", "80", "32"): False, ("cuda", "90", "32"): True, ("hip", "gfx942", "64"): False}
+#: One address that the compiler keeps aside.
+MOST_SPILLED = 16
+#: Its exponential and logarithm are the device library's.
+P_NORM = kernels.P.value
+SIZES = {-1: 0, 0: 4, 1: 8, 2: 2, 3: 2}
+
+
+@functools.cache
+def compiled(target: tuple[str, str, str]) -> list[dict[str, Any]]:
+    if importlib.util.find_spec(f"triton.backends.{'amd' if target[0] == 'hip' else 'nvidia'}") is None:
+        pytest.skip(f"this Triton does not compile for {target[0]}")
+    chosen = [] if TARGETS[target] else ["--quick"]
+    return [json.loads(line) for line in without_interpreter(COMPILE, *target, *chosen).stdout.splitlines()]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", TARGETS, ids="-".join)
+class TestCompiled:
+    def test_every_kernel_compiles_and_keeps_what_it_works_on_in_registers(self, target: tuple[str, str, str]) -> None:
+        found = compiled(target)
+        names = {result["name"].partition("-")[0] for result in found}
+        assert names == {"map", "statistics", "total", "prepare", "update"}
+        assert [result for result in found if result["spilled"] > MOST_SPILLED] == []
+
+    def test_products_and_sums_are_not_contracted(self, target: tuple[str, str, str]) -> None:
+        if target[0] == "hip":
+            pytest.skip("fused operations are of the division there; which ones cannot be told")
+        found = compiled(target)
+        fused = {result["constants"].get("KIND") for result in found if result["fused"]}
+        assert fused <= {P_NORM}
+        assert [result for result in found if result["approximate"]] == []
+
+    def test_streams_move_in_16_bytes(self, target: tuple[str, str, str]) -> None:
+        """All that a thread has of a block, in as few accesses as there can be."""
+        if target[0] == "hip":
+            pytest.skip("the width of accesses is read from PTX")
+        for result in compiled(target):
+            constants = result["constants"]
+            if result["name"].startswith("update"):
+                columns = [SIZES[constants[name]] for name in ("PARAM", "GRAD", "A", "B", "C")]
+                written = [*columns[:1], columns[1] * constants["WRITE_BACK"], *columns[2:]]
+                vectors = constants["BLOCK"] // (32 * result["warps"]) / 16
+                assert result["vector_loads"] == sum(columns) * vectors, result["name"]
+                assert result["vector_stores"] == sum(written) * vectors, result["name"]
+            elif result["name"].startswith("statistics"):
+                assert result["vector_loads"] > 0, result["name"]
