@@ -32,6 +32,10 @@ MEANINGS = {
 PRECEDENCE = (TESTS_FAILED, NO_TESTS, SANITIZER_ERRORS, TOO_SLOW, NOTHING_SAID)
 #: Steps without which the others do not run, and the job being stopped.
 REQUIRED = ("environment", "build", "stopped")
+#: Steps that run tests, with the heading of what they found.
+TEST_STEPS = {"tests": "Tests marked gpu", "triton": "Tests marked gpu, of the Triton backend"}
+#: Reasons of a step not to run that nobody has to mend.
+LEFT_OUT = ("left out by FUSEDOPT_GPU_SKIP", "triton is not installed", "or later is needed")
 PASSES = ("memcheck", "racecheck", "initcheck")
 MODULES = ("torch", "numpy", "pytest", "pytest_benchmark", "hypothesis")
 MOST_NAMES = 40
@@ -50,6 +54,11 @@ class Step:
     def timed_out(self) -> bool:
         """Whether ``timeout`` ended it."""
         return self.code in (124, 137)
+
+    @property
+    def left_out(self) -> bool:
+        """Whether it did not run, and nothing is amiss."""
+        return self.code is None and any(text in self.reason for text in LEFT_OUT)
 
     @property
     def outcome(self) -> str:
@@ -101,6 +110,18 @@ def read_junit(path: Path) -> Tests | None:
         else:
             tests.passed += 1
     return tests
+
+
+def merge_junit(paths: Iterable[Path], out: Path) -> None:
+    """Put the test suites of several JUnit XMLs into one, without those that are missing or not whole."""
+    merged = ElementTree.Element("testsuites")
+    for path in paths:
+        try:
+            merged.extend(ElementTree.parse(path).getroot().iter("testsuite"))
+        except (OSError, ElementTree.ParseError):
+            continue
+    if len(merged):
+        ElementTree.ElementTree(merged).write(out, encoding="utf-8", xml_declaration=True)
 
 
 @dataclass
@@ -182,9 +203,10 @@ class Job:
 
     environment: str
     steps: dict[str, Step]
-    tests: Tests | None
+    tests: dict[str, Tests | None]
     passes: list[Pass]
     results: dict[str, Any] | None
+    warmup: str
 
     @classmethod
     def load(cls, work: Path, out: Path) -> Job:
@@ -200,9 +222,12 @@ class Job:
             results = json.loads((out / "results.json").read_text())
         except (OSError, ValueError):
             results = None
-        environment = work / "environment.txt"
-        text = environment.read_text().strip() if environment.exists() else ""
-        return cls(text, steps, read_junit(out / "junit.xml"), passes, results)
+        environment, warmup = (
+            path.read_text(errors="replace").strip() if path.exists() else ""
+            for path in (work / "environment.txt", work / "warmup.txt")
+        )
+        tests = {name: read_junit(work / f"{name}.xml") for name in TEST_STEPS}
+        return cls(environment, steps, tests, passes, results, warmup)
 
     @property
     def gates(self) -> list[dict[str, Any]]:
@@ -217,26 +242,27 @@ class Job:
                 return NOTHING_SAID, [f"{name}: {step.outcome}"]
         if not self.steps:
             return NOTHING_SAID, ["nothing ran"]
-        found = [*self._judge_tests(), *self._judge_passes(), *self._judge_gates()]
+        tests = [finding for name in TEST_STEPS for finding in self._judge_tests(name)]
+        found = [*tests, *self._judge_passes(), *self._judge_gates()]
         code = next((code for code in PRECEDENCE if any(code == other for other, _ in found)), GOOD)
         return code, [text for _, text in found]
 
-    def _judge_tests(self) -> Iterable[tuple[int, str]]:
-        step, tests = self.steps.get("tests"), self.tests
-        if step is None or (step.code is None and "FUSEDOPT_GPU_SKIP" in step.reason):
+    def _judge_tests(self, name: str) -> Iterable[tuple[int, str]]:
+        step, tests = self.steps.get(name), self.tests[name]
+        if step is None or step.left_out:
             return
-        kernels = self.steps.get("kernels")
         if tests and tests.failures:
-            yield TESTS_FAILED, f"tests: {len(tests.failures)} of {tests.ran} failed"
+            yield TESTS_FAILED, f"{name}: {len(tests.failures)} of {tests.ran} failed"
         if step.timed_out:
-            yield TESTS_FAILED, f"tests: timed out after {step.seconds} s"
+            yield TESTS_FAILED, f"{name}: timed out after {step.seconds} s"
         elif step.code is not None and step.code not in (0, 1, 5) and not (tests and tests.failures):
-            yield TESTS_FAILED, f"tests: pytest ended with exit code {step.code}"
+            yield TESTS_FAILED, f"{name}: pytest ended with exit code {step.code}"
         elif step.code is None or not (tests and tests.ran):
+            kernels = self.steps.get("kernels") if name == "tests" else None
             reason = f": {kernels.reason}" if kernels else f": {step.reason}" if step.reason else ""
-            yield NO_TESTS, f"tests: none ran on the GPU{reason}"
+            yield NO_TESTS if name == "tests" else NOTHING_SAID, f"{name}: none ran on the GPU{reason}"
         elif step.code == 1 and not tests.failures:
-            yield TESTS_FAILED, "tests: pytest failed"
+            yield TESTS_FAILED, f"{name}: pytest failed"
 
     def _judge_passes(self) -> Iterable[tuple[int, str]]:
         for result in self.passes:
@@ -245,11 +271,12 @@ class Job:
 
     def _judge_gates(self) -> Iterable[tuple[int, str]]:
         step = self.steps.get("gates")
-        if step is None or (step.code is None and "FUSEDOPT_GPU_SKIP" in step.reason):
+        if step is None or step.left_out:
             return
         for gate in self.gates:
             if gate["broken"]:
-                yield TOO_SLOW, f"gates: {gate['case']}: {', '.join(gate['broken'])}"
+                about = f"{gate['case']}: {gate['ours']} against {gate['rival']}"
+                yield TOO_SLOW, f"gates: {about}: {', '.join(gate['broken'])}"
             elif gate["verdict"] != "holds":
                 yield NOTHING_SAID, f"gates: {gate['error'] or gate['case'] + ': not checked'}"
         if step.code is None or not self.results or not self.results["complete"]:
@@ -276,7 +303,9 @@ def gate_table(gates: list[dict[str, Any]]) -> str:
         rows.append(
             [
                 gate["case"],
+                gate["ours"],
                 seconds(gate.get("seconds")),
+                gate["rival"],
                 f"{ratio['median']:.2f} [{ratio['low']:.2f}, {ratio['high']:.2f}]" if ratio else "",
                 f"{limits['ratio']:g}" if "ratio" in limits else "",
                 f"{share['median']:.1%}" if share else "",
@@ -288,7 +317,7 @@ def gate_table(gates: list[dict[str, Any]]) -> str:
                 gate["verdict"],
             ]
         )
-    head = ["case", "fusedopt", f"× {gates[0]['rival']}", "floor", "of the bandwidth", "floor"]
+    head = ["case", "contender", "time", "rival", "ratio", "floor", "of the bandwidth", "floor"]
     return table([*head, "step on the host, warm", "ceiling", "until the call returns", "rounds", "verdict"], rows)
 
 
@@ -301,14 +330,16 @@ def summary(job: Job, pictures: Sequence[str] = ()) -> str:
         lines += ["```", job.environment, "```", ""]
     rows = [[step.name, step.outcome, f"{step.seconds} s"] for step in job.steps.values()]
     lines += [table(["step", "outcome", "time"], rows), ""]
-    if job.tests:
-        tests = job.tests
-        lines += ["## Tests marked gpu", ""]
-        lines += [f"{tests.passed} passed, {len(tests.failures)} failed, {tests.skipped} skipped.", ""]
-        lines += [f"- `{name}`" for name in tests.failures[:MOST_NAMES]]
-        if len(tests.failures) > MOST_NAMES:
-            lines.append(f"- and {len(tests.failures) - MOST_NAMES} more")
-        lines += [""] if tests.failures else []
+    for name, heading in TEST_STEPS.items():
+        if tests := job.tests[name]:
+            lines += [f"## {heading}", ""]
+            lines += [f"{tests.passed} passed, {len(tests.failures)} failed, {tests.skipped} skipped.", ""]
+            lines += [f"- `{failure}`" for failure in tests.failures[:MOST_NAMES]]
+            if len(tests.failures) > MOST_NAMES:
+                lines.append(f"- and {len(tests.failures) - MOST_NAMES} more")
+            lines += [""] if tests.failures else []
+    if job.warmup:
+        lines += ["## First steps of the Triton backend", "", "```", job.warmup, "```", ""]
     if job.passes:
         lines += ["## compute-sanitizer", ""]
         head = ["tool", "verdict", "tests", "in our kernels", "elsewhere"]
@@ -341,7 +372,7 @@ def draw(gates: list[dict[str, Any]], path: Path) -> str | None:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    height = 1.2 + 0.35 * len(gates)
+    height = 1.2 + 0.4 * len(gates)
     figure, panels = plt.subplots(1, 2, figsize=(11, height), sharey=True, layout="constrained")
     for axes, key, factor in zip(panels, ("ratio", "bandwidth"), (1, 100), strict=True):
         for row, gate in enumerate(gates):
@@ -354,9 +385,10 @@ def draw(gates: list[dict[str, Any]], path: Path) -> str | None:
                 axes.plot([limit, limit], [row - 0.45, row + 0.45], color="black")
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(axis="x", alpha=0.3)
-    panels[0].set(xscale="log", xlabel=f"times as long as fusedopt: {gates[0]['rival']} (line: floor)")
+    panels[0].set(xscale="log", xlabel="times as long as the contender: its rival (line: floor)")
     panels[1].set(xlabel="% of a copy's bandwidth (line: floor)")
-    panels[0].set_yticks(range(len(gates)), [gate["case"].replace("/cuda", "") for gate in gates], fontsize=8)
+    names = [f"{gate['case'].replace('/cuda', '')}\n{gate['ours']} : {gate['rival']}" for gate in gates]
+    panels[0].set_yticks(range(len(gates)), names, fontsize=7)
     panels[0].invert_yaxis()
     figure.savefig(path, dpi=120)
     plt.close(figure)
@@ -367,6 +399,7 @@ def report(work: Path, out: Path) -> int:
     """Write summary.md and the picture, print the summary; returns the job's exit code."""
     job = Job.load(work, out)
     code, _ = job.judge()
+    merge_junit([work / f"{name}.xml" for name in TEST_STEPS], out / "junit.xml")
     if "gates" in job.steps:
         try:
             reason = draw(job.gates, out / "gates.png")
@@ -385,6 +418,13 @@ def _output(*command: str) -> str:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return ""
+
+
+def _version(module: str) -> str:
+    try:
+        return importlib.import_module(module).__version__
+    except ImportError:
+        return "not installed"
 
 
 def environment(path: Path) -> int:
@@ -412,6 +452,7 @@ def environment(path: Path) -> int:
         "driver": driver or "unknown",
         "nvcc": nvcc[0] if nvcc else "not found",
         "torch": f"{torch.__version__}, CUDA {torch.version.cuda}",
+        "triton": _version("triton"),
         "Python": f"{platform.python_version()}, {os.cpu_count()} processors",
         "commit": _output("git", "rev-parse", "--short=9", "HEAD") or "unknown",
     }

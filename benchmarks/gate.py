@@ -2,14 +2,15 @@
 
 A case passes when the 95 % interval of its median ratio, over at least 20 paired rounds, lies above the floor. One that
 does not is run again, it alone, and its rounds are added, until it does or the retries are used up; then the median of
-all its rounds decides. Floors on the share of the bandwidth, and ceilings on the host's time, are decided likewise. Run
-it on a machine that is otherwise idle: torch's many short parallel regions suffer more from company than one, which
-flatters the ratios.
+all its rounds decides. Floors on the share of the bandwidth, and ceilings on the host's time, are decided likewise. The
+gates of a case share its rounds, in which all whom they are about take turns. Run it on a machine that is otherwise
+idle: torch's many short parallel regions suffer more from company than one, which flatters the ratios.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import statistics
 import sys
@@ -21,10 +22,11 @@ from typing import Any
 import torch
 
 import fusedopt
-from fusedopt.bench import Case, run
+from fusedopt.bench import CONTENDERS, Case, Result, run
 from fusedopt.bench.contenders import OURS
-from fusedopt.bench.measure import BandwidthProbe, CacheFlush, paired_ratio
+from fusedopt.bench.measure import BandwidthProbe, CacheFlush, Times, paired_ratio
 from fusedopt.bench.tables import markdown, times
+from fusedopt.rules import did_you_mean
 
 from .host import step_times
 
@@ -42,20 +44,19 @@ class GateError(Exception):
 
 
 #: What can be asked of a case, by its key in gates.toml, and whether that is the most it may be (or else the least):
-#: the rival's time over ours; the share of the memory's bandwidth; microseconds until the optimizer's step returns, by
-#: itself and with warm caches, see host.step_times.
+#: the rival's time over the contender's; the share of the memory's bandwidth; microseconds until the optimizer's step
+#: returns, by itself and with warm caches, see host.step_times.
 LIMITS = {"ratio": False, "bandwidth": False, "host_us": True}
 
 
 @dataclass
 class Gate:
-    """What is asked of a case, and the rounds that were run to check it.
+    """What is asked of a contender in a case, and the rounds that were run to check it.
 
     Attributes:
         limits: by keys of ``LIMITS``.
-        goes: how many times ``rounds`` were run.
-        ours, theirs: seconds of each round.
-        our_host, their_host: of the same rounds, until the calls returned.
+        ours, rival: keys of ``CONTENDERS``: whose time is looked at, and whose it is compared with.
+        our_times, their_times: of each round.
         bandwidth: bytes per second that the memory moved in each round; empty for a small case.
         steps: seconds until the step returned, by itself and warm; empty where ``host_us`` is not asked for.
         error: why it could not be checked.
@@ -64,22 +65,26 @@ class Gate:
     case: Case
     limits: dict[str, float]
     rival: str
-    goes: int = 0
-    ours: list[float] = field(default_factory=list)
-    theirs: list[float] = field(default_factory=list)
-    our_host: list[float] = field(default_factory=list)
-    their_host: list[float] = field(default_factory=list)
+    ours: str = OURS
+    our_times: Times = field(default_factory=Times)
+    their_times: Times = field(default_factory=Times)
     bandwidth: list[float] = field(default_factory=list)
     steps: list[float] = field(default_factory=list)
     error: str | None = None
 
     @property
+    def name(self) -> str:
+        """Which case, and whose times."""
+        return f"{self.case.name}: {self.ours} against {self.rival}"
+
+    @property
     def measures(self) -> dict[str, tuple[float, float, float]]:
         """Median and its 95 % interval of all that was measured, by keys of ``LIMITS``."""
-        pairs = {"ratio": (self.theirs, self.ours)} if self.ours else {}
+        ours = self.our_times.total
+        pairs = {"ratio": (self.their_times.total, ours)} if ours else {}
         if self.bandwidth:
             moved = self.case.parameters * self.case.bytes_per_parameter
-            pairs["bandwidth"] = [moved / rate for rate in self.bandwidth], self.ours
+            pairs["bandwidth"] = [moved / rate for rate in self.bandwidth], ours
         if self.steps:
             pairs["host_us"] = self.steps, [1e-6] * len(self.steps)
         found = {}
@@ -105,27 +110,16 @@ class Gate:
     @property
     def verdict(self) -> str:
         """In a word or two."""
-        return "not checked" if self.error or not self.goes else "BROKEN" if self.broken else "holds"
+        return "not checked" if self.error or not self.our_times.total else "BROKEN" if self.broken else "holds"
 
-    def go(self, rounds: int, flush: CacheFlush, probe: BandwidthProbe) -> None:
-        """Run some rounds.
-
-        Raises:
-            GateError: one of the two cannot run here, or is wrong.
-        """
-        result = run(self.case, [OURS, self.rival], rounds, flush, probe)
-        for name, reason in result.left_out.items():
-            raise GateError(f"{self.case.name}: {name}: {reason}")
-        if "bandwidth" in self.limits and not result.bandwidth:
-            raise GateError(f"{self.case.name}: too small for its share of the bandwidth")
-        self.goes += 1
-        self.ours += result.times[OURS].total
-        self.theirs += result.times[self.rival].total
-        self.our_host += result.times[OURS].host
-        self.their_host += result.times[self.rival].host
+    def take(self, result: Result) -> None:
+        """Add the rounds of a result, in which both have taken part."""
+        for times_, name in ((self.our_times, self.ours), (self.their_times, self.rival)):
+            times_.total += result.times[name].total
+            times_.host += result.times[name].host
         self.bandwidth += result.bandwidth
         if "host_us" in self.limits:
-            self.steps += step_times(self.case)
+            self.steps += step_times(self.case, self.ours)
 
     def record(self) -> dict[str, Any]:
         """What was found, for a JSON."""
@@ -133,19 +127,20 @@ class Gate:
             name: dict(zip(("median", "low", "high"), values, strict=True)) for name, values in self.measures.items()
         }
         seconds = {
-            "seconds": self.ours,
-            "rival_seconds": self.theirs,
-            "host_seconds": self.our_host,
-            "rival_host_seconds": self.their_host,
+            "seconds": self.our_times.total,
+            "rival_seconds": self.their_times.total,
+            "host_seconds": self.our_times.host,
+            "rival_host_seconds": self.their_times.host,
         }
         return {
             "case": self.case.name,
             "parameters": self.case.parameters,
+            "ours": self.ours,
             "rival": self.rival,
             "verdict": self.verdict,
             "broken": self.broken,
             "error": self.error,
-            "rounds": len(self.ours),
+            "rounds": len(self.our_times.total),
             "limits": self.limits,
             **measures,
             **{name: statistics.median(values) for name, values in seconds.items() if values},
@@ -167,23 +162,51 @@ def parse_case(name: str, device: str) -> Case:
         raise GateError(f"gates.toml: {name!r}: {error}") from error
 
 
-def parse_limits(name: str, value: Any) -> dict[str, float]:
-    """What a value of gates.toml asks: a number is the least ratio, a table names what it bounds.
+def parse_gates(name: str, value: Any, case: Case, rival: str) -> list[Gate]:
+    """What a value of gates.toml asks: a number is the least ratio, a table names what it bounds, and whose times are
+    compared, and a list has several of either.
 
     Raises:
-        GateError: it is neither, or names something else.
+        GateError: it is none of these, or names something else.
     """
-    limits = value if isinstance(value, dict) else {"ratio": value}
-    if not limits or not set(limits) <= set(LIMITS):
-        raise GateError(f"gates.toml: {name!r} is {value!r}; expected a number, or a table of {', '.join(LIMITS)}")
-    for limit in limits.values():
-        if isinstance(limit, bool) or not isinstance(limit, (int, float)):
-            raise GateError(f"gates.toml: {name!r} is {value!r}; {limit!r} is not a number")
-    return limits
+    gates = []
+    for asked in value if isinstance(value, list) and value else [value]:
+        content = dict(asked) if isinstance(asked, dict) else {"ratio": asked}
+        pair = {"rival": rival, **{key: content.pop(key) for key in ("ours", "rival") if key in content}}
+        if not content or not set(content) <= set(LIMITS):
+            raise GateError(
+                f"gates.toml: {name!r} is {asked!r}; expected a number, or a table of {', '.join(LIMITS)} "
+                "(and ours and rival)"
+            )
+        for limit in content.values():
+            if isinstance(limit, bool) or not isinstance(limit, (int, float)):
+                raise GateError(f"gates.toml: {name!r} is {asked!r}; {limit!r} is not a number")
+        for key, contender in pair.items():
+            check_contender(f"gates.toml: {name!r}: {key}", contender)
+        gates.append(Gate(case, content, **pair))
+        if gates[-1].ours == gates[-1].rival:
+            raise GateError(f"gates.toml: {name!r} compares {rival!r} with itself")
+    return gates
 
 
-def load(path: Path, device: str, only: Sequence[str] = ()) -> tuple[list[Gate], int, int]:
-    """The gates of a device (only those of these keys), the rounds of a go, and how many further goes there may be.
+def check_contender(what: str, name: Any) -> None:
+    """Look a contender up.
+
+    Raises:
+        GateError: it is none.
+    """
+    if not isinstance(name, str) or name not in CONTENDERS:
+        raise GateError(f"{what} is {name!r}; {did_you_mean(str(name), CONTENDERS)}")
+
+
+def load(path: Path, device: str, only: Sequence[str] = (), without: Sequence[str] = ()) -> tuple[list[Gate], int, int]:
+    """The gates of a device, the rounds of a go, and how many further goes there may be.
+
+    Args:
+        path: of the file.
+        device: ``'cpu'`` or ``'cuda'``.
+        only: keys of the file, when not all are wanted.
+        without: contenders whose gates are left out.
 
     Raises:
         GateError: the file is wrong.
@@ -199,12 +222,32 @@ def load(path: Path, device: str, only: Sequence[str] = ()) -> tuple[list[Gate],
         raise GateError(f"{path}: [settings] has no {error}") from error
     if rounds < LEAST_ROUNDS:
         raise GateError(f"gates.toml: rounds is {rounds}; a median needs {LEAST_ROUNDS}")
+    for name in without:
+        check_contender("--without", name)
     floors = content.get(device, {})
-    gates = {name: Gate(parse_case(name, device), parse_limits(name, value), rival) for name, value in floors.items()}
+    gates = {name: parse_gates(name, value, parse_case(name, device), rival) for name, value in floors.items()}
     for name in only:
         if name not in gates:
             raise GateError(f"no floor for {name!r} on {device}; there is one for {', '.join(gates)}")
-    return [gate for name, gate in gates.items() if not only or name in only], rounds, retries
+    wanted = [gate for name in gates if not only or name in only for gate in gates[name]]
+    return [gate for gate in wanted if not {gate.ours, gate.rival} & set(without)], rounds, retries
+
+
+def go(gates: Sequence[Gate], rounds: int, flush: CacheFlush, probe: BandwidthProbe) -> None:
+    """Run some rounds of the gates of one case.
+
+    Raises:
+        GateError: one of those whom they are about cannot run here, or is wrong.
+    """
+    case = gates[0].case
+    names = dict.fromkeys(name for gate in gates for name in (gate.ours, gate.rival))
+    result = run(case, list(names), rounds, flush, probe)
+    for name, reason in result.left_out.items():
+        raise GateError(f"{case.name}: {name}: {reason}")
+    if any("bandwidth" in gate.limits for gate in gates) and not result.bandwidth:
+        raise GateError(f"{case.name}: too small for its share of the bandwidth")
+    for gate in gates:
+        gate.take(result)
 
 
 def check(
@@ -229,22 +272,34 @@ def check(
         GateError: a gate cannot be checked.
     """
     flush, probe = (made(torch.device(gates[0].case.device)) for made in (CacheFlush, BandwidthProbe))
-    open_gates = gates
-    for _ in range(1 + retries):
-        for gate in open_gates:
-            try:
-                gate.go(rounds, flush, probe)
-            except Exception as error:
-                if not keep_going:
-                    raise
-                known = isinstance(error, GateError)
-                text = str(error) if known else f"{gate.case.name}: {type(error).__name__}: {error}"
+
+    def attempt(some: list[Gate]) -> None:
+        try:
+            go(some, rounds, flush, probe)
+        except Exception as error:
+            if not keep_going:
+                raise
+            known = isinstance(error, GateError)
+            text = str(error) if known else f"{some[0].name}: {type(error).__name__}: {error}"
+        else:
+            text = ""
+        if text and len(some) > 1:  # whom one is about must not cost the others theirs
+            for gate in some:
+                attempt([gate])
+            return
+        for gate in some:
+            if text:
                 gate.error = text.splitlines()[0]
                 say(f"{gate.error}: not checked")
             else:
                 verdict = "holds" if gate.certain else "does not hold so far" if gate.broken else "holds so far"
-                say(f"{gate.case.name}: {', '.join(words(gate))}: {verdict}")
-            after_each()
+                say(f"{gate.name}: {', '.join(words(gate))}: {verdict}")
+        after_each()
+
+    open_gates = gates
+    for _ in range(1 + retries):
+        for _, of_case in itertools.groupby(open_gates, key=lambda gate: gate.case.name):
+            attempt(list(of_case))
         open_gates = [gate for gate in open_gates if not gate.error and not gate.certain]
 
 
@@ -271,16 +326,16 @@ def table(gates: list[Gate]) -> str:
     rows = []
     for gate in gates:
         measures, limits = gate.measures, gate.limits
-        ours = times(sorted(gate.ours)[len(gate.ours) // 2]) if gate.ours else ""
+        taken = times(statistics.median(gate.our_times.total)) if gate.our_times.total else ""
         ratio = "{:.2f} [{:.2f}, {:.2f}]".format(*measures["ratio"]) if "ratio" in measures else ""
-        row = [gate.case.name, ours, ratio, f"{limits['ratio']:g}" if "ratio" in limits else ""]
+        row = [gate.case.name, gate.ours, taken, gate.rival, ratio, f"{limits['ratio']:g}" if "ratio" in limits else ""]
         if more:
             share, host = measures.get("bandwidth"), measures.get("host_us")
             row += [f"{share[0]:.1%}" if share else "", f"{limits['bandwidth']:.0%}" if "bandwidth" in limits else ""]
             row += [times(1e-6 * host[0]) if host else "", f"{limits['host_us']:g} µs" if "host_us" in limits else ""]
-        rows.append([*row, str(len(gate.ours)), gate.verdict])
+        rows.append([*row, str(len(gate.our_times.total)), gate.verdict])
     extra = ["of the bandwidth", "floor", "step on the host", "ceiling"] if more else []
-    return markdown(["case", OURS, f"× {gates[0].rival}", "floor", *extra, "rounds", "verdict"], rows)
+    return markdown(["case", "contender", "time", "rival", "ratio", "floor", *extra, "rounds", "verdict"], rows)
 
 
 def save(gates: list[Gate], path: Path, complete: bool) -> None:
@@ -302,6 +357,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--threads", type=int, help="CPU threads (default: torch's choice)")
     parser.add_argument("--case", action="append", help="only this case (may be repeated)")
+    parser.add_argument("--without", action="append", help="no gates about this contender (may be repeated)")
     parser.add_argument("--gates", type=Path, default=GATES, help="the file of floors (default: gates.toml)")
     parser.add_argument("--out", type=Path, help="also write the table there")
     parser.add_argument("--json", type=Path, help="also write there, after each go, all that was measured")
@@ -317,7 +373,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if arguments.device == "cuda" and not torch.cuda.is_available():
             raise GateError("torch finds no usable CUDA device here")
-        gates, rounds, retries = load(arguments.gates, arguments.device, arguments.case or ())
+        gates, rounds, retries = load(arguments.gates, arguments.device, arguments.case or (), arguments.without or ())
         if not gates:
             raise GateError("no gates to check")
         check(gates, rounds, retries, lambda text: print(text, flush=True), arguments.keep_going, keep)

@@ -60,13 +60,13 @@ def make_step(count: int, grouping: str, recipe: str, size: int = SIZE) -> Calla
     return lambda: optimizer.step(grad_scale=scale)
 
 
-def step_times(case: Case, steps: int = 100, warmup: int = 20) -> list[float]:
-    """Seconds until ``step`` of the optimizer returns, by itself and in a loop, so with everything in the caches.
+def step_times(case: Case, name: str = OURS, steps: int = 100, warmup: int = 20) -> list[float]:
+    """Seconds until ``step`` of a fused contender's optimizer returns, by itself and in a loop: caches hold everything.
 
     The scaler's step and update around it are not counted; the scale is a tensor, as the scaler hands it over. On a GPU
     the device is idle before each step, so that none waits for room in its queue.
     """
-    contender = CONTENDERS[OURS](case, {name: grad for name, _, grad in initial_tensors(case)})
+    contender = CONTENDERS[name](case, {name: grad for name, _, grad in initial_tensors(case)})
     settings = {"grad_scale": torch.tensor(SCALE, device=case.device)} if RECIPES[case.recipe].amp else {}
     step: Callable[..., object] = contender.optimizer.step
     taken = []

@@ -82,8 +82,11 @@ class TestGate:
         assert len(gates) >= 7
         assert rounds >= gate.LEAST_ROUNDS
         for entry in gates:
+            assert entry.ours in CONTENDERS
+            assert entry.ours.startswith("fusedopt")
             assert entry.rival in CONTENDERS
-            assert CONTENDERS[entry.rival].unavailable(entry.case) is None
+            if not entry.rival.startswith("fusedopt"):
+                assert CONTENDERS[entry.rival].unavailable(entry.case) is None
 
     def test_only_what_is_uncertain_runs_again(
         self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -216,19 +219,19 @@ class TestLimits:
         code: int,
     ) -> None:
         scripted(monkeypatch, {"ragged": [[0.5] * 20] * 3})
-        monkeypatch.setattr(gate, "step_times", lambda case: [1e-6 * micros] * 100)
+        monkeypatch.setattr(gate, "step_times", lambda case, name: [1e-6 * micros] * 100)
         gates = write_gates(tmp_path / "g.toml", {RAGGED: "{ host_us = 60 }"})
         assert gate.main(["--gates", str(gates), "--json", str(tmp_path / "r.json")]) == code
         out = capsys.readouterr().out
         assert f"{micros:.1f} [{micros:.1f}, {micros:.1f}] µs on the host, ceiling 60" in out
         (row,) = [line for line in out.splitlines() if line.startswith("| ragged")]
-        assert [cell.strip() for cell in row.split("|")[3:10]] == ["0.50 [0.50, 0.50]", "", "", "", *row_end(micros)]
+        assert [cell.strip() for cell in row.split("|")[5:12]] == ["0.50 [0.50, 0.50]", "", "", "", *row_end(micros)]
         (found,) = json.loads((tmp_path / "r.json").read_text())["gates"]
         assert found["host_us"]["median"] == pytest.approx(micros)
         assert found["host_seconds"] == 0.5
 
     def test_the_step_is_timed_by_itself(self) -> None:
-        times = step_times(Case("400x64", recipe="amp"), steps=5, warmup=1)
+        times = step_times(Case("400x64", recipe="amp"), "fusedopt-native", steps=5, warmup=1)
         assert len(times) == 5
         assert all(0 < seconds < 1 for seconds in times)
 
@@ -268,12 +271,147 @@ class TestLimits:
         out = tmp_path / "r.json"
         assert gate.main(["--gates", str(gates), "--keep-going", "--json", str(out)]) == code
         assert log[:2] == ["ragged", "vit-tiny"]
-        assert f"{RAGGED}: KeyError" in capsys.readouterr().err
+        assert f"{RAGGED}: fusedopt against torch-fused: KeyError" in capsys.readouterr().err
         content = json.loads(out.read_text())
         assert content["complete"]
         assert [found["verdict"] for found in content["gates"]] == ["not checked", "holds" if code == 2 else "BROKEN"]
         with pytest.raises(KeyError):
             gate.main(["--gates", str(gates)])
+
+
+def paired(*asked: str) -> str:
+    return f"[{', '.join(asked)}]"
+
+
+TRITON = '{ ours = "fusedopt-triton", ratio = 1.3 }'
+TRITON_NATIVE = '{ ours = "fusedopt-triton", rival = "fusedopt-native", ratio = 0.85 }'
+
+
+class TestWhoseTimes:
+    """A gate may say whose time is compared with whose, and a case may have several."""
+
+    @pytest.fixture
+    def goes(self, monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
+        """The contenders of each go; changed by ``seconds`` and ``left_out`` of the test's."""
+        log: list[list[str]] = []
+
+        def run(case: Case, names: list[str], rounds: int, *_: Any) -> Result:
+            log.append(names)
+            if failing := next((name for name in names if name in self.failing), None):
+                raise RuntimeError(f"{failing} crashed")
+            left_out = {name: "cannot run" for name in names if name in self.left_out}
+            present = [name for name in names if name not in left_out]
+            return Result(case, {name: Times(self.seconds[name], [0.5] * 20) for name in present}, left_out)
+
+        self.seconds = {
+            "fusedopt": [1.0] * 20,
+            "fusedopt-native": [1.0] * 20,
+            "fusedopt-triton": [1.1] * 20,
+            "torch-fused": [1.7] * 20,
+        }
+        self.left_out: set[str] = set()
+        self.failing: set[str] = set()
+        monkeypatch.setattr(gate, "run", run)
+        monkeypatch.setattr(gate, "CacheFlush", lambda device: None)
+        monkeypatch.setattr(gate, "BandwidthProbe", lambda device: None)
+        return log
+
+    def check(self, folder: Path, asked: str, *arguments: str) -> tuple[int, list[dict[str, Any]]]:
+        """Exit code and records."""
+        gates, out = write_gates(folder / "g.toml", {RAGGED: asked}, retries=1), folder / "r.json"
+        code = gate.main(["--gates", str(gates), "--json", str(out), *arguments])
+        return code, json.loads(out.read_text())["gates"] if out.exists() else []
+
+    def test_the_floors_of_the_triton_backend(self) -> None:
+        found: dict[str, dict[str, float]] = {}
+        for entry in gate.load(gate.GATES, "cuda")[0]:
+            if entry.ours == "fusedopt-triton":
+                assert entry.case.parameters >= 10**8
+                found.setdefault(entry.case.name, {})[entry.rival] = entry.limits["ratio"]
+        assert {name.partition("/")[0] for name in found} == {"vit-l", "llama-1b"}
+        assert all(limits == {"torch-fused": 1.3, "fusedopt-native": 0.85} for limits in found.values())
+
+    def test_the_gates_of_a_case_share_its_rounds(
+        self, goes: list[list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        code, records = self.check(tmp_path, paired("1.5", TRITON, TRITON_NATIVE))
+        assert code == 0
+        assert goes == [["fusedopt", "torch-fused", "fusedopt-triton", "fusedopt-native"]]
+        pairs = [(record["ours"], record["rival"]) for record in records]
+        assert pairs == [
+            ("fusedopt", "torch-fused"), ("fusedopt-triton", "torch-fused"), ("fusedopt-triton", "fusedopt-native")
+        ]  # fmt: skip
+        ratios = [record["ratio"]["median"] for record in records]
+        assert ratios == pytest.approx([1.7, 1.7 / 1.1, 1 / 1.1])
+        rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ragged")]
+        cells = [[cell.strip() for cell in row.split("|")[2:7]] for row in rows]
+        assert cells[0] == ["fusedopt", "1 s", "torch-fused", "1.70 [1.70, 1.70]", "1.5"]
+        assert cells[2] == ["fusedopt-triton", "1.1 s", "fusedopt-native", "0.91 [0.91, 0.91]", "0.85"]
+
+    def test_only_the_broken_one_runs_again(
+        self, goes: list[list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        self.seconds["fusedopt-triton"] = [1.25] * 20
+        code, records = self.check(tmp_path, paired("1.5", TRITON, TRITON_NATIVE))
+        assert code == 1
+        assert goes[1:] == [["fusedopt-triton", "fusedopt-native"]]
+        assert [record["verdict"] for record in records] == ["holds", "holds", "BROKEN"]
+        assert [record["rounds"] for record in records] == [20, 20, 40]
+        assert f"{RAGGED}: fusedopt-triton against fusedopt-native: 0.80" in capsys.readouterr().out
+
+    @pytest.mark.parametrize("kind", ["left_out", "failing"])
+    def test_whom_one_is_about_does_not_cost_the_others_theirs(
+        self, goes: list[list[str]], kind: str, tmp_path: Path
+    ) -> None:
+        getattr(self, kind).add("fusedopt-triton")
+        code, records = self.check(tmp_path, paired("1.5", TRITON), "--keep-going")
+        assert code == 2
+        assert [record["verdict"] for record in records] == ["holds", "not checked"]
+        assert "fusedopt-triton" in records[1]["error"]
+        assert records[0]["rounds"] == 20
+
+    def test_a_contender_can_be_left_out(self, goes: list[list[str]], tmp_path: Path) -> None:
+        code, records = self.check(tmp_path, paired("1.5", TRITON, TRITON_NATIVE), "--without", "fusedopt-triton")
+        assert code == 0
+        assert goes == [["fusedopt", "torch-fused"]]
+        assert [record["ours"] for record in records] == ["fusedopt"]
+        assert self.check(tmp_path, TRITON, "--without", "fusedopt-triton")[0] == 2
+
+    def test_the_host_s_time_is_its_own(
+        self, goes: list[list[str]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    ) -> None:
+        asked = {"fusedopt": 50e-6, "fusedopt-triton": 90e-6}
+        monkeypatch.setattr(gate, "step_times", lambda case, name: [asked[name]] * 100)
+        code, records = self.check(tmp_path, paired("{ host_us = 60 }", '{ ours = "fusedopt-triton", host_us = 100 }'))
+        assert code == 0
+        assert [record["host_us"]["median"] for record in records] == pytest.approx([50, 90])
+
+    @pytest.mark.parametrize(
+        ("asked", "arguments", "message"),
+        [
+            ('{ ours = "fusedopt-tritn", ratio = 1 }', [], "ours is 'fusedopt-tritn'; did you mean 'fusedopt-triton'?"),
+            ('{ rival = "torch-fusd", ratio = 1 }', [], "rival is 'torch-fusd'; did you mean 'torch-fused'?"),
+            ("{ rival = 3, ratio = 1 }", [], "rival is 3; expected one of"),
+            ('{ ours = "torch-fused", ratio = 1 }', [], "compares 'torch-fused' with itself"),
+            ('{ ours = "fusedopt-triton" }', [], "expected a number, or a table of ratio, bandwidth, host_us"),
+            ("[]", [], "[] is not a number"),
+            ("[1.5, 'x']", [], "'x' is not a number"),
+            ("1.5", ["--without", "triton"], "--without is 'triton'; expected one of"),
+        ],
+    )
+    def test_what_cannot_be_compared(
+        self, asked: str, arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        assert self.check(tmp_path, asked, *arguments) == (2, [])
+        error = capsys.readouterr().err
+        assert message in error
+        assert error.count("\n") == 1
+
+    def test_the_usual_rival_is_looked_up_too(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        path = write_gates(tmp_path / "g.toml", {RAGGED: 1.5})
+        path.write_text(path.read_text().replace("torch-fused", "torch-fuse"))
+        assert gate.main(["--gates", str(path)]) == 2
+        assert "rival is 'torch-fuse'; did you mean 'torch-fused'?" in capsys.readouterr().err
 
 
 def row_end(micros: float) -> list[str]:

@@ -1,6 +1,7 @@
 """What only a GPU can show: streams, graphs, synchronization, large tensors, several devices, moves between devices.
 
-The tests of every backend run there too, as ``native-cuda``; test_cuda.py has the kernels' logic, emulated.
+The tests of every backend run there too, as ``native-cuda`` and ``triton-cuda``; test_cuda.py has the logic of the CUDA
+kernels, emulated, and test_triton.py that of Triton's, interpreted.
 """
 
 from __future__ import annotations
@@ -31,7 +32,9 @@ from torch import nn
 import fusedopt
 from fusedopt import backends
 from fusedopt.amp import GradScaler
+from fusedopt.backends import triton
 from fusedopt.info import info
+from fusedopt.rules import RULES
 
 pytestmark = [
     pytest.mark.gpu,
@@ -76,6 +79,20 @@ def busy(milliseconds: float = 20) -> None:
     torch.cuda._sleep(int(milliseconds * 1.5e6))
 
 
+@pytest.fixture(params=["native", "triton"])
+def served_by(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The backend of a test's optimizers; once with each."""
+    if (reason := backends.BACKENDS[request.param].unavailable(CUDA)) is not None:
+        pytest.skip(reason)
+    monkeypatch.setenv("FUSEDOPT_BACKEND", request.param)
+    return request.param
+
+
+each_backend = pytest.mark.usefixtures("served_by")
+TRITON_PROBLEM = backends.TritonBackend.unavailable(CUDA)
+needs_triton = pytest.mark.skipif(TRITON_PROBLEM is not None, reason=f"no Triton backend: {TRITON_PROBLEM}")
+
+
 @pytest.fixture
 def no_sync() -> Iterator[Callable[[str], None]]:
     """Sets what torch does when the host waits for the device: 'error' or 'default'."""
@@ -95,8 +112,11 @@ def test_update_params_does_not_wait(
     wrapper_type: str,
     clip_grad: dict[str, Any] | None,
     accumulative_counts: int,
+    served_by: str,
     no_sync: Callable[[str], None],
 ) -> None:
+    if served_by == "triton" and not warm:
+        pytest.skip("its first step compiles and tunes, which waits")
     model = small_model()
     optimizer = fusedopt.FusedAdamW(model.parameters(), lr=0.01)
     scaling = {"loss_scale": {"init_scale": 256.0}} if wrapper_type == "AmpOptimWrapper" else {}  # nothing overflows
@@ -130,7 +150,7 @@ def test_update_params_does_not_wait(
 
 
 @each_option
-def test_no_option_makes_a_step_wait(option: str, no_sync: Callable[[str], None]) -> None:
+def test_no_option_makes_a_step_wait(option: str, served_by: str, no_sync: Callable[[str], None]) -> None:
     cls, options = OPTIONS[option]
     options = copy.deepcopy(options)
     for key, value in options.items():  # hyperparameters given as tensors belong on the GPU
@@ -142,15 +162,22 @@ def test_no_option_makes_a_step_wait(option: str, no_sync: Callable[[str], None]
     optimizer = cls(params, **options, clip_grad={"max_norm": torch.tensor(0.5, device=CUDA)})
     scale = torch.tensor(2.0, device=CUDA)
     set_gradients(params, 0)
+
+    def steps() -> None:
+        for _ in range(3):
+            optimizer.step(grad_scale=scale)
+            optimizer.step(grad_scale=scale, found_inf=torch.zeros((), device=CUDA))
+
+    if served_by == "triton":  # compiles and tunes
+        steps()
     no_sync("error")
-    for _ in range(3):
-        optimizer.step(grad_scale=scale)
-        optimizer.step(grad_scale=scale, found_inf=torch.zeros((), device=CUDA))
+    steps()
 
 
 # --- Streams -----------------------------------------------------------------------------------------------------
 
 
+@each_backend
 @pytest.mark.parametrize("clip_grad", [None, CLIP], ids=["bare", "norm"])
 def test_a_step_runs_on_the_current_stream(clip_grad: dict[str, Any] | None) -> None:
     """Right after a slow kernel that makes its gradients."""
@@ -174,6 +201,7 @@ def test_a_step_runs_on_the_current_stream(clip_grad: dict[str, Any] | None) -> 
     assert contents(twins[0]) == contents(twins[1])
 
 
+@each_backend
 def test_two_streams_in_turns() -> None:
     expected, params = on_gpu(RAGGED), on_gpu(RAGGED)
     one, two = (fusedopt.FusedAdamW(these, lr=0.01, clip_grad=CLIP) for these in (expected, params))
@@ -192,6 +220,7 @@ def test_two_streams_in_turns() -> None:
     assert contents(one) == contents(two)
 
 
+@each_backend
 def test_tables_outlive_an_optimizer_whose_step_is_pending() -> None:
     """They are freed in the order of the stream: what is allocated over them there comes later."""
     expected, params = on_gpu(RAGGED), on_gpu(RAGGED)
@@ -215,6 +244,7 @@ def test_tables_outlive_an_optimizer_whose_step_is_pending() -> None:
         assert len(held) == 150
 
 
+@each_backend
 def test_tables_used_on_two_streams_outlive_their_optimizer() -> None:
     expected, params = on_gpu(RAGGED), on_gpu(RAGGED)
     for these in (expected, params):
@@ -285,6 +315,7 @@ class Twins:
         return graph
 
 
+@each_backend
 def test_a_captured_step_reads_tensors_at_each_replay() -> None:
     twins = Twins()
     before = contents(twins.replayed)
@@ -308,6 +339,7 @@ def test_a_captured_step_reads_tensors_at_each_replay() -> None:
     assert float(twins.replayed.state[twins.params[0][0]]["step"]) == 11
 
 
+@each_backend
 def test_an_eager_step_between_replays_does_not_disturb_the_graph() -> None:
     twins = Twins()
     graph = twins.capture()
@@ -324,6 +356,7 @@ def test_an_eager_step_between_replays_does_not_disturb_the_graph() -> None:
         assert contents(twins.replayed) == contents(twins.eager)
 
 
+@each_backend
 def test_numbers_are_frozen_in_a_graph() -> None:
     twins = Twins(clip_grad=CLIP)
     for optimizer in twins.optimizers:
@@ -337,6 +370,7 @@ def test_numbers_are_frozen_in_a_graph() -> None:
         assert contents(twins.replayed) == contents(twins.eager)
 
 
+@each_backend
 @pytest.mark.parametrize("clip_grad", [None, CLIP], ids=["bare", "norm"])
 def test_a_whole_amp_iteration_in_a_graph(clip_grad: dict[str, Any] | None) -> None:
     """Forward, scaled backward, step and update of the scale; one of the replays overflows."""
@@ -393,6 +427,7 @@ def test_a_whole_amp_iteration_in_a_graph(clip_grad: dict[str, Any] | None) -> N
     assert max(scales) > 2.0**10
 
 
+@each_backend
 def test_a_capture_before_the_first_step_is_refused() -> None:
     params = on_gpu(SMALL)
     set_gradients(params, 0)
@@ -408,6 +443,7 @@ def test_a_capture_before_the_first_step_is_refused() -> None:
     assert not optimizer.state
 
 
+@each_backend
 def test_a_missing_gradient_is_refused_in_a_capture_and_a_frozen_one_is_not() -> None:
     twins = Twins()
     twins.params[0][4].grad = None
@@ -422,6 +458,7 @@ def test_a_missing_gradient_is_refused_in_a_capture_and_a_frozen_one_is_not() ->
     assert float(twins.replayed.state[twins.params[0][3]]["step"]) == 2
 
 
+@each_backend
 def test_error_if_nonfinite_is_refused_in_a_capture() -> None:
     twins = Twins(clip_grad={"max_norm": 1.0, "error_if_nonfinite": True})
     before = contents(twins.replayed)
@@ -430,23 +467,124 @@ def test_error_if_nonfinite_is_refused_in_a_capture() -> None:
     assert contents(twins.replayed) == before
 
 
+@each_backend
+def test_two_optimizers_in_one_graph() -> None:
+    pairs = [Twins(), Twins(clip_grad=None)]
+    graph = torch.cuda.CUDAGraph()
+    torch.cuda.synchronize()
+    with torch.cuda.graph(graph):
+        for twins in pairs:
+            twins.replayed.step()
+    for seed in range(4):
+        for offset, twins in enumerate(pairs):
+            twins.set_gradients(seed + 10 * offset)
+        graph.replay()
+        for twins in pairs:
+            twins.eager.step()
+            assert contents(twins.replayed) == contents(twins.eager)
+
+
+@each_backend
+def test_two_graphs_of_one_optimizer() -> None:
+    twins = Twins()
+    graphs = [twins.capture(), twins.capture()]
+    for seed in range(4):
+        twins.set_gradients(seed)
+        graphs[seed % 2].replay()
+        twins.eager.step()
+        assert contents(twins.replayed) == contents(twins.eager)
+
+
+@each_backend
+def test_a_graph_keeps_what_it_uploads() -> None:
+    """Tables come from host memory at each replay, which nobody else may be given meanwhile."""
+    twins = Twins()
+    graph = twins.capture()
+    for params, optimizer in zip(twins.params, twins.optimizers, strict=True):  # uploads tables of its own
+        known = [param.grad for param in params]
+        set_gradients(params, 50)
+        optimizer.step()
+        for param, grad in zip(params, known, strict=True):
+            param.grad = grad
+    torch.cuda.synchronize()
+    gc.collect()
+    held = [torch.full((size,), 255, dtype=torch.uint8).pin_memory() for size in (512, 4096, 20_000) * 50]
+    for seed in range(3):
+        twins.set_gradients(seed)
+        graph.replay()
+        twins.eager.step()
+        assert contents(twins.replayed) == contents(twins.eager)
+    assert len(held) == 150
+
+
+# --- What Triton compiles and tunes ------------------------------------------------------------------------------
+
+FLOATS = (0, 0, 0, 0, -1)  # float32 parameter, gradient and two states, as csrc/tables.h numbers them
+
+
+def _refuse(*_: Any) -> Any:
+    raise AssertionError("tuned again")
+
+
+@needs_triton
+def test_triton_is_tuned_once_and_other_processes_know(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = triton.Launcher(RULES["adam"], "cuda")._tuning_for(0, FLOATS)
+    assert found in triton._TUNINGS
+    monkeypatch.setattr(triton.Launcher, "_measure", _refuse)
+    monkeypatch.setattr(triton, "_chosen", {})  # as in a process of its own
+    assert triton.Launcher(RULES["adam"], "cuda")._tuning_for(0, FLOATS) == found
+
+
+@needs_triton
+def test_triton_is_not_tuned_in_a_capture(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triton.Launcher, "_measure", _refuse)
+    monkeypatch.setattr(triton, "_kept_tuning", lambda kernel, key: None)
+    monkeypatch.setattr(triton, "_chosen", {})
+    launcher = triton.Launcher(RULES["adam"], "cuda")
+    torch.cuda.synchronize()
+    with torch.cuda.graph(torch.cuda.CUDAGraph()):
+        assert launcher._tuning_for(0, FLOATS) == triton._TUNINGS[0]
+    assert not triton._chosen, "a later step finds it out"
+    with pytest.raises(AssertionError, match="tuned again"):
+        launcher._tuning_for(0, FLOATS)
+
+
+@needs_triton
+def test_triton_kernels_that_a_capture_would_have_to_load_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FUSEDOPT_BACKEND", "triton")
+    twins = Twins()
+    before = contents(twins.replayed)
+    with monkeypatch.context() as patch:
+        patch.setattr(triton, "_loaded", set())
+        with pytest.raises(RuntimeError, match="make one such step before capturing"):
+            twins.capture()
+    assert contents(twins.replayed) == before
+    for optimizer in twins.optimizers:
+        optimizer.step()
+    graph = twins.capture()
+    twins.set_gradients(1)
+    graph.replay()
+    twins.eager.step()
+    assert contents(twins.replayed) == contents(twins.eager)
+
+
 # --- The same results as elsewhere -------------------------------------------------------------------------------
 
 
 @each_dtype
 @each_option
-def test_without_clipping_results_are_those_of_the_cpu(option: str, dtype: torch.dtype) -> None:
-    """To the bit, but for pow in Adam's bias correction."""
+def test_without_clipping_results_are_those_of_the_cpu(option: str, dtype: torch.dtype, served_by: str) -> None:
+    """To the bit, but for CUDA's pow in Adam's bias correction."""
     cls, options = OPTIONS[option]
     here, there = parameters(RAGGED, dtype), on_gpu(RAGGED, dtype)
-    cpu = cls(here, **copy.deepcopy(options))
+    cpu = cls(here, **copy.deepcopy(options), backend="native")
     gpu = cls(there, **copy.deepcopy(options))
-    assert gpu.backend_in_use == "native"
+    assert gpu.backend_in_use == served_by
     for step in range(2):
         for params, optimizer in ((here, cpu), (there, gpu)):
             set_gradients(params, step)
             optimizer.step()
-        if cls is fusedopt.FusedSGD:
+        if cls is fusedopt.FusedSGD or served_by == "triton":
             assert bits(there) == bits(here)
             assert list(states(gpu)) == list(states(cpu))
             assert bits(states(gpu).values()) == bits(states(cpu).values())
@@ -458,6 +596,35 @@ def test_without_clipping_results_are_those_of_the_cpu(option: str, dtype: torch
         torch.testing.assert_close(got, states(cpu), rtol=4 * eps, atol=2 * eps)
 
 
+@needs_triton
+@pytest.mark.parametrize("clip_grad", [None, {"type": "value", "clip_value": 0.1}, CLIP], ids=["bare", "value", "norm"])
+@each_dtype
+@each_option
+def test_triton_and_cuda_kernels_agree(option: str, dtype: torch.dtype, clip_grad: dict[str, Any] | None) -> None:
+    """To the bit, but for CUDA's pow in Adam's bias correction, and for norms, which are added up in another order."""
+    cls, options = OPTIONS[option]
+    pair = [on_gpu(RAGGED, dtype), on_gpu(RAGGED, dtype)]
+    native, other = (
+        cls(params, **copy.deepcopy(options), clip_grad=clip_grad, backend=backend)
+        for params, backend in zip(pair, ("native", "triton"), strict=True)
+    )
+    assert (native.backend_in_use, other.backend_in_use) == ("native", "triton")
+    for step in range(3):
+        for params, optimizer in zip(pair, (native, other), strict=True):
+            set_gradients(params, step)
+            optimizer.step(grad_scale=2.0)
+        assert list(states(other)) == list(states(native))
+        if cls is fusedopt.FusedSGD and clip_grad is not CLIP:
+            assert contents(other) == contents(native)
+            continue
+        eps = torch.finfo(dtype).eps
+        torch.testing.assert_close(
+            [param.detach() for param in pair[1]], [param.detach() for param in pair[0]], rtol=4 * eps, atol=2 * eps
+        )
+        torch.testing.assert_close(states(other), states(native), rtol=4 * eps, atol=2 * eps)
+
+
+@each_backend
 @pytest.mark.parametrize("norm_type", [1.0, 2.0, 3.0, INF])
 def test_every_run_gives_the_same_bits(norm_type: float) -> None:
     def run() -> list[bytes]:
@@ -476,6 +643,7 @@ def test_every_run_gives_the_same_bits(norm_type: float) -> None:
         assert run() == want
 
 
+@each_backend
 @pytest.mark.slow
 @pytest.mark.parametrize("clip_grad", [None, {"max_norm": INF}], ids=["bare", "norm"])
 def test_more_than_two_to_the_31_elements(clip_grad: dict[str, Any] | None) -> None:
@@ -497,6 +665,7 @@ def test_more_than_two_to_the_31_elements(clip_grad: dict[str, Any] | None) -> N
 # --- Devices -----------------------------------------------------------------------------------------------------
 
 
+@each_backend
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one CUDA device only")
 @pytest.mark.parametrize("clip_grad", [None, CLIP, {"max_norm": 0.5, "norm_type": INF}], ids=["bare", "2", "inf"])
 def test_several_gpus_in_one_optimizer(clip_grad: dict[str, Any] | None) -> None:
@@ -542,6 +711,7 @@ def test_a_model_may_move_after_its_optimizer_was_made() -> None:
     torch.testing.assert_close([*model.parameters()], [*expected.parameters()])
 
 
+@each_backend
 @pytest.mark.parametrize("option", ["sgd-momentum", "adam-amsgrad", "adamw"])
 def test_torchs_state_dict_loads_with_its_step_on_the_cpu(option: str) -> None:
     cls, options = OPTIONS[option]
@@ -566,7 +736,7 @@ def test_torchs_state_dict_loads_with_its_step_on_the_cpu(option: str) -> None:
     assert all(value.is_cuda for value in states(optimizer).values())
 
 
-def test_fuse_takes_over_torchs_fused_adamw_in_mid_training() -> None:
+def test_fuse_takes_over_torchs_fused_adamw_in_mid_training(served_by: str) -> None:
     params, others = on_gpu([(33,), (5, 7)]), on_gpu([(33,), (5, 7)])
     stocks = [torch.optim.AdamW(these, lr=0.01, weight_decay=0.1, fused=True) for these in (params, others)]
     for step in range(3):
@@ -574,7 +744,7 @@ def test_fuse_takes_over_torchs_fused_adamw_in_mid_training() -> None:
             set_gradients(these, step)
             stock.step()
     twin = fusedopt.fuse(stocks[0])
-    assert twin.backend_in_use == "native"
+    assert twin.backend_in_use == served_by
     for step in range(3, 6):
         for these, optimizer in ((params, twin), (others, stocks[1])):
             set_gradients(these, step)
@@ -583,6 +753,7 @@ def test_fuse_takes_over_torchs_fused_adamw_in_mid_training() -> None:
     assert all(float(twin.state[param]["step"]) == 6 for param in params)
 
 
+@each_backend
 def test_numbers_on_the_cpu_serve_too() -> None:
     params, others = on_gpu(SMALL), on_gpu(SMALL)
     here = fusedopt.FusedAdamW(params, lr=torch.tensor(2.0**-6), clip_grad={"max_norm": torch.tensor(0.5)})
@@ -598,6 +769,7 @@ def test_numbers_on_the_cpu_serve_too() -> None:
     assert contents(here) == before
 
 
+@each_backend
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.int64], ids=str)
 def test_hyperparameters_may_be_gpu_tensors_of_any_dtype(dtype: torch.dtype) -> None:
     params, others = on_gpu(SMALL), on_gpu(SMALL)
@@ -613,7 +785,7 @@ def test_hyperparameters_may_be_gpu_tensors_of_any_dtype(dtype: torch.dtype) -> 
 def test_a_cpu_and_a_gpu_in_one_optimizer_take_the_reference_backend() -> None:
     backends._note_fallback.cache_clear()
     mixed = [*parameters([(33,)]), *on_gpu([(17,)], seed=1)]
-    with pytest.warns(UserWarning, match="parameters on cpu and cuda; using the slow reference backend"):
+    with pytest.warns(UserWarning, match="parameters on cpu and cuda.*; using the slow reference backend"):
         optimizer = fusedopt.FusedAdamW(mixed, lr=0.01, clip_grad=CLIP)
     assert optimizer.backend_in_use == "reference"
     with pytest.raises(backends.BackendUnavailable, match="cpu and cuda"):
@@ -627,9 +799,12 @@ def test_a_cpu_and_a_gpu_in_one_optimizer_take_the_reference_backend() -> None:
         torch.testing.assert_close([param.detach().cpu() for param in mixed], [param.detach() for param in alike])
 
 
-def test_the_gpu_serves_and_info_names_it() -> None:
+def test_the_gpu_is_served_by_the_native_backend() -> None:
     assert fusedopt.FusedAdamW(on_gpu([(3,)])).backend_in_use == "native"
+
+
+def test_info_names_the_gpu_and_who_serves_it(served_by: str) -> None:
     text = info()
     assert torch.cuda.get_device_name(0) in text
-    served = [line for line in text.splitlines() if line.startswith("backend native on cuda:0 ")]
+    served = [line for line in text.splitlines() if line.startswith(f"backend {served_by} on cuda:0 ")]
     assert [line.split()[-1] for line in served] == ["available"]

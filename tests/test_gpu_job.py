@@ -20,11 +20,19 @@ ROOT = Path(__file__).parents[1]
 if not (ROOT / ".ci" / "gpu").exists():
     pytest.skip("not in a source tree", allow_module_level=True)
 
-spec = importlib.util.spec_from_file_location("gpu_report", ROOT / ".ci" / "gpu_report.py")
-assert spec is not None and spec.loader is not None
-gpu_report: Any = importlib.util.module_from_spec(spec)
-sys.modules["gpu_report"] = gpu_report  # dataclasses look their module up
-spec.loader.exec_module(gpu_report)
+
+def script(name: str) -> Any:
+    """A script of .ci as a module."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / ".ci" / f"{name}.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+gpu_report = script("gpu_report")
+gpu_shards = script("gpu_shards")
 
 PASSED, FAILED = (
     '<testcase classname="t" name="good[{}]"/>',
@@ -86,6 +94,7 @@ def gate_record(case: str = "vit-l/one/adamw/amp-clip/cuda", ratio: float = 1.7,
     broken = ["ratio"] if ratio < 1.5 else []
     return {
         "case": case,
+        "ours": "fusedopt",
         "rival": "torch-fused",
         "verdict": "BROKEN" if broken else "holds",
         "broken": broken,
@@ -115,9 +124,9 @@ class Folders:
             file.write(f"{name}\t{code}\t{seconds}\t{reason}\n")
         return self
 
-    def tests(self, code: int, *cases: str) -> Folders:
-        (self.out / "junit.xml").write_text(junit(*cases))
-        return self.step("build").step("tests", code)
+    def tests(self, code: int, *cases: str, step: str = "tests") -> Folders:
+        (self.work / f"{step}.xml").write_text(junit(*cases))
+        return self.step("build").step(step, code)
 
     def sanitizer(self, name: str, log: str, code: int = 0, *cases: str) -> Folders:
         (self.work / f"{name}.log").write_text(log)
@@ -147,7 +156,7 @@ class TestVerdict:
         assert "NVIDIA H200" in text
         assert "2 passed, 0 failed, 1 skipped" in text
         assert "| memcheck | clean | 1 | 0 | 0 |" in text
-        assert "| 1.70 [1.60, 1.80] | 1.5 | 93.0% | 90% |" in text
+        assert "| fusedopt | 2.3 ms | torch-fused | 1.70 [1.60, 1.80] | 1.5 | 93.0% | 90% |" in text
         assert "holds" in text
 
     def test_failed_tests_are_named(self, folders: Folders) -> None:
@@ -192,14 +201,14 @@ class TestVerdict:
         slow = gate_record("resnet-50/one/adamw/amp-clip/cuda", ratio=1.2)
         code, text = folders.tests(0, PASSED).gates(1, gate_record(), slow).report()
         assert code == gpu_report.TOO_SLOW
-        assert "gates: resnet-50/one/adamw/amp-clip/cuda: ratio" in text
+        assert "gates: resnet-50/one/adamw/amp-clip/cuda: fusedopt against torch-fused: ratio" in text
         assert "BROKEN" in text
 
     def test_tests_count_more_than_floors(self, folders: Folders) -> None:
         code, text = folders.tests(1, FAILED).gates(1, gate_record(ratio=1.0)).sanitizer("racecheck", RACE).report()
         assert code == gpu_report.TESTS_FAILED
         assert "racecheck: 1 errors" in text
-        assert "amp-clip/cuda: ratio" in text
+        assert "fusedopt against torch-fused: ratio" in text
 
     @pytest.mark.parametrize("complete", [True, False])
     def test_floors_that_cannot_be_checked(self, folders: Folders, complete: bool) -> None:
@@ -229,7 +238,7 @@ class TestVerdict:
         assert f"{name}: no GPU: torch finds none" in text
 
     def test_what_was_left_out_is_not_missed(self, folders: Folders) -> None:
-        for name in ("tests", "gates", "sanitizer", "bench"):
+        for name in ("tests", "warmup", "gates", "triton", "sanitizer", "bench"):
             folders.step(name, "-", "left out by FUSEDOPT_GPU_SKIP")
         assert folders.report()[0] == gpu_report.GOOD
 
@@ -239,8 +248,124 @@ class TestVerdict:
 
     def test_half_an_xml_is_none(self, folders: Folders) -> None:
         folders.tests(124, PASSED)
-        (folders.out / "junit.xml").write_text(junit(PASSED)[:80])
+        (folders.work / "tests.xml").write_text(junit(PASSED)[:80])
         assert folders.report()[0] == gpu_report.TESTS_FAILED
+        assert not (folders.out / "junit.xml").exists()
+
+
+class TestTriton:
+    """The tests and floors of the Triton backend, which not every machine can run."""
+
+    def test_its_tests_are_reported_apart_and_kept_together(self, folders: Folders) -> None:
+        folders.tests(0, PASSED, PASSED).tests(1, PASSED, FAILED, step="triton")
+        code, text = folders.report()
+        assert code == gpu_report.TESTS_FAILED
+        assert "- triton: 1 of 2 failed" in text
+        assert "- tests:" not in text
+        own, triton = text.split("## Tests marked gpu, of the Triton backend")
+        assert "2 passed, 0 failed" in own
+        assert "1 passed, 1 failed" in triton
+        assert "- `t::bad[1]`" in triton
+        assert gpu_report.read_junit(folders.out / "junit.xml").ran == 4
+
+    @pytest.mark.parametrize(
+        ("code", "reason", "verdict"),
+        [
+            ("-", "triton is not installed (No module named 'triton')", "GOOD"),
+            ("-", "triton 3.4.0 is installed; 3.6 or later is needed", "GOOD"),
+            ("-", "left out by FUSEDOPT_GPU_SKIP", "GOOD"),
+            ("-", "triton 3.6.0 finds no driver: 0 active drivers", "NOTHING_SAID"),
+            ("-", "no time was left", "NOTHING_SAID"),
+            (5, "", "NOTHING_SAID"),
+            (124, "", "TESTS_FAILED"),
+            (139, "", "TESTS_FAILED"),
+        ],
+    )
+    def test_what_its_absence_means(self, folders: Folders, code: int | str, reason: str, verdict: str) -> None:
+        result, text = folders.tests(0, PASSED).step("triton", code, reason).report()
+        assert result == getattr(gpu_report, verdict)
+        assert "| triton | " in text
+        assert reason in text
+
+    def test_kernels_that_do_not_load_are_no_reason_of_it(self, folders: Folders) -> None:
+        folders.step("kernels", 1, "this build has kernels for sm_80").tests(0, PASSED, step="triton").tests(5)
+        code, text = folders.report()
+        assert code == gpu_report.NO_TESTS
+        assert "- triton:" not in text
+
+    @pytest.mark.parametrize("code", [0, 1, 124])
+    def test_a_failed_warm_up_is_noted_and_not_fatal(self, folders: Folders, code: int) -> None:
+        (folders.work / "warmup.txt").write_text("warm-up of adam, float32 on cuda:0  9.5 s\n")
+        result, text = folders.tests(0, PASSED).step("warmup", code).report()
+        assert result == gpu_report.GOOD
+        assert "9.5 s" in text
+        assert ("| warmup | done |" in text) == (code == 0)
+
+    def test_a_floor_tells_whose_it_is(self, folders: Folders) -> None:
+        slow = gate_record(ratio=0.7, ours="fusedopt-triton", rival="fusedopt-native", limits={"ratio": 0.85})
+        code, text = folders.tests(0, PASSED).gates(1, gate_record(), slow).report()
+        assert code == gpu_report.TOO_SLOW
+        assert "amp-clip/cuda: fusedopt-triton against fusedopt-native: ratio" in text
+        assert "| fusedopt-triton | 2.3 ms | fusedopt-native | 0.70 [0.60, 0.80] | 0.85 |" in text
+
+
+SHARED = """
+import os, time
+import pytest
+
+@pytest.mark.parametrize("number", range(9))
+def test_number(number, record_property):
+    record_property("share", os.environ["FUSEDOPT_SHARD"])
+    if os.environ.get("HANG") and number == 8:
+        time.sleep(60)
+    assert number != int(os.environ.get("BAD", -1))
+
+def test_other():
+    pass
+"""
+
+
+class TestShares:
+    """Tests that several processes share."""
+
+    def run(self, folder: Path, *arguments: str, limit: float = 60, **environment: str) -> tuple[int, str, Any]:
+        (folder / "test_shared.py").write_text(SHARED)
+        shares = [sys.executable, ROOT / ".ci" / "gpu_shards.py", "--processes", "3", "--xml", folder / "all.xml", "--"]
+        plain = ["-p", "no:cacheprovider", "-q", "-k", "number", f"--rootdir={folder}", "test_shared.py"]
+        result = subprocess.run(
+            ["timeout", "-s", "INT", "-k", "10", str(limit), *shares, *plain, *arguments],
+            cwd=folder, env={**os.environ, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", **environment}, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False,
+        )  # fmt: skip
+        return result.returncode, result.stdout, gpu_report.read_junit(folder / "all.xml")
+
+    def test_each_runs_once_in_one_of_them(self, tmp_path: Path) -> None:
+        code, text, tests = self.run(tmp_path)
+        assert code == 0, text
+        assert (tests.passed, tests.failures) == (9, [])
+        assert text.count("3 passed") == 3
+        xml = (tmp_path / "all.xml").read_text()
+        assert [xml.count(f'value="{index}/3"') for index in range(3)] == [3, 3, 3]
+
+    def test_a_failure_is_everyone_s(self, tmp_path: Path) -> None:
+        code, text, tests = self.run(tmp_path, BAD="4")
+        assert code == 1
+        assert tests.failures == ["test_shared::test_number[4]"]
+        assert tests.passed == 8
+        assert "assert 4 != 4" in text
+
+    @pytest.mark.slow
+    def test_when_time_is_up_what_was_found_is_there(self, tmp_path: Path) -> None:
+        code, text, tests = self.run(tmp_path, limit=12, HANG="1")
+        assert code == 124, text
+        assert tests.ran >= 8
+
+    @pytest.mark.parametrize(
+        ("codes", "code"),
+        [([0, 0], 0), ([0, 5], 0), ([5, 5], 5), ([0, 1, 5], 1), ([0, -11, 1], 139), ([1, 2], 2), ([3, 0], 3)],
+    )
+    def test_one_exit_code_for_several(self, codes: list[int], code: int) -> None:
+        assert gpu_shards.combined(codes) == code
 
 
 class TestSanitizer:
@@ -320,15 +445,23 @@ case "$arguments" in
   ".ci/gpu_report.py --environment "*) echo "GPU  made up" >"$3"; echo 90 ;;
   .ci/gpu_report.py*) exec "{python}" "$@" ;;
   csrc/build.py*) [ "$FUSEDOPT_CUDA_ARCHS" = 90 ] && exit "${{FAKE_BUILD:-0}}" ;;
-  "-m pytest -m gpu "*)
+  "-m pytest -m gpu "*'-k not triton '*)
     echo "tests begin"
     ${{FAKE_HANG:+sleep 60}}
     xml=${{arguments##*--junit-xml=}}
     cp "{junit}" "$xml"
     exit "${{FAKE_TESTS:-0}}" ;;
+  ".ci/gpu_shards.py "*" -m gpu "*" -k triton")
+    [ -d "$(dirname "$TRITON_CACHE_DIR")" ] || exit 98
+    cp "{triton}" "$3"
+    exit "${{FAKE_TRITON_TESTS:-0}}" ;;
+  "-m fusedopt info --warmup") echo "warm-up took ${{FAKE_WARMUP:-no time}}"; [ -z "${{FAKE_WARMUP-}}" ] ;;
   "-m benchmarks.gate "*)
-    cp "{results}" "${{arguments##*--json }}"
+    echo "gates: $arguments"
+    xml=${{arguments##*--json }}
+    cp "{results}" "${{xml%% *}}"
     exit 0 ;;
+  -c*TritonBackend*) echo "${{FAKE_TRITON-}}" ;;
   -c*) [[ "$arguments" != *matplotlib* ]] ;;
   *) exit 99 ;;
 esac
@@ -348,7 +481,9 @@ def fake(tmp_path: Path) -> dict[str, str]:
     (tmp_path / "bin").mkdir()
     (tmp_path / "junit.xml").write_text(junit(PASSED))
     (tmp_path / "results.json").write_text(json.dumps({"complete": True, "gates": [gate_record()]}))
-    names = {"junit": tmp_path / "junit.xml", "results": tmp_path / "results.json", "python": sys.executable}
+    (tmp_path / "triton.xml").write_text(junit(PASSED, PASSED))
+    files = {name.partition(".")[0]: tmp_path / name for name in ("junit.xml", "triton.xml", "results.json")}
+    names = {**files, "python": sys.executable}
     quiet = "#!/usr/bin/env bash\n"
     scripts = {"python3": PYTHON, "compute-sanitizer": SANITIZER, "nvcc": quiet, "cmake": quiet, "ninja": quiet}
     for name, text in scripts.items():
@@ -395,6 +530,12 @@ class TestScript:
         assert code == 0, text
         for row in ("| build | done |", "| tests | done |", "| gates | done |", "| memcheck | clean | 1 |"):
             assert row in text
+        assert "| warmup | done |" in text
+        assert "warm-up took no time" in text
+        assert "| triton | done |" in text
+        assert "2 passed, 0 failed" in text.partition("of the Triton backend")[2]
+        junit_xml = Path(fake["FUSEDOPT_ARTIFACTS"]) / "junit.xml"
+        assert gpu_report.read_junit(junit_xml).passed == 3
         assert "did not run: matplotlib is not installed" in text
         assert Path(fake["GITHUB_STEP_SUMMARY"]).read_text() == text
 
@@ -403,6 +544,39 @@ class TestScript:
         code, text = run_job({**fake, "FAKE_TESTS": "1"})
         assert code == 1
         assert "| gates | done |" in text
+
+    def test_without_triton_all_else_runs(self, fake: dict[str, str]) -> None:
+        code, text = run_job({**fake, "FAKE_TRITON": "triton is not installed (No module named 'triton')"})
+        assert code == 0, text
+        assert text.count("did not run: triton is not installed") == 2
+        assert "| gates | done |" in text
+        log = (Path(fake["FUSEDOPT_ARTIFACTS"]) / "log.txt").read_text()
+        assert "--without fusedopt-triton" in log
+
+    def test_with_triton_its_floors_are_checked(self, fake: dict[str, str]) -> None:
+        run_job(fake)
+        log = (Path(fake["FUSEDOPT_ARTIFACTS"]) / "log.txt").read_text()
+        assert "gates: -m benchmarks.gate --device cuda" in log
+        assert "--without" not in log
+
+    def test_triton_s_tests_count_as_the_others(self, fake: dict[str, str], tmp_path: Path) -> None:
+        (tmp_path / "triton.xml").write_text(junit(PASSED, FAILED))
+        code, text = run_job({**fake, "FAKE_TRITON_TESTS": "1"})
+        assert code == 1
+        assert "triton: 1 of 2 failed" in text
+        assert "| memcheck | clean | 1 |" in text
+
+    def test_triton_s_tests_are_not_begun_with_little_time(self, fake: dict[str, str]) -> None:
+        code, text = run_job({**fake, "FUSEDOPT_GPU_BUDGET": "55"})
+        assert code == 3
+        assert "- triton: none ran on the GPU: no time was left" in text
+        assert "| gates | done |" in text
+
+    def test_a_warm_up_that_fails_does_not_fail_the_job(self, fake: dict[str, str]) -> None:
+        code, text = run_job({**fake, "FAKE_WARMUP": "a bad turn"})
+        assert code == 0, text
+        assert "| warmup | exit code 1 |" in text
+        assert "warm-up took a bad turn" in text
 
     def test_a_failed_build_ends_it(self, fake: dict[str, str]) -> None:
         code, text = run_job({**fake, "FAKE_BUILD": "7"})
@@ -416,9 +590,10 @@ class TestScript:
         assert run_job(fake)[0] == 2
 
     def test_steps_can_be_left_out(self, fake: dict[str, str]) -> None:
-        code, text = run_job({**fake, "FUSEDOPT_GPU_SKIP": "sanitizer gates"})
+        code, text = run_job({**fake, "FUSEDOPT_GPU_SKIP": "sanitizer gates triton warmup"})
         assert code == 0
-        assert text.count("did not run: left out by FUSEDOPT_GPU_SKIP") == 2
+        assert text.count("did not run: left out by FUSEDOPT_GPU_SKIP") == 4
+        assert "Triton backend" not in text
         assert "## Floors" not in text
 
     def test_without_time_nothing_starts(self, fake: dict[str, str]) -> None:
