@@ -3,6 +3,7 @@
 #include <ATen/Functions.h>
 #include <ATen/ops/from_blob.h>
 
+#include <algorithm>
 #include <cstddef>
 #include <cstring>
 #include <memory>
@@ -18,10 +19,11 @@ uintptr_t address(const void* pointer) { return reinterpret_cast<uintptr_t>(poin
 // What has changed in the tables is copied to pinned memory and from there to the device, ordered with the stream;
 // torch's allocator does not give that memory to anyone else until the copy is through. A captured copy reads it at
 // every replay, so a capture keeps its memory for as long as there is the plan. Pinned memory cannot be had from the
-// driver during a capture: each upload outside of one leaves enough for the next capture, which takes it with it.
+// driver during a capture: outside of one, each step leaves enough for the next capture, which takes it with it.
 struct Uploads {
-  std::function<bool(const device::Place&)> capturing;
+  py::object is_capturing;
   c10::DeviceType type;
+  int64_t largest = 0;  // of the uploads so far
   at::Tensor spare;
   std::vector<at::Tensor> captured;
 
@@ -29,23 +31,32 @@ struct Uploads {
     return at::empty({bytes}, at::TensorOptions().dtype(at::kByte).pinned_memory(true));
   }
 
-  void operator()(const device::Place& place, void* to, const void* from, size_t bytes) {
+  bool capturing(const device::Place& place) {
+    const bool now = is_capturing(place.device).cast<bool>();
+    if (!now && largest && (!spare.defined() || spare.numel() < largest)) spare = pinned(largest);
+    return now;
+  }
+
+  void upload(const device::Place& place, void* to, const void* from, size_t bytes) {
     if (type == at::kCPU) {
       std::memcpy(to, from, bytes);
       return;
     }
     const auto size = static_cast<int64_t>(bytes);
+    largest = std::max(largest, size);
     at::Tensor staging;
     if (capturing(place)) {
       staging = spare.defined() && spare.numel() >= size ? std::exchange(spare, {}).narrow(0, 0, size) : pinned(size);
       captured.push_back(staging);
     } else {
       staging = pinned(size);
-      if (!spare.defined() || spare.numel() < size) spare = pinned(size);
     }
     std::memcpy(staging.mutable_data_ptr(), from, bytes);
     const at::Device device(type, static_cast<c10::DeviceIndex>(place.device));
-    at::from_blob(to, {size}, at::TensorOptions().dtype(at::kByte).device(device))
+    at::for_blob(to, {size})
+        .options(at::TensorOptions().dtype(at::kByte).device(device))
+        .target_device(device)
+        .make_tensor()
         .copy_(staging, /*non_blocking=*/true);
   }
 };
@@ -56,10 +67,10 @@ device::Launcher python_launcher(const py::object& object, c10::DeviceType type)
   using device::Place;
   auto method = [&](const char* name) { return py::object(object.attr(name)); };
   device::Launcher launcher;
-  launcher.capturing = [call = method("capturing")](const Place& place) { return call(place.device).cast<bool>(); };
-  launcher.upload = [uploads = std::make_shared<Uploads>(Uploads{launcher.capturing, type, {}, {}})](
-                        const Place& place, void* to, const void* from, size_t bytes) {
-    (*uploads)(place, to, from, bytes);
+  const auto uploads = std::make_shared<Uploads>(Uploads{method("capturing"), type, 0, {}, {}});
+  launcher.capturing = [uploads](const Place& place) { return uploads->capturing(place); };
+  launcher.upload = [uploads](const Place& place, void* to, const void* from, size_t bytes) {
+    uploads->upload(place, to, from, bytes);
   };
   launcher.map_chunks = [call = method("map_chunks")](const Place&, const device::Tables& tables) { call(&tables); };
   launcher.statistics = [call = method("statistics")](const Place& place, const device::StatisticsArguments& a) {
