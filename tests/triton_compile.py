@@ -1,8 +1,8 @@
 """Compiles every Triton kernel for a target, without a GPU: ``python triton_compile.py cuda 90 32 [--quick]``.
 
-Prints one line of JSON for each: its name and variant, registers, spilled bytes, and for CUDA how many accesses of
-global memory are 16 bytes wide and how many operations are fused or approximate. ``--quick`` leaves variants out that
-differ little from others. Not to be mixed with the interpreter in one process.
+Prints one line of JSON for each: its name and variant, registers, spilled bytes, how many accesses of global memory are
+16 bytes wide, and how many operations are fused or approximate. ``--quick`` leaves variants out that differ little from
+others. Not to be mixed with the interpreter in one process.
 """
 
 from __future__ import annotations
@@ -85,7 +85,18 @@ def compiled(target: GPUTarget, kernel: Any, constants: dict[str, Any], warps: i
         text = result.asm["amdgcn"]
         found = {name: int(re.search(rf"\.{name}: +(\d+)", text)[1]) for name in ("vgpr_count", "vgpr_spill_count")}
         scratch = int(re.search(r"\.private_segment_fixed_size: +(\d+)", text)[1])
-        return {"registers": found["vgpr_count"], "spilled": found["vgpr_spill_count"] + scratch, "fused": 0}
+        # Exact division and roots, and products with 1, are made of fused operations further down.
+        code = result.asm["llir"]
+        return {
+            "registers": found["vgpr_count"],
+            "spilled": found["vgpr_spill_count"] + scratch,
+            "vector_loads": len(re.findall(r"\bglobal_load_dwordx4\b", text)),
+            "vector_stores": len(re.findall(r"\bglobal_store_dwordx4\b", text)),
+            "fused": len(re.findall(r"call .*@llvm\.fma|\bcontract\b", code)),
+            "approximate": len(
+                re.findall(r"call .*@llvm\.amdgcn\.(?:rcp|rsq|sqrt)|\b(?:afn|arcp|fast)\b|!fpmath", code)
+            ),
+        }
     ptx = result.asm["ptx"]
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cubin"
