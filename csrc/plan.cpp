@@ -796,6 +796,8 @@ py::object StepPlan::step_on_devices(const StepSettings& s) {
     const py::gil_scoped_release unlocked;
     read();
   };
+  // A launcher in Python may take seconds to compile, while other threads run.
+  const std::vector<at::Tensor> held = launcher_ ? hold_tensors() : std::vector<at::Tensor>();
   device::Outcome outcome = runner_->step(work, s, wait);
   bump_versions(s.write_back);
   auto wrapped = [](at::Tensor& tensor) -> py::object {

@@ -13,19 +13,20 @@
 namespace fusedopt {
 namespace {
 
-uintptr_t address(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer); }
+// As Triton takes it: addresses of some devices are beyond 2^63, and negative then.
+int64_t address(const void* pointer) { return reinterpret_cast<int64_t>(pointer); }
 
 // Note [Uploads from Python]
 // What has changed in the tables is copied to pinned memory and from there to the device, ordered with the stream;
 // torch's allocator does not give that memory to anyone else until the copy is through. A captured copy reads it at
 // every replay, so a capture keeps its memory for as long as there is the plan. Pinned memory cannot be had from the
-// driver during a capture: outside of one, each step leaves enough for the next capture, which takes it with it.
+// driver during a capture (of older torch): outside of one, each step leaves enough for two captures, which take it
+// with them.
 struct Uploads {
   py::object is_capturing;
   c10::DeviceType type;
   int64_t largest = 0;  // of the uploads so far
-  at::Tensor spare;
-  std::vector<at::Tensor> captured;
+  std::vector<at::Tensor> spare, captured;
 
   static at::Tensor pinned(int64_t bytes) {
     return at::empty({bytes}, at::TensorOptions().dtype(at::kByte).pinned_memory(true));
@@ -33,7 +34,9 @@ struct Uploads {
 
   bool capturing(const device::Place& place) {
     const bool now = is_capturing(place.device).cast<bool>();
-    if (!now && largest && (!spare.defined() || spare.numel() < largest)) spare = pinned(largest);
+    if (now || !largest) return now;
+    if (!spare.empty() && spare[0].numel() < largest) spare.clear();
+    while (spare.size() < 2) spare.push_back(pinned(largest));
     return now;
   }
 
@@ -46,7 +49,12 @@ struct Uploads {
     largest = std::max(largest, size);
     at::Tensor staging;
     if (capturing(place)) {
-      staging = spare.defined() && spare.numel() >= size ? std::exchange(spare, {}).narrow(0, 0, size) : pinned(size);
+      if (spare.empty() || spare.back().numel() < size) {
+        staging = pinned(size);
+      } else {
+        staging = spare.back().narrow(0, 0, size);
+        spare.pop_back();
+      }
       captured.push_back(staging);
     } else {
       staging = pinned(size);

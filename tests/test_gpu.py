@@ -538,7 +538,7 @@ def test_triton_is_tuned_once_and_other_processes_know(monkeypatch: pytest.Monke
 @needs_triton
 def test_triton_is_not_tuned_in_a_capture(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(triton.Launcher, "_measure", _refuse)
-    monkeypatch.setattr(triton, "_kept_tuning", lambda kernel, key: None)
+    monkeypatch.setattr(triton.Launcher, "_kept_tuning", lambda self, key: None)
     monkeypatch.setattr(triton, "_chosen", {})
     launcher = triton.Launcher(RULES["adam"], "cuda")
     torch.cuda.synchronize()

@@ -287,6 +287,36 @@ def test_one_update_for_each_combination_of_dtypes_whatever_comes_between() -> N
         assert contents(pair[0][0]) == contents(pair[1][0]), f"step {step}"
 
 
+def test_after_a_norm_the_last_dtypes_come_first() -> None:
+    """What the statistics pass has left in the cache is of the last rows."""
+    params = mixed([(5,), (9,)] * 4)
+    optimizer = fusedopt.FusedAdamW(params, backend="triton")
+    for clip in (None, LOOSE):
+        optimizer.clip_grad = clip
+        set_gradients(params, 0)
+        optimizer.step()
+        Watched.launched.clear()
+        optimizer.step()
+        order = [settings["PARAM"] for settings in settings_of("update")]
+        assert order == ([0, 1, 2, 3] if clip is None else [3, 2, 1, 0])
+
+
+@pytest.mark.parametrize("clip", [None, LOOSE], ids=["bare", "norm"])
+def test_without_elements_nothing_is_loaded_or_updated(
+    clip: dict[str, Any] | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*arguments: Any) -> None:
+        raise AssertionError("there is nothing to load")
+
+    monkeypatch.setattr(Watched, "load", refuse)
+    params = parameters([(0,), (3, 0)])
+    optimizer = fusedopt.FusedAdamW(params, clip_grad=clip, backend="triton")
+    set_gradients(params, 0)
+    assert launches_of(optimizer.step) == ["map", "prepare"]
+    assert [float(optimizer.state[param]["step"]) for param in params] == [1, 1]
+    assert clip is None or (optimizer.last_step.grad_norm, optimizer.last_step.clip_coef) == (0, 1)
+
+
 @pytest.mark.parametrize("clip", [None, LOOSE], ids=["bare", "norm"])
 def test_parameters_that_share_memory_are_updated_one_after_the_other(clip: dict[str, Any] | None) -> None:
     results = []
@@ -772,6 +802,13 @@ def test_every_hyperparameter_is_taken_for_what_it_is(rule: str) -> None:
     assert len({param for param, _ in results[0]}) == len(params), "each made a difference"
 
 
+def test_slow_doubles_are_on_the_devices_of_the_cuda_kernels() -> None:
+    header = (Path(fusedopt.__file__).parents[1] / "csrc" / "cuda" / "portable.h").read_text()
+    equal, least = (re.findall(rf"__CUDA_ARCH__ {sign} (\d+)0", header) for sign in ("==", ">="))
+    assert tuple(map(int, equal)) == backend._SLOW_DOUBLE
+    assert backend._SLOW_DOUBLE_FROM in map(int, least)
+
+
 def test_every_rule_has_kernels() -> None:
     assert set(kernels.RULES) == set(RULES)
     for name, rule in kernels.RULES.items():
@@ -788,32 +825,42 @@ class Device:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, cache: Path):
         self.tried: list[backend.Tuning] = []
-        self.name, self.capturing, self.memory = "a GPU", False, True
-        self.times = {tuning: 1.0 + number for number, tuning in enumerate(backend._TUNINGS)}
+        self.name, self.capturing, self.memory = "a GPU", False, 1 << 40
+        self.asked_for: list[int] = []
+        self.times: dict[backend.Tuning, Any] = {tuning: 1.0 + number for number, tuning in enumerate(backend._TUNINGS)}
         monkeypatch.setattr(backend, "_chosen", {})
         monkeypatch.setattr(backend, "scratch_step", self.scratch_step)
         monkeypatch.setattr(triton.testing, "do_bench", self.do_bench)
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: self.name)
         monkeypatch.setenv("TRITON_CACHE_DIR", str(cache))
 
-    def scratch_step(self, rule: Any, device: torch.device, dtypes: tuple[int, ...], elements: int) -> Any:
-        if not self.memory:
-            raise torch.OutOfMemoryError
+    def scratch_step(self, launcher: Any, device: torch.device, dtypes: tuple[int, ...], elements: int) -> Any:
         assert device == torch.device("cuda", 0)
-        return lambda launcher: lambda: launcher.tuning
+        self.asked_for.append(elements)
+        if elements > self.memory:
+            raise torch.OutOfMemoryError
+        return lambda: None
 
-    def do_bench(self, step: Callable[[], backend.Tuning], **how: Any) -> float:
-        self.tried.append(step())
-        return self.times[self.tried[-1]]
+    def do_bench(self, update: Any, **how: Any) -> float:
+        self.tried.append(update.__self__.tuning)
+        time = self.times[self.tried[-1]]
+        if isinstance(time, Exception):
+            raise time
+        return time
 
     def tuning(
-        self, dtypes: tuple[int, ...] = (0, 0, 0, 0, -1), rule: Any = ADAM, source: str = "kernel"
+        self,
+        dtypes: tuple[int, ...] = (0, 0, 0, 0, -1),
+        rule: Any = ADAM,
+        source: str = "kernel",
+        update: str = "update of the rule",
     ) -> backend.Tuning:
         """What a new launcher takes."""
         launcher = Watched(rule, "cuda")
         launcher.interpreted = False
         launcher.capturing = lambda device: self.capturing  # type: ignore[method-assign]
         launcher._kernels = SimpleNamespace(update_kernel=SimpleNamespace(cache_key=source))
+        launcher._mine = launcher._mine._replace(update=SimpleNamespace(cache_key=update))
         return launcher._tuning_for(0, dtypes)
 
     def restart(self) -> None:
@@ -841,7 +888,7 @@ def test_the_fastest_is_taken_and_kept(fastest: backend.Tuning, device: Device) 
     assert device.tried == [], "found on disk"
 
 
-@pytest.mark.parametrize("differs", ["device", "dtypes", "rule", "kernel"])
+@pytest.mark.parametrize("differs", ["device", "dtypes", "rule", "kernel", "update"])
 def test_each_device_rule_mix_of_dtypes_and_kernel_has_its_own(differs: str, device: Device) -> None:
     first, second = backend._TUNINGS[2:4]
     device.times[first] = 0.5
@@ -849,7 +896,8 @@ def test_each_device_rule_mix_of_dtypes_and_kernel_has_its_own(differs: str, dev
     device.times[second] = 0.25
     device.restart()
     device.name = "another GPU" if differs == "device" else device.name
-    other = {"dtypes": {"dtypes": (2, 2, 0, 0, -1)}, "rule": {"rule": SGD}, "kernel": {"source": "other"}}
+    sources = {"kernel": {"source": "other"}, "update": {"update": "other"}}
+    other = {"dtypes": {"dtypes": (2, 2, 0, 0, -1)}, "rule": {"rule": SGD}, **sources}
     assert device.tuning(**other.get(differs, {})) == second
     device.restart()
     device.name = "a GPU"
@@ -875,9 +923,19 @@ def test_a_file_that_is_not_ours_is_measured_anew_and_replaced(
 
 
 def test_without_memory_to_try_the_first_serves(device: Device) -> None:
-    device.memory = False
+    device.memory = 0
+    device.times[backend._TUNINGS[1]] = 0.5
     assert device.tuning() == backend._TUNINGS[0]
     assert device.tried == []
+    device.memory = min(backend._TUNING_ELEMENTS)
+    assert device.tuning() == backend._TUNINGS[1], "for this once"
+    assert device.tried == list(backend._TUNINGS), "with a smaller tensor"
+
+
+@pytest.mark.parametrize("error", [RuntimeError("CUDA error"), triton.runtime.errors.OutOfResources(9, 1, "registers")])
+def test_a_tuning_that_cannot_run_is_passed_over(error: Exception, device: Device) -> None:
+    device.times[backend._TUNINGS[0]] = error
+    assert device.tuning() == backend._TUNINGS[1]
 
 
 def test_a_file_that_cannot_be_written_is_no_error(device: Device, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -888,6 +946,26 @@ def test_a_file_that_cannot_be_written_is_no_error(device: Device, monkeypatch: 
     device.times[backend._TUNINGS[1]] = 0.5
     assert device.tuning() == device.tuning() == backend._TUNINGS[1]
     assert len(device.tried) == len(backend._TUNINGS), "measured once in this process"
+
+
+@pytest.mark.parametrize("folder", ["", "/dev/null/cache"], ids=["none", "cannot be made"])
+def test_without_a_cache_folder_each_process_measures(
+    folder: str, device: Device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TRITON_CACHE_DIR", folder)
+    device.times[backend._TUNINGS[1]] = 0.5
+    assert device.tuning() == backend._TUNINGS[1]
+    device.restart()
+    assert device.tuning() == backend._TUNINGS[1]
+    assert len(device.tried) == len(backend._TUNINGS)
+
+
+def test_numbers_of_another_type_are_taken_for_what_they_are(device: Device, tmp_path: Path) -> None:
+    device.tuning()
+    (file,) = tmp_path.rglob("fusedopt-tuning.json")
+    file.write_text("[512.0, 4.0]")
+    device.restart()
+    assert all(isinstance(number, int) for number in device.tuning())
 
 
 def test_nothing_is_measured_in_a_capture(device: Device) -> None:
@@ -915,14 +993,19 @@ def test_nothing_is_measured_in_a_capture(device: Device) -> None:
     ],
 )
 def test_what_is_tuned_is_a_step_of_those_dtypes(rule: str, dtypes: tuple[int, ...]) -> None:
-    step_of = backend.scratch_step(RULES[rule], torch.device("cpu"), dtypes, 40)
+    class Recorder(backend._Recorder, Watched):
+        pass
+
     for tuning in backend._TUNINGS[:2]:
-        step = step_of(Watched(RULES[rule], "cpu", tuning))
+        launcher = Recorder(RULES[rule], "cpu", tuning)
+        step = backend.scratch_step(launcher, torch.device("cpu"), dtypes, 40)
         assert launches_of(step) == ["map", *BARE]
         (settings,) = settings_of("update")
         assert tuple(settings[name] for name in ("PARAM", "GRAD", "A", "B", "C")) == dtypes
         assert settings["BLOCK"] == tuning.block
-        assert launches_of(step) == BARE
+        assert launches_of(launcher.update_again) == ["update"], "which is what is timed"
+        assert settings_of("update") == [settings]
+        assert launches_of(functools.partial(step, clip=True)) == ["statistics", *BARE]
 
 
 # --- Where it serves ---------------------------------------------------------------------------------------------
@@ -937,7 +1020,7 @@ def compiling(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.xpu, "is_available", lambda: True)
     monkeypatch.setattr(torch.xpu, "get_device_properties", lambda device: SimpleNamespace(has_fp64=True))
-    driver = SimpleNamespace(active=SimpleNamespace(get_current_target=lambda: "a target"))
+    driver = SimpleNamespace(active=SimpleNamespace(get_current_target=lambda: SimpleNamespace(backend="cuda")))
     monkeypatch.setattr(triton.runtime, "driver", driver)
     remembered = (backend._triton_problem, backend._driver_problem)
     for problem in remembered:
@@ -948,8 +1031,16 @@ def compiling(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
 
 
 @pytest.mark.parametrize("kind", [CUDA, XPU], ids=str)
-def test_it_serves_gpus(kind: torch.device, compiling: pytest.MonkeyPatch) -> None:
-    assert TritonBackend.unavailable(kind) is None
+def test_it_serves_gpus_that_its_driver_is_for(kind: torch.device, compiling: pytest.MonkeyPatch) -> None:
+    for driver in ("cuda", "hip", "xpu"):
+        backend._driver_problem.cache_clear()
+        target = SimpleNamespace(backend=driver)
+        compiling.setattr(triton.runtime.driver.active, "get_current_target", lambda target=target: target)
+        reason = TritonBackend.unavailable(kind)
+        if (driver == "xpu") == (kind == XPU):
+            assert reason is None
+        else:
+            assert str(reason).endswith(f"compiles for {driver}, not for {kind.type}")
 
 
 @pytest.mark.parametrize("version", ["3.6.0", "3.10.0+git1234", "4.0.0rc1", "10.0"])
@@ -1007,6 +1098,7 @@ def test_where_it_cannot_serve_it_says_why(
 
 
 def test_parameters_of_two_kinds_of_devices_are_not_for_it(compiling: pytest.MonkeyPatch) -> None:
+    compiling.setattr(backend, "_driver_problem", lambda device_type: None)
     with pytest.raises(BackendUnavailable, match="one optimizer has parameters on cuda and xpu"):
         backends.create_backend("triton", ADAM, [CUDA, XPU])
 

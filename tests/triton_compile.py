@@ -35,7 +35,7 @@ def variants() -> Iterator[tuple[Any, dict[str, Any], int, str]]:
     """(kernel, constants, warps, name) of what is worth compiling: each path, dtype and tuning, not every product."""
     yield kernels.map_kernel, {"BLOCK": 128}, 4, "map"
     for kind, slow in itertools.product(range(5), (False, True)):
-        yield kernels.statistics_kernel, {"KIND": kind, "SLOW_DOUBLE": slow}, 8, f"statistics-{kind}-{slow}"
+        yield kernels.statistics_kernel, {"KIND": kind, "SLOW_DOUBLE": slow}, 4, f"statistics-{kind}-{slow}"
     for kind in range(5):
         yield kernels.total_kernel, {"KIND": kind}, 4, f"total-{kind}"
     for (name, rule), kind, flag in itertools.product(kernels.RULES.items(), range(5), (False, True)):

@@ -288,7 +288,10 @@ void Executor::for_each_update(const Work& work, const StepSettings& s, const Re
     a.report = report;
   }
   a.tickets = std::max(1u, tables_.chunk_count);
-  for (const Run& run : runs_) {
+  if (tables_.chunk_count == 0 && launcher_.prepares_bare) return;  // all that is left to do is done
+  // What the statistics pass has left in the cache is of the last run.
+  for (size_t i = 0; i < runs_.size(); ++i) {
+    const Run& run = runs_[a.reverse ? runs_.size() - 1 - i : i];
     if (tables_.chunk_count && (run.chunk_count == 0 || run.kind == 0)) continue;
     a.first_chunk = run.first_chunk;
     a.chunk_count = run.chunk_count;

@@ -13,7 +13,8 @@ constexpr int kParam = 0, kGrad = 1, kState = 2, kColumns = kState + kMaxStates;
 // Note [Adaptive chunks]
 // A block works on one chunk of one row. Few elements in all make small chunks, so that every multiprocessor has some;
 // many make large ones, so that what a block costs beside its elements does not count. The size is a function of the
-// plan's sizes alone, never of the device: a norm is added up chunk by chunk, and so has the same bits on any of them.
+// plan's sizes alone, never of the device: a norm is added up chunk by chunk, so with the same kernels it has the same
+// bits on any of them.
 constexpr int64_t kLeastChunk = 2048, kMostChunk = 65536, kWantedChunks = 4096;
 
 inline int64_t chunk_elements(int64_t total) {

@@ -8,6 +8,7 @@ import hashlib
 import json
 import math
 import time
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -23,6 +24,8 @@ _LEAST_TRITON = (3, 6)
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)  # by number, as DType of csrc/tables.h
 _ABSENT = -1
 _PREPARE_ROWS = 128
+# Compute capabilities whose float64 arithmetic is slow, as in csrc/cuda/portable.h.
+_SLOW_DOUBLE, _SLOW_DOUBLE_FROM = (86, 87, 89, 103), 110
 
 
 @functools.cache
@@ -31,7 +34,10 @@ def _triton_problem() -> str | None:
     try:
         import triton
     except ImportError as error:
-        return f"triton is not installed ({error}); install it with: pip install 'fusedopt[triton]'"
+        return (
+            f"triton is not installed ({error}); torch's builds for GPUs bring theirs along, and beside others there is "
+            "pip install 'fusedopt[triton]'"
+        )
     version = tuple(int(part) for part in triton.__version__.split(".")[:2])
     if version < _LEAST_TRITON:
         return f"triton {triton.__version__} is installed; {'.'.join(map(str, _LEAST_TRITON))} or later is needed"
@@ -54,12 +60,22 @@ class Tuning(NamedTuple):
 
 #: What is tried; the first serves where nothing may be measured. Chunks have 2048 elements or more.
 _TUNINGS = tuple(Tuning(*pair) for pair in ((1024, 4), (512, 4), (1024, 8), (2048, 4), (2048, 8)))
-#: Elements of the tensors it is tried on: more than caches hold, so that memory decides.
-_TUNING_ELEMENTS = 16 << 20
+#: Elements of the tensor it is tried on, or the next if there is no memory for it: more than caches hold, and enough
+#: for chunks about as long as those of a large model.
+_TUNING_ELEMENTS = (64 << 20, 16 << 20)
 #: What was found out in this process, by name of the GPU, rule and dtypes.
 _chosen: dict[tuple[str, str, tuple[int, ...]], Tuning] = {}
 #: Kernels that were loaded in this process, by device and all that they are compiled for.
 _loaded: set[tuple[Any, ...]] = set()
+
+
+@functools.cache
+def _has_slow_double(device: int) -> bool:
+    properties = torch.cuda.get_device_properties(device)
+    if torch.version.hip is not None:
+        return not properties.gcnArchName.startswith("gfx9")
+    capability = properties.major * 10 + properties.minor
+    return capability in _SLOW_DOUBLE or capability >= _SLOW_DOUBLE_FROM
 
 
 class Launcher:
@@ -80,9 +96,9 @@ class Launcher:
         self.device_type = device_type
         self.tuning = tuning
         self.interpreted = interpreting()
-        self.slow_double = functools.cache(self._has_slow_double)
         self._settings: dict[tuple[Any, ...], dict[str, Any]] = {}  # of updates that can be launched
         self._driver = triton.runtime.driver
+        self._version = triton.__version__
         self._kernels = triton_kernels
         self._mine = triton_kernels.RULES[rule.name]
 
@@ -137,7 +153,6 @@ class Launcher:
                 *(t.grads, t.rows, t.layouts, t.chunks, t.partials, t.chunk_elements, a.p),
                 KIND=a.kind,
                 SLOW_DOUBLE=self.slow_double(device),
-                num_warps=8,
             )
         if a.total:
             self.launch(self._kernels.total_kernel, 1, t.partials, t.chunk_count, a.total, KIND=a.kind)
@@ -195,15 +210,9 @@ class Launcher:
         addresses = (t.grads, t.rows, t.layouts, t.chunks, t.scalars, t.control)
         return *addresses, t.chunk_elements, a.first_chunk, a.clip_value
 
-    def _has_slow_double(self, device: int) -> bool:
+    def slow_double(self, device: int) -> bool:
         """Whether float64 arithmetic is so slow that a norm is first added up, in short runs, in float32."""
-        if self.device_type != "cuda":
-            return False
-        properties = torch.cuda.get_device_properties(device)
-        if torch.version.hip is not None:
-            return not properties.gcnArchName.startswith("gfx9")
-        capability = properties.major * 10 + properties.minor
-        return capability in (86, 87, 89, 103) or capability >= 110
+        return self.device_type == "cuda" and _has_slow_double(device)
 
     def _tuning_for(self, device: int, dtypes: tuple[int, ...]) -> Tuning:
         if self.tuning is not None:
@@ -212,34 +221,83 @@ class Launcher:
             return Tuning(2048, 1)
         key = (getattr(torch, self.device_type).get_device_name(device), self.rule.name, dtypes)
         if key not in _chosen:
-            if (kept := _kept_tuning(self._kernels.update_kernel, key)) is not None:
-                _chosen[key] = kept
-            elif self.capturing(device):
+            tuning = self._kept_tuning(key)
+            if tuning is None and not self.capturing(device):
+                tuning = self._measure(torch.device(self.device_type, device), dtypes)
+                if tuning is not None:
+                    self._keep_tuning(key, tuning)
+            if tuning is None:
                 return _TUNINGS[0]
-            else:
-                _chosen[key] = self._measure(torch.device(self.device_type, device), dtypes)
-                _keep_tuning(self._kernels.update_kernel, key, _chosen[key])
+            _chosen[key] = tuning
         return _chosen[key]
 
-    def _measure(self, device: torch.device, dtypes: tuple[int, ...]) -> Tuning:
-        """The fastest of the tunings, for a large tensor; the first where there is no memory to try."""
+    def _measure(self, device: torch.device, dtypes: tuple[int, ...]) -> Tuning | None:
+        """The fastest of the tunings for the update of a large tensor, or None when none could be tried."""
+        from triton.runtime.errors import TritonError
+
+        times: dict[Tuning, float] = {}
+        for elements in _TUNING_ELEMENTS:
+            for tuning in _TUNINGS:
+                # Out of memory, or out of what a program may use.
+                with contextlib.suppress(RuntimeError, TritonError):
+                    times[tuning] = self._time(tuning, device, dtypes, elements)
+            if times:
+                return min(times, key=times.__getitem__)
+        return None
+
+    def _time(self, tuning: Tuning, device: torch.device, dtypes: tuple[int, ...], elements: int) -> float:
+        """Milliseconds that an update takes."""
         from triton.testing import do_bench
 
-        times = {}
-        try:
-            step_of = scratch_step(self.rule, device, dtypes, _TUNING_ELEMENTS)
-            for tuning in _TUNINGS:
-                step = step_of(Launcher(self.rule, self.device_type, tuning))
-                times[tuning] = do_bench(step, warmup=5, rep=20, return_mode="median")
-        except torch.OutOfMemoryError:
-            return _TUNINGS[0]
-        return min(times, key=times.__getitem__)
+        launcher = _Recorder(self.rule, self.device_type, tuning)
+        step = scratch_step(launcher, device, dtypes, elements)  # whose memory is at work below
+        step()
+        return do_bench(launcher.update_again, warmup=5, rep=20, return_mode="median")
+
+    def _cache(self, key: tuple[Any, ...]) -> Any:
+        """Triton's cache on disk, for these kernels and this key."""
+        from triton.runtime.cache import get_cache_manager
+
+        sources = (self._kernels.update_kernel.cache_key, self._mine.update.cache_key, self._version)
+        return get_cache_manager(hashlib.sha256(f"{sources}{key}{_TUNINGS}".encode()).hexdigest())
+
+    def _kept_tuning(self, key: tuple[Any, ...]) -> Tuning | None:
+        """What an earlier process has found out, or None."""
+        with contextlib.suppress(OSError, RuntimeError, ValueError, TypeError):  # no cache, or something else in it
+            path = self._cache(key).get_file("fusedopt-tuning.json")
+            if path is not None:
+                with open(path) as file:
+                    return _TUNINGS[_TUNINGS.index(Tuning(*json.load(file)))]
+        return None
+
+    def _keep_tuning(self, key: tuple[Any, ...], tuning: Tuning) -> None:
+        with contextlib.suppress(OSError, RuntimeError):  # a cache that cannot be written costs time, no more
+            self._cache(key).put(json.dumps(tuning), "fusedopt-tuning.json", binary=False)
 
 
-def scratch_step(rule: Rule, device: torch.device, dtypes: tuple[int, ...], elements: int) -> Any:
-    """A function that makes, of a launcher, a step of one parameter of its own with these dtypes of columns."""
+class _Recorder(Launcher):
+    """Remembers its last update, to launch it by itself."""
+
+    _last: tuple[Any, ...]
+
+    def update(self, device: int, a: Any, dtypes: tuple[int, ...]) -> None:
+        super().update(device, a, dtypes)
+        settings = self._settings[device, dtypes, a.reverse, a.write_back]
+        self._last = a.chunk_count, self._arguments(a), settings
+
+    def update_again(self) -> None:
+        """Launch the last update once more."""
+        programs, arguments, settings = self._last
+        self.launch(self._kernels.update_kernel, programs, *arguments, **settings)
+
+
+def scratch_step(
+    launcher: Launcher, device: torch.device, dtypes: tuple[int, ...], elements: int
+) -> Callable[..., None]:
+    """A step of one parameter of its own with these dtypes of columns; ``clip=True`` makes it one with all passes."""
     from . import triton_kernels
 
+    rule = launcher.rule
     states = [code for code in dtypes[2:] if code != _ABSENT]
     settings = rule.hyperparameters(**triton_kernels.RULES[rule.name].settings[len(states)])
     param = torch.nn.Parameter(torch.zeros(elements, dtype=_DTYPES[dtypes[0]], device=device))
@@ -250,12 +308,13 @@ def scratch_step(rule: Rule, device: torch.device, dtypes: tuple[int, ...], elem
     for spec, code in zip(rule.columns, states, strict=False):
         state[param][spec.name] = torch.zeros(elements, dtype=_DTYPES[code], device=device)
     groups = [{"params": [param], **settings.as_defaults()}]
+    plan = _make_plan(launcher)
 
-    def step_of(launcher: Launcher) -> Any:
-        plan = _make_plan(launcher)
-        return lambda: plan.step(groups, state, None, None, False, 0.0, 0.0, False, math.inf, False)
+    def step(clip: bool = False) -> None:
+        norm_type, max_norm = (2.0, 1.0) if clip else (0.0, 0.0)
+        plan.step(groups, state, 1.0 if clip else None, None, clip, norm_type, max_norm, False, math.inf, False)
 
-    return step_of
+    return step
 
 
 def _make_plan(launcher: Launcher) -> Any:
@@ -263,31 +322,6 @@ def _make_plan(launcher: Launcher) -> Any:
     if module is None:
         raise BackendUnavailable(str(reason))
     return module.StepPlan(launcher.rule.name, launcher.device_type, launcher=launcher)
-
-
-def _cache_of(kernel: Any, key: tuple[str, str, tuple[int, ...]]) -> Any:
-    """Triton's on-disk cache, for one kernel source and one device."""
-    from triton.runtime.cache import get_cache_manager
-
-    return get_cache_manager(hashlib.sha256(f"{kernel.cache_key}{key}{_TUNINGS}".encode()).hexdigest())
-
-
-def _kept_tuning(kernel: Any, key: tuple[str, str, tuple[int, ...]]) -> Tuning | None:
-    """What an earlier process has found out, or None."""
-    path = _cache_of(kernel, key).get_file("fusedopt-tuning.json")
-    if path is None:
-        return None
-    with contextlib.suppress(OSError, ValueError, TypeError):
-        with open(path) as file:
-            tuning = Tuning(*json.load(file))
-        if tuning in _TUNINGS:
-            return tuning
-    return None
-
-
-def _keep_tuning(kernel: Any, key: tuple[str, str, tuple[int, ...]], tuning: Tuning) -> None:
-    with contextlib.suppress(OSError):  # a cache that cannot be written costs time, no more
-        _cache_of(kernel, key).put(json.dumps(tuning), "fusedopt-tuning.json", binary=False)
 
 
 class TritonBackend(PlanBackend):
@@ -325,18 +359,21 @@ class TritonBackend(PlanBackend):
             return f"torch finds no usable {device.type} device"
         if device.type == "xpu" and not torch_module.get_device_properties(device).has_fp64:
             return "the device has no float64 arithmetic, which norms are added up in"
-        return _driver_problem()
+        return _driver_problem(device.type)
 
 
 @functools.cache
-def _driver_problem() -> str | None:
-    """Why Triton cannot compile for the GPU that is there, or None."""
+def _driver_problem(device_type: str) -> str | None:
+    """Why Triton cannot compile for the GPUs that torch has, or None."""
     import triton
 
     try:
-        triton.runtime.driver.active.get_current_target()
+        found = triton.runtime.driver.active.get_current_target().backend
     except Exception as error:  # each driver has its own
-        return f"triton {triton.__version__} finds no driver: {str(error).splitlines()[0] if str(error) else error!r}"
+        words = str(error).splitlines() or [repr(error)]
+        return f"triton {triton.__version__} finds no driver: {words[0]}"
+    if found not in {"cuda": ("cuda", "hip"), "xpu": ("xpu",)}[device_type]:
+        return f"triton {triton.__version__} compiles for {found}, not for {device_type}"
     return None
 
 
@@ -350,7 +387,7 @@ class WarmUp(NamedTuple):
 
 
 def warm_up(device: torch.device) -> list[WarmUp]:
-    """Compile and tune the usual kernels for a device, as the first steps would, and tell how long it took."""
+    """Make a bare step and one with scaling and clipping on a device, by each rule and in two dtypes, and time them."""
     results = []
     index = device.index or 0
     for rule in RULES.values():
@@ -360,8 +397,9 @@ def warm_up(device: torch.device) -> list[WarmUp]:
             dtypes = (code,) * (2 + states) + (_ABSENT,) * (3 - states)
             begin = time.perf_counter()
             launcher = Launcher(rule, device.type)
-            step = scratch_step(rule, device, dtypes, 1)(launcher)
-            step()
+            step = scratch_step(launcher, device, dtypes, 1)
+            for clip in (False, True):
+                step(clip)
             getattr(torch, device.type).synchronize(device)
             results.append(WarmUp(rule.name, dtype, time.perf_counter() - begin, launcher._tuning_for(index, dtypes)))
     return results

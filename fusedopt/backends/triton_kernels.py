@@ -263,6 +263,16 @@ def adam_constants(group, step, mask):
 
 
 @triton.jit
+def square_root(x):
+    """The float32 root, rounded to nearest."""
+    # Small numbers are lifted and the root is lowered, both exactly: Triton 3.6 has a sequence for AMD that begins with
+    # 1 / sqrt(x), which is not made for them.
+    small = x < 1.262177448e-29  # 2^-96
+    root = tl.sqrt_rn(tl.where(small, x * 4294967296.0, x))
+    return tl.where(small, root * 1.52587890625e-05, root)
+
+
+@triton.jit
 def adam_update(
     c, variant, p, g, exp_avg, exp_avg_sq, max_exp_avg_sq, has_state: tl.constexpr, has_third: tl.constexpr
 ):
@@ -282,7 +292,7 @@ def adam_update(
     if p.dtype == tl.float64:
         p = p - step_size * exp_avg / (tl.sqrt(variance) * inv_sqrt_correction2 + eps)
     else:
-        p = p - tl.div_rn(step_size * exp_avg, tl.sqrt_rn(variance) * inv_sqrt_correction2 + eps)
+        p = p - tl.div_rn(step_size * exp_avg, square_root(variance) * inv_sqrt_correction2 + eps)
     return p, exp_avg, exp_avg_sq, max_exp_avg_sq
 
 
