@@ -35,7 +35,7 @@ def _triton_problem() -> str | None:
         import triton
     except ImportError as error:
         return (
-            f"triton is not installed ({error}); torch's builds for GPUs bring theirs along, and beside others there is "
+            f"triton is not installed ({error}); torch's builds for GPUs bring one along, beside others there is "
             "pip install 'fusedopt[triton]'"
         )
     version = tuple(int(part) for part in triton.__version__.split(".")[:2])
