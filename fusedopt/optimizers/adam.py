@@ -33,7 +33,7 @@ class FusedAdam(FusedOptimizer):
         clip_grad: None, ``dict(max_norm=…, norm_type=2.0, error_if_nonfinite=False)`` or
             ``dict(type='value', clip_value=…)``; applied inside the step, to all groups together.
         write_back_grads: leave the unscaled, clipped gradients in ``.grad``.
-        backend: ``'auto'``, ``'native'`` or ``'reference'``.
+        backend: ``'auto'``, ``'native'``, ``'triton'`` or ``'reference'``.
 
     Raises:
         ValueError: a setting is out of range or the parameter list is empty.
