@@ -1,24 +1,53 @@
 """fusedopt: fused SGD, Adam and AdamW for PyTorch, with unscaling, clipping and weight decay inside the kernel."""
 
+from typing import TYPE_CHECKING, Any
+
 from . import amp
 from .backends import StepReport
 from .builder import build_optim_wrapper
 from .constructors import DefaultOptimWrapperConstructor
 from .optimizers import FusedAdam, FusedAdamW, FusedSGD, fuse
+from .registry import OPTIM_WRAPPER_CONSTRUCTORS, OPTIM_WRAPPERS, OPTIMIZERS, Registry
 from .version import __version__
-from .wrappers import AmpOptimWrapper, BaseOptimWrapper, OptimWrapper
+from .wrappers import (
+    AmpOptimWrapper,
+    ApexOptimWrapper,
+    BaseOptimWrapper,
+    OptimWrapper,
+    OptimWrapperDict,
+    SkipAwareScheduler,
+)
+
+if TYPE_CHECKING:
+    from .optimizers.zero import ZeroRedundancyOptimizer
 
 __all__ = [
+    "OPTIMIZERS",
+    "OPTIM_WRAPPERS",
+    "OPTIM_WRAPPER_CONSTRUCTORS",
     "AmpOptimWrapper",
+    "ApexOptimWrapper",
     "BaseOptimWrapper",
     "DefaultOptimWrapperConstructor",
     "FusedAdam",
     "FusedAdamW",
     "FusedSGD",
     "OptimWrapper",
+    "OptimWrapperDict",
+    "Registry",
+    "SkipAwareScheduler",
     "StepReport",
+    "ZeroRedundancyOptimizer",
     "__version__",
     "amp",
     "build_optim_wrapper",
     "fuse",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "ZeroRedundancyOptimizer":  # takes seconds to import, and few use it
+        from .optimizers.zero import ZeroRedundancyOptimizer
+
+        return ZeroRedundancyOptimizer
+    raise AttributeError(f"module 'fusedopt' has no attribute {name!r}")

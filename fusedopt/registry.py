@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import inspect
+import sys
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -13,14 +17,20 @@ from .rules.checks import did_you_mean
 
 __all__ = [
     "DATASETS",
+    "HOOKS",
     "MODELS",
     "OPTIMIZERS",
     "OPTIM_WRAPPERS",
     "OPTIM_WRAPPER_CONSTRUCTORS",
+    "PARAM_SCHEDULERS",
     "Registry",
     "accepted_arguments",
     "check_config",
 ]
+
+
+#: The scope that a config's ``_scope_`` asked for, while it and what it holds are built.
+_default_scope: ContextVar[str | None] = ContextVar("default_scope", default=None)
 
 
 def check_config(name: str, cfg: Any) -> None:
@@ -75,16 +85,77 @@ def _import_dotted(path: str) -> Any:
     return None
 
 
+def _import_registry_of(scope: str) -> None:
+    """Import ``scope.registry``, which adds a package's registries to the tree, where there is such a module."""
+    name = f"{scope}.registry"
+    if not scope.isidentifier():
+        return
+    try:
+        importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name not in (scope, name):
+            raise  # the module is there, and imports one that is not
+
+
 class Registry:
-    """A table of classes and functions by name, from which configs are built.
+    """A table of classes and functions by name, from which configs are built; as ``mmengine.Registry``.
+
+    Registries of one kind form a tree: a package with a registry of its own makes it a child of ours. A name is looked
+    for here, then in the parents; ``scope.Name`` in the registry of that scope; and an import path such as
+    ``torch.optim.AdamW`` at last.
 
     Args:
         name: what it holds, as messages call it, such as ``'optimizer'``.
+        build_func: called as ``build_func(cfg, *args, registry=self, **kwargs)`` by :meth:`build`; by default the
+            parent's, else the one that :meth:`build` describes.
+        parent: the registry that is asked for what is not here.
+        scope: name by which the other registries of the tree know this one; by default the package in which it is made.
+        locations: modules to import before a name counts as unknown, so that what they register is found.
+
+    Raises:
+        TypeError: an argument is of the wrong kind.
+        ValueError: ``parent`` has a child of that scope.
     """
 
-    def __init__(self, name: str):
+    def __init__(
+        self,
+        name: str,
+        build_func: Callable[..., Any] | None = None,
+        parent: Registry | None = None,
+        scope: str | None = None,
+        locations: Sequence[str] = (),
+    ):
+        if scope is None:
+            scope = sys._getframe(1).f_globals.get("__name__", "").partition(".")[0]
+        if not isinstance(scope, str) or "." in scope:
+            raise TypeError(f"scope of a registry must be a string without dots, got {scope!r}")
+        if isinstance(locations, str) or not all(isinstance(location, str) for location in locations):
+            raise TypeError(f"locations must be a list of module names, got {locations!r}")
+        if parent is not None and not isinstance(parent, Registry):
+            raise TypeError(f"parent must be a Registry, got {type(parent).__name__}")
         self.name = name
+        self.scope = scope
+        self.parent = parent
+        self.children: dict[str, Registry] = {}
+        self.build_func: Callable[..., Any] = build_func or (
+            parent.build_func if parent is not None else _build_from_cfg
+        )
+        self._locations = list(locations)
         self._modules: dict[str, Callable[..., Any]] = {}
+        if parent is not None:
+            if scope in parent.children:
+                raise ValueError(f"the {parent.name} registry has a child of scope {scope!r} already")
+            parent.children[scope] = self
+
+    @property
+    def module_dict(self) -> dict[str, Callable[..., Any]]:
+        """What is registered here, by name."""
+        return self._modules
+
+    @property
+    def root(self) -> Registry:
+        """The registry at the top of the tree."""
+        return self if self.parent is None else self.parent.root
 
     def register_module(
         self, name: str | Sequence[str] | None = None, force: bool = False, module: Callable[..., Any] | None = None
@@ -101,8 +172,10 @@ class Registry:
 
         Raises:
             KeyError: a name is taken. Nothing has been registered then.
-            TypeError: a name is not a string, or the object is not callable.
+            TypeError: a name is not a string, ``force`` is not a bool, or the object is not callable.
         """
+        if not isinstance(force, bool):
+            raise TypeError(f"force must be True or False, got {force!r}")
         names = [name] if isinstance(name, str) else name
         if names is not None and not (isinstance(names, (list, tuple)) and all(isinstance(n, str) for n in names)):
             raise TypeError(
@@ -126,14 +199,86 @@ class Registry:
         return register if module is None else register(module)
 
     def get(self, key: str) -> Any:
-        """What is registered as ``key``, else what is found at the import path ``key``, else None."""
-        return self._modules[key] if key in self._modules else _import_dotted(key)
+        """What ``key`` stands for, or None.
+
+        Args:
+            key: a name, registered here or in a parent; ``scope.Name``; or an import path. For a scope that is not
+                known, the module ``scope.registry`` is imported first, where there is one.
+
+        Raises:
+            TypeError: ``key`` is not a string.
+        """
+        if not isinstance(key, str):
+            raise TypeError(f"a {self.name} is looked up by a string, got {key!r}")
+        scope, dot, _ = key.partition(".")
+        if dot and key not in self._modules and self._search(scope) is None:
+            _import_registry_of(scope)
+        found = self._find(key)
+        if found is None:
+            found = _import_dotted(key)
+        if found is None:
+            registry = self._search(scope)
+            if (self if registry is None else registry)._import_locations():
+                found = self._find(key)
+        return found
+
+    def _find(self, key: str) -> Any:
+        """What is registered as ``key`` in this tree, or None."""
+        if key in self._modules:
+            return self._modules[key]
+        scope, dot, rest = key.partition(".")
+        if not dot:
+            return None if self.parent is None else self.parent._find(key)
+        if scope == self.scope:
+            return self._modules.get(rest)
+        registry = self._search(scope)
+        return None if registry is None else registry._find(rest)
+
+    def _search(self, scope: str) -> Registry | None:
+        """The registry of ``scope``: this one or below it, else anywhere in the tree."""
+        below = self._search_below(scope)
+        return self.root._search_below(scope) if below is None else below
+
+    def _search_below(self, scope: str) -> Registry | None:
+        if scope == self.scope:
+            return self
+        found = (child._search_below(scope) for child in self.children.values())
+        return next((registry for registry in found if registry is not None), None)
+
+    def _import_locations(self) -> bool:
+        """Import what is left of the locations, here and in the parents; whether there was any."""
+        locations, self._locations = self._locations, []
+        for location in locations:
+            importlib.import_module(location)
+        above = self.parent is not None and self.parent._import_locations()
+        return bool(locations) or above
+
+    @contextlib.contextmanager
+    def switch_scope_and_registry(self, scope: str | None) -> Iterator[Registry]:
+        """Make ``scope`` the default one, for builds within builds too, and give the registry of that scope.
+
+        Args:
+            scope: None leaves the default scope as it is. One that no registry of the tree has is a warning, and this
+                registry serves.
+        """
+        token = _default_scope.set(_default_scope.get() if scope is None else scope)
+        try:
+            current = _default_scope.get()
+            registry = None if current is None else self._search(current)
+            if current is not None and registry is None:
+                _import_registry_of(current)
+                registry = self._search(current)
+            if registry is None and scope is not None:
+                warnings.warn(f"no {self.name} registry has the scope {scope!r}; {self.scope!r} serves", stacklevel=4)
+            yield self if registry is None else registry
+        finally:
+            _default_scope.reset(token)
 
     def resolve(self, kind: str | Callable[..., Any]) -> Callable[..., Any]:
         """The class or function that the ``type`` of a config stands for.
 
         Args:
-            kind: a registered name, an import path, or the class or function itself.
+            kind: what :meth:`get` takes, or the class or function itself.
 
         Raises:
             KeyError: nothing goes by that name; the message gives the closest registered one.
@@ -141,39 +286,33 @@ class Registry:
         """
         target = self.get(kind) if isinstance(kind, str) else kind
         if target is None:
-            hint = did_you_mean(str(kind), self._modules) if self._modules else "nothing is registered"
+            known = self._names()
+            hint = did_you_mean(str(kind), known) if known else "nothing is registered"
             raise KeyError(f"{kind!r} is not in the {self.name} registry and is no import path; {hint}")
         if not callable(target):
             raise TypeError(f"type of {self.name} must be a registered name, an import path or a class, got {kind!r}")
         return target
 
+    def _names(self) -> set[str]:
+        return set(self._modules) | (set() if self.parent is None else self.parent._names())
+
     def build(self, cfg: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
         """Make the object a config describes; the config is not changed.
 
         Args:
-            cfg: ``type`` (see :meth:`resolve`) and the keyword arguments.
+            cfg: ``type`` (see :meth:`resolve`), the keyword arguments, and maybe ``_scope_``, the scope to build in.
             args: positional arguments.
-            kwargs: keyword arguments for which ``cfg`` has no value of its own.
+            kwargs: keyword arguments for which ``cfg`` has no value of its own. MMEngine's way of writing them is
+                known too: ``default_args``, a dict, which may also hold the ``type``.
 
         Raises:
             KeyError: ``type`` is missing or unknown.
             TypeError: ``cfg`` is not a dict, or the arguments do not fit; the message names the class.
         """
-        check_config(f"{self.name} config", cfg)
-        settings = {**kwargs, **cfg}
-        if "type" not in settings:
-            raise KeyError(f"{self.name} config needs the key 'type', got {dict(cfg)!r}")
-        target = self.resolve(settings.pop("type"))
-        try:
-            return target(*args, **settings)
-        except TypeError as error:
-            accepted = accepted_arguments(target)
-            unknown = [key for key in settings if accepted is not None and key not in accepted]
-            hint = f"; {did_you_mean(unknown[0], accepted)}" if unknown and accepted else ""
-            raise TypeError(f"{_dotted_name(target)}: {error}{hint}") from error
+        return self.build_func(cfg, *args, registry=self, **kwargs)
 
     def __contains__(self, key: str) -> bool:
-        return key in self._modules
+        return self.get(key) is not None
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._modules)
@@ -183,7 +322,7 @@ class Registry:
 
     def __repr__(self) -> str:
         entries = "".join(f"\n  {name}: {_dotted_name(target)}" for name, target in sorted(self._modules.items()))
-        return f"{type(self).__name__}(name={self.name!r}, {len(self)} registered){entries}"
+        return f"{type(self).__name__}(name={self.name!r}, scope={self.scope!r}, {len(self)} registered){entries}"
 
 
 def _dotted_name(target: Callable[..., Any]) -> str:
@@ -191,10 +330,63 @@ def _dotted_name(target: Callable[..., Any]) -> str:
     return repr(target) if name is None else f"{target.__module__}.{name}"
 
 
+def _build_from_cfg(
+    cfg: Mapping[str, Any],
+    *args: Any,
+    registry: Registry,
+    default_args: Mapping[str, Any] | None = None,
+    **kwargs: Any,
+) -> Any:
+    check_config(f"{registry.name} config", cfg)
+    if default_args is not None:
+        check_config("default_args", default_args)
+    settings = {**kwargs, **(default_args or {}), **cfg}
+    if "type" not in settings:
+        raise KeyError(f"{registry.name} config needs the key 'type', got {dict(cfg)!r}")
+    with registry.switch_scope_and_registry(settings.pop("_scope_", None)) as scoped:
+        target = scoped.resolve(settings.pop("type"))
+        try:
+            return target(*args, **settings)
+        except TypeError as error:
+            accepted = accepted_arguments(target)
+            unknown = [key for key in settings if accepted is not None and key not in accepted]
+            hint = f"; {did_you_mean(unknown[0], accepted)}" if unknown and accepted else ""
+            raise TypeError(f"{_dotted_name(target)}: {error}{hint}") from error
+
+
+def _build_optimizer(cfg: Mapping[str, Any], *args: Any, registry: Registry, **kwargs: Any) -> Any:
+    """Build an optimizer from its parameters, ``args[0]``, and its config."""
+    if args and isinstance(cfg, Mapping) and "type" in cfg:
+        with registry.switch_scope_and_registry(cfg.get("_scope_")) as scoped:
+            _check_takes_params(scoped.resolve(cfg["type"]), cfg)
+    return _build_from_cfg(cfg, *args, registry=registry, **kwargs)
+
+
+def _check_takes_params(target: Callable[..., Any], cfg: Mapping[str, Any]) -> None:
+    """Raise TypeError unless the first argument is there to take the parameters, by whatever name."""
+    try:
+        signature = inspect.signature(target)
+    except (TypeError, ValueError):  # written in C, without a signature
+        return
+    first = next(iter(signature.parameters.values()), None)
+    if (
+        first is None
+        or first.kind is first.KEYWORD_ONLY
+        or first.name in cfg
+        or "params" in list(signature.parameters)[1:]
+    ):
+        raise TypeError(
+            f"{_dotted_name(target)} has no place for the parameters: its signature is {signature}, and an optimizer "
+            "is called with them as its first argument, as in __init__(self, params, ...)"
+        )
+
+
 #: Optimizers: torch's under their own names; ``fusedopt.optimizers`` adds ours.
-OPTIMIZERS = Registry("optimizer")
+OPTIMIZERS = Registry("optimizer", build_func=_build_optimizer, locations=["fusedopt.optimizers.zero"])
 OPTIM_WRAPPERS = Registry("optimizer wrapper")
 OPTIM_WRAPPER_CONSTRUCTORS = Registry("optimizer wrapper constructor")
+PARAM_SCHEDULERS = Registry("parameter scheduler")
+HOOKS = Registry("hook")
 MODELS = Registry("model")
 DATASETS = Registry("dataset")
 

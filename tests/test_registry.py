@@ -161,4 +161,212 @@ def test_wrappers_and_constructors_are_registered():
 
 def test_repr_lists_what_is_registered(registry):
     registry.register_module(module=int)
-    assert repr(registry) == "Registry(name='tool', 1 registered)\n  int: builtins.int"
+    assert repr(registry) == "Registry(name='tool', scope='test_registry', 1 registered)\n  int: builtins.int"
+
+
+class TestTree:
+    """Registries of several packages: names go up to the parents, scopes down to the children."""
+
+    @pytest.fixture
+    def tree(self):
+        root = Registry("tool", scope="root")
+        left = Registry("tool", parent=root, scope="left")
+        right = Registry("tool", parent=root, scope="right")
+        leaf = Registry("tool", parent=left, scope="leaf")
+        root.register_module(name="Hammer", module=int)
+        left.register_module(name="Saw", module=float)
+        right.register_module(name="Saw", module=str)
+        leaf.register_module(name="Drill", module=list)
+        return root, left, right, leaf
+
+    def test_a_name_is_looked_for_in_the_parents(self, tree):
+        root, left, right, leaf = tree
+        assert leaf.get("Drill") is list and leaf.get("Saw") is float and leaf.get("Hammer") is int
+        assert right.get("Saw") is str
+        assert root.get("Saw") is None and left.get("Drill") is None
+        assert "Hammer" in leaf and "Drill" not in root
+
+    def test_a_scope_is_looked_for_in_the_whole_tree(self, tree):
+        root, left, right, leaf = tree
+        assert root.get("left.Saw") is left.get("left.Saw") is right.get("left.Saw") is leaf.get("left.Saw") is float
+        assert root.get("leaf.Drill") is right.get("leaf.Drill") is list
+        assert root.get("right.Saw") is str
+        assert left.get("right.Hammer") is int, "from the child of that scope a name goes up too"
+        assert root.get("left.Hammer") is int
+        assert left.get("left.Hammer") is None, "but its own scope means this registry alone"
+        assert root.get("middle.Saw") is None
+
+    def test_its_parts(self, tree):
+        root, left, right, leaf = tree
+        assert root.children == {"left": left, "right": right} and left.parent is root and leaf.root is root
+        assert left.module_dict == {"Saw": float}
+        assert (
+            len(left) == 1 and repr(left) == "Registry(name='tool', scope='left', 1 registered)\n  Saw: builtins.float"
+        )
+
+    def test_the_scope_is_the_package_by_default(self):
+        assert Registry("tool").scope == "test_registry"
+        assert OPTIMIZERS.scope == MODELS.scope == "fusedopt"
+
+    def test_wrong_arguments(self, tree):
+        root, *_ = tree
+        with pytest.raises(ValueError, match="the tool registry has a child of scope 'left' already"):
+            Registry("tool", parent=root, scope="left")
+        with pytest.raises(TypeError, match="parent must be a Registry, got str"):
+            Registry("tool", parent="root")
+        with pytest.raises(TypeError, match=r"scope .* without dots, got 'a\.b'"):
+            Registry("tool", scope="a.b")
+        with pytest.raises(TypeError, match="locations must be a list of module names, got 'tools'"):
+            Registry("tool", locations="tools")
+        with pytest.raises(TypeError, match="looked up by a string, got 3"):
+            root.get(3)
+        with pytest.raises(TypeError, match="force must be True or False, got 1"):
+            root.register_module(force=1)
+
+    def test_the_closest_name_may_be_a_parents(self, tree):
+        *_, leaf = tree
+        with pytest.raises(KeyError, match=r"'Hamer' is not in the tool registry.*did you mean 'Hammer'\?"):
+            leaf.build(dict(type="Hamer"))
+
+    def test_scope_switches_for_the_build_and_what_is_built_within(self, tree):
+        root, left, right, _ = tree
+
+        @left.register_module()
+        @right.register_module()
+        def chest(inner):
+            return [root.build(inner)]
+
+        assert root.build(dict(type="chest", inner=dict(type="Saw"), _scope_="left")) == [0.0]
+        assert root.build(dict(type="chest", inner=dict(type="Saw"), _scope_="right")) == [""]
+        assert root.build(dict(type="left.chest", inner=dict(type="Hammer"))) == [0]
+        nested = dict(type="chest", inner=dict(type="Saw", _scope_="right"), _scope_="left")
+        assert root.build(nested) == [""]
+        with pytest.raises(KeyError, match="'Saw' is not in"):
+            root.build(dict(type="Saw"))
+
+    def test_switch_scope_and_registry(self, tree):
+        root, _, right, leaf = tree
+        with root.switch_scope_and_registry(None) as registry:
+            assert registry is root
+        with root.switch_scope_and_registry("leaf") as registry:
+            assert registry is leaf
+            with right.switch_scope_and_registry(None) as inherited:
+                assert inherited is leaf
+            with root.switch_scope_and_registry("right") as inner:
+                assert inner is right
+        with right.switch_scope_and_registry(None) as registry:
+            assert registry is right
+        with pytest.warns(UserWarning, match="no tool registry has the scope 'middle'; 'root' serves"):
+            assert root.build(dict(type="Hammer", _scope_="middle")) == 0
+
+    def test_a_build_function_is_called_with_the_registry_and_inherited(self):
+        calls = []
+
+        def build(cfg, *args, registry, **kwargs):
+            calls.append((cfg, args, registry, kwargs))
+
+        root = Registry("tool", build_func=build)
+        leaf = Registry("tool", parent=root, scope="leaf")
+        leaf.build(dict(type="Saw"), 1, sharp=True)
+        assert calls == [(dict(type="Saw"), (1,), leaf, dict(sharp=True))]
+
+    def test_default_args_as_in_mmengine(self, registry):
+        registry.register_module(name="Saw", module=dict)
+        defaults = dict(type="Saw", teeth=3, sharp=True)
+        assert registry.build(dict(sharp=False), default_args=defaults) == dict(teeth=3, sharp=False)
+        assert defaults == dict(type="Saw", teeth=3, sharp=True)
+        with pytest.raises(TypeError, match="default_args must be a dict, got list"):
+            registry.build(dict(type="Saw"), default_args=[1])
+
+
+class TestImports:
+    """Modules that are imported when a name is asked for."""
+
+    def test_locations_are_imported_before_a_name_counts_as_unknown(self, tmp_path, monkeypatch):
+        (tmp_path / "tool_box.py").write_text("registry.register_module(module=type('Wrench', (), {}))\n")
+        monkeypatch.syspath_prepend(tmp_path)
+        root = Registry("tool", locations=["tool_box"])
+        monkeypatch.setattr("builtins.registry", root, raising=False)
+        leaf = Registry("tool", parent=root, scope="leaf")
+        assert len(root) == 0, "not before"
+        assert leaf.get("Wrench").__name__ == "Wrench"
+        assert len(root) == 1 and "Hammer" not in leaf
+
+    def test_a_location_that_is_not_there_is_an_error(self):
+        with pytest.raises(ModuleNotFoundError, match="no_such_tools"):
+            Registry("tool", locations=["no_such_tools"]).get("Wrench")
+
+    def test_a_package_of_ones_own_is_imported_for_its_scope(self, tmp_path, monkeypatch):
+        package = tmp_path / "my_package"
+        (package / "engine").mkdir(parents=True)
+        (package / "__init__.py").write_text("")
+        # As in mmpretrain: a registry of the package's own, and modules that fill it.
+        (package / "registry.py").write_text(
+            "from fusedopt.registry import OPTIMIZERS as PARENT, Registry\n"
+            "OPTIMIZERS = Registry('optimizer', parent=PARENT, locations=['my_package.engine'])\n"
+        )
+        (package / "engine" / "__init__.py").write_text("from .my_optimizer import MyOptimizer\n")
+        (package / "engine" / "my_optimizer.py").write_text(
+            "from my_package.registry import OPTIMIZERS\n"
+            "from torch.optim import SGD\n\n"
+            "@OPTIMIZERS.register_module()\n"
+            "class MyOptimizer(SGD):\n    pass\n"
+        )
+        monkeypatch.syspath_prepend(tmp_path)
+        monkeypatch.setattr(OPTIMIZERS, "children", {})
+        optimizer = OPTIMIZERS.build(dict(type="my_package.MyOptimizer", lr=0.1), parameters())
+        assert type(optimizer).__name__ == "MyOptimizer"
+        scoped = OPTIMIZERS.build(dict(type="MyOptimizer", lr=0.1, _scope_="my_package"), parameters())
+        assert type(scoped) is type(optimizer)
+        assert "MyOptimizer" not in OPTIMIZERS
+
+    def test_a_registry_module_that_fails_to_import_is_not_hidden(self, tmp_path, monkeypatch):
+        (tmp_path / "broken_package").mkdir()
+        (tmp_path / "broken_package" / "registry.py").write_text("import no_such_package\n")
+        monkeypatch.syspath_prepend(tmp_path)
+        with pytest.raises(ModuleNotFoundError, match="no_such_package"):
+            MODELS.get("broken_package.Net")
+
+
+class TestOptimizersWithoutParams:
+    """An optimizer is called with the parameters first; a signature with no place for them is an error that says so."""
+
+    @pytest.fixture(autouse=True)
+    def restore(self, monkeypatch):
+        monkeypatch.setattr(OPTIMIZERS, "_modules", dict(OPTIMIZERS._modules))
+
+    def test_the_seeds_class_as_it_is_written(self):
+        Optimizer = torch.optim.Optimizer
+
+        @OPTIMIZERS.register_module()
+        class MyOptimizer(Optimizer):
+            def __init__(self, a, b, c):
+                pass
+
+            def step(self, closure=None):
+                pass
+
+        a_value, b_value, c_value = 0.1, 2, 3
+        optim_wrapper = dict(optimizer=dict(type="MyOptimizer", a=a_value, b=b_value, c=c_value))
+        with pytest.raises(
+            TypeError, match=r"MyOptimizer has no place for the parameters: .* \(a, b, c\).*params, \.\."
+        ):
+            fusedopt.build_optim_wrapper(torch.nn.Linear(1, 1), optim_wrapper)
+
+    @pytest.mark.parametrize(
+        "make",
+        [lambda: None, lambda *, lr: None, lambda lr, params: None],
+        ids=["nothing", "keywords only", "params second"],
+    )
+    def test_other_signatures(self, make):
+        OPTIMIZERS.register_module(name="Odd", module=make)
+        with pytest.raises(TypeError, match="has no place for the parameters"):
+            OPTIMIZERS.build(dict(type="Odd"), parameters())
+
+    def test_the_first_argument_may_have_any_name(self):
+        OPTIMIZERS.register_module(name="Other", module=lambda model_params, lr: (model_params, lr))
+        assert OPTIMIZERS.build(dict(type="Other", lr=3), [1, 2]) == ([1, 2], 3)
+
+    def test_params_may_stand_in_the_config(self):
+        optimizer = OPTIMIZERS.build(dict(type="SGD", params=parameters(), lr=0.1))
+        assert len(optimizer.param_groups[0]["params"]) == 1

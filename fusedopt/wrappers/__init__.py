@@ -2,6 +2,15 @@
 
 from .amp import AmpOptimWrapper, ApexOptimWrapper
 from .base import BaseOptimWrapper
+from .dict import OptimWrapperDict
+from .scheduling import SkipAwareScheduler
 from .wrapper import OptimWrapper
 
-__all__ = ["AmpOptimWrapper", "ApexOptimWrapper", "BaseOptimWrapper", "OptimWrapper"]
+__all__ = [
+    "AmpOptimWrapper",
+    "ApexOptimWrapper",
+    "BaseOptimWrapper",
+    "OptimWrapper",
+    "OptimWrapperDict",
+    "SkipAwareScheduler",
+]

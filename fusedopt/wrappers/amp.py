@@ -94,6 +94,7 @@ class AmpOptimWrapper(OptimWrapper):
 
     def step(self, **kwargs: Any) -> None:
         """Unscale, clip, step unless a gradient is not finite, and update the loss scale."""
+        self.step_count += 1
         scaler = self.loss_scaler
         clip = self._stock_clip
         if clip is not None:
@@ -138,6 +139,10 @@ class AmpOptimWrapper(OptimWrapper):
             return None
         device = self._found_inf[0].device
         return torch.stack([found.to(device, non_blocking=True) for found in self._found_inf]).ne(0).any()
+
+    def _settings(self) -> dict[str, Any]:
+        scale = self.loss_scale
+        return {**super()._settings(), "dtype": self.cast_dtype, "loss_scale": scale if scale is None else float(scale)}
 
     def state_dict(self) -> dict[str, Any]:
         """That of :class:`OptimWrapper`, and ``loss_scaler``."""

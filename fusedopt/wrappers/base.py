@@ -99,7 +99,17 @@ class BaseOptimWrapper(abc.ABC):
         """Load the state dict of any wrapper of one optimizer, or of the optimizer itself.
 
         The dict is not changed. When the optimizer refuses its part, nothing has been loaded.
+
+        Raises:
+            ValueError: it is the state dict of an :class:`OptimWrapperDict`, or one that does not fit.
         """
+        if "param_groups" not in state_dict and any(
+            isinstance(value, Mapping) and "param_groups" in value for value in state_dict.values()
+        ):
+            raise ValueError(
+                f"state_dict is that of an OptimWrapperDict of {', '.join(map(repr, state_dict))}; "
+                f"a single {type(self).__name__} loads one of these"
+            )
         self.optimizer.load_state_dict({key: value for key, value in state_dict.items() if key not in _WRAPPER_KEYS})
         settings = state_dict.get("base_param_settings")
         if settings is not None:

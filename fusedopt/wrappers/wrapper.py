@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections.abc import Iterator, Mapping
+from textwrap import indent
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from ..optimizers import FusedOptimizer
 from ..registry import OPTIM_WRAPPERS
 from ..rules import NormClip, ValueClip, clip_coefficient, parse_clip_grad
 from .base import BaseOptimWrapper
+from .summary import parameter_table, settings_summary
 
 __all__ = ["OptimWrapper"]
 
@@ -59,12 +61,13 @@ class OptimWrapper(BaseOptimWrapper):
         if accumulative_counts < 1:
             raise ValueError(f"accumulative_counts must be at least 1, got {accumulative_counts}")
         clip = parse_clip_grad(clip_grad)
+        own_clip = getattr(optimizer, "clip_grad", None)
+        if clip is not None and own_clip is not None:
+            raise ValueError(
+                f"clip_grad is set on both the wrapper ({clip.as_dict()}) and the optimizer ({own_clip}); set it on "
+                "one of them"
+            )
         if clip is not None and isinstance(optimizer, FusedOptimizer):
-            if optimizer.clip_grad is not None:
-                raise ValueError(
-                    f"clip_grad is set on both the wrapper ({dict(clip.as_dict())}) and the optimizer "
-                    f"({optimizer.clip_grad}); set it on one of them (optimizer.clip_grad = None removes it)"
-                )
             optimizer.clip_grad = clip.as_dict()
             clip = None
         # None for a fused optimizer, which clips by itself.
@@ -75,7 +78,15 @@ class OptimWrapper(BaseOptimWrapper):
         self._inner_count = 0
         self._max_counts = -1
         self._remainder_counts = -1
+        #: Number of calls of ``step``, of those too that were skipped.
+        self.step_count = 0
         self._warned_about: set[str] = set()
+
+    @property
+    def clip_grad(self) -> dict[str, Any] | None:
+        """The settings of gradient clipping, whoever does it; None without."""
+        clip = self._stock_clip
+        return getattr(self.optimizer, "clip_grad", None) if clip is None else clip.as_dict()
 
     def update_params(
         self,
@@ -110,15 +121,18 @@ class OptimWrapper(BaseOptimWrapper):
 
     def step(self, **kwargs: Any) -> None:
         """Clip and step; ``kwargs`` are those of the optimizer's ``step``."""
+        self.step_count += 1
         if self._stock_clip is not None:
             self._clip_gradients(self._stock_clip)
         self.optimizer.step(**kwargs)
 
     def _clip_gradients(self, clip: NormClip | ValueClip) -> None:
         params = [param for group in self.optimizer.param_groups for param in group["params"] if param.grad is not None]
+        if not params:
+            return
         if isinstance(clip, ValueClip):
             torch.nn.utils.clip_grad_value_(params, clip.clip_value)
-        elif params:
+        else:
             self._stock_grad_norm = torch.nn.utils.clip_grad_norm_(
                 params,
                 clip.max_norm,  # type: ignore[arg-type]
@@ -221,7 +235,21 @@ class OptimWrapper(BaseOptimWrapper):
 
     @property
     def _report(self) -> StepReport | None:
-        return self.optimizer.last_step if isinstance(self.optimizer, FusedOptimizer) else None
+        report = getattr(self.optimizer, "last_step", None)
+        return report if isinstance(report, StepReport) else None
+
+    def describe(self, model: nn.Module | None = None) -> str:
+        """A table of all parameters: name, shape, learning rate, weight decay and number of the group.
+
+        Args:
+            model: gives the names, which groups need not have, and what the optimizer does not train.
+        """
+        return parameter_table(self.optimizer, model)
+
+    def _settings(self) -> dict[str, Any]:
+        """What :meth:`__repr__` shows of the wrapper's own."""
+        return {"accumulative_counts": self._accumulative_counts, "clip_grad": self.clip_grad}
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}(accumulative_counts={self._accumulative_counts}, optimizer={self.optimizer!r})"
+        own = ", ".join(f"{name}={value!r}" for name, value in self._settings().items() if value is not None)
+        return f"{type(self).__name__}({own})\n{indent(settings_summary(self.optimizer), '  ')}"

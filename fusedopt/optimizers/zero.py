@@ -1,0 +1,133 @@
+"""ZeroRedundancyOptimizer. Not imported with the package: torch's class takes seconds to import."""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from ..backends import StepReport
+from ..registry import OPTIMIZERS
+from ..rules import NormClip, ValueClip, clip_coefficient, parse_clip_grad
+from .base import FusedOptimizer
+
+with warnings.catch_warnings():
+    warnings.filterwarnings("ignore", ".torch.jit.* is deprecated", DeprecationWarning)  # torch's own use of it
+    from torch.distributed.optim import ZeroRedundancyOptimizer as _ZeroRedundancyOptimizer
+
+__all__ = ["ZeroRedundancyOptimizer"]
+
+
+@OPTIMIZERS.register_module()
+class ZeroRedundancyOptimizer(_ZeroRedundancyOptimizer):
+    """Each process keeps the state of, and updates, its share of the parameters, then all send theirs around.
+
+    torch's class for any registered optimizer; as ``mmengine.optim.ZeroRedundancyOptimizer``, which reaches those of
+    torch only. Each process must have all gradients, as DistributedDataParallel leaves them.
+
+    Args:
+        params: tensors or group dicts, the same in every process.
+        optimizer_type: what steps the share: a registered name, an import path or a class.
+        clip_grad: clipping inside the step, see :func:`fusedopt.rules.parse_clip_grad`. The norm is that of the
+            gradients of all processes' shares.
+        process_group: the processes, all of them by default.
+        parameters_as_bucket_view: see ``torch.distributed.optim.ZeroRedundancyOptimizer``.
+        kwargs: arguments of the optimizer.
+
+    Attributes:
+        optim: the optimizer of this process' share.
+        last_step: a :class:`~fusedopt.backends.StepReport` of the last step's norm clipping; None without it.
+
+    Raises:
+        KeyError: an unknown ``optimizer_type``.
+        TypeError, ValueError: an argument of the wrong kind or out of range.
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        optimizer_type: str | Callable[..., torch.optim.Optimizer],
+        clip_grad: Mapping[str, Any] | None = None,
+        process_group: dist.ProcessGroup | None = None,
+        parameters_as_bucket_view: bool = False,
+        **kwargs: Any,
+    ):
+        self._clip = parse_clip_grad(clip_grad)
+        self.last_step: StepReport | None = None
+        build = OPTIMIZERS.resolve(optimizer_type)
+        if isinstance(params, Tensor):
+            raise TypeError("params must be a list of tensors or group dicts, got a tensor")
+        super().__init__(
+            list(params),
+            # The settings reach the groups through the local optimizer, which tells them from its other arguments.
+            functools.partial(build, **kwargs),  # type: ignore[arg-type]
+            process_group=process_group,
+            parameters_as_bucket_view=parameters_as_bucket_view,
+        )
+        self.defaults.update(self.optim.defaults)
+
+    @property
+    def clip_grad(self) -> dict[str, Any] | None:
+        """The settings of the clipping inside the step, or None."""
+        return None if self._clip is None else self._clip.as_dict()
+
+    def step(self, closure: Callable[[], float] | None = None, **kwargs: Any) -> Any:
+        """Clip, step this process' share, and exchange the parameters.
+
+        Raises:
+            RuntimeError: the norm is not finite under ``error_if_nonfinite``. Nothing has been changed then.
+        """
+        if self._clip is None:
+            return super().step(closure, **kwargs)
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        params = [param for group in self.optim.param_groups for param in group["params"] if param.grad is not None]
+        if isinstance(self._clip, ValueClip):
+            if params:  # torch refuses none, which a small share may have
+                torch.nn.utils.clip_grad_value_(params, self._clip.clip_value)
+        else:
+            norm = self._global_norm(params, self._clip)
+            coefficient = clip_coefficient(norm, self._clip.max_norm)
+            self.last_step = StepReport(torch.stack([norm, coefficient]))
+            if isinstance(self.optim, FusedOptimizer):
+                # The share is multiplied inside its step. Infinities are not looked for: the norm shows them.
+                kwargs.update(grad_scale=coefficient.reciprocal(), found_inf=torch.zeros((), device=norm.device))
+            elif params:
+                torch._foreach_mul_([param.grad for param in params], coefficient)
+        super().step(**kwargs)
+        return loss
+
+    def _global_norm(self, params: list[torch.nn.Parameter], clip: NormClip) -> Tensor:
+        """Norm of the gradients of all shares, of which ``params`` are this one's; the same bits in every process."""
+        norms = [torch.linalg.vector_norm(param.grad, clip.norm_type, dtype=torch.float64) for param in params]
+        share = torch.zeros((), dtype=torch.float64, device=self.join_device)
+        if norms:
+            share = torch.linalg.vector_norm(torch.stack(norms), clip.norm_type)
+        shares = [torch.empty_like(share) for _ in range(self.world_size)]
+        # The norm of norms, and not a sum or maximum made on the way: reductions may lose NaN.
+        dist.all_gather(shares, share, group=self.process_group)
+        norm = torch.linalg.vector_norm(torch.stack(shares), clip.norm_type)
+        if clip.error_if_nonfinite and not bool(norm.isfinite()):
+            raise RuntimeError(
+                f"The total norm of order {clip.norm_type} for gradients is non-finite, so it cannot be clipped"
+            )
+        return norm
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state of all shares in the first process, ``{}`` in the others. Every process must call it."""
+        self.consolidate_state_dict()
+        return super().state_dict() if self.rank == 0 else {}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Load the state of all shares, of which this process keeps its own. The dict is not changed."""
+        super().load_state_dict({**state_dict, "state": dict(state_dict["state"])})
+        # torch fills the local optimizer's state in without it; it may have more to do, as FusedSGD has.
+        self.optim.load_state_dict(self.optim.state_dict())

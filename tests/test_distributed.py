@@ -1,0 +1,295 @@
+"""Two processes on this machine: DistributedDataParallel without needless synchronization, and sharded optimizers."""
+
+from __future__ import annotations
+
+import copy
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing
+from torch import nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+from torch.nn.parallel import DistributedDataParallel
+
+import fusedopt
+from fusedopt import AmpOptimWrapper, OptimWrapper, build_optim_wrapper
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="torch has no gloo backend"),
+    pytest.mark.skipif(sys.platform != "linux", reason="gloo is told to use the interface 'lo'"),
+]
+
+WORLD = 2
+ITERATIONS, ACCUMULATE = 8, 3  # steps after 3, 6 and 8 iterations
+TYPES = ["SGD", "FusedSGD", "AdamW", "FusedAdamW"]
+SETTINGS = {"SGD": dict(lr=0.05, momentum=0.9), "AdamW": dict(lr=0.02, weight_decay=0.05)}
+# Gradients of two halves, averaged, against those of the whole batch: the same sum in another order.
+TOLERANCE = dict(rtol=1e-9, atol=1e-11)
+
+
+def make_model() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3)).double()
+
+
+def optimizer_cfg(kind: str) -> dict[str, Any]:
+    return dict(type=kind, **SETTINGS[kind.removeprefix("Fused")])
+
+
+def zero_cfg(kind: str, **settings) -> dict[str, Any]:
+    cfg = optimizer_cfg(kind)
+    return {**cfg, "type": "ZeroRedundancyOptimizer", "optimizer_type": cfg["type"], **settings}
+
+
+def batches(rank: int | None = None) -> list[torch.Tensor]:
+    """Those of one process, or of both together."""
+    whole = torch.randn(ITERATIONS, 8, 7, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    return list(whole if rank is None else whole.chunk(WORLD, dim=1)[rank])
+
+
+def train(model: nn.Module, wrapper: OptimWrapper, data: list[torch.Tensor]) -> None:
+    for batch in data:
+        with wrapper.optim_context(model):
+            loss = (model(batch[:, :4]) - batch[:, 4:]).square().mean()
+        wrapper.update_params(loss)
+
+
+def parameters_of(model: nn.Module) -> list[torch.Tensor]:
+    return [param.detach().clone() for param in model.parameters()]
+
+
+def alone(cfg: dict[str, Any], **settings) -> tuple[list[torch.Tensor], OptimWrapper]:
+    """One process with the whole batches."""
+    model = make_model()
+    wrapper = build_optim_wrapper(model, dict(optimizer=cfg, **settings))
+    wrapper.initialize_count_status(model, 0, ITERATIONS)
+    train(model, wrapper, batches())
+    return parameters_of(model), wrapper
+
+
+# What runs in both processes ------------------------------------------------------------------------------------------
+
+
+def replicate(rank: int, kind: str) -> dict[str, Any]:
+    model = DistributedDataParallel(make_model())
+    reductions = 0
+
+    def count(state, bucket):  # torch refuses annotations that are strings
+        nonlocal reductions
+        reductions += 1
+        return allreduce_hook(None, bucket)
+
+    model.register_comm_hook(None, count)
+    wrapper = build_optim_wrapper(model, dict(optimizer=optimizer_cfg(kind), accumulative_counts=ACCUMULATE))
+    wrapper.initialize_count_status(model, 0, ITERATIONS)
+    history = []
+    for batch in batches(rank):
+        train(model, wrapper, [batch])
+        history.append(reductions)
+    return {"reductions": history, "parameters": parameters_of(model)}
+
+
+def shard(rank: int, cfg: dict[str, Any], wrapper: dict[str, Any]) -> dict[str, Any]:
+    model = DistributedDataParallel(make_model())
+    optim_wrapper = build_optim_wrapper(model, dict(optimizer=cfg, **wrapper))
+    train(model, optim_wrapper, batches(rank))
+    owned = [param for group in optim_wrapper.optimizer.optim.param_groups for param in group["params"]]
+    saved = optim_wrapper.state_dict()
+    outcome = {
+        "parameters": parameters_of(model),
+        "owned": len(owned),
+        "local": type(optim_wrapper.optimizer.optim).__name__,
+        "grad_norm": optim_wrapper.grad_norm,
+        "clip_coef": optim_wrapper.clip_coef,
+        "clip_grad": optim_wrapper.clip_grad,
+        "lr": optim_wrapper.get_lr(),
+        "betas": optim_wrapper.defaults.get("betas"),
+        "saved": saved,
+    }
+    # Every process gets what the first one saved, as from a checkpoint file, and trains on.
+    everybodys = [copy.deepcopy(saved)]
+    dist.broadcast_object_list(everybodys, src=0)
+    (saved,) = everybodys
+    again = DistributedDataParallel(make_model())
+    resumed = build_optim_wrapper(again, dict(optimizer=cfg, **wrapper))
+    again.load_state_dict(model.state_dict())
+    before = repr(saved)
+    resumed.load_state_dict(saved)
+    assert repr(saved) == before, "load_state_dict changed the caller's dict"
+    train(model, optim_wrapper, batches(rank)[:3])
+    train(again, resumed, batches(rank)[:3])
+    return {**outcome, "continued": parameters_of(model), "resumed": parameters_of(again)}
+
+
+def shard_nan(rank: int) -> dict[str, Any]:
+    """One process' share has a NaN: the norm is NaN in all, of whatever order."""
+    norms = {}
+    for norm_type in (1.0, 2.0, float("inf")):
+        params = [nn.Parameter(torch.ones(4)), nn.Parameter(torch.ones(4))]
+        clip_grad = dict(max_norm=1.0, norm_type=norm_type)
+        optimizer = fusedopt.ZeroRedundancyOptimizer(params, "FusedSGD", lr=0.1, clip_grad=clip_grad)
+        params[0].grad, params[1].grad = torch.full((4,), float("nan")), torch.ones(4)
+        optimizer.step()
+        norms[norm_type] = float(optimizer.last_step.grad_norm)
+    optimizer = fusedopt.ZeroRedundancyOptimizer(
+        params, "FusedSGD", lr=0.1, clip_grad=dict(max_norm=1.0, error_if_nonfinite=True)
+    )
+    with pytest.raises(RuntimeError, match=r"total norm of order 2\.0 for gradients is non-finite"):
+        optimizer.step()
+    return {"norms": norms}
+
+
+def shard_closure(rank: int) -> dict[str, Any]:
+    """More processes than parameters, a closure, and settings that are no group's."""
+    param = nn.Parameter(torch.ones(4))
+    optimizer = fusedopt.ZeroRedundancyOptimizer(
+        [param], fusedopt.FusedSGD, lr=0.1, backend="reference", clip_grad=dict(type="value", clip_value=0.5)
+    )
+
+    def closure() -> torch.Tensor:
+        optimizer.zero_grad()
+        loss = param.square().sum()
+        loss.backward()
+        return loss
+
+    with pytest.raises(ValueError, match="clip_grad is set on both the wrapper"):
+        OptimWrapper(optimizer, clip_grad=dict(max_norm=1.0))
+    loss = optimizer.step(closure)
+    return {"loss": float(loss), "param": param.tolist(), "keys": sorted(optimizer.param_groups[0])}
+
+
+CLIP_INSIDE = dict(clip_grad=dict(max_norm=0.3))
+SCENARIOS: dict[str, tuple[Callable[..., dict[str, Any]], tuple]] = {
+    **{f"replicate-{kind}": (replicate, (kind,)) for kind in TYPES},
+    **{f"shard-{kind}": (shard, (zero_cfg(kind), {})) for kind in TYPES},
+    **{f"clip-inside-{kind}": (shard, (zero_cfg(kind, **CLIP_INSIDE), {})) for kind in TYPES},
+    "clip-inside-l1": (shard, (zero_cfg("FusedSGD", clip_grad=dict(max_norm=0.5, norm_type=1)), {})),
+    "clip-inside-inf": (shard, (zero_cfg("FusedSGD", clip_grad=dict(max_norm=0.05, norm_type="inf")), {})),
+    "clip-inside-value": (shard, (zero_cfg("FusedSGD", clip_grad=dict(type="value", clip_value=0.02)), {})),
+    "clip-in-wrapper": (shard, (zero_cfg("FusedAdamW"), CLIP_INSIDE)),
+    "amp": (shard, (zero_cfg("FusedAdamW", **CLIP_INSIDE), dict(type="AmpOptimWrapper", dtype="float64"))),
+    "groups": (shard, (zero_cfg("FusedAdamW"), dict(paramwise_cfg=dict(custom_keys={"2.": dict(lr_mult=0.1)})))),
+    "nan": (shard_nan, ()),
+    "closure": (shard_closure, ()),
+}
+
+
+def run_all(rank: int, folder: str) -> None:
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=WORLD)
+    outcomes = {name: function(rank, *arguments) for name, (function, arguments) in SCENARIOS.items()}
+    torch.save(outcomes, f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, Any]]]:
+    """What each scenario gave in each process."""
+    folder: Path = tmp_path_factory.mktemp("processes")
+    torch.multiprocessing.spawn(run_all, (str(folder),), nprocs=WORLD)
+    by_rank = [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(WORLD)]
+    return {name: [outcome[name] for outcome in by_rank] for name in SCENARIOS}
+
+
+def assert_all_close(actual: list[torch.Tensor], expected: list[torch.Tensor]) -> None:
+    for one, other in zip(actual, expected, strict=True):
+        torch.testing.assert_close(one, other, **TOLERANCE)
+
+
+@pytest.mark.parametrize("kind", TYPES)
+def test_ddp_reduces_gradients_only_where_a_step_follows(outcomes, kind):
+    expected, _ = alone(optimizer_cfg(kind), accumulative_counts=ACCUMULATE)
+    for outcome in outcomes[f"replicate-{kind}"]:
+        assert outcome["reductions"] == [0, 0, 1, 1, 1, 2, 2, 3]
+        assert_all_close(outcome["parameters"], expected)
+
+
+@pytest.mark.parametrize("kind", TYPES)
+def test_a_sharded_optimizer_is_the_whole_one(outcomes, kind):
+    expected, _ = alone(optimizer_cfg(kind))
+    shards = outcomes[f"shard-{kind}"]
+    assert [shard["local"] for shard in shards] == [kind] * WORLD
+    assert sum(shard["owned"] for shard in shards) == len(expected) and all(shard["owned"] for shard in shards)
+    for shard in shards:
+        assert_all_close(shard["parameters"], expected)
+
+
+@pytest.mark.parametrize(
+    ("scenario", "kind", "clip_grad"),
+    [
+        *((f"clip-inside-{kind}", kind, dict(max_norm=0.3)) for kind in TYPES),
+        ("clip-inside-l1", "FusedSGD", dict(max_norm=0.5, norm_type=1)),
+        ("clip-inside-inf", "FusedSGD", dict(max_norm=0.05, norm_type="inf")),
+        ("clip-in-wrapper", "FusedAdamW", dict(max_norm=0.3)),
+        ("amp", "FusedAdamW", dict(max_norm=0.3)),
+    ],
+)
+def test_clipping_uses_the_norm_over_all_processes(outcomes, scenario, kind, clip_grad):
+    expected, wrapper = alone(optimizer_cfg(kind), clip_grad=clip_grad)
+    assert float(wrapper.clip_coef) < 1
+    for shard in outcomes[scenario]:
+        assert_all_close(shard["parameters"], expected)
+        torch.testing.assert_close(shard["grad_norm"].double(), wrapper.grad_norm.double(), rtol=1e-7, atol=0)
+        torch.testing.assert_close(shard["clip_coef"].double(), wrapper.clip_coef.double(), rtol=1e-6, atol=0)
+        assert shard["clip_grad"] == wrapper.clip_grad
+
+
+def test_clipping_by_value_needs_no_norm(outcomes):
+    expected, _ = alone(optimizer_cfg("FusedSGD"), clip_grad=dict(type="value", clip_value=0.02))
+    for shard in outcomes["clip-inside-value"]:
+        assert_all_close(shard["parameters"], expected)
+        assert shard["grad_norm"] is None
+
+
+@pytest.mark.parametrize("scenario", [name for name, (function, _) in SCENARIOS.items() if function is shard])
+def test_the_first_process_saves_the_whole_state_and_all_resume_from_it(outcomes, scenario):
+    first, second = outcomes[scenario]
+    assert set(first["saved"]["state"]) == {0, 1, 2, 3}
+    assert "state" not in second["saved"]
+    for shard in (first, second):
+        assert all(map(torch.equal, shard["continued"], shard["resumed"]))
+
+
+def test_a_whole_optimizer_loads_what_the_shards_saved(outcomes):
+    for scenario, kind in (("shard-FusedAdamW", "AdamW"), ("shard-AdamW", "FusedAdamW"), ("shard-FusedSGD", "SGD")):
+        first, _ = outcomes[scenario]
+        params, _ = alone(optimizer_cfg(kind))
+        optimizer = fusedopt.OPTIMIZERS.build(optimizer_cfg(kind), [nn.Parameter(param) for param in params])
+        optimizer.load_state_dict(first["saved"])
+        assert len(optimizer.state_dict()["state"]) == 4
+
+
+def test_settings_of_groups_and_defaults_reach_the_wrapper(outcomes):
+    for shard in outcomes["groups"]:
+        assert shard["lr"] == {"base_lr": [0.02], "lr": [0.02, 0.02, pytest.approx(0.002), pytest.approx(0.002)]}
+        assert shard["betas"] == (0.9, 0.999)
+
+
+def test_a_nan_in_one_share_is_seen_by_all(outcomes):
+    for outcome in outcomes["nan"]:
+        assert len(outcome["norms"]) == 3 and all(norm != norm for norm in outcome["norms"].values())
+
+
+def test_a_closure_and_a_share_of_nothing(outcomes):
+    for outcome in outcomes["closure"]:
+        assert outcome["loss"] == 4.0
+        assert outcome["param"] == pytest.approx([0.95] * 4)
+        assert "backend" not in outcome["keys"]
+
+
+def test_amp_under_ddp_is_reported(outcomes):
+    for shard in outcomes["amp"]:
+        assert shard["saved"].get("loss_scaler") is not None
+
+
+def test_the_registry_finds_it_without_an_import_by_the_user():
+    assert fusedopt.OPTIMIZERS.get("ZeroRedundancyOptimizer") is fusedopt.ZeroRedundancyOptimizer
+    assert isinstance(AmpOptimWrapper, type)
