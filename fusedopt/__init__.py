@@ -4,8 +4,13 @@ from typing import TYPE_CHECKING, Any
 
 from . import amp
 from .backends import StepReport
-from .builder import build_optim_wrapper
-from .constructors import DefaultOptimWrapperConstructor
+from .builder import build_optim_wrapper, enable_amp
+from .constructors import (
+    DefaultOptimWrapperConstructor,
+    LearningRateDecayOptimizerConstructor,
+    LearningRateDecayOptimWrapperConstructor,
+    MultiOptimWrapperConstructor,
+)
 from .optimizers import FusedAdam, FusedAdamW, FusedSGD, fuse
 from .registry import OPTIM_WRAPPER_CONSTRUCTORS, OPTIM_WRAPPERS, OPTIMIZERS, Registry
 from .version import __version__
@@ -32,6 +37,9 @@ __all__ = [
     "FusedAdam",
     "FusedAdamW",
     "FusedSGD",
+    "LearningRateDecayOptimWrapperConstructor",
+    "LearningRateDecayOptimizerConstructor",
+    "MultiOptimWrapperConstructor",
     "OptimWrapper",
     "OptimWrapperDict",
     "Registry",
@@ -41,6 +49,7 @@ __all__ = [
     "__version__",
     "amp",
     "build_optim_wrapper",
+    "enable_amp",
     "fuse",
 ]
 

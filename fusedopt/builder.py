@@ -8,10 +8,10 @@ from typing import Any
 from torch import nn
 
 from .constructors import DefaultOptimWrapperConstructor
-from .registry import OPTIM_WRAPPER_CONSTRUCTORS, check_config
-from .wrappers import OptimWrapper
+from .registry import OPTIM_WRAPPER_CONSTRUCTORS, OPTIM_WRAPPERS, check_config
+from .wrappers import AmpOptimWrapper, OptimWrapper
 
-__all__ = ["build_optim_wrapper"]
+__all__ = ["build_optim_wrapper", "enable_amp"]
 
 
 def build_optim_wrapper(model: nn.Module, cfg: Mapping[str, Any]) -> OptimWrapper:
@@ -41,3 +41,27 @@ def build_optim_wrapper(model: nn.Module, cfg: Mapping[str, Any]) -> OptimWrappe
         {**constructor, "optim_wrapper_cfg": settings, "paramwise_cfg": paramwise_cfg}
     )
     return construct(model)
+
+
+def enable_amp(cfg: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy of a wrapper config with mixed precision on, as the ``--amp`` of training scripts wants it.
+
+    ``type='OptimWrapper'``, the default, becomes ``'AmpOptimWrapper'``, with ``loss_scale='dynamic'`` unless given.
+    Where there are several optimizers, as with :class:`MultiOptimWrapperConstructor`, every entry is set.
+
+    Args:
+        cfg: what :func:`build_optim_wrapper` takes. Not changed.
+
+    Raises:
+        TypeError: ``cfg`` is not a dict.
+        ValueError: a wrapper is of another type than these two.
+    """
+    check_config("optim_wrapper", cfg)
+    if "optimizer" not in cfg:
+        entries = {key: value for key, value in cfg.items() if isinstance(value, Mapping) and "optimizer" in value}
+        common = {"type": cfg["type"]} if "type" in cfg else {}
+        return {**cfg, **{key: enable_amp({**common, **entry}) for key, entry in entries.items()}}
+    kind = cfg.get("type", "OptimWrapper")
+    if OPTIM_WRAPPERS.resolve(kind) not in (OptimWrapper, AmpOptimWrapper):
+        raise ValueError(f"mixed precision can be switched on for an OptimWrapper, not for type {kind!r}")
+    return {"loss_scale": "dynamic", **cfg, "type": "AmpOptimWrapper"}

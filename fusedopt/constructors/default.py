@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar
@@ -20,7 +21,9 @@ from ..registry import (
 from ..rules import check_number, did_you_mean
 from ..wrappers import OptimWrapper
 
-__all__ = ["DefaultOptimWrapperConstructor"]
+__all__ = ["DefaultOptimWrapperConstructor", "unwrap"]
+
+_MULTIPLIERS = ("lr_mult", "decay_mult")
 
 _NORMS = (_BatchNorm, _InstanceNorm, nn.GroupNorm, nn.LayerNorm)
 
@@ -43,7 +46,7 @@ def _walk(module: nn.Module, prefix: str, in_dcn: bool) -> Iterator[tuple[str, s
         yield from _walk(child, f"{prefix}.{name}" if prefix else name, is_dcn)
 
 
-def _unwrap(model: nn.Module) -> nn.Module:
+def unwrap(model: nn.Module) -> nn.Module:
     """What a wrapper such as DistributedDataParallel holds as its one child ``module``, else the model itself."""
     if [name for name, _ in model.named_children()] == ["module"] and not list(model.named_parameters(recurse=False)):
         return model.module  # type: ignore[return-value]
@@ -87,6 +90,10 @@ class DefaultOptimWrapperConstructor:
         "dwconv_decay_mult",
         "flat_decay_mult",
     )
+    #: What else paramwise_cfg may hold.
+    other_keys: ClassVar[tuple[str, ...]] = ("custom_keys", "bypass_duplicate")
+    #: Keys of other constructors, which have no effect with this one.
+    ignored_keys: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, optim_wrapper_cfg: Mapping[str, Any], paramwise_cfg: Mapping[str, Any] | None = None):
         check_config("optim_wrapper", optim_wrapper_cfg)
@@ -117,21 +124,16 @@ class DefaultOptimWrapperConstructor:
 
     def _check_rules(self) -> None:
         """Check paramwise_cfg: its keys, the kinds of its values, and that what they multiply is given."""
-        known = ("custom_keys", *self.lr_keys, *self.decay_keys, "bypass_duplicate")
+        known = (*self.lr_keys, *self.decay_keys, *self.other_keys)
         for key in self.paramwise_cfg:
-            if key not in known:
+            if key in self.ignored_keys:
+                warnings.warn(f"paramwise_cfg: {key!r} has no effect with {type(self).__name__}", stacklevel=5)
+            elif key not in known:
                 warnings.warn(
                     f"paramwise_cfg: unknown key {key!r} has no effect; {did_you_mean(key, known)}", stacklevel=5
                 )
-        custom_keys = self.paramwise_cfg.get("custom_keys", {})
-        check_config("paramwise_cfg['custom_keys']", custom_keys)
-        for key, entry in custom_keys.items():
-            if not isinstance(key, str):
-                raise TypeError(f"paramwise_cfg['custom_keys']: keys must be parts of parameter names, got {key!r}")
-            name = f"paramwise_cfg['custom_keys'][{key!r}]"
-            check_config(name, entry)
-            self._check_multiplier(f"{name} lr_mult", entry.get("lr_mult"), "lr", self.base_lr)
-            self._check_multiplier(f"{name} decay_mult", entry.get("decay_mult"), "weight_decay", self.base_wd)
+        if "custom_keys" in known:
+            self._check_custom_keys()
         for key in self.lr_keys:
             self._check_multiplier(f"paramwise_cfg {key}", self.paramwise_cfg.get(key), "lr", self.base_lr)
         for key in self.decay_keys:
@@ -141,6 +143,26 @@ class DefaultOptimWrapperConstructor:
         bypass = self.paramwise_cfg.get("bypass_duplicate", False)
         if not isinstance(bypass, bool):
             raise TypeError(f"paramwise_cfg bypass_duplicate must be True or False, got {bypass!r}")
+
+    def _check_custom_keys(self) -> None:
+        custom_keys = self.paramwise_cfg.get("custom_keys", {})
+        check_config("paramwise_cfg['custom_keys']", custom_keys)
+        for key, entry in custom_keys.items():
+            if not isinstance(key, str):
+                raise TypeError(f"paramwise_cfg['custom_keys']: keys must be parts of parameter names, got {key!r}")
+            name = f"paramwise_cfg['custom_keys'][{key!r}]"
+            check_config(name, entry)
+            self._check_multiplier(f"{name} lr_mult", entry.get("lr_mult"), "lr", self.base_lr)
+            self._check_multiplier(f"{name} decay_mult", entry.get("decay_mult"), "weight_decay", self.base_wd)
+            for setting in entry:
+                # Any setting may be given to a group; but these two are easily mistyped.
+                close = difflib.get_close_matches(str(setting), _MULTIPLIERS, 1, cutoff=0.8)
+                if close and setting not in _MULTIPLIERS:
+                    warnings.warn(
+                        f"{name}: {setting!r} multiplies nothing, it is only copied into the group; did you mean "
+                        f"{close[0]!r}?",
+                        stacklevel=6,
+                    )
 
     def _check_multiplier(self, name: str, value: Any, multiplied: str, base: Any) -> None:
         if value is None:
@@ -176,6 +198,11 @@ class DefaultOptimWrapperConstructor:
             settings = self._settings(module_name, name, param, owner, in_dcn)
             params.append({"params": [param], "param_name": full_name, **settings})
 
+    def _match_name(self, module_name: str, name: str) -> str:
+        """What custom keys are looked for in."""
+        # With the dot in front also at the root, as in MMEngine: the key '.weight' means any weight.
+        return f"{module_name}.{name}"
+
     def _settings(
         self, module_name: str, name: str, param: nn.Parameter, owner: nn.Module, in_dcn: bool
     ) -> dict[str, Any]:
@@ -184,8 +211,7 @@ class DefaultOptimWrapperConstructor:
         custom_keys = cfg.get("custom_keys", {})
         settings: dict[str, Any] = {}
         for key in sorted(custom_keys, key=lambda key: (-len(key), key)):
-            # With the dot in front also at the root, as in MMEngine: the key '.weight' means any weight.
-            if key in f"{module_name}.{name}":
+            if key in self._match_name(module_name, name):
                 entry = custom_keys[key]
                 if entry.get("lr_mult") is not None:
                     settings["lr"] = self.base_lr * entry["lr_mult"]
@@ -214,7 +240,8 @@ class DefaultOptimWrapperConstructor:
         return settings
 
     def _warn_of_unmatched_keys(self, model: nn.Module) -> None:
-        names = [name if "." in name else f".{name}" for name, _ in model.named_parameters(remove_duplicate=False)]
+        paths = (name.rpartition(".") for name, _ in model.named_parameters(remove_duplicate=False))
+        names = [self._match_name(module_name, name) for module_name, _, name in paths]
         for key in self.paramwise_cfg.get("custom_keys", {}):
             if not any(key in name for name in names):
                 warnings.warn(
@@ -224,12 +251,17 @@ class DefaultOptimWrapperConstructor:
 
     def __call__(self, model: nn.Module) -> OptimWrapper:
         """Build the optimizer of ``model`` and its wrapper."""
-        model = _unwrap(model)
+        model = unwrap(model)
         params: Any = model.parameters()
         if self.paramwise_cfg:
             params = []
             self.add_params(params, model)
-            self._warn_of_unmatched_keys(model)
+            if "custom_keys" in self.other_keys:
+                self._warn_of_unmatched_keys(model)
+        return self.build_wrapper(params)
+
+    def build_wrapper(self, params: Any) -> OptimWrapper:
+        """Build the optimizer of these parameters or groups, and its wrapper."""
         # By position: some optimizers call their first argument otherwise.
         optimizer = OPTIMIZERS.build(self.optimizer_cfg, params)
         return OPTIM_WRAPPERS.build(self.optim_wrapper_cfg, optimizer=optimizer)
