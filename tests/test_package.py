@@ -34,6 +34,7 @@ LAYERS = [
     ["wrappers"],
     ["constructors"],
     ["builder"],
+    ["integrations"],
     ["bench"],
     ["demo", "info"],
     ["cli", "__main__"],

@@ -1,0 +1,1 @@
+"""fusedopt inside other frameworks. Nothing here is imported unless the user does."""

@@ -1,0 +1,63 @@
+"""Which path a training takes, said once in MMEngine's log."""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+import torch
+from mmengine.logging import print_log
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+from ...optimizers import FusedOptimizer
+from ...wrappers import AmpOptimWrapper, OptimWrapper
+
+__all__ = ["announce_path", "announce_stock_path", "gradient_passes"]
+
+_announced: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
+
+
+def gradient_passes(wrapper: OptimWrapper) -> tuple[int, int]:
+    """Passes over the gradients before the update: the stock ones for this wrapper's settings, and those made here."""
+    scales = isinstance(wrapper, AmpOptimWrapper) and wrapper.loss_scaler.is_enabled()
+    clip = wrapper.clip_grad or {}
+    by_norm = clip.get("type") == "norm"
+    stock = int(scales) + (2 if by_norm else int(bool(clip)))
+    return stock, (int(scales or by_norm) if isinstance(wrapper.optimizer, FusedOptimizer) else stock)
+
+
+def announce_path(wrapper: OptimWrapper) -> None:
+    """Log the path of a wrapper of ours."""
+    stock, made = gradient_passes(wrapper)
+    optimizer = wrapper.optimizer
+    _announced.add(optimizer)
+    who = f"fusedopt: {type(wrapper).__name__} drives {type(optimizer).__name__}"
+    if isinstance(optimizer, FusedOptimizer):
+        print_log(
+            f"{who} (backend {optimizer.backend_in_use}): unscaling and clipping are part of the fused step; it makes "
+            f"{made} of the {stock} stock passes over the gradients before the update, {stock - made} saved",
+            logger="current",
+        )
+    else:
+        print_log(f"{who} in the stock way; 0 of {stock} passes over the gradients are saved", logger="current")
+
+
+def announce_stock_path() -> None:
+    """At the first step of any fused optimizer, log that only its update is fused, unless a wrapper of ours drives it.
+
+    A stock wrapper tells nobody what it drives; torch calls a hook before each step. It is gone after that one.
+    """
+
+    def hook(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        if not isinstance(optimizer, FusedOptimizer):
+            return
+        handle.remove()
+        if optimizer not in _announced:
+            print_log(
+                f"fusedopt: {type(optimizer).__name__} (backend {optimizer.backend_in_use}) is driven by a stock "
+                "wrapper: only the update is fused, 0 passes over the gradients are saved. type='FusedOptimWrapper' "
+                "or 'FusedAmpOptimWrapper' makes unscaling and clipping part of the step",
+                logger="current",
+            )
+
+    handle = register_optimizer_step_pre_hook(hook)

@@ -1,0 +1,90 @@
+"""fusedopt's wrappers as subclasses of MMEngine's, which its Runner asks for."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import mmengine.optim
+import torch
+from mmengine.logging import HistoryBuffer, MessageHub
+from torch import Tensor
+
+from ...wrappers import AmpOptimWrapper, OptimWrapper
+from .path import announce_path
+
+__all__ = ["FusedAmpOptimWrapper", "FusedOptimWrapper"]
+
+#: Values that wait on the device for somebody to read them, at most.
+_MOST_PENDING = 1024
+
+
+class _DeferredHistory(HistoryBuffer):
+    """A history of numbers of which the latest are still on the device; whoever reads it waits for them."""
+
+    def __init__(self, source: HistoryBuffer | None = None):
+        self._pending: list[Tensor] = []
+        super().__init__(*(([], []) if source is None else source.data))
+
+    def append(self, value: Tensor) -> None:
+        """Add a 0-dim tensor without waiting for it."""
+        self._pending.append(value)
+        if len(self._pending) >= _MOST_PENDING:
+            self._flush()
+
+    def _flush(self) -> None:
+        pending, self._pending = self._pending, []
+        if pending:  # one read for all
+            device = pending[0].device
+            for value in torch.stack([each.to(device, torch.float64) for each in pending]).tolist():
+                self.update(value)
+
+    @property
+    def _log_history(self) -> Any:
+        self._flush()
+        return self._values
+
+    @_log_history.setter
+    def _log_history(self, values: Any) -> None:
+        self._values = values
+
+    @property
+    def _count_history(self) -> Any:
+        self._flush()
+        return self._counts
+
+    @_count_history.setter
+    def _count_history(self, counts: Any) -> None:
+        self._counts = counts
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        # Copies and checkpoints hold MMEngine's own class, so that they load without fusedopt.
+        return HistoryBuffer, (*self.data, self.max_length)
+
+
+class _InsideMMEngine(OptimWrapper):
+    """Logs the path and the gradient norm, as MMEngine's wrappers log it."""
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.message_hub = MessageHub.get_current_instance()
+        announce_path(self)
+
+    def step(self, **kwargs: Any) -> None:
+        """Step, and log ``train/grad_norm`` where gradients are clipped by norm, without waiting for it."""
+        super().step(**kwargs)
+        norm = self.grad_norm
+        if norm is not None:
+            scalars = self.message_hub.log_scalars
+            history = scalars.get("train/grad_norm")
+            if not isinstance(history, _DeferredHistory):  # none yet, or one from a checkpoint
+                self.message_hub._set_resumed_keys("train/grad_norm", True)
+                history = scalars["train/grad_norm"] = _DeferredHistory(history)
+            history.append(norm)
+
+
+class FusedOptimWrapper(_InsideMMEngine, mmengine.optim.OptimWrapper):
+    """:class:`fusedopt.OptimWrapper` for MMEngine's Runner: same arguments, state dict and log as its OptimWrapper."""
+
+
+class FusedAmpOptimWrapper(_InsideMMEngine, AmpOptimWrapper, mmengine.optim.AmpOptimWrapper):
+    """:class:`fusedopt.AmpOptimWrapper` for MMEngine's Runner; it also works on a CPU."""

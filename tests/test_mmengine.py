@@ -1,0 +1,377 @@
+"""Inside MMEngine: its own Runner trains a digits model with our optimizers and wrappers, in three ways."""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import itertools
+import logging
+import pickletools
+import sys
+import warnings
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # what it and torch warn of while MMEngine is imported is not ours
+    reason = "mmengine is not installed: pip install 'fusedopt[mmengine]'"
+    pytest.importorskip("mmengine", reason=reason)
+    pytest.importorskip("sklearn", reason="scikit-learn is not installed: pip install 'fusedopt[demo]'")
+    from mmengine import optim as mmengine_optim
+    from mmengine.config import Config, DictAction
+    from mmengine.logging import HistoryBuffer, MessageHub
+    from mmengine.optim.optimizer import amp_optimizer_wrapper
+    from mmengine.registry import OPTIM_WRAPPERS, OPTIMIZERS
+    from mmengine.runner import Runner
+    from mmengine_digits import CONFIG
+
+    import fusedopt
+    from fusedopt.integrations.mmengine import FusedAmpOptimWrapper, FusedOptimWrapper
+    from fusedopt.integrations.mmengine.path import announce_path, announce_stock_path, gradient_passes
+
+# MMEngine's Runner uses what torch deprecated and reads checkpoints as torch advises against.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore::FutureWarning"),
+    pytest.mark.filterwarnings("ignore::UserWarning:mmengine"),
+]
+
+numbers = itertools.count()
+INTEGRATION, REPLACE = "fusedopt.integrations.mmengine", "fusedopt.integrations.mmengine.replace"
+# (a): no edit of the config, one option on the command line.
+OPTION = "optim_wrapper.optimizer.type=fusedopt.FusedAdamW"
+
+
+@pytest.fixture(autouse=True)
+def _restore(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a test registers is gone afterwards; resuming works on torch >= 2.6, as MMEngine's users make it work."""
+    for registry in (OPTIMIZERS, OPTIM_WRAPPERS):
+        monkeypatch.setattr(registry, "_module_dict", dict(registry._module_dict))
+    monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
+    monkeypatch.delitem(sys.modules, REPLACE, raising=False)
+    monkeypatch.setattr(sys, "path", [*sys.path, str(Path(__file__).parent)])
+
+
+@pytest.fixture
+def cpu_amp(monkeypatch: pytest.MonkeyPatch) -> None:
+    """MMEngine's AmpOptimWrapper asserts a GPU, and its scaler is CUDA's."""
+    monkeypatch.setattr(amp_optimizer_wrapper, "is_cuda_available", lambda: True)
+    monkeypatch.setattr(amp_optimizer_wrapper, "GradScaler", lambda **kwargs: torch.amp.GradScaler("cpu", **kwargs))
+
+
+def load(folder: Path, *options: str, imports: str = "") -> Config:
+    """The config as a training script loads it: custom imports first, then ``--cfg-options``."""
+    path = folder / "config.py"
+    path.write_text(CONFIG.format(imports=repr(imports) if imports else ""))
+    cfg = Config.fromfile(path)
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--cfg-options", nargs="+", action=DictAction)
+    if options:
+        cfg.merge_from_dict(parser.parse_args(["--cfg-options", *options]).cfg_options)
+    cfg.work_dir = str(folder)
+    cfg.experiment_name = f"digits_{next(numbers)}"
+    return cfg
+
+
+def run(cfg: Config) -> Runner:
+    runner = Runner.from_cfg(cfg)
+    runner.train()
+    return runner
+
+
+def parameters_of(runner: Runner) -> list[torch.Tensor]:
+    return [param.detach().clone() for param in runner.model.parameters()]
+
+
+def log_of(runner: Runner) -> list[str]:
+    return Path(runner.log_dir, f"{runner.timestamp}.log").read_text().splitlines()
+
+
+def path_lines(runner: Runner) -> list[str]:
+    return [line.partition("fusedopt: ")[2] for line in log_of(runner) if "fusedopt: " in line]
+
+
+@pytest.fixture(scope="module")
+def stock(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """The stock training all are compared with."""
+    sys.path.append(str(Path(__file__).parent))
+    runner = run(load(tmp_path_factory.mktemp("stock")))
+    hub = runner.message_hub
+    return {
+        "parameters": parameters_of(runner),
+        "norms": hub.get_scalar("train/grad_norm").data[0],
+        "accuracy": hub.get_scalar("val/accuracy").current(),
+        "state": runner.optim_wrapper.state_dict(),
+    }
+
+
+def assert_like(runner: Runner, stock: dict[str, Any], rtol: float = 1e-3) -> None:
+    for actual, expected in zip(parameters_of(runner), stock["parameters"], strict=True):
+        torch.testing.assert_close(actual, expected, rtol=rtol, atol=1e-5)
+    assert runner.message_hub.get_scalar("val/accuracy").current() == pytest.approx(stock["accuracy"], abs=0.02)
+
+
+class TestThreeWays:
+    """The same training with the type swapped in, compared with the stock one."""
+
+    def test_the_stock_training_learns(self, stock):
+        assert stock["accuracy"] > 0.8
+
+    def test_a_an_option_on_the_command_line(self, tmp_path, stock):
+        runner = run(load(tmp_path, OPTION))
+        assert type(runner.optim_wrapper) is mmengine_optim.OptimWrapper
+        assert type(runner.optim_wrapper.optimizer) is fusedopt.FusedAdamW
+        assert_like(runner, stock)
+        assert runner.message_hub.get_scalar("train/grad_norm").data[0] == pytest.approx(stock["norms"], rel=1e-4)
+
+    def test_a_says_that_only_the_update_is_fused(self, tmp_path):
+        cfg = load(tmp_path, "optim_wrapper.optimizer.type=fusedopt.integrations.mmengine.FusedAdamW")
+        cfg.train_cfg.max_epochs = 2
+        announce_stock_path()  # as when the integration is imported for the first time
+        runner = run(cfg)
+        (line,) = path_lines(runner)
+        assert (
+            line.startswith("FusedAdamW (backend ") and "is driven by a stock wrapper: only the update is fused" in line
+        )
+
+    def test_b_our_wrapper_by_its_name(self, tmp_path, stock):
+        options = ("optim_wrapper.type=FusedOptimWrapper", "optim_wrapper.optimizer.type=FusedAdamW")
+        runner = run(load(tmp_path, *options, imports=INTEGRATION))
+        assert type(runner.optim_wrapper) is FusedOptimWrapper
+        assert isinstance(runner.optim_wrapper, mmengine_optim.OptimWrapper)
+        assert runner.optim_wrapper.optimizer.clip_grad["max_norm"] == 0.5
+        assert_like(runner, stock)
+        assert runner.message_hub.get_scalar("train/grad_norm").data[0] == pytest.approx(stock["norms"], rel=1e-4)
+        assert any("grad_norm: " in line for line in log_of(runner))
+        (line,) = path_lines(runner)
+        assert line.startswith("FusedOptimWrapper drives FusedAdamW (backend ")
+        assert line.endswith("it makes 1 of the 2 stock passes over the gradients before the update, 1 saved")
+
+    def test_c_our_wrapper_in_the_stock_ones_place(self, tmp_path, stock):
+        runner = run(load(tmp_path, OPTION, imports=REPLACE))
+        assert type(runner.optim_wrapper) is FusedOptimWrapper
+        assert_like(runner, stock)
+        (line,) = path_lines(runner)
+        assert "1 saved" in line
+
+    def test_c_with_an_optimizer_that_is_not_fused(self, tmp_path, stock):
+        runner = run(load(tmp_path, imports=REPLACE))
+        assert (
+            type(runner.optim_wrapper) is FusedOptimWrapper
+            and type(runner.optim_wrapper.optimizer) is torch.optim.AdamW
+        )
+        for actual, expected in zip(parameters_of(runner), stock["parameters"], strict=True):
+            assert torch.equal(actual, expected), "the stock way, bit by bit"
+        (line,) = path_lines(runner)
+        assert line == "FusedOptimWrapper drives AdamW in the stock way; 0 of 2 passes over the gradients are saved"
+
+
+def hard_set_amp(cfg: Config) -> Config:
+    """What ``--amp`` of MMPretrain's training script does; and fewer epochs, in bfloat16, which a CPU trains in."""
+    cfg.optim_wrapper.type = "AmpOptimWrapper"
+    cfg.optim_wrapper.setdefault("loss_scale", "dynamic")
+    cfg.optim_wrapper.dtype = "bfloat16"
+    return cfg
+
+
+class TestMixedPrecision:
+    @pytest.fixture(scope="class")
+    def stock_amp(self, tmp_path_factory):
+        sys.path.append(str(Path(__file__).parent))
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(amp_optimizer_wrapper, "is_cuda_available", lambda: True)
+            patch.setattr(amp_optimizer_wrapper, "GradScaler", lambda **kwargs: torch.amp.GradScaler("cpu", **kwargs))
+            # Its autocast asks for a GPU too.
+            patch.setattr("mmengine.runner.amp.get_device", lambda: "cpu")
+            runner = run(hard_set_amp(load(tmp_path_factory.mktemp("stock_amp"))))
+        return {
+            "parameters": parameters_of(runner),
+            "accuracy": runner.message_hub.get_scalar("val/accuracy").current(),
+            "state": runner.optim_wrapper.state_dict(),
+        }
+
+    def test_a_under_the_stock_wrapper(self, tmp_path, stock_amp, cpu_amp):
+        runner = run(hard_set_amp(load(tmp_path, OPTION)))
+        assert type(runner.optim_wrapper) is mmengine_optim.AmpOptimWrapper
+        assert type(runner.optim_wrapper.optimizer) is fusedopt.FusedAdamW
+        assert_like(runner, stock_amp, rtol=0.05)
+
+    def test_b_our_wrapper_needs_no_gpu(self, tmp_path, stock_amp):
+        options = ("optim_wrapper.optimizer.type=FusedAdamW", "optim_wrapper.dtype=bfloat16")
+        runner = run(load(tmp_path, "optim_wrapper.type=FusedAmpOptimWrapper", *options, imports=INTEGRATION))
+        assert type(runner.optim_wrapper) is FusedAmpOptimWrapper
+        assert isinstance(runner.optim_wrapper, mmengine_optim.AmpOptimWrapper)
+        assert_like(runner, stock_amp, rtol=0.05)
+        (line,) = path_lines(runner)
+        assert line.endswith("it makes 1 of the 3 stock passes over the gradients before the update, 2 saved")
+
+    def test_c_takes_what_amp_hard_sets(self, tmp_path, stock_amp):
+        runner = run(hard_set_amp(load(tmp_path, OPTION, imports=REPLACE)))
+        assert type(runner.optim_wrapper) is FusedAmpOptimWrapper
+        assert_like(runner, stock_amp, rtol=0.05)
+
+    def test_state_dicts_go_both_ways(self, stock_amp, cpu_amp):
+        assert "loss_scaler" in stock_amp["state"] and "base_param_settings" in stock_amp["state"]
+        shapes = [param.shape for param in stock_amp["parameters"]]
+        make = lambda kind, optimizer: OPTIM_WRAPPERS.build(  # noqa: E731
+            dict(
+                type=kind,
+                optimizer=optimizer([dict(params=[nn.Parameter(torch.zeros(shape))]) for shape in shapes], lr=0.1),
+            )
+        )
+        ours = make(FusedAmpOptimWrapper, fusedopt.FusedAdamW)
+        ours.load_state_dict(stock_amp["state"])
+        saved = ours.state_dict()
+        assert set(saved) == set(stock_amp["state"])
+        theirs = make("AmpOptimWrapper", torch.optim.AdamW)
+        theirs.load_state_dict(copy.deepcopy(saved))
+        again = theirs.state_dict()
+        for index, state in stock_amp["state"]["state"].items():
+            for key, value in state.items():
+                assert torch.equal(value, saved["state"][index][key]) and torch.equal(value, again["state"][index][key])
+        assert again["loss_scaler"] == saved["loss_scaler"] == stock_amp["state"]["loss_scaler"]
+        assert again["base_param_settings"]["lr"] == stock_amp["state"]["base_param_settings"]["lr"]
+
+
+WAYS = {
+    "a": ((OPTION,), ""),
+    "b": (("optim_wrapper.type=FusedOptimWrapper", "optim_wrapper.optimizer.type=FusedAdamW"), INTEGRATION),
+    "b-amp": (
+        (
+            "optim_wrapper.type=FusedAmpOptimWrapper",
+            "optim_wrapper.optimizer.type=FusedSGD",
+            "optim_wrapper.optimizer.momentum=0.9",
+            "optim_wrapper.dtype=float16",
+        ),
+        INTEGRATION,
+    ),
+    "c": ((OPTION,), REPLACE),
+}
+
+
+class TestCheckpoints:
+    @pytest.mark.parametrize("way", WAYS)
+    def test_resuming_gives_the_same_bits(self, tmp_path, way):
+        options, imports = WAYS[way]
+        (tmp_path / "whole").mkdir()
+        (tmp_path / "resumed").mkdir()
+        whole = run(load(tmp_path / "whole", *options, imports=imports))
+
+        # Three epochs, 30 iterations, are whole steps of 3 accumulated ones each; another Runner does the rest.
+        cfg = load(tmp_path / "resumed", *options, imports=imports)
+        cfg.resume, cfg.load_from = True, str(tmp_path / "whole" / "epoch_3.pth")
+        resumed = run(cfg)
+        assert resumed.epoch == 4
+        for actual, expected in zip(parameters_of(resumed), parameters_of(whole), strict=True):
+            assert torch.equal(actual, expected)
+        theirs, ours = whole.optim_wrapper.state_dict(), resumed.optim_wrapper.state_dict()
+        assert theirs.keys() == ours.keys() and theirs.get("loss_scaler") == ours.get("loss_scaler")
+        for index, state in theirs["state"].items():
+            assert all(torch.equal(value, ours["state"][index][key]) for key, value in state.items())
+        norms = [runner.message_hub.get_scalar("train/grad_norm").data[0].tolist() for runner in (whole, resumed)]
+        assert norms[0] == norms[1]
+
+    def test_a_checkpoint_holds_mmengines_own_classes(self, tmp_path):
+        options, imports = WAYS["b"]
+        cfg = load(tmp_path, *options, imports=imports)
+        cfg.train_cfg.max_epochs = 2
+        run(cfg)
+        with zipfile.ZipFile(tmp_path / "epoch_2.pth") as archive:
+            (pickled,) = (archive.read(name) for name in archive.namelist() if name.endswith("data.pkl"))
+        classes = {argument for code, argument, _ in pickletools.genops(pickled) if code.name == "GLOBAL"}
+        assert any("HistoryBuffer" in name for name in classes)
+        assert not any(name.startswith("fusedopt") for name in classes)
+        checkpoint = torch.load(tmp_path / "epoch_2.pth", weights_only=False)
+        assert type(checkpoint["message_hub"]["log_scalars"]["train/grad_norm"]) is HistoryBuffer
+
+    def test_a_stock_checkpoint_is_resumed_with_ours(self, tmp_path, stock):
+        """Whoever swaps the type in the middle of a training."""
+        (tmp_path / "stock").mkdir()
+        cfg = load(tmp_path / "stock")
+        run(cfg)
+        options, imports = WAYS["b"]
+        cfg = load(tmp_path, *options, imports=imports)
+        cfg.resume, cfg.load_from = True, str(tmp_path / "stock" / "epoch_3.pth")
+        assert_like(run(cfg), stock)
+
+
+class TestGradNorm:
+    def test_is_logged_without_a_read_on_the_host(self, monkeypatch):
+        param = nn.Parameter(torch.ones(3))
+        hub = MessageHub.get_instance(f"hub_{next(numbers)}")
+        wrapper = FusedOptimWrapper(fusedopt.FusedSGD([param], lr=0.0), clip_grad=dict(max_norm=1.0))
+        if wrapper.optimizer.backend_in_use == "reference":
+            pytest.skip("needs the compiled module: the reference backend reads on the host")
+        wrapper.message_hub = hub
+        for name in ("item", "__float__", "tolist", "__bool__"):
+            monkeypatch.setattr(torch.Tensor, name, lambda *args: pytest.fail("a tensor was read on the host"))
+        for factor in (1.0, 2.0):
+            wrapper.update_params(param.sum() * factor)
+        monkeypatch.undo()
+        history = hub.get_scalar("train/grad_norm")
+        assert history.current() == pytest.approx(2 * 3**0.5)
+        assert history.mean(2) == pytest.approx(1.5 * 3**0.5)
+        assert history.statistics("max", 2) == pytest.approx(2 * 3**0.5)
+        assert history.data[1].tolist() == [1, 1]
+
+    def test_does_not_pile_up_where_nobody_reads_it(self):
+        param = nn.Parameter(torch.ones(1))
+        wrapper = FusedOptimWrapper(fusedopt.FusedSGD([param], lr=0.0), clip_grad=dict(max_norm=1.0))
+        wrapper.message_hub = MessageHub.get_instance(f"hub_{next(numbers)}")
+        for _ in range(1030):
+            wrapper.update_params(param.sum())
+        history = wrapper.message_hub.get_scalar("train/grad_norm")
+        assert len(history._pending) == 6 and len(history.data[0]) == 1030
+
+
+class TestPath:
+    @pytest.mark.parametrize(
+        ("wrapper", "clip_grad", "passes"),
+        [
+            (FusedOptimWrapper, None, (0, 0)),
+            (FusedOptimWrapper, dict(max_norm=1.0), (2, 1)),
+            (FusedOptimWrapper, dict(type="value", clip_value=1.0), (1, 0)),
+            (FusedAmpOptimWrapper, None, (1, 1)),
+            (FusedAmpOptimWrapper, dict(max_norm=1.0), (3, 1)),
+            (FusedAmpOptimWrapper, dict(type="value", clip_value=1.0), (2, 1)),
+        ],
+    )
+    def test_counts_passes_over_the_gradients(self, wrapper, clip_grad, passes):
+        fused = wrapper(optimizer=fusedopt.FusedSGD([nn.Parameter(torch.ones(1))], lr=0.1), clip_grad=clip_grad)
+        plain = wrapper(optimizer=torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=0.1), clip_grad=clip_grad)
+        assert gradient_passes(fused) == passes
+        assert gradient_passes(plain) == (passes[0], passes[0])
+
+    def test_one_line_although_the_stock_path_is_watched_for(self, caplog, monkeypatch):
+        lines: list[str] = []
+        monkeypatch.setattr(
+            "fusedopt.integrations.mmengine.path.print_log", lambda line, logger, level=logging.INFO: lines.append(line)
+        )
+        announce_stock_path()
+        params = [nn.Parameter(torch.ones(1)) for _ in range(2)]
+        stock, fused = torch.optim.SGD(params, lr=0.1), fusedopt.FusedSGD(params, lr=0.1)
+        stock.step()
+        assert lines == []
+        announce_path(fusedopt.OptimWrapper(fused))
+        fused.step()
+        fused.step()
+        fusedopt.FusedSGD(params, lr=0.1).step()
+        (line,) = lines
+        assert line.startswith("fusedopt: OptimWrapper drives FusedSGD") and "0 saved" in line
+
+    def test_the_names_are_registered(self):
+        for name in ("FusedSGD", "FusedAdam", "FusedAdamW"):
+            assert OPTIMIZERS.get(name) is getattr(fusedopt, name)
+        assert OPTIM_WRAPPERS.get("FusedOptimWrapper") is FusedOptimWrapper
+        assert OPTIM_WRAPPERS.get("OptimWrapper") is mmengine_optim.OptimWrapper
+
+
+def test_everything_of_mmengine_optim_is_exported():
+    schedulers = ("LR", "Momentum", "ParamScheduler")  # fusedopt.schedulers, which is not there yet
+    missing = [name for name in mmengine_optim.__all__ if not name.endswith(schedulers) and not hasattr(fusedopt, name)]
+    assert missing == []
