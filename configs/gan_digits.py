@@ -1,0 +1,34 @@
+"""GAN on handwritten digits: two networks, each with a fused optimizer and gradient accumulation of its own.
+
+`python examples/gan_digits.py` trains it.
+"""
+
+model = dict(
+    type="DigitsGAN",
+    noise_size=32,
+    generator=dict(type="DigitsGenerator", channels=32),
+    discriminator=dict(type="DigitsDiscriminator", channels=32),
+    # Steps of a network before it is the other's turn: two of the discriminator, then one of the generator.
+    discriminator_steps=2,
+    generator_steps=1,
+)
+
+data = dict(batch_size=32, seed=0)
+
+train_cfg = dict(max_epochs=80, seed=0)
+
+optim_wrapper = dict(
+    constructor="MultiOptimWrapperConstructor",
+    # A step of the generator takes two iterations, one of the discriminator takes one.
+    generator=dict(
+        accumulative_counts=2,
+        optimizer=dict(type="FusedAdam", lr=1e-3, betas=(0.5, 0.99)),
+        clip_grad=dict(max_norm=10.0),
+    ),
+    discriminator=dict(
+        accumulative_counts=1,
+        optimizer=dict(type="FusedAdam", lr=5e-4, betas=(0.5, 0.99)),
+        clip_grad=dict(max_norm=10.0),
+        paramwise_cfg=dict(bias_lr_mult=2.0),
+    ),
+)
