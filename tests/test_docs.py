@@ -1,4 +1,4 @@
-"""Every Python fragment of the README and of the optimizers' pages runs, in the order of its page."""
+"""Every Python fragment of the README and of the pages on optimizers and wrappers runs, in the order of its page."""
 
 from __future__ import annotations
 
@@ -7,8 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from fusedopt.registry import OPTIM_WRAPPER_CONSTRUCTORS, OPTIMIZERS
+
 REPOSITORY = Path(__file__).resolve().parent.parent
-PAGES = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs" / "optimizers").glob("*.md"))]
+DOCS = REPOSITORY / "docs"
+PAGES = [REPOSITORY / "README.md", DOCS / "wrappers.md", *sorted((DOCS / "optimizers").glob("*.md"))]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -16,6 +19,8 @@ def test_fragments_run(page: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     fragments = re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
     assert fragments, "the page shows no code"
     monkeypatch.chdir(tmp_path)
+    for registry in (OPTIMIZERS, OPTIM_WRAPPER_CONSTRUCTORS):
+        monkeypatch.setattr(registry, "_modules", dict(registry._modules))
     namespace: dict[str, object] = {}
     for number, fragment in enumerate(fragments, 1):
         exec(compile(fragment, f"{page.name}, fragment {number}", "exec"), namespace)
