@@ -237,6 +237,11 @@ class TestTypes:
         wrapper = build_optim_wrapper(Model(), dict(type=kind, optimizer=dict(type=optimizer), loss_scale=512.0))
         assert type(wrapper) is AmpOptimWrapper and type(wrapper.optimizer) is fusedopt.FusedAdamW
 
+    def test_each_part_may_name_its_scope(self):
+        optimizer = dict(type="FusedSGD", lr=0.1, _scope_="fusedopt")
+        wrapper = build_optim_wrapper(Model(), dict(type="OptimWrapper", _scope_="fusedopt", optimizer=optimizer))
+        assert type(wrapper.optimizer) is fusedopt.FusedSGD
+
     def test_an_entry_of_the_constructor_is_its_argument(self, restore_registries):
         @OPTIM_WRAPPER_CONSTRUCTORS.register_module()
         class Scaled(DefaultOptimWrapperConstructor):

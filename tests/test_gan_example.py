@@ -88,6 +88,7 @@ def test_the_config_gives_each_network_a_fused_optimizer_of_its_own():
     assert len(trained) == len(set(trained)) == len(list(model.parameters()))
 
 
+@pytest.mark.slow
 def test_a_short_training_saves_a_picture(tmp_path):
     command = [sys.executable, "examples/gan_digits.py", "--epochs", "1", "--out", str(tmp_path)]
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}

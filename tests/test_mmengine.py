@@ -289,6 +289,23 @@ class TestCheckpoints:
         checkpoint = torch.load(tmp_path / "epoch_2.pth", weights_only=False)
         assert type(checkpoint["message_hub"]["log_scalars"]["train/grad_norm"]) is HistoryBuffer
 
+    def test_a_checkpoint_of_its_runner_loads_outside_of_it(self, tmp_path, stock):
+        cfg = load(tmp_path)
+        runner = run(cfg)
+        saved = torch.load(tmp_path / "epoch_4.pth", weights_only=False)
+        wrapper = fusedopt.build_optim_wrapper(
+            runner.model,
+            dict(
+                optimizer=dict(type="FusedAdamW", lr=1.0, weight_decay=0.05),
+                paramwise_cfg=cfg.optim_wrapper.paramwise_cfg.to_dict(),
+            ),
+        )
+        wrapper.load_state_dict(saved["optimizer"])
+        assert wrapper.get_lr() == runner.optim_wrapper.get_lr()
+        for index, state in stock["state"]["state"].items():
+            ours = wrapper.state_dict()["state"][index]
+            assert all(torch.equal(value, ours[key]) for key, value in state.items())
+
     def test_a_stock_checkpoint_is_resumed_with_ours(self, tmp_path, stock):
         """Whoever swaps the type in the middle of a training."""
         (tmp_path / "stock").mkdir()

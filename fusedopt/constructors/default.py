@@ -117,7 +117,7 @@ class DefaultOptimWrapperConstructor:
         accepted = accepted_arguments(OPTIM_WRAPPERS.resolve(self.optim_wrapper_cfg["type"]))
         if accepted is None:
             return
-        known = {*accepted, "type", "optimizer", "constructor", "paramwise_cfg"}
+        known = {*accepted, "type", "_scope_", "optimizer", "constructor", "paramwise_cfg"}
         for key in self.optim_wrapper_cfg:
             if key not in known:
                 raise ValueError(f"optim_wrapper: unknown key {key!r}; {did_you_mean(key, known)}")

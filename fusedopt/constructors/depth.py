@@ -46,11 +46,9 @@ def _convnext(name: str, last_layer: int) -> int:
     if name in _STEM:
         return 0
     if name.startswith("downsample_layers."):
-        stage = _index(name, 1)
-        return (0, 2, 3, last_layer)[stage]
+        return (0, 2, 3, last_layer)[_index(name, 1)]
     if name.startswith("stages."):
-        stage = _index(name, 1)
-        return 3 + _index(name, 2) // 3 if stage == 2 else (1, 2, None, last_layer)[stage]  # type: ignore[return-value]
+        return (1, 2, 3 + _index(name, 2) // 3, last_layer)[_index(name, 1)]
     return last_layer + 1
 
 

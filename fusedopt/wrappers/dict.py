@@ -8,6 +8,7 @@ from typing import Any, NoReturn
 from torch import nn
 
 from ..rules import did_you_mean
+from .summary import parameter_table
 from .wrapper import OptimWrapper
 
 __all__ = ["OptimWrapperDict"]
@@ -143,8 +144,8 @@ class OptimWrapperDict(OptimWrapper):
             self[name].load_state_dict(state)
 
     def describe(self, model: nn.Module | None = None) -> str:
-        """The table of each wrapper, under its name; see :meth:`OptimWrapper.describe`."""
-        return "\n\n".join(f"{name}:\n{wrapper.describe(model)}" for name, wrapper in self.items())
+        """:meth:`OptimWrapper.describe` of all, in one table; names of wrappers stand before the groups' numbers."""
+        return parameter_table({name: wrapper.optimizer for name, wrapper in self.items()}, model)
 
     def keys(self) -> KeysView[str]:
         """The names."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -68,34 +68,32 @@ def _sizes(rows: Sequence[_Row]) -> str:
     return f"{_count(len(rows), 'parameter')}, {_count(elements, 'element')}"
 
 
-def parameter_table(optimizer: torch.optim.Optimizer, model: nn.Module | None = None) -> str:
-    """A line for each parameter: name, shape, learning rate, weight decay, group; see OptimWrapper.describe."""
-    rows = _rows(optimizer, model)
-    cells = [
-        (
-            row.name or f"param_groups[{row.group_number}]['params'][{row.position}]",
-            _shape(row.param),
-            _number(row.group.get("lr")),
-            _number(row.group.get("weight_decay")),
-            str(row.group_number),
-        )
-        for row in rows
-    ]
-    known = {id(row.param) for row in rows}
-    if model is not None:
-        for name, param in model.named_parameters():
-            if id(param) not in known:
-                reason = "in no group" if param.requires_grad else "frozen"
-                cells.append((name, _shape(param), "-", "-", reason))
-    return _aligned([("parameter", "shape", "lr", "weight_decay", "group"), *cells])
+def parameter_table(optimizers: Mapping[str, torch.optim.Optimizer], model: nn.Module | None = None) -> str:
+    """A line for each parameter: name, shape, learning rate, weight decay, group.
+
+    Args:
+        optimizers: by the name that stands before the number of a group.
+        model: gives the names, which groups need not have, and what none of the optimizers trains.
+    """
+    lines = [("parameter", "shape", "lr", "weight_decay", "group")]
+    known = set()
+    for label, optimizer in optimizers.items():
+        for row in _rows(optimizer, model):
+            known.add(id(row.param))
+            name = row.name or f"param_groups[{row.group_number}]['params'][{row.position}]"
+            lr, decay = (_number(row.group.get(key)) for key in ("lr", "weight_decay"))
+            lines.append((name, _shape(row.param), lr, decay, f"{label} {row.group_number}".strip()))
+    for name, param in model.named_parameters() if model is not None else ():
+        if id(param) not in known:
+            lines.append((name, _shape(param), "-", "-", "in no group" if param.requires_grad else "frozen"))
+    return _aligned(lines)
 
 
 def _shape(param: Tensor) -> str:
     return "?" if torch.nn.parameter.is_lazy(param) else "x".join(map(str, param.shape)) or "scalar"
 
 
-def _aligned(table: Iterable[Sequence[str]]) -> str:
-    table = list(table)
+def _aligned(table: Sequence[Sequence[str]]) -> str:
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     return "\n".join(
         "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in table

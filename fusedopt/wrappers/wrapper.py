@@ -244,7 +244,7 @@ class OptimWrapper(BaseOptimWrapper):
         Args:
             model: gives the names, which groups need not have, and what the optimizer does not train.
         """
-        return parameter_table(self.optimizer, model)
+        return parameter_table({"": self.optimizer}, model)
 
     def _settings(self) -> dict[str, Any]:
         """What :meth:`__repr__` shows of the wrapper's own."""
