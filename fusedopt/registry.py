@@ -373,6 +373,7 @@ def _check_takes_params(target: Callable[..., Any], cfg: Mapping[str, Any]) -> N
         first is None
         or first.kind is first.KEYWORD_ONLY
         or first.name in cfg
+        or (first.default is not first.empty and "param" not in first.name)
         or "params" in list(signature.parameters)[1:]
     ):
         raise TypeError(

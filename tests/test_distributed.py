@@ -125,6 +125,8 @@ def shard(rank: int, cfg: dict[str, Any], wrapper: dict[str, Any]) -> dict[str, 
     assert repr(saved) == before, "load_state_dict changed the caller's dict"
     train(model, optim_wrapper, batches(rank)[:3])
     train(again, resumed, batches(rank)[:3])
+    if cfg["optimizer_type"].startswith("Fused"):
+        assert repr(saved) == before, "the fused optimizer's state shares memory with what was loaded"
     return {**outcome, "continued": parameters_of(model), "resumed": parameters_of(again)}
 
 

@@ -242,5 +242,7 @@ class TestEnableAmp:
 
         with pytest.raises(ValueError, match="can be switched on for an OptimWrapper, not for type"):
             enable_amp(dict(type=Mine, **adam()))
+        with pytest.raises(ValueError, match="not for type"):
+            enable_amp(dict(type=Mine, generator=adam(), discriminator=adam(type="OptimWrapper")))
         with pytest.raises(TypeError, match="optim_wrapper must be a dict"):
             enable_amp(None)

@@ -355,8 +355,8 @@ class TestOptimizersWithoutParams:
 
     @pytest.mark.parametrize(
         "make",
-        [lambda: None, lambda *, lr: None, lambda lr, params: None],
-        ids=["nothing", "keywords only", "params second"],
+        [lambda: None, lambda *, lr: None, lambda lr, params: None, lambda lr=0.1: None],
+        ids=["nothing", "keywords only", "params second", "a setting first"],
     )
     def test_other_signatures(self, make):
         OPTIMIZERS.register_module(name="Odd", module=make)

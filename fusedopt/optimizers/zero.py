@@ -129,5 +129,5 @@ class ZeroRedundancyOptimizer(_ZeroRedundancyOptimizer):
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Load the state of all shares, of which this process keeps its own. The dict is not changed."""
         super().load_state_dict({**state_dict, "state": dict(state_dict["state"])})
-        # torch fills the local optimizer's state in without it; it may have more to do, as FusedSGD has.
+        # torch has filled in the local optimizer's state by itself: not copied, and step counts on the CPU.
         self.optim.load_state_dict(self.optim.state_dict())
