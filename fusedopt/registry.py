@@ -247,9 +247,14 @@ class Registry:
 
     def _import_locations(self) -> bool:
         """Import what is left of the locations, here and in the parents; whether there was any."""
+        # Emptied first: what is imported may look something up here.
         locations, self._locations = self._locations, []
-        for location in locations:
-            importlib.import_module(location)
+        try:
+            for location in locations:
+                importlib.import_module(location)
+        except BaseException:
+            self._locations = locations
+            raise
         above = self.parent is not None and self.parent._import_locations()
         return bool(locations) or above
 

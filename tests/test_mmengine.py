@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import collections
 import copy
 import itertools
 import logging
@@ -16,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.optim import optimizer as optimizer_module
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # what it and torch warn of while MMEngine is imported is not ours
@@ -34,6 +36,9 @@ with warnings.catch_warnings():
     from fusedopt.integrations.mmengine import FusedAmpOptimWrapper, FusedOptimWrapper
     from fusedopt.integrations.mmengine.path import announce_path, announce_stock_path, gradient_passes
 
+# What the import watches for would be the first fused step of any test.
+optimizer_module._global_optimizer_pre_hooks.clear()
+
 # MMEngine's Runner uses what torch deprecated and reads checkpoints as torch advises against.
 pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
@@ -50,6 +55,7 @@ OPTION = "optim_wrapper.optimizer.type=fusedopt.FusedAdamW"
 @pytest.fixture(autouse=True)
 def _restore(monkeypatch: pytest.MonkeyPatch) -> None:
     """What a test registers is gone afterwards; resuming works on torch >= 2.6, as MMEngine's users make it work."""
+    monkeypatch.setattr(optimizer_module, "_global_optimizer_pre_hooks", collections.OrderedDict())
     for registry in (OPTIMIZERS, OPTIM_WRAPPERS):
         monkeypatch.setattr(registry, "_module_dict", dict(registry._module_dict))
     monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
@@ -364,22 +370,51 @@ class TestPath:
         assert gradient_passes(fused) == passes
         assert gradient_passes(plain) == (passes[0], passes[0])
 
-    def test_one_line_although_the_stock_path_is_watched_for(self, caplog, monkeypatch):
-        lines: list[str] = []
+    @pytest.fixture
+    def lines(self, monkeypatch) -> list[str]:
+        found: list[str] = []
         monkeypatch.setattr(
-            "fusedopt.integrations.mmengine.path.print_log", lambda line, logger, level=logging.INFO: lines.append(line)
+            "fusedopt.integrations.mmengine.path.print_log", lambda line, logger, level=logging.INFO: found.append(line)
         )
-        announce_stock_path()
+        return found
+
+    @pytest.fixture
+    def optimizers(self) -> list[torch.optim.Optimizer]:
         params = [nn.Parameter(torch.ones(1)) for _ in range(2)]
-        stock, fused = torch.optim.SGD(params, lr=0.1), fusedopt.FusedSGD(params, lr=0.1)
+        return [cls(params, lr=0.1) for cls in (torch.optim.SGD, fusedopt.FusedSGD, fusedopt.FusedSGD)]
+
+    def test_one_line_although_the_stock_path_is_watched_for(self, lines, optimizers):
+        stock, ours, other = optimizers
+        announce_stock_path()
         stock.step()
         assert lines == []
-        announce_path(fusedopt.OptimWrapper(fused))
-        fused.step()
-        fused.step()
-        fusedopt.FusedSGD(params, lr=0.1).step()
+        announce_path(fusedopt.OptimWrapper(ours))
+        ours.step()
+        ours.step()
+        other.step()
         (line,) = lines
         assert line.startswith("fusedopt: OptimWrapper drives FusedSGD") and "0 saved" in line
+
+    def test_the_watch_ends_with_the_first_fused_step(self, lines, optimizers):
+        _, fused, other = optimizers
+        hooks = optimizer_module._global_optimizer_pre_hooks
+        before = len(hooks)
+        announce_stock_path()
+        assert len(hooks) == before + 1
+        fused.step()
+        assert len(hooks) == before
+        other.step()
+        assert len(lines) == 1 and "driven by a stock wrapper" in lines[0]
+
+    def test_the_watch_does_not_disturb_other_hooks(self, lines, optimizers):
+        stock, fused, other = optimizers
+        announce_stock_path()
+        steps = []
+        handle = optimizer_module.register_optimizer_step_pre_hook(lambda *args: steps.append(args[0]))
+        for optimizer in (fused, other, stock):
+            optimizer.step()
+        handle.remove()
+        assert steps == [fused, other, stock] and len(lines) == 1
 
     def test_the_names_are_registered(self):
         for name in ("FusedSGD", "FusedAdam", "FusedAdamW"):

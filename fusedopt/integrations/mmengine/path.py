@@ -45,13 +45,19 @@ def announce_path(wrapper: OptimWrapper) -> None:
 def announce_stock_path() -> None:
     """At the first step of any fused optimizer, log that only its update is fused, unless a wrapper of ours drives it.
 
-    A stock wrapper tells nobody what it drives; torch calls a hook before each step. It is gone after that one.
+    A stock wrapper tells nobody what it drives; but torch calls a hook before each step. It acts once.
     """
+    acted = False
 
     def hook(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        if not isinstance(optimizer, FusedOptimizer):
+        nonlocal acted
+        if acted or not isinstance(optimizer, FusedOptimizer):
             return
-        handle.remove()
+        acted = True
+        hooks = handle.hooks_dict_ref()
+        if hooks is not None and next(reversed(hooks)) == handle.id:
+            # torch is walking over this dict: only its last entry can go without the walk failing.
+            handle.remove()
         if optimizer not in _announced:
             print_log(
                 f"fusedopt: {type(optimizer).__name__} (backend {optimizer.backend_in_use}) is driven by a stock "

@@ -83,8 +83,14 @@ class _InsideMMEngine(OptimWrapper):
 
 
 class FusedOptimWrapper(_InsideMMEngine, mmengine.optim.OptimWrapper):
-    """:class:`fusedopt.OptimWrapper` for MMEngine's Runner: same arguments, state dict and log as its OptimWrapper."""
+    """:class:`fusedopt.OptimWrapper` for MMEngine's Runner.
+
+    Arguments, errors, state dict and log are those of :class:`fusedopt.OptimWrapper` and of MMEngine's OptimWrapper.
+    """
 
 
 class FusedAmpOptimWrapper(_InsideMMEngine, AmpOptimWrapper, mmengine.optim.AmpOptimWrapper):
-    """:class:`fusedopt.AmpOptimWrapper` for MMEngine's Runner; it also works on a CPU."""
+    """:class:`fusedopt.AmpOptimWrapper` for MMEngine's Runner; it also works on a CPU.
+
+    Arguments, errors, state dict and log are those of :class:`fusedopt.AmpOptimWrapper` and of MMEngine's.
+    """
