@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..amp import GradScaler
-from ..registry import OPTIM_WRAPPERS
+from ..registry import OPTIM_WRAPPERS, accepted_arguments
 from ..rules import NormClip, check_number, did_you_mean
 from .wrapper import OptimWrapper
 
@@ -77,10 +77,11 @@ class AmpOptimWrapper(OptimWrapper):
         if use_fsdp:
             raise NotImplementedError("use_fsdp=True is not supported: there is no sharded gradient scaler yet")
         super().__init__(**kwargs)
-        try:
-            self.loss_scaler = GradScaler(**{"device": self._device_type, **scaler_settings})
-        except TypeError as error:
-            raise TypeError(f"loss_scale {loss_scale!r}: {error}") from error
+        known = accepted_arguments(GradScaler) or scaler_settings
+        for key in scaler_settings:
+            if key not in known:
+                raise TypeError(f"loss_scale {loss_scale!r}: unknown key {key!r}; {did_you_mean(key, known)}")
+        self.loss_scaler = GradScaler(**{"device": self._device_type, **scaler_settings})
         self._found_inf: list[Tensor] = []
 
     @property
