@@ -7,22 +7,19 @@ path a training takes. :mod:`fusedopt.integrations.mmengine.replace` also puts t
 
 from __future__ import annotations
 
-from typing import Any
-
 from mmengine.registry import OPTIM_WRAPPERS, OPTIMIZERS
 
-from ...optimizers import FusedAdam, FusedAdamW, FusedSGD
+from ...optimizers import FusedAdam, FusedAdamW, FusedOptimizer, FusedSGD
+from ...registry import OPTIMIZERS as OUR_OPTIMIZERS
 from .path import announce_stock_path
 from .wrappers import FusedAmpOptimWrapper, FusedOptimWrapper
 
 __all__ = ["FusedAdam", "FusedAdamW", "FusedAmpOptimWrapper", "FusedOptimWrapper", "FusedSGD"]
 
-_classes: dict[Any, tuple[type, ...]] = {
-    OPTIMIZERS: (FusedSGD, FusedAdam, FusedAdamW),
-    OPTIM_WRAPPERS: (FusedOptimWrapper, FusedAmpOptimWrapper),
-}
-for _registry, _members in _classes.items():
-    for _class in _members:
-        _registry.register_module(module=_class, force=True)
+for _name, _optimizer in OUR_OPTIMIZERS.module_dict.items():
+    if isinstance(_optimizer, type) and issubclass(_optimizer, FusedOptimizer):
+        OPTIMIZERS.register_module(name=_name, module=_optimizer, force=True)
+for _wrapper in (FusedOptimWrapper, FusedAmpOptimWrapper):
+    OPTIM_WRAPPERS.register_module(module=_wrapper, force=True)
 
 announce_stock_path()
