@@ -132,6 +132,22 @@ def test_waits_for_no_flag_of_the_step_just_made(monkeypatch):
     assert scheduler.count == 1
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("cls", CLASSES)
+def test_on_a_gpu_the_flag_travels_by_itself(cls):
+    param = nn.Parameter(torch.ones(2, device="cuda"))
+    wrapper = AmpOptimWrapper(optimizer=cls([param], lr=0.1), loss_scale=4.0)
+    scheduler = SkipAwareScheduler(Counter(), wrapper)
+    counts = []
+    for overflow in OVERFLOWS:
+        update(param, wrapper, overflow)
+        scheduler.step()
+        counts.append(scheduler.count)
+        assert scheduler._pending._flag.is_pinned()
+    assert counts == [1, 1, 2, 3, 3, 3, 4]
+
+
 def test_needs_one_wrapper():
     _, wrapper = make_wrapper(FusedSGD)
     with pytest.raises(TypeError, match=r"must be one OptimWrapper.*got OptimWrapperDict"):

@@ -1,7 +1,15 @@
 """Update rules: the maths of each optimizer, its settings and its state, with no kernels and no I/O."""
 
 from .adam import Adam, AdamHyperparameters
-from .checks import SUPPORTED_DTYPES, check_gradient, check_number, check_parameter, did_you_mean, parameter_name
+from .checks import (
+    SUPPORTED_DTYPES,
+    check_gradient,
+    check_number,
+    check_parameter,
+    did_you_mean,
+    group_names,
+    parameter_name,
+)
 from .clipping import CLIP_EPS, NormClip, ValueClip, clip_coefficient, parse_clip_grad
 from .rule import Hyperparameters, Rule, StateColumn, compute_dtype
 from .sgd import SGD, SGDHyperparameters
@@ -28,6 +36,7 @@ __all__ = [
     "clip_coefficient",
     "compute_dtype",
     "did_you_mean",
+    "group_names",
     "parameter_name",
     "parse_clip_grad",
 ]

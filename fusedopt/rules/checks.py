@@ -17,6 +17,7 @@ __all__ = [
     "check_number",
     "check_parameter",
     "did_you_mean",
+    "group_names",
     "parameter_name",
 ]
 
@@ -52,9 +53,14 @@ def check_number(
         raise ValueError(f"Invalid {name}: {value}; expected a number {bounds}")
 
 
+def group_names(group: Mapping[str, Any]) -> list[str]:
+    """The names of a group's parameters, as far as it carries them: torch's ``param_names``, else ``param_name``."""
+    return list(group.get("param_names") or ([group["param_name"]] if "param_name" in group else []))
+
+
 def parameter_name(group: Mapping[str, Any], group_index: int, index: int) -> str:
     """How errors call a parameter: by its name where the group carries names, and always by its place and shape."""
-    names = group.get("param_names") or ([group["param_name"]] if "param_name" in group else [])
+    names = group_names(group)
     params = group["params"]
     param = params[index]
     known = isinstance(param, Tensor) and not torch.nn.parameter.is_lazy(param)

@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..rules import group_names
+
 __all__ = ["parameter_table", "settings_summary"]
 
 #: Names that a summary line quotes before it cuts the list short.
@@ -28,11 +30,11 @@ def _rows(optimizer: torch.optim.Optimizer, model: nn.Module | None = None) -> l
     """Every parameter of the optimizer, by its name in ``model`` or else in its group."""
     names = {id(param): name for name, param in model.named_parameters()} if model is not None else {}
     rows = []
-    for group_index, group in enumerate(optimizer.param_groups):
-        own = group.get("param_names") or ([group["param_name"]] if "param_name" in group else [])
-        for index, param in enumerate(group["params"]):
-            name = names.get(id(param), own[index] if index < len(own) else None)
-            rows.append(_Row(name, param, group, group_index, index))
+    for number, group in enumerate(optimizer.param_groups):
+        own = group_names(group)
+        for position, param in enumerate(group["params"]):
+            name = names.get(id(param), own[position] if position < len(own) else None)
+            rows.append(_Row(name, param, group, number, position))
     return rows
 
 
