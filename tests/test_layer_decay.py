@@ -383,6 +383,12 @@ class TestWrongConfigs:
         with pytest.raises(error, match=message):
             segmentation(Layered(), **rules)
 
+    def test_too_few_layers_name_a_parameter_beyond_them(self):
+        with pytest.raises(
+            ValueError, match=r"'backbone\.layers\.2\.norm\.weight' is in layer 3: num_layers 1 is too sm"
+        ):
+            segmentation(Model(MAE()), decay_rate=0.5, num_layers=1)
+
     @pytest.mark.parametrize("dialect", ["OptimWrapper", "Optimizer"])
     def test_the_learning_rate_must_be_there_to_decay(self, dialect):
         constructor = f"LearningRateDecay{dialect}Constructor"

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import pytest
-from mmpretrain_zoo import SAME, missing, outcomes
+import torch
+from mmpretrain_zoo import SAME, missing, outcomes, zoo
+
+from fusedopt.constructors.depth import layer_depth
 
 pytestmark = [
     pytest.mark.slow,
@@ -18,3 +21,28 @@ def test_the_groups_of_its_configs_are_the_same() -> None:
     counts = {outcome: len(names) for outcome, names in found.items()}
     assert not {outcome: names for outcome, names in found.items() if "other" in outcome}, counts
     assert counts[SAME] >= 400, counts
+
+
+@pytest.mark.parametrize(
+    ("kind", "arch"),
+    [
+        ("VisionTransformer", "base"),
+        ("BEiTViT", "base"),
+        ("MAEViT", "base"),
+        ("SwinTransformer", "tiny"),
+        ("SwinTransformer", "base"),
+        ("ConvNeXt", "tiny"),
+        ("ConvNeXt", "base"),
+    ],
+)
+def test_the_rules_for_depths_are_those_of_its_models(kind: str, arch: str) -> None:
+    with zoo():
+        from mmpretrain.registry import MODELS
+
+        with torch.device("meta"):
+            backbone = MODELS.build(dict(type=kind, arch=arch))
+    rule = layer_depth(backbone, "backbone.")
+    names = [f"backbone.{name}" for name, _ in backbone.named_parameters()]
+    assert len(names) > 100
+    assert {name: rule(name) for name in names} == {name: backbone.get_layer_depth(name, "backbone.") for name in names}
+    assert rule("head.fc.weight") == backbone.get_layer_depth("head.fc.weight", "backbone.")

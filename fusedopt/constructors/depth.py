@@ -142,7 +142,14 @@ def stage_depth(backbone: nn.Module, prefix: str, num_layers: int | None = None)
 
 def _within(prefix: str, layer: Callable[[str], int], depths: int) -> DepthFunction:
     """The rule for a whole model: what is outside the backbone comes after it."""
-    return lambda name: (layer(name.removeprefix(prefix)) if name.startswith(prefix) else depths - 1, depths)
+
+    def depth(name: str) -> tuple[int, int]:
+        layer_id = layer(name.removeprefix(prefix)) if name.startswith(prefix) else depths - 1
+        if layer_id >= depths:
+            raise ValueError(f"parameter {name!r} is in layer {layer_id}: num_layers {depths - 2} is too small")
+        return layer_id, depths
+
+    return depth
 
 
 def own_depth(model: nn.Module) -> DepthFunction | None:
