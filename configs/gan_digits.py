@@ -13,20 +13,20 @@ model = dict(
     generator_steps=1,
 )
 
-data = dict(batch_size=32, seed=0)
+data = dict(batch_size=16, seed=0)
 
 train_cfg = dict(max_epochs=80, seed=0)
 
 optim_wrapper = dict(
     constructor="MultiOptimWrapperConstructor",
-    # A step of the generator takes two iterations, one of the discriminator takes one.
+    # A step of either takes two iterations. So the generator's turn comes after every fourth batch.
     generator=dict(
         accumulative_counts=2,
         optimizer=dict(type="FusedAdam", lr=1e-3, betas=(0.5, 0.99)),
         clip_grad=dict(max_norm=10.0),
     ),
     discriminator=dict(
-        accumulative_counts=1,
+        accumulative_counts=2,
         optimizer=dict(type="FusedAdam", lr=5e-4, betas=(0.5, 0.99)),
         clip_grad=dict(max_norm=10.0),
         paramwise_cfg=dict(bias_lr_mult=2.0),

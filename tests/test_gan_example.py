@@ -73,7 +73,7 @@ def test_the_networks_take_turns(steps, counts, discriminator, generator):
 
 
 def test_the_generators_turn_leaves_no_gradient_in_the_discriminator():
-    model, wrappers = build(1, 1)
+    model, wrappers = build(1, 1, discriminator=1)
     model.train_step(torch.zeros(4, 1, 8, 8), wrappers, 0)
     assert all(param.grad is None and param.requires_grad for param in model.discriminator.parameters())
 
@@ -94,6 +94,6 @@ def test_a_short_training_saves_a_picture(tmp_path):
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
     result = subprocess.run(command, env=environment, cwd=REPOSITORY, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
-    assert "44 iterations in" in result.stdout
+    assert "89 iterations in" in result.stdout
     assert "44 steps of the discriminator, 22 of the generator" in result.stdout
     assert (tmp_path / "samples.png").read_bytes().startswith(b"\x89PNG")
