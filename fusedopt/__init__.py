@@ -1,5 +1,6 @@
 """fusedopt: fused SGD, Adam and AdamW for PyTorch, with unscaling, clipping and weight decay inside the kernel."""
 
+import sys
 from typing import TYPE_CHECKING, Any
 
 from . import amp
@@ -52,6 +53,11 @@ __all__ = [
     "enable_amp",
     "fuse",
 ]
+
+if "mmengine" in sys.modules:  # which imports us for a dotted type; its log is to say which path is active
+    from .integrations.mmengine_log import announce_stock_path
+
+    announce_stock_path()
 
 
 def __getattr__(name: str) -> Any:

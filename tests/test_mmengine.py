@@ -8,6 +8,7 @@ import copy
 import itertools
 import logging
 import pickletools
+import subprocess
 import sys
 import warnings
 import zipfile
@@ -33,8 +34,9 @@ with warnings.catch_warnings():
     from mmengine_digits import CONFIG
 
     import fusedopt
+    from fusedopt.integrations import mmengine_log
     from fusedopt.integrations.mmengine import FusedAmpOptimWrapper, FusedOptimWrapper
-    from fusedopt.integrations.mmengine.path import announce_path, announce_stock_path, gradient_passes
+    from fusedopt.integrations.mmengine_log import announce_path, announce_stock_path, gradient_passes
 
 # What the import watches for would be the first fused step of any test.
 optimizer_module._global_optimizer_pre_hooks.clear()
@@ -56,6 +58,7 @@ OPTION = "optim_wrapper.optimizer.type=fusedopt.FusedAdamW"
 def _restore(monkeypatch: pytest.MonkeyPatch) -> None:
     """What a test registers is gone afterwards; resuming works on torch >= 2.6, as MMEngine's users make it work."""
     monkeypatch.setattr(optimizer_module, "_global_optimizer_pre_hooks", collections.OrderedDict())
+    monkeypatch.setattr(mmengine_log, "_watching", False)
     for registry in (OPTIMIZERS, OPTIM_WRAPPERS):
         monkeypatch.setattr(registry, "_module_dict", dict(registry._module_dict))
     monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
@@ -136,14 +139,22 @@ class TestThreeWays:
         assert runner.message_hub.get_scalar("train/grad_norm").data[0] == pytest.approx(stock["norms"], rel=1e-4)
 
     def test_a_says_that_only_the_update_is_fused(self, tmp_path):
-        cfg = load(tmp_path, "optim_wrapper.optimizer.type=fusedopt.integrations.mmengine.FusedAdamW")
-        cfg.train_cfg.max_epochs = 2
-        announce_stock_path()  # as when the integration is imported for the first time
-        runner = run(cfg)
-        (line,) = path_lines(runner)
-        assert (
-            line.startswith("FusedAdamW (backend ") and "is driven by a stock wrapper: only the update is fused" in line
+        """In a process of its own, where nothing but the option mentions fusedopt's optimizers."""
+        cfg = load(tmp_path, OPTION, "train_cfg.max_epochs=2")
+        cfg.dump(tmp_path / "dumped.py")
+        script = (
+            f"import sys; sys.path.append({str(Path(__file__).parent)!r})\n"
+            "from mmengine.config import Config\n"
+            "from mmengine.runner import Runner\n"
+            "assert 'fusedopt' not in sys.modules\n"
+            f"runner = Runner.from_cfg(Config.fromfile({str(tmp_path / 'dumped.py')!r}))\n"
+            "runner.train()\n"
         )
+        done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr[-2000:]
+        (line,) = [line for line in done.stdout.splitlines() if "fusedopt: " in line]
+        assert "fusedopt: FusedAdamW (backend " in line
+        assert "is driven by no wrapper of fusedopt: only the update is fused, 0 passes" in line
 
     def test_b_our_wrapper_by_its_name(self, tmp_path, stock):
         options = ("optim_wrapper.type=FusedOptimWrapper", "optim_wrapper.optimizer.type=FusedAdamW")
@@ -373,9 +384,7 @@ class TestPath:
     @pytest.fixture
     def lines(self, monkeypatch) -> list[str]:
         found: list[str] = []
-        monkeypatch.setattr(
-            "fusedopt.integrations.mmengine.path.print_log", lambda line, logger, level=logging.INFO: found.append(line)
-        )
+        monkeypatch.setattr("mmengine.logging.print_log", lambda line, logger, level=logging.INFO: found.append(line))
         return found
 
     @pytest.fixture
@@ -404,7 +413,7 @@ class TestPath:
         fused.step()
         assert len(hooks) == before
         other.step()
-        assert len(lines) == 1 and "driven by a stock wrapper" in lines[0]
+        assert len(lines) == 1 and "driven by no wrapper of fusedopt" in lines[0]
 
     def test_the_watch_does_not_disturb_other_hooks(self, lines, optimizers):
         stock, fused, other = optimizers

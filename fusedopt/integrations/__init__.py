@@ -1,1 +1,1 @@
-"""fusedopt inside other frameworks. Nothing here is imported unless the user does."""
+"""fusedopt inside other frameworks. Nothing here imports one of them unless the user does."""

@@ -11,7 +11,7 @@ from mmengine.registry import OPTIM_WRAPPERS, OPTIMIZERS
 
 from ...optimizers import FusedAdam, FusedAdamW, FusedOptimizer, FusedSGD
 from ...registry import OPTIMIZERS as OUR_OPTIMIZERS
-from .path import announce_stock_path
+from ..mmengine_log import announce_stock_path
 from .wrappers import FusedAmpOptimWrapper, FusedOptimWrapper
 
 __all__ = ["FusedAdam", "FusedAdamW", "FusedAmpOptimWrapper", "FusedOptimWrapper", "FusedSGD"]

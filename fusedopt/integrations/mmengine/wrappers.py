@@ -10,7 +10,7 @@ from mmengine.logging import HistoryBuffer, MessageHub
 from torch import Tensor
 
 from ...wrappers import AmpOptimWrapper, OptimWrapper
-from .path import announce_path
+from ..mmengine_log import announce_path
 
 __all__ = ["FusedAmpOptimWrapper", "FusedOptimWrapper"]
 

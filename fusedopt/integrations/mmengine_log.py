@@ -1,4 +1,4 @@
-"""Which path a training takes, said once in MMEngine's log."""
+"""Which path a training takes, said once in MMEngine's log. Imports MMEngine when there is something to say."""
 
 from __future__ import annotations
 
@@ -6,15 +6,21 @@ import weakref
 from typing import Any
 
 import torch
-from mmengine.logging import print_log
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from ...optimizers import FusedOptimizer
-from ...wrappers import AmpOptimWrapper, OptimWrapper
+from ..optimizers import FusedOptimizer
+from ..wrappers import AmpOptimWrapper, OptimWrapper
 
 __all__ = ["announce_path", "announce_stock_path", "gradient_passes"]
 
 _announced: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
+_watching = False
+
+
+def _log(text: str) -> None:
+    from mmengine.logging import print_log
+
+    print_log(f"fusedopt: {text}", logger="current")
 
 
 def gradient_passes(wrapper: OptimWrapper) -> tuple[int, int]:
@@ -31,15 +37,14 @@ def announce_path(wrapper: OptimWrapper) -> None:
     stock, made = gradient_passes(wrapper)
     optimizer = wrapper.optimizer
     _announced.add(optimizer)
-    who = f"fusedopt: {type(wrapper).__name__} drives {type(optimizer).__name__}"
+    who = f"{type(wrapper).__name__} drives {type(optimizer).__name__}"
     if isinstance(optimizer, FusedOptimizer):
-        print_log(
+        _log(
             f"{who} (backend {optimizer.backend_in_use}): unscaling and clipping are part of the fused step; it makes "
-            f"{made} of the {stock} stock passes over the gradients before the update, {stock - made} saved",
-            logger="current",
+            f"{made} of the {stock} stock passes over the gradients before the update, {stock - made} saved"
         )
     else:
-        print_log(f"{who} in the stock way; 0 of {stock} passes over the gradients are saved", logger="current")
+        _log(f"{who} in the stock way; 0 of {stock} passes over the gradients are saved")
 
 
 def announce_stock_path() -> None:
@@ -47,23 +52,25 @@ def announce_stock_path() -> None:
 
     A stock wrapper tells nobody what it drives; but torch calls a hook before each step. It acts once.
     """
-    acted = False
+    global _watching
+    if _watching:
+        return
+    _watching = True
 
     def hook(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        nonlocal acted
-        if acted or not isinstance(optimizer, FusedOptimizer):
+        global _watching
+        if not _watching or not isinstance(optimizer, FusedOptimizer):
             return
-        acted = True
+        _watching = False
         hooks = handle.hooks_dict_ref()
         if hooks is not None and next(reversed(hooks)) == handle.id:
             # torch is walking over this dict: only its last entry can go without the walk failing.
             handle.remove()
         if optimizer not in _announced:
-            print_log(
-                f"fusedopt: {type(optimizer).__name__} (backend {optimizer.backend_in_use}) is driven by a stock "
-                "wrapper: only the update is fused, 0 passes over the gradients are saved. type='FusedOptimWrapper' "
-                "or 'FusedAmpOptimWrapper' makes unscaling and clipping part of the step",
-                logger="current",
+            _log(
+                f"{type(optimizer).__name__} (backend {optimizer.backend_in_use}) is driven by no wrapper of fusedopt: "
+                "only the update is fused, 0 passes over the gradients are saved. type='FusedOptimWrapper' or "
+                "'FusedAmpOptimWrapper' makes unscaling and clipping part of the step"
             )
 
     handle = register_optimizer_step_pre_hook(hook)
