@@ -363,6 +363,56 @@ class TestGradNorm:
         assert len(history._pending) == 6 and len(history.data[0]) == 1030
 
 
+class OwnStep(FusedOptimWrapper):
+    """A user's, written for MMEngine's OptimWrapper."""
+
+    def step(self, **kwargs) -> None:
+        if self.clip_grad_kwargs:
+            self._clip_grad()
+        self.optimizer.step(**kwargs)
+
+
+class OwnAmpStep(FusedAmpOptimWrapper):
+    """A user's, written for MMEngine's AmpOptimWrapper."""
+
+    def step(self, **kwargs) -> None:
+        if self.clip_grad_kwargs:
+            self.loss_scaler.unscale_(self.optimizer)
+            self._clip_grad()
+        self.loss_scaler.step(self.optimizer, **kwargs)
+        self.loss_scaler.update(self._scale_update_param)
+
+
+class TestOwnStep:
+    """Subclasses that use MMEngine's protected names."""
+
+    @pytest.mark.parametrize("clip_grad", [dict(max_norm=0.5), dict(type="value", clip_value=0.25), None])
+    @pytest.mark.parametrize("kind", [OwnStep, OwnAmpStep])
+    @pytest.mark.parametrize("cls", [torch.optim.SGD, fusedopt.FusedSGD])
+    def test_clips_once(self, cls, kind, clip_grad):
+        updated = []
+        for wrapper_class in (kind, kind.__base__):
+            param = nn.Parameter(torch.ones(3))
+            wrapper = wrapper_class(optimizer=cls([param], lr=0.1), clip_grad=clip_grad)
+            wrapper.message_hub = MessageHub.get_instance(f"hub_{next(numbers)}")
+            wrapper.update_params(param.sum())
+            updated.append(param)
+        torch.testing.assert_close(*updated)
+        logs = "train/grad_norm" in wrapper.message_hub.log_scalars
+        assert logs == bool(clip_grad and "max_norm" in clip_grad)
+
+    def test_the_names_mean_what_they_mean_there(self):
+        make = lambda clip_grad: FusedOptimWrapper(  # noqa: E731
+            fusedopt.FusedSGD([nn.Parameter(torch.ones(1))], lr=0.1), clip_grad=clip_grad
+        )
+        by_norm, by_value = make(dict(max_norm=0.5)), make(dict(type="value", clip_value=0.25))
+        assert by_norm.clip_grad_kwargs == dict(max_norm=0.5, norm_type=2.0, error_if_nonfinite=False)
+        assert (by_norm.clip_func, by_norm.grad_name) == (torch.nn.utils.clip_grad_norm_, "grad_norm")
+        assert by_value.clip_grad_kwargs == dict(clip_value=0.25)
+        assert (by_value.clip_func, by_value.grad_name) == (torch.nn.utils.clip_grad_value_, "grad_value")
+        assert make(None).clip_grad_kwargs is None and not hasattr(make(None), "clip_func")
+
+
 class TestPath:
     @pytest.mark.parametrize(
         ("wrapper", "clip_grad", "passes"),
@@ -392,7 +442,7 @@ class TestPath:
         params = [nn.Parameter(torch.ones(1)) for _ in range(2)]
         return [cls(params, lr=0.1) for cls in (torch.optim.SGD, fusedopt.FusedSGD, fusedopt.FusedSGD)]
 
-    def test_one_line_although_the_stock_path_is_watched_for(self, lines, optimizers):
+    def test_a_step_of_our_wrapper_does_not_hide_a_stock_one(self, lines, optimizers):
         stock, ours, other = optimizers
         announce_stock_path()
         stock.step()
@@ -401,10 +451,24 @@ class TestPath:
         ours.step()
         ours.step()
         other.step()
-        (line,) = lines
-        assert line.startswith("fusedopt: OptimWrapper drives FusedSGD") and "0 saved" in line
+        first, second = lines
+        assert first.startswith("fusedopt: OptimWrapper drives FusedSGD") and "0 saved" in first
+        assert "FusedSGD (backend " in second and "driven by no wrapper of fusedopt" in second, "that of `other`"
 
-    def test_the_watch_ends_with_the_first_fused_step(self, lines, optimizers):
+    def test_the_watch_ends_after_many_steps_of_our_wrappers(self, lines, optimizers):
+        _, ours, other = optimizers
+        hooks = optimizer_module._global_optimizer_pre_hooks
+        announce_stock_path()
+        announce_path(fusedopt.OptimWrapper(ours))
+        for _ in range(99):
+            ours.step()
+        assert len(hooks) == 1
+        ours.step()
+        assert len(hooks) == 0
+        other.step()
+        assert len(lines) == 1
+
+    def test_the_watch_ends_with_the_first_step_under_a_stock_wrapper(self, lines, optimizers):
         _, fused, other = optimizers
         hooks = optimizer_module._global_optimizer_pre_hooks
         before = len(hooks)
@@ -424,6 +488,9 @@ class TestPath:
             optimizer.step()
         handle.remove()
         assert steps == [fused, other, stock] and len(lines) == 1
+        assert len(optimizer_module._global_optimizer_pre_hooks) == 1
+        stock.step()
+        assert len(optimizer_module._global_optimizer_pre_hooks) == 0, "it leaves when it is the last"
 
     def test_the_names_are_registered(self):
         fused = [name for name in fusedopt.OPTIMIZERS if name.startswith("Fused")]

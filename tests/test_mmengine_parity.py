@@ -215,8 +215,7 @@ def train(wrapper: Any, model: nn.Module, data: torch.Tensor, start: int, total:
     clip_grad=st.sampled_from([None, dict(max_norm=0.3), dict(type="value", clip_value=0.02)]),
 )
 def test_random_lengths_of_accumulation_give_the_same_parameters(kind, accumulate, iterations, start, extra, clip_grad):
-    # Without a total it must not start in the middle, where MMEngine takes -1 for the number of what is left.
-    start, total = (0, -1) if extra is None else (start, start + iterations + extra)
+    total = -1 if extra is None else start + iterations + extra
     data = torch.randn(iterations, 4, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     outcomes = []
     for classes, optimizer in ((theirs, torch.optim.SGD), (fusedopt, torch.optim.SGD), (fusedopt, fusedopt.FusedSGD)):

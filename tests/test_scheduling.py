@@ -108,11 +108,11 @@ def test_a_checkpoint_between_a_skip_and_its_correction():
     update(param, wrapper, overflow=True)
     scheduler.step()
     saved = scheduler.state_dict()
-    assert saved == {"count": 1, "last_step_was_skipped": True}
+    assert saved == {"count": 1, "all_were_skipped": True, "some_were_made": False}
 
     resumed = SkipAwareScheduler(Counter(), wrapper)
     resumed.load_state_dict(saved)
-    assert saved == {"count": 1, "last_step_was_skipped": True}
+    assert saved == {"count": 1, "all_were_skipped": True, "some_were_made": False}
     update(param, wrapper)
     resumed.step()
     assert resumed.count == 1
@@ -120,6 +120,70 @@ def test_a_checkpoint_between_a_skip_and_its_correction():
     update(param, wrapper)
     resumed.step()
     assert resumed.count == 8
+
+
+#: Epochs of three steps each: the last overflows, all do, all but the first, none.
+EPOCHS = [[False, False, True], [True, True, True], [False, True, True], [False, False, False]]
+
+
+@pytest.mark.parametrize("cls", CLASSES)
+@pytest.mark.parametrize(("wait", "expected"), [(True, [1, 1, 2, 3]), (False, [1, 2, 2, 3])])
+def test_an_epoch_counts_when_it_made_a_step(cls, wait, expected):
+    param, wrapper = make_wrapper(cls)
+    scheduler = SkipAwareScheduler(Counter(), wrapper, wait=wait)
+    counts = []
+    for epoch in EPOCHS:
+        for overflow in epoch:
+            update(param, wrapper, overflow)
+        scheduler.step()
+        counts.append(scheduler.count)
+    assert counts == expected
+
+
+def test_an_overflow_at_the_end_does_not_cost_the_epoch():
+    param, wrapper = make_wrapper(FusedSGD)
+    scheduler = SkipAwareScheduler(StepLR(wrapper.optimizer, step_size=1, gamma=0.1), wrapper, wait=True)
+    for iteration in range(10):
+        update(param, wrapper, overflow=iteration == 9)
+    scheduler.step()
+    assert wrapper.get_lr() == {"lr": [pytest.approx(0.01)]}
+
+
+def test_two_schedulers_of_one_wrapper():
+    param, wrapper = make_wrapper(FusedSGD)
+    by_step, by_epoch = (SkipAwareScheduler(Counter(), wrapper, wait=True) for _ in range(2))
+    for epoch in EPOCHS:
+        for overflow in epoch:
+            update(param, wrapper, overflow)
+            by_step.step()
+        by_epoch.step()
+    assert (by_step.count, by_epoch.count) == (6, 3)
+
+
+@pytest.mark.parametrize("wait", [False, True])
+def test_a_checkpoint_in_the_middle_of_an_epoch(wait):
+    param, wrapper = make_wrapper(FusedSGD)
+    scheduler = SkipAwareScheduler(Counter(), wrapper, wait=wait)
+    update(param, wrapper)
+    update(param, wrapper, overflow=True)
+    saved = scheduler.state_dict()
+    assert saved == {"count": 0, "all_were_skipped": False, "some_were_made": True}
+
+    param, wrapper = make_wrapper(FusedSGD)
+    resumed = SkipAwareScheduler(Counter(), wrapper, wait=wait)
+    resumed.load_state_dict(saved)
+    update(param, wrapper, overflow=True)
+    resumed.step()
+    assert resumed.count == 1, "a step of this epoch was made, before the checkpoint"
+    update(param, wrapper)
+    resumed.step()
+    assert resumed.count == 2
+
+
+def test_steps_are_counted_only_for_a_scheduler():
+    param, wrapper = make_wrapper(FusedSGD)
+    update(param, wrapper)
+    assert wrapper._steps_made is None
 
 
 def test_waits_for_no_flag_of_the_step_just_made(monkeypatch):

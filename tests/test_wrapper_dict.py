@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 from torch import nn
-from torch.optim import SGD
+from torch.optim import SGD, Adam
 
 from fusedopt import AmpOptimWrapper, FusedAdam, FusedSGD, OptimWrapper, OptimWrapperDict
 
@@ -73,6 +73,8 @@ def test_reports_come_by_name(pair):
     step(pair["gen"])
     assert float(pair.grad_norm["gen"]) == pytest.approx(4.0) and pair.grad_norm["disc"] is None
     assert float(pair.clip_coef["gen"]) == pytest.approx(0.25)
+    assert pair.clip_grad["gen"]["max_norm"] == 1.0 and pair.clip_grad["disc"] is None
+    assert pair.step_count == {"gen": 1, "disc": 0}
     assert pair.loss_scale == pair.step_was_skipped == {"gen": None, "disc": None}
 
 
@@ -118,7 +120,41 @@ def test_state_dicts_of_all_at_once(pair):
     assert str(saved) == str(before)
     loaded = fresh["disc"].state_dict()["state"][0]
     assert all(torch.equal(value, saved["disc"]["state"][0][key]) for key, value in loaded.items())
-    fresh.load_state_dict({"disc": saved["disc"]})
+
+
+def test_what_a_state_dict_lacks_is_a_warning(pair):
+    with pytest.warns(UserWarning, match="state_dict has nothing for 'gen', which stays as it is"):
+        pair.load_state_dict({"disc": pair.state_dict()["disc"]})
+    with pytest.warns(UserWarning, match="nothing for 'gen', 'disc'"):
+        pair.load_state_dict({})
+
+
+@pytest.mark.parametrize("kind", [OptimWrapper, AmpOptimWrapper])
+@pytest.mark.parametrize("cls", [Adam, FusedAdam])
+def test_an_entry_that_is_refused_leaves_those_before_it(cls, kind):
+    target, source = (
+        OptimWrapperDict(gen=wrapper(cls, groups=2, kind=kind), disc=wrapper(FusedAdam)) for _ in range(2)
+    )
+    for wrappers, count in ((target, 1), (source, 2)):
+        for _ in range(count):
+            step(wrappers["gen"])
+    saved = source.state_dict()
+    saved["gen"]["base_param_settings"]["lr"] = 7.0
+    if kind is AmpOptimWrapper:
+        saved["gen"]["loss_scaler"]["scale"] = 2.0
+    saved["disc"]["param_groups"] = []
+    before = copy.deepcopy(target.state_dict())
+    with pytest.raises(ValueError, match="different number of parameter groups"):
+        target.load_state_dict(saved)
+    assert str(target.state_dict()) == str(before)
+    step(target["gen"])
+    assert float(target.state_dict()["gen"]["state"][0]["step"]) == 2
+
+
+@pytest.mark.parametrize(("state", "name"), [(None, "state_dict"), ({"gen": 1}, r"state_dict\['gen'\]")])
+def test_a_state_that_is_no_dict_is_a_type_error(pair, state, name):
+    with pytest.raises(TypeError, match=rf"{name} must be a dict, as state_dict\(\) of a wrapper"):
+        pair.load_state_dict(state)
 
 
 def test_the_state_of_a_dict_and_of_a_single_wrapper_do_not_mix(pair):
@@ -135,6 +171,19 @@ def test_an_unknown_name_loads_nothing(pair):
     with pytest.raises(KeyError, match=r"state_dict has 'disk', which is no wrapper here; did you mean 'disc'\?"):
         pair.load_state_dict({"gen": saved["gen"], "disk": saved["disc"]})
     assert pair.get_lr()["gen.lr"] == [0.01, 0.01]
+
+
+def test_a_dict_holds_no_dict(pair):
+    with pytest.raises(TypeError, match="holds single wrappers, got both=OptimWrapperDict of 'gen', 'disc'"):
+        OptimWrapperDict(both=pair)
+
+
+@pytest.mark.parametrize("name", ["optimizer", "base_param_settings", "_inner_count"])
+def test_what_only_a_single_wrapper_has_is_no_attribute(pair, name):
+    with pytest.raises(AttributeError, match=rf"no {name} of its own: ask one.*as in optim_wrapper\['gen'\]\.{name}"):
+        getattr(pair, name)
+    assert not hasattr(pair, name)
+    assert list(copy.deepcopy(pair)) == ["gen", "disc"]
 
 
 def test_holds_wrappers_only():

@@ -448,6 +448,11 @@ class TestAmp:
         assert bool(wrapper.step_was_skipped)
         assert float(wrapper.loss_scale) == 512.0
 
+    def test_the_loss_scale_is_where_the_parameters_are(self):
+        wrapper = AmpOptimWrapper(optimizer=FusedSGD([nn.Parameter(torch.ones(1))], lr=0.1))
+        wrapper.optimizer.param_groups[0]["params"] = [nn.Parameter(torch.ones(1, device="meta"))]
+        assert wrapper.loss_scale.device.type == "meta", "before the first loss, too"
+
     def test_loss_scale_dict_is_the_scalers_arguments(self):
         loss_scale = dict(init_scale=8.0, growth_interval=1, growth_factor=4.0)
         model = make_model()
@@ -593,6 +598,30 @@ class TestStateDict:
             single.load_state_dict(source.state_dict())
         assert single.base_param_settings is None
         assert float(single.loss_scale) == 65536.0
+
+    @pytest.mark.parametrize(
+        ("scaler_state", "error", "message"),
+        [
+            ({"x": 1}, KeyError, "has no 'scale', 'growth_factor'.*returns, got 'x'"),
+            ({"growth_interval": "often"}, ValueError, r"\['growth_interval'\] must be a number, got 'often'"),
+            (3, TypeError, r"state_dict\['loss_scaler'\] must be a dict"),
+        ],
+    )
+    def test_what_the_scaler_refuses_changes_nothing(self, scaler_state, error, message):
+        single, source = (AmpOptimWrapper(optimizer=make_optimizer(FusedAdam, make_model())) for _ in range(2))
+        source.param_groups[0]["lr"] = 0.5
+        saved = source.state_dict()
+        if error is ValueError:
+            scaler_state = {**saved["loss_scaler"], **scaler_state}
+        with pytest.raises(error, match=message):
+            single.load_state_dict({**saved, "loss_scaler": scaler_state})
+        assert single.get_lr() == {"lr": [0.02]}
+
+    @pytest.mark.parametrize("wrapper_class", [OptimWrapper, AmpOptimWrapper])
+    def test_none_is_a_type_error(self, wrapper_class):
+        wrapper = wrapper_class(optimizer=make_optimizer(FusedAdam, make_model()))
+        with pytest.raises(TypeError, match=r"state_dict must be a dict.*got NoneType"):
+            wrapper.load_state_dict(None)
 
     def test_the_state_of_a_disabled_scaler_leaves_the_scale(self):
         disabled = AmpOptimWrapper(

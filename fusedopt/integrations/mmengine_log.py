@@ -15,6 +15,8 @@ __all__ = ["announce_path", "announce_stock_path", "gradient_passes"]
 
 _announced: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
 _watching = False
+#: Steps under wrappers of ours that the watch for a stock one lasts at most. A fused step is slower while it does.
+_MOST_WATCHED = 100
 
 
 def _log(text: str) -> None:
@@ -48,29 +50,33 @@ def announce_path(wrapper: OptimWrapper) -> None:
 
 
 def announce_stock_path() -> None:
-    """At the first step of any fused optimizer, log that only its update is fused, unless a wrapper of ours drives it.
+    """At the first step of a fused optimizer that no wrapper of ours drives, log that only its update is fused.
 
-    A stock wrapper tells nobody what it drives; but torch calls a hook before each step. It acts once.
+    A stock wrapper tells nobody what it drives; but torch calls a hook before each step. It acts once. After 100 steps
+    of optimizers that wrappers of ours drive it watches no more.
     """
     global _watching
     if _watching:
         return
     _watching = True
+    left = _MOST_WATCHED
 
     def hook(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         global _watching
-        if not _watching or not isinstance(optimizer, FusedOptimizer):
-            return
-        _watching = False
+        nonlocal left
+        if left and isinstance(optimizer, FusedOptimizer):
+            stock = optimizer not in _announced
+            left = 0 if stock else left - 1
+            _watching = left > 0
+            if stock:
+                _log(
+                    f"{type(optimizer).__name__} (backend {optimizer.backend_in_use}) is driven by no wrapper of "
+                    "fusedopt: only the update is fused, 0 passes over the gradients are saved. "
+                    "type='FusedOptimWrapper' or 'FusedAmpOptimWrapper' makes unscaling and clipping part of the step"
+                )
         hooks = handle.hooks_dict_ref()
-        if hooks is not None and next(reversed(hooks)) == handle.id:
+        if not left and hooks is not None and next(reversed(hooks)) == handle.id:
             # torch is walking over this dict: only its last entry can go without the walk failing.
             handle.remove()
-        if optimizer not in _announced:
-            _log(
-                f"{type(optimizer).__name__} (backend {optimizer.backend_in_use}) is driven by no wrapper of fusedopt: "
-                "only the update is fused, 0 passes over the gradients are saved. type='FusedOptimWrapper' or "
-                "'FusedAmpOptimWrapper' makes unscaling and clipping part of the step"
-            )
 
     handle = register_optimizer_step_pre_hook(hook)

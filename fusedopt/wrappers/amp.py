@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ..amp import GradScaler
 from ..registry import OPTIM_WRAPPERS, accepted_arguments
 from ..rules import NormClip, check_number, did_you_mean
+from .base import check_state_dict
 from .wrapper import OptimWrapper
 
 __all__ = ["AmpOptimWrapper", "ApexOptimWrapper"]
@@ -20,6 +21,8 @@ __all__ = ["AmpOptimWrapper", "ApexOptimWrapper"]
 _DTYPES = {
     str(dtype).removeprefix("torch."): dtype for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 }
+
+_SCALER_KEYS = ("scale", "growth_factor", "backoff_factor", "growth_interval", "_growth_tracker")
 
 
 def _parse_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
@@ -30,6 +33,19 @@ def _parse_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
     if isinstance(dtype, (str, torch.dtype)):
         raise ValueError(f"Invalid dtype: {dtype!r}; {did_you_mean(str(dtype), _DTYPES)}")
     raise TypeError(f"dtype must be the name of a dtype, a torch.dtype or None, got {dtype!r}")
+
+
+def _check_scaler_state(state: Any) -> None:
+    check_state_dict(state, "state_dict['loss_scaler']")
+    missing = [key for key in _SCALER_KEYS if key not in state]
+    if missing:
+        raise KeyError(
+            f"state_dict['loss_scaler'] has no {', '.join(map(repr, missing))}; expected what the state_dict() of a "
+            f"GradScaler returns, got {', '.join(map(repr, state))}"
+        )
+    for key in _SCALER_KEYS:
+        if not isinstance(state[key], (int, float)):
+            raise ValueError(f"state_dict['loss_scaler'][{key!r}] must be a number, got {state[key]!r}")
 
 
 @OPTIM_WRAPPERS.register_module()
@@ -81,13 +97,14 @@ class AmpOptimWrapper(OptimWrapper):
         for key in scaler_settings:
             if key not in known:
                 raise TypeError(f"loss_scale {loss_scale!r}: unknown key {key!r}; {did_you_mean(key, known)}")
-        self.loss_scaler = GradScaler(**{"device": self._device_type, **scaler_settings})
+        self.loss_scaler = GradScaler(**{"device": self._device.type, **scaler_settings})
         self._found_inf: list[Tensor] = []
 
     @property
-    def _device_type(self) -> str:
+    def _device(self) -> torch.device:
         # Looked up at each use, since a model may be moved after its optimizer was made.
-        return next((param.device.type for group in self.optimizer.param_groups for param in group["params"]), "cpu")
+        params = (param for group in self.optimizer.param_groups for param in group["params"])
+        return next((param.device for param in params), torch.device("cpu"))
 
     def backward(self, loss: Tensor, **kwargs: Any) -> None:
         """Compute scaled gradients and count one inner iteration."""
@@ -108,6 +125,7 @@ class AmpOptimWrapper(OptimWrapper):
         if scaler.is_enabled():
             self._found_inf = list(scaler._found_inf_per_device(self.optimizer).values())
         scaler.update(self._scale_update_param)
+        self._count_made_step()
 
     def _overflowed(self) -> bool:
         scaler = self.loss_scaler
@@ -118,7 +136,7 @@ class AmpOptimWrapper(OptimWrapper):
     @contextlib.contextmanager
     def optim_context(self, model: nn.Module) -> Iterator[None]:
         """Autocast, and what :meth:`OptimWrapper.optim_context` does."""
-        device_type = self._device_type
+        device_type = self._device.type
         # Only CUDA autocasts to float32; elsewhere torch would warn at every iteration and leave autocast off.
         enabled = device_type == "cuda" or self.cast_dtype not in (torch.float32, torch.float64)
         with super().optim_context(model), torch.autocast(device_type, dtype=self.cast_dtype, enabled=enabled):
@@ -130,8 +148,9 @@ class AmpOptimWrapper(OptimWrapper):
         if not self.loss_scaler.is_enabled():
             return None
         scale = self.loss_scaler._get_scale_async()
-        # A copy: the scaler updates its own in place.
-        return torch.tensor(self.loss_scaler._init_scale) if scale is None else scale.clone()
+        if scale is None:  # the scaler makes it at the first loss
+            return torch.full((), self.loss_scaler._init_scale, dtype=torch.float32, device=self._device)
+        return scale.clone()  # the scaler updates its own in place
 
     @property
     def step_was_skipped(self) -> Tensor | None:
@@ -152,11 +171,24 @@ class AmpOptimWrapper(OptimWrapper):
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Load the state dict of any wrapper of one optimizer, or of the optimizer itself.
 
-        Without ``loss_scaler`` in it, or with that of a disabled scaler, the loss scale stays what it is.
+        Without ``loss_scaler`` in it, or with that of a disabled scaler, the loss scale stays what it is. On an error
+        nothing has been loaded.
+
+        Raises:
+            TypeError: it is no dict, or ``loss_scaler`` in it is none.
+            KeyError: ``loss_scaler`` lacks something.
+            ValueError: as :meth:`OptimWrapper.load_state_dict`, or something in ``loss_scaler`` is no number.
         """
+        check_state_dict(state_dict)
+        scaler_state = state_dict.get("loss_scaler") or {}
+        if scaler_state:
+            _check_scaler_state(scaler_state)
         super().load_state_dict(state_dict)
-        if state_dict.get("loss_scaler"):
-            self.loss_scaler.load_state_dict(state_dict["loss_scaler"])
+        if scaler_state:
+            self.loss_scaler.load_state_dict(scaler_state)
+
+    def _loaded_objects(self) -> list[Any]:
+        return [*super()._loaded_objects(), self.loss_scaler]
 
 
 @OPTIM_WRAPPERS.register_module()

@@ -11,10 +11,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["BaseOptimWrapper"]
+__all__ = ["BaseOptimWrapper", "check_state_dict"]
 
 # What wrappers add to the state dict of their optimizer; each wrapper takes what it knows and leaves the rest.
 _WRAPPER_KEYS = ("base_param_settings", "loss_scaler")
+
+
+def check_state_dict(state_dict: Any, name: str = "state_dict") -> None:
+    """Raise a TypeError, which calls it ``name``, for what is no dict."""
+    if not isinstance(state_dict, Mapping):
+        raise TypeError(
+            f"{name} must be a dict, as state_dict() of a wrapper or optimizer returns, got {type(state_dict).__name__}"
+        )
 
 
 class BaseOptimWrapper(abc.ABC):
@@ -101,8 +109,10 @@ class BaseOptimWrapper(abc.ABC):
         The dict is not changed. When the optimizer refuses its part, nothing has been loaded.
 
         Raises:
+            TypeError: it is no dict.
             ValueError: it is the state dict of an :class:`OptimWrapperDict`, or one that does not fit.
         """
+        check_state_dict(state_dict)
         if "param_groups" not in state_dict and any(
             isinstance(value, Mapping) and "param_groups" in value for value in state_dict.values()
         ):
@@ -114,3 +124,25 @@ class BaseOptimWrapper(abc.ABC):
         settings = state_dict.get("base_param_settings")
         if settings is not None:
             self.base_param_settings = deepcopy(settings)
+
+    def _loaded_objects(self) -> list[Any]:
+        """The objects whose attributes loading a state dict sets."""
+        return [self, self.optimizer]
+
+    @contextlib.contextmanager
+    def _unchanged_on_error(self) -> Iterator[None]:
+        """Put back, on an error, what a state dict was loaded into meanwhile.
+
+        Optimizers replace their state when they load; torch's ZeroRedundancyOptimizer does not, and is not put back.
+        """
+        # A scaler writes its tensors in place.
+        before = [
+            (each, {name: value.clone() if isinstance(value, Tensor) else value for name, value in vars(each).items()})
+            for each in self._loaded_objects()
+        ]
+        try:
+            yield
+        except BaseException:
+            for each, attributes in before:
+                vars(each).update(attributes)
+            raise

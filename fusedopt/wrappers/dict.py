@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import warnings
 from collections.abc import ItemsView, Iterator, KeysView, Mapping, ValuesView
 from typing import Any, NoReturn
 
 from torch import nn
 
 from ..rules import did_you_mean
+from .base import check_state_dict
 from .summary import parameter_table
 from .wrapper import OptimWrapper
 
@@ -18,27 +21,40 @@ class OptimWrapperDict(OptimWrapper):
     """Several wrappers by name, as for the networks of a GAN; as ``mmengine.optim.OptimWrapperDict``.
 
     Each is driven by itself: ``update_params``, ``backward``, ``step``, ``optim_context`` and what counts iterations
-    are those of the wrappers in it, and raise NotImplementedError here. The reports (``grad_norm`` and its like) are
-    dicts by name.
+    are those of the wrappers in it, and raise NotImplementedError here. The reports (``grad_norm`` and its like),
+    ``clip_grad`` and ``step_count`` are dicts by name.
 
     Args:
         optim_wrappers: the wrappers, by keyword.
 
     Raises:
-        TypeError: one is not an :class:`OptimWrapper`.
+        TypeError: one is not a single :class:`OptimWrapper`.
     """
 
     def __init__(self, **optim_wrappers: OptimWrapper):
         for name, wrapper in optim_wrappers.items():
             if not isinstance(wrapper, OptimWrapper):
                 raise TypeError(f"OptimWrapperDict holds OptimWrappers, got {name}={type(wrapper).__name__}")
+            if isinstance(wrapper, OptimWrapperDict):
+                raise TypeError(
+                    f"OptimWrapperDict holds single wrappers, got {name}=OptimWrapperDict of "
+                    f"{', '.join(map(repr, wrapper)) or 'none'}; give its wrappers names of their own"
+                )
         self.optim_wrappers = optim_wrappers
 
-    def _refuse(self, method: str) -> NoReturn:
-        raise NotImplementedError(
-            f"OptimWrapperDict has no {method} of its own: call it on one of its wrappers, "
-            f"as in optim_wrapper[{next(iter(self.optim_wrappers), 'name')!r}].{method}"
+    def _refusal(self, name: str, verb: str) -> str:
+        return (
+            f"OptimWrapperDict has no {name} of its own: {verb} one of its wrappers, "
+            f"as in optim_wrapper[{next(iter(self.optim_wrappers), 'name')!r}].{name}"
         )
+
+    def _refuse(self, method: str) -> NoReturn:
+        raise NotImplementedError(self._refusal(method, "call it on"))
+
+    def __getattr__(self, name: str) -> NoReturn:
+        if name.startswith("__") or name == "optim_wrappers":  # protocols ask for the one, unpickling for the other
+            raise AttributeError(name)
+        raise AttributeError(self._refusal(name, "ask"), name=name, obj=self)
 
     def update_params(self, *args: Any, **kwargs: Any) -> NoReturn:
         """Not here: each wrapper has its own."""
@@ -102,6 +118,16 @@ class OptimWrapperDict(OptimWrapper):
         }
 
     @property
+    def clip_grad(self) -> dict[str, Any]:
+        """``clip_grad`` of each wrapper, by name."""
+        return {name: wrapper.clip_grad for name, wrapper in self.items()}
+
+    @property
+    def step_count(self) -> dict[str, int]:  # type: ignore[override]
+        """``step_count`` of each wrapper, by name."""
+        return {name: wrapper.step_count for name, wrapper in self.items()}
+
+    @property
     def grad_norm(self) -> dict[str, Any]:  # type: ignore[override]
         """``grad_norm`` of each wrapper, by name."""
         return {name: wrapper.grad_norm for name, wrapper in self.items()}
@@ -128,20 +154,33 @@ class OptimWrapperDict(OptimWrapper):
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Load the state dict of each wrapper that is in ``state_dict``. It is not changed.
 
+        A wrapper that is not in it stays what it is, with a warning. On an error nothing has been loaded, except into a
+        ZeroRedundancyOptimizer before the entry that was refused.
+
         Raises:
-            ValueError: it is the state dict of a single wrapper or optimizer.
-            KeyError: it has a name that is not here. Nothing has been loaded then.
+            TypeError: it is no dict of dicts.
+            ValueError: it is the state dict of a single wrapper or optimizer, or one of its entries does not fit.
+            KeyError: it has a name that is not here, or one of its entries lacks something.
         """
+        check_state_dict(state_dict)
         if "param_groups" in state_dict:
             raise ValueError(
                 "state_dict is that of a single wrapper or optimizer; an OptimWrapperDict loads a dict with one for "
                 f"each of {', '.join(map(repr, self))}"
             )
-        for name in state_dict:
+        for name, state in state_dict.items():
             if name not in self:
                 raise KeyError(f"state_dict has {name!r}, which is no wrapper here; {did_you_mean(name, self)}")
-        for name, state in state_dict.items():
-            self[name].load_state_dict(state)
+            check_state_dict(state, f"state_dict[{name!r}]")
+        missing = [name for name in self if name not in state_dict]
+        if missing:
+            warnings.warn(
+                f"state_dict has nothing for {', '.join(map(repr, missing))}, which stays as it is", stacklevel=2
+            )
+        with contextlib.ExitStack() as stack:
+            for name, state in state_dict.items():
+                stack.enter_context(self[name]._unchanged_on_error())
+                self[name].load_state_dict(state)
 
     def describe(self, model: nn.Module | None = None) -> str:
         """:meth:`OptimWrapper.describe` of all, in one table; names of wrappers stand before the groups' numbers."""

@@ -1,4 +1,4 @@
-"""SkipAwareScheduler: a scheduler that stands still when a step was skipped."""
+"""SkipAwareScheduler: a scheduler that stands still where steps were skipped."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .dict import OptimWrapperDict
-from .wrapper import OptimWrapper
+from .wrapper import OptimWrapper, _on
 
 __all__ = ["SkipAwareScheduler"]
 
@@ -33,18 +33,21 @@ class _Flag:
 
 
 class SkipAwareScheduler:
-    """Drives a learning rate scheduler, except past steps that were skipped for non-finite gradients.
+    """Drives a learning rate scheduler, which stands still where every step was skipped for non-finite gradients.
 
-    By default nothing waits for the device, so the scheduler **lags one step**: each call looks at the flag of the step
-    before the last one. A step that was skipped is made up for at the next call, and until then the scheduler is one
-    ahead. The host runs at most one step ahead of the device. With ``wait`` each call reads the flag of the last step;
-    on a GPU that **synchronizes**. A call with no step since the one before, as in the middle of an accumulation,
-    advances as usual.
+    A call is held back when all steps since the call before were skipped: called after each step, when that one was;
+    called after each epoch, when the epoch made none. A call with no step since the one before, as in the middle of an
+    accumulation, advances as usual.
+
+    By default the scheduler **lags one call**: each looks at the steps before the last call. What it was to be held
+    back for is made up for at the next call, and until then it is one ahead. On a GPU the host waits until the steps
+    before the last call are done, so that it runs at most one call ahead of the device. With ``wait`` each call looks
+    at the steps just made; on a GPU that **synchronizes**.
 
     Args:
         scheduler: any object with ``step()``; everything else of it can be reached through this one.
         optim_wrapper: the wrapper whose steps count.
-        wait: read the flag at once.
+        wait: look at the steps just made.
 
     Raises:
         TypeError: ``optim_wrapper`` is not a single wrapper.
@@ -59,11 +62,15 @@ class SkipAwareScheduler:
         self.scheduler = scheduler
         self.optim_wrapper = optim_wrapper
         self.wait = wait
-        self._steps_seen = optim_wrapper.step_count
         self._pending: _Flag | None = None
+        self._begin()
+
+    def _begin(self) -> None:
+        self._steps_before = self.optim_wrapper.step_count
+        self._made_before = self.optim_wrapper._count_made_steps()
 
     def step(self, *args: Any, **kwargs: Any) -> None:
-        """Step the scheduler, unless for a skipped step."""
+        """Step the scheduler, unless all steps it was to follow were skipped."""
         if self.wait:
             self._settle()
         skipped = self._pending is not None and self._pending.read()
@@ -74,22 +81,28 @@ class SkipAwareScheduler:
             self.scheduler.step(*args, **kwargs)
 
     def _settle(self) -> None:
-        """Begin to read the flag of the last step, if there was one since the last call."""
-        flag = self.optim_wrapper.step_was_skipped
-        if self.optim_wrapper.step_count != self._steps_seen and flag is not None:
-            self._pending = _Flag(flag)
-        self._steps_seen = self.optim_wrapper.step_count
+        """Begin to read whether no step was made since the last call, if there was any."""
+        made = self.optim_wrapper._count_made_steps()
+        if self.optim_wrapper.step_count != self._steps_before and isinstance(made, Tensor):
+            self._pending = _Flag(made == _on(made.device, self._made_before))
+        self._begin()
 
     def state_dict(self) -> dict[str, Any]:
-        """The scheduler's state dict, and ``last_step_was_skipped``; that waits for the last step's flag."""
+        """The scheduler's state dict, ``all_were_skipped`` before the last call and ``some_were_made`` since it.
+
+        It waits for the device.
+        """
         skipped = self._pending is not None and self._pending.read()
-        return {**self.scheduler.state_dict(), "last_step_was_skipped": skipped}
+        some = int(self.optim_wrapper._count_made_steps()) != int(self._made_before)
+        return {**self.scheduler.state_dict(), "all_were_skipped": skipped, "some_were_made": some}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Load what :meth:`state_dict` returned, or the scheduler's own state dict."""
         own = dict(state_dict)
-        self._pending = _Flag(torch.tensor(own.pop("last_step_was_skipped", False)))
-        self._steps_seen = self.optim_wrapper.step_count
+        self._pending = _Flag(torch.tensor(own.pop("all_were_skipped", False)))
+        self._begin()
+        if own.pop("some_were_made", False):
+            self._made_before = self._made_before - 1
         self.scheduler.load_state_dict(own)
 
     def __getattr__(self, name: str) -> Any:

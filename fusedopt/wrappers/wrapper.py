@@ -31,6 +31,10 @@ def _check_loss(loss: Tensor) -> None:
         )
 
 
+def _on(device: torch.device, count: int | Tensor) -> int | Tensor:
+    return count.to(device, non_blocking=True) if isinstance(count, Tensor) else count
+
+
 @OPTIM_WRAPPERS.register_module()
 class OptimWrapper(BaseOptimWrapper):
     """Drives any torch optimizer: backward, gradient accumulation, clipping, step; as ``mmengine.optim.OptimWrapper``.
@@ -80,6 +84,8 @@ class OptimWrapper(BaseOptimWrapper):
         self._remainder_counts = -1
         #: Number of calls of ``step``, of those too that were skipped.
         self.step_count = 0
+        # Of these, those that were made, for whoever asks _count_made_steps: on the device where a step has a flag.
+        self._steps_made: int | Tensor | None = None
         self._warned_about: set[str] = set()
 
     @property
@@ -125,6 +131,23 @@ class OptimWrapper(BaseOptimWrapper):
         if self._stock_clip is not None:
             self._clip_gradients(self._stock_clip)
         self.optimizer.step(**kwargs)
+        self._count_made_step()
+
+    def _count_made_steps(self) -> int | Tensor:
+        """The number of steps since the first call of this that were not skipped, without waiting for the device."""
+        if self._steps_made is None:
+            self._steps_made = 0
+        return self._steps_made
+
+    def _count_made_step(self) -> None:
+        made = self._steps_made
+        if made is None:  # nobody asked
+            return
+        skipped = self.step_was_skipped
+        if skipped is None:
+            self._steps_made = made + 1
+        else:
+            self._steps_made = _on(skipped.device, made) + skipped.logical_not()
 
     def _clip_gradients(self, clip: NormClip | ValueClip) -> None:
         params = [param for group in self.optimizer.param_groups for param in group["params"] if param.grad is not None]

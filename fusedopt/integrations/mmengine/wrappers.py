@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import mmengine.optim
@@ -72,6 +73,36 @@ class _InsideMMEngine(OptimWrapper):
     def step(self, **kwargs: Any) -> None:
         """Step, and log ``train/grad_norm`` where gradients are clipped by norm, without waiting for it."""
         super().step(**kwargs)
+        self._log_norm()
+
+    @property
+    def clip_grad_kwargs(self) -> dict[str, Any] | None:
+        """The arguments of :attr:`clip_func`; None without clipping."""
+        clip = self.clip_grad
+        return None if clip is None else {key: value for key, value in clip.items() if key != "type"}
+
+    @property
+    def clip_func(self) -> Callable[..., Any]:
+        """What clips the gradients of an optimizer that is not fused; no such attribute without clipping."""
+        return torch.nn.utils.clip_grad_norm_ if self._clips_by("norm") else torch.nn.utils.clip_grad_value_
+
+    @property
+    def grad_name(self) -> str:
+        """``'grad_norm'`` or ``'grad_value'``; no such attribute without clipping."""
+        return "grad_norm" if self._clips_by("norm") else "grad_value"
+
+    def _clips_by(self, kind: str) -> bool:
+        if self.clip_grad is None:
+            raise AttributeError(f"{type(self).__name__} does not clip: clip_grad is None")
+        return self.clip_grad["type"] == kind
+
+    def _clip_grad(self) -> None:
+        """For a ``step`` of a subclass: clip and log the norm; nothing for a fused optimizer, whose step clips."""
+        if self._stock_clip is not None:
+            self._clip_gradients(self._stock_clip)
+            self._log_norm()
+
+    def _log_norm(self) -> None:
         norm = self.grad_norm
         if norm is not None:
             scalars = self.message_hub.log_scalars
