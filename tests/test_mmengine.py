@@ -455,6 +455,14 @@ class TestPath:
         assert first.startswith("fusedopt: OptimWrapper drives FusedSGD") and "0 saved" in first
         assert "FusedSGD (backend " in second and "driven by no wrapper of fusedopt" in second, "that of `other`"
 
+    def test_the_local_optimizer_of_a_sharded_one_is_driven_by_its_wrapper(self, lines, optimizers):
+        sharded, local, _ = optimizers
+        sharded.optim = local  # as torch's ZeroRedundancyOptimizer has it
+        announce_stock_path()
+        announce_path(fusedopt.OptimWrapper(sharded))
+        local.step()
+        assert len(lines) == 1 and "driven by no wrapper" not in lines[0]
+
     def test_the_watch_ends_after_many_steps_of_our_wrappers(self, lines, optimizers):
         _, ours, other = optimizers
         hooks = optimizer_module._global_optimizer_pre_hooks

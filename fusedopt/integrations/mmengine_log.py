@@ -39,6 +39,9 @@ def announce_path(wrapper: OptimWrapper) -> None:
     stock, made = gradient_passes(wrapper)
     optimizer = wrapper.optimizer
     _announced.add(optimizer)
+    local = getattr(optimizer, "optim", None)  # of a ZeroRedundancyOptimizer, for its share
+    if isinstance(local, torch.optim.Optimizer):
+        _announced.add(local)
     who = f"{type(wrapper).__name__} drives {type(optimizer).__name__}"
     if isinstance(optimizer, FusedOptimizer):
         _log(
