@@ -53,12 +53,16 @@ def enable_amp(cfg: Mapping[str, Any]) -> dict[str, Any]:
         cfg: what :func:`build_optim_wrapper` takes. Not changed.
 
     Raises:
+        KeyError: neither ``cfg`` nor an entry has the key ``optimizer``.
         TypeError: ``cfg`` is not a dict.
         ValueError: a wrapper is of another type than these two.
     """
     check_config("optim_wrapper", cfg)
     if "optimizer" not in cfg:
         entries = {key: value for key, value in cfg.items() if isinstance(value, Mapping) and "optimizer" in value}
+        if not entries:
+            has = ", ".join(map(repr, cfg)) or "no keys"
+            raise KeyError(f"optim_wrapper needs the key 'optimizer', at the top or in its entries; it has {has}")
         common = {"type": cfg["type"]} if "type" in cfg else {}
         return {**cfg, **{key: enable_amp({**common, **entry}) for key, entry in entries.items()}}
     kind = cfg.get("type", "OptimWrapper")

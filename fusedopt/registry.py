@@ -26,6 +26,7 @@ __all__ = [
     "Registry",
     "accepted_arguments",
     "check_config",
+    "warn_caller",
 ]
 
 
@@ -43,6 +44,15 @@ def check_config(name: str, cfg: Any) -> None:
             "remove the comma"
         )
     raise TypeError(f"{name} must be a dict, got {type(cfg).__name__}: {cfg!r}")
+
+
+def warn_caller(message: str) -> None:
+    """Warn at the line outside this package that led here."""
+    skipped = (__name__.partition(".")[0], "contextlib")
+    frame, level = sys._getframe(), 1
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in skipped:
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, stacklevel=level)
 
 
 def accepted_arguments(target: Callable[..., Any]) -> set[str] | None:
@@ -102,7 +112,7 @@ class Registry:
 
     Registries of one kind form a tree: a package with a registry of its own makes it a child of ours. A name is looked
     for here, then in the parents; ``scope.Name`` in the registry of that scope; and an import path such as
-    ``torch.optim.AdamW`` at last.
+    ``torch.optim.AdamW`` at last. A registry imports its ``locations`` before it passes a name on.
 
     Args:
         name: what it holds, as messages call it, such as ``'optimizer'``.
@@ -110,7 +120,7 @@ class Registry:
             parent's, else the one that :meth:`build` describes.
         parent: the registry that is asked for what is not here.
         scope: name by which the other registries of the tree know this one; by default the package in which it is made.
-        locations: modules to import before a name counts as unknown, so that what they register is found.
+        locations: modules to import when a name is not here yet, so that what they register is found.
 
     Raises:
         TypeError: an argument is of the wrong kind.
@@ -142,6 +152,7 @@ class Registry:
         )
         self._locations = list(locations)
         self._modules: dict[str, Callable[..., Any]] = {}
+        self._lazy: dict[str, str] = {}
         if parent is not None:
             if scope in parent.children:
                 raise ValueError(f"the {parent.name} registry has a child of scope {scope!r} already")
@@ -149,7 +160,7 @@ class Registry:
 
     @property
     def module_dict(self) -> dict[str, Callable[..., Any]]:
-        """What is registered here, by name."""
+        """What is registered here, by name; without what :meth:`register_lazily` names."""
         return self._modules
 
     @property
@@ -187,16 +198,21 @@ class Registry:
             if not callable(target):
                 raise TypeError(f"the {self.name} registry holds classes and functions, got {target!r}")
             keys = names or [target.__name__]
-            taken = [key for key in keys if key in self._modules]
+            entries = self._entries()
+            taken = [key for key in keys if key in entries]
             if taken and not force:
                 raise KeyError(
-                    f"{taken[0]!r} is already in the {self.name} registry as {_dotted_name(self._modules[taken[0]])}; "
+                    f"{taken[0]!r} is already in the {self.name} registry as {entries[taken[0]]}; "
                     "force=True replaces it"
                 )
             self._modules.update(dict.fromkeys(keys, target))
             return target
 
         return register if module is None else register(module)
+
+    def register_lazily(self, name: str, path: str) -> None:
+        """Register what is at an import path, to be imported when it is first asked for by ``name``."""
+        self._lazy[name] = path
 
     def get(self, key: str) -> Any:
         """What ``key`` stands for, or None.
@@ -214,23 +230,18 @@ class Registry:
         if dot and key not in self._modules and self._search(scope) is None:
             _import_registry_of(scope)
         found = self._find(key)
-        if found is None:
-            found = _import_dotted(key)
-        if found is None:
-            registry = self._search(scope)
-            if (self if registry is None else registry)._import_locations():
-                found = self._find(key)
-        return found
+        return _import_dotted(key) if found is None else found
 
     def _find(self, key: str) -> Any:
         """What is registered as ``key`` in this tree, or None."""
-        if key in self._modules:
-            return self._modules[key]
+        found = self._find_here(key)
+        if found is not None:
+            return found
         scope, dot, rest = key.partition(".")
         if not dot:
             return None if self.parent is None else self.parent._find(key)
         if scope == self.scope:
-            return self._modules.get(rest)
+            return self._find_here(rest)
         registry = self._search(scope)
         return None if registry is None else registry._find(rest)
 
@@ -245,8 +256,15 @@ class Registry:
         found = (child._search_below(scope) for child in self.children.values())
         return next((registry for registry in found if registry is not None), None)
 
-    def _import_locations(self) -> bool:
-        """Import what is left of the locations, here and in the parents; whether there was any."""
+    def _find_here(self, key: str) -> Any:
+        """What is registered as ``key`` in this registry alone, or None."""
+        if key not in self._modules:
+            self._import_locations()
+        if key not in self._modules and key in self._lazy:
+            return _import_dotted(self._lazy[key])
+        return self._modules.get(key)
+
+    def _import_locations(self) -> None:
         # Emptied first: what is imported may look something up here.
         locations, self._locations = self._locations, []
         try:
@@ -255,8 +273,6 @@ class Registry:
         except BaseException:
             self._locations = locations
             raise
-        above = self.parent is not None and self.parent._import_locations()
-        return bool(locations) or above
 
     @contextlib.contextmanager
     def switch_scope_and_registry(self, scope: str | None) -> Iterator[Registry]:
@@ -274,7 +290,7 @@ class Registry:
                 _import_registry_of(current)
                 registry = self._search(current)
             if registry is None and scope is not None:
-                warnings.warn(f"no {self.name} registry has the scope {scope!r}; {self.scope!r} serves", stacklevel=4)
+                warn_caller(f"no {self.name} registry has the scope {scope!r}; {self.scope!r} serves")
             yield self if registry is None else registry
         finally:
             _default_scope.reset(token)
@@ -299,7 +315,7 @@ class Registry:
         return target
 
     def _names(self) -> set[str]:
-        return set(self._modules) | (set() if self.parent is None else self.parent._names())
+        return set(self) | (set() if self.parent is None else self.parent._names())
 
     def build(self, cfg: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
         """Make the object a config describes; the config is not changed.
@@ -319,14 +335,18 @@ class Registry:
     def __contains__(self, key: str) -> bool:
         return self.get(key) is not None
 
+    def _entries(self) -> dict[str, str]:
+        """The import path of each entry, by name."""
+        return {**self._lazy, **{name: _dotted_name(target) for name, target in self._modules.items()}}
+
     def __iter__(self) -> Iterator[str]:
-        return iter(self._modules)
+        return iter(self._entries())
 
     def __len__(self) -> int:
-        return len(self._modules)
+        return len(self._entries())
 
     def __repr__(self) -> str:
-        entries = "".join(f"\n  {name}: {_dotted_name(target)}" for name, target in sorted(self._modules.items()))
+        entries = "".join(f"\n  {name}: {path}" for name, path in sorted(self._entries().items()))
         return f"{type(self).__name__}(name={self.name!r}, scope={self.scope!r}, {len(self)} registered){entries}"
 
 
@@ -356,6 +376,8 @@ def _build_from_cfg(
             accepted = accepted_arguments(target)
             unknown = [key for key in settings if accepted is not None and key not in accepted]
             hint = f"; {did_you_mean(unknown[0], accepted)}" if unknown and accepted else ""
+            if any(clause in str(error) for clause in ("did you mean", "expected one of")):  # it has one of its own
+                hint = ""
             raise TypeError(f"{_dotted_name(target)}: {error}{hint}") from error
 
 
@@ -388,7 +410,8 @@ def _check_takes_params(target: Callable[..., Any], cfg: Mapping[str, Any]) -> N
 
 
 #: Optimizers: torch's under their own names; ``fusedopt.optimizers`` adds ours.
-OPTIMIZERS = Registry("optimizer", build_func=_build_optimizer, locations=["fusedopt.optimizers.zero"])
+OPTIMIZERS = Registry("optimizer", build_func=_build_optimizer)
+OPTIMIZERS.register_lazily("ZeroRedundancyOptimizer", "fusedopt.optimizers.zero.ZeroRedundancyOptimizer")
 OPTIM_WRAPPERS = Registry("optimizer wrapper")
 OPTIM_WRAPPER_CONSTRUCTORS = Registry("optimizer wrapper constructor")
 PARAM_SCHEDULERS = Registry("parameter scheduler")

@@ -5,11 +5,12 @@ from __future__ import annotations
 import copy
 import warnings
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from fusedopt import AmpOptimWrapper, DefaultOptimWrapperConstructor, FusedSGD, OptimWrapper
+from fusedopt import AmpOptimWrapper, DefaultOptimWrapperConstructor, FusedSGD, OptimWrapper, build_optim_wrapper
 
 OPTIMIZERS = ["SGD", "FusedSGD"]
 LR, DECAY = 0.01, 0.1
@@ -346,3 +347,92 @@ def test_add_params_can_be_replaced():
 
     cfg = dict(optimizer=dict(type="SGD", lr=LR, weight_decay=DECAY))
     assert OneGroup(cfg, dict(bias_lr_mult=1))(Model()).get_lr() == {"lr": [LR * 3]}
+
+
+class TestAddParams:
+    """What subclasses may do, as with MMEngine's class."""
+
+    def test_is_called_for_each_child(self):
+        class Special(nn.Linear):
+            pass
+
+        class Mine(DefaultOptimWrapperConstructor):
+            def add_params(self, params, module, prefix="", is_dcn_module=None):
+                if isinstance(module, Special):
+                    params.extend(dict(params=[param], lr=LR * 7) for param in module.parameters())
+                else:
+                    super().add_params(params, module, prefix=prefix, is_dcn_module=is_dcn_module)
+
+        model = nn.Sequential(nn.Linear(2, 2), nn.Sequential(Special(2, 2)), nn.Linear(2, 2))
+        wrapper = Mine(dict(optimizer=dict(type="SGD", lr=LR)), dict(bias_lr_mult=2))(model)
+        assert [group["lr"] / LR for group in wrapper.optimizer.param_groups] == pytest.approx([1, 2, 7, 7, 1, 2])
+
+    def test_duplicates_are_told_from_the_groups(self):
+        class Mine(DefaultOptimWrapperConstructor):
+            def add_params(self, params, module, prefix="", is_dcn_module=None):
+                if not prefix:
+                    params.append(dict(params=[module.conv.weight]))
+                super().add_params(params, module, prefix, is_dcn_module)
+
+        cfg = dict(optimizer=dict(type="SGD", lr=LR))
+        with pytest.raises(ValueError, match=r"'conv\.weight' is shared: it is also 'in a group'"):
+            Mine(cfg, dict(bias_lr_mult=2))(Model())
+        groups = Mine(cfg, dict(bias_lr_mult=2, bypass_duplicate=True))(Model()).optimizer.param_groups
+        assert sum(len(group["params"]) for group in groups) == len(list(Model().parameters()))
+
+    def test_validation_can_be_extended(self):
+        class Mine(DefaultOptimWrapperConstructor):
+            def _validate_cfg(self):
+                super()._validate_cfg()
+                raise RuntimeError("mine")
+
+        with pytest.raises(RuntimeError, match="mine"):
+            Mine(dict(optimizer=dict(type="SGD", lr=LR)))
+
+
+@pytest.mark.parametrize("rules", [dict(bias_lr_mult=2), dict(custom_keys={"bn": dict(lr_mult=2)})])
+def test_the_learning_rate_that_is_multiplied_is_a_number(rules):
+    with pytest.raises(TypeError, match=r"Invalid optimizer lr: '0\.1'"):
+        DefaultOptimWrapperConstructor(dict(optimizer=dict(type="SGD", lr="0.1")), rules)
+
+
+@pytest.mark.parametrize("rule", ["bias_decay_mult", "flat_decay_mult"])
+def test_the_weight_decay_that_is_multiplied_is_a_number(rule):
+    with pytest.raises(TypeError, match=r"Invalid optimizer weight_decay: '0\.1'"):
+        DefaultOptimWrapperConstructor(dict(optimizer=dict(type="SGD", lr=LR, weight_decay="0.1")), {rule: 2})
+
+
+@pytest.mark.parametrize("key", ["constructor", "paramwise_cfg"])
+def test_keys_of_build_optim_wrapper_are_refused_by_name(key):
+    with pytest.raises(ValueError, match=f"optim_wrapper: '{key}' is for build_optim_wrapper"):
+        DefaultOptimWrapperConstructor({"optimizer": dict(type="SGD", lr=LR), key: None})
+
+
+def test_a_numpy_multiplier_gives_a_plain_number():
+    rules = dict(
+        bias_lr_mult=np.float32(2), norm_decay_mult=np.float64(0.5), custom_keys={"dcn": dict(lr_mult=np.int64(3))}
+    )
+    for group in construct(Model(), rules).optimizer.param_groups:
+        assert type(group["lr"]) is type(group["weight_decay"]) is float
+
+
+@pytest.mark.parametrize(
+    "rules",
+    [
+        dict(bias_lr_mul=2),
+        dict(custom_keys={"bn": dict(lr_mul=2)}),
+        dict(custom_keys={"backbone": dict(lr_mult=2)}),
+    ],
+)
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda cfg, rules: DefaultOptimWrapperConstructor(cfg, rules)(Model()),
+        lambda cfg, rules: build_optim_wrapper(Model(), dict(cfg, paramwise_cfg=rules)),
+    ],
+    ids=["directly", "from a config"],
+)
+def test_warnings_point_to_the_callers_line(rules, build):
+    with pytest.warns(UserWarning, match="paramwise_cfg") as caught:
+        build(dict(optimizer=dict(type="SGD", lr=LR)), rules)
+    assert [warning.filename for warning in caught] == [__file__]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -18,7 +19,7 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_
 from torch.nn.parallel import DistributedDataParallel
 
 import fusedopt
-from fusedopt import AmpOptimWrapper, OptimWrapper, build_optim_wrapper
+from fusedopt import OptimWrapper, build_optim_wrapper
 
 pytestmark = [
     pytest.mark.slow,
@@ -167,6 +168,30 @@ def shard_closure(rank: int) -> dict[str, Any]:
     return {"loss": float(loss), "param": param.tolist(), "keys": sorted(optimizer.param_groups[0])}
 
 
+def shard_nothing(rank: int, kind: str) -> dict[str, Any]:
+    """Norm clipping where one process has no parameters."""
+    param = nn.Parameter(torch.ones(4))
+    optimizer = fusedopt.ZeroRedundancyOptimizer([param], kind, lr=0.1, clip_grad=dict(max_norm=1.0))
+    param.grad = torch.full((4,), 2.0)
+    optimizer.step()
+    owned = sum(len(group["params"]) for group in optimizer.optim.param_groups)
+    return {"owned": owned, "norm": float(optimizer.last_step.grad_norm), "param": param.tolist()}
+
+
+def overflow(rank: int, cfg: dict[str, Any]) -> dict[str, Any]:
+    """The gradients of one process overflow in the second of three iterations."""
+    model = DistributedDataParallel(make_model())
+    wrapper = build_optim_wrapper(model, dict(type="AmpOptimWrapper", dtype="float64", optimizer=cfg))
+    outcome: dict[str, Any] = {"skipped": [], "scales": [], "moved": []}
+    for index, batch in enumerate(batches(rank)[:3]):
+        before = parameters_of(model)
+        train(model, wrapper, [batch * float("inf") if index == 1 and rank == 1 else batch])
+        outcome["skipped"].append(bool(wrapper.step_was_skipped))
+        outcome["scales"].append(float(wrapper.loss_scale))
+        outcome["moved"].append(not all(map(torch.equal, before, parameters_of(model))))
+    return {**outcome, "parameters": parameters_of(model)}
+
+
 CLIP_INSIDE = dict(clip_grad=dict(max_norm=0.3))
 SCENARIOS: dict[str, tuple[Callable[..., dict[str, Any]], tuple]] = {
     **{f"replicate-{kind}": (replicate, (kind,)) for kind in TYPES},
@@ -180,6 +205,9 @@ SCENARIOS: dict[str, tuple[Callable[..., dict[str, Any]], tuple]] = {
     "groups": (shard, (zero_cfg("FusedAdamW"), dict(paramwise_cfg=dict(custom_keys={"2.": dict(lr_mult=0.1)})))),
     "nan": (shard_nan, ()),
     "closure": (shard_closure, ()),
+    **{f"nothing-{kind}": (shard_nothing, (kind,)) for kind in ("SGD", "FusedSGD")},
+    **{f"overflow-{kind}": (overflow, (optimizer_cfg(kind),)) for kind in TYPES},
+    **{f"overflow-shard-{kind}": (overflow, (zero_cfg(kind),)) for kind in TYPES},
 }
 
 
@@ -287,11 +315,48 @@ def test_a_closure_and_a_share_of_nothing(outcomes):
         assert "backend" not in outcome["keys"]
 
 
-def test_amp_under_ddp_is_reported(outcomes):
+@pytest.mark.parametrize("kind", ["SGD", "FusedSGD"])
+def test_norm_clipping_where_a_share_is_empty(outcomes, kind):
+    shards = outcomes[f"nothing-{kind}"]
+    assert sorted(shard["owned"] for shard in shards) == [0, 1]
+    for shard in shards:
+        assert shard["norm"] == 4.0
+        assert shard["param"] == pytest.approx([1 - 0.1 * 2 / 4] * 4, abs=1e-5)
+
+
+def test_a_sharded_optimizers_state_holds_that_of_the_loss_scaler(outcomes):
     for shard in outcomes["amp"]:
-        assert shard["saved"].get("loss_scaler") is not None
+        assert shard["saved"]["loss_scaler"]["scale"] == 65536
+
+
+@pytest.mark.parametrize("kind", [*TYPES, *(f"shard-{kind}" for kind in TYPES)])
+def test_an_overflow_in_one_process_skips_the_step_in_all(outcomes, kind):
+    first, second = outcomes[f"overflow-{kind}"]
+    for outcome in (first, second):
+        assert outcome["skipped"] == [False, True, False]
+        assert outcome["scales"] == [65536, 32768, 32768]
+        assert outcome["moved"] == [True, False, True]
+    assert all(map(torch.equal, first["parameters"], second["parameters"]))
 
 
 def test_the_registry_finds_it_without_an_import_by_the_user():
-    assert fusedopt.OPTIMIZERS.get("ZeroRedundancyOptimizer") is fusedopt.ZeroRedundancyOptimizer
-    assert isinstance(AmpOptimWrapper, type)
+    code = (
+        "import sys, fusedopt\n"
+        "assert 'fusedopt.optimizers.zero' not in sys.modules\n"
+        "assert fusedopt.OPTIMIZERS.get('ZeroRedundancyOptimizer').__module__ == 'fusedopt.optimizers.zero'\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "message"),
+    [
+        (dict(optimizer_type="FusedAdamW", lrr=0.1), TypeError, r"'lrr' for FusedAdamW; did you mean 'lr'\?$"),
+        (dict(optimizer_type="FusedAdamW", clip_gard={}), TypeError, r"did you mean 'clip_grad'\?$"),
+        (dict(optimizer_typ="FusedAdamW"), TypeError, r"did you mean 'optimizer_type'\?$"),
+        (dict(optimizer_type="FusedAdmW"), KeyError, r"did you mean 'FusedAdamW'\?"),
+    ],
+)
+def test_misspelt_arguments_are_those_of_the_wrapped_optimizer(settings, error, message):
+    with pytest.raises(error, match=message):
+        fusedopt.OPTIMIZERS.build(dict(type="ZeroRedundancyOptimizer", **settings), [nn.Parameter(torch.ones(2))])

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from fusedopt import AmpOptimWrapper, build_optim_wrapper
+from fusedopt import AmpOptimWrapper, LearningRateDecayOptimWrapperConstructor, build_optim_wrapper
 from fusedopt.constructors.depth import family_of, layer_depth, stage_depth
 
 LR, DECAY = 1e-3, 0.05
@@ -208,6 +209,64 @@ class TestDepthRules:
 
         assert [family_of(cls()) for cls in (Mine, MAE, ConvNeXt, Layered)] == ["swin", "vit", "convnext", None]
 
+    @pytest.mark.parametrize("name", ["LeViT", "TinyViT", "T2T_ViT", "DaViT", "MobileViT", "PyramidVisionTransformer"])
+    def test_a_name_that_only_contains_a_known_one_is_another_family(self, name):
+        kind = type(name, (nn.Module,), {})
+        model = kind()
+        model.patch_embed, model.stages = nn.Linear(2, 2), blocks(2)
+        with pytest.raises(NotImplementedError, match=rf"for a {name};.*get_layer_depth"):
+            pretrain(Model(model), layer_decay_rate=0.5)
+        with pytest.raises(NotImplementedError, match=rf"for a {name};.*get_layer_depth"):
+            segmentation(Model(model), decay_rate=0.5, num_layers=3)
+
+    @pytest.mark.parametrize("name", ["TinyBEiT", "MAE2", "SparseConvNeXt"])
+    def test_segmentations_dialect_takes_part_of_a_name(self, name):
+        model = type(name, (nn.Module,), {})()
+        model.patch_embed, model.layers = nn.Linear(2, 2), blocks(2)
+        model.downsample_layers, model.stages = nn.ModuleList([nn.Linear(2, 2)]), nn.ModuleList([blocks(2)])
+        assert "layer_0_decay" in segmentation(Model(model), decay_rate=0.5)
+        with pytest.raises(NotImplementedError, match=f"for a {name}"):
+            pretrain(Model(model), layer_decay_rate=0.5)
+
+    @pytest.mark.parametrize("num_layers", [None, 12])
+    @pytest.mark.parametrize("kind", [VisionTransformer, ConvNeXt, SwinTransformer])
+    def test_what_a_rule_assumes_must_be_there(self, kind, num_layers):
+        class Unnumbered(kind):
+            def __init__(self):
+                nn.Module.__init__(self)
+                self.patch_embed, self.encoder = nn.Linear(2, 2), blocks(2)
+
+        class Stemless(kind):
+            def __init__(self):
+                nn.Module.__init__(self)
+                self.embed, self.layers = nn.Linear(2, 2), blocks(2)
+                self.stages = nn.ModuleList([nn.ModuleDict(dict(blocks=blocks(2)))])
+                if kind is ConvNeXt:
+                    self.stages = nn.ModuleList([blocks(2)])
+
+        for cls, missing in ((Unnumbered, "no numbered layers"), (Stemless, "nothing before its first layer")):
+            with pytest.raises(NotImplementedError, match=rf"this {cls.__name__}: it has {missing}; .*get_layer_depth"):
+                layer_depth(cls(), "", num_layers)
+
+    def test_a_depth_function_of_ones_own_serves_where_the_rule_does_not_fit(self):
+        class Mine(SwinTransformer):
+            def __init__(self):
+                nn.Module.__init__(self)
+                self.body = nn.Linear(2, 2)
+
+            def get_layer_depth(self, name, prefix=""):
+                return 0, 2
+
+        assert set(segmentation(Model(Mine()), decay_rate=0.5)) == {"layer_0_decay", "layer_0_no_decay"}
+
+    def test_a_name_that_does_not_fit_the_rule_is_an_error_that_names_it(self):
+        with pytest.raises(ValueError, match=r"'backbone\.downsample_layers\.4\.0\.weight' is in no layer .*ConvNeXt"):
+            pretrain(Model(ConvNeXt((1, 1, 1, 1, 1))), layer_decay_rate=0.5)
+        model = VisionTransformer()
+        model.layers = nn.ModuleDict({"0": Block(), "a": Block()})
+        with pytest.raises(ValueError, match=r"'backbone\.layers\.a\.norm\.weight' is in no layer .*VisionTransformer"):
+            pretrain(Model(model), layer_decay_rate=0.5)
+
     def test_by_stages(self):
         rule = stage_depth(ConvNeXt(), "backbone.", 12)
         assert rule("backbone.downsample_layers.3.0.weight") == (0, 14)
@@ -291,7 +350,7 @@ class TestOwnDepths:
                 raise NotImplementedError(f"{type(self.backbone)} has none")
 
         assert layers_of(pretrain(Classifier(MAE()), layer_decay_rate=0.5))["backbone.ln1.weight"] == 4
-        with pytest.raises(NotImplementedError, match=r"known for a Linear; .*Give the model a method get_layer_depth"):
+        with pytest.raises(NotImplementedError, match=r"known for a Linear; .*give the model a method get_layer_depth"):
             pretrain(Classifier(nn.Linear(2, 2)), layer_decay_rate=0.5)
 
     @pytest.mark.parametrize("decay_type", ["layer_wise", "stage_wise"])
@@ -353,7 +412,39 @@ class TestSegmentation:
             segmentation(Model(BEiT()), optimizer, decay_rate=0.5, decay_type="stage_wise", num_layers=3)
 
 
+class TestWeightDecayOfEmbeddings:
+    def test_in_segmentations_dialect_only_those_at_the_root_are_exempt(self):
+        groups = segmentation(Model(MAE()), decay_rate=0.5)
+        assert groups["layer_0_decay"]["param_names"][:2] == ["backbone.cls_token", "backbone.pos_embed"]
+        groups = segmentation(MAE(), decay_rate=0.5)
+        assert groups["layer_0_no_decay"]["param_names"][:2] == ["cls_token", "pos_embed"]
+
+
+class TestAddParams:
+    """What a subclass may do, as with MMPretrain's class."""
+
+    def test_is_called_for_each_child_with_the_depth_function(self):
+        calls = []
+
+        class Mine(LearningRateDecayOptimWrapperConstructor):
+            def add_params(self, params, module, prefix="", is_dcn_module=None, get_layer_depth=None):
+                calls.append((prefix, get_layer_depth is not None))
+                super().add_params(params, module, prefix, is_dcn_module, get_layer_depth)
+
+        Mine(dict(optimizer=dict(type="SGD", lr=LR)), dict(layer_decay_rate=0.5))(Layered())
+        assert calls == [("", False), ("stem", True), ("middle", True), ("head", True)]
+
+    def test_rates_are_plain_numbers(self):
+        for group in pretrain(Layered(), layer_decay_rate=np.float64(0.5)).values():
+            assert type(group["lr"]) is type(group["lr_scale"]) is float
+
+
 class TestWrongConfigs:
+    @pytest.mark.parametrize("rules", [dict(num_layers=12), dict(decay_type="stage_wise")])
+    def test_segmentations_dialect_needs_the_rate(self, rules):
+        with pytest.raises(KeyError, match="paramwise_cfg needs the key 'decay_rate'"):
+            segmentation(Model(ConvNeXt()), **rules)
+
     @pytest.mark.parametrize(
         ("rules", "error", "message"),
         [

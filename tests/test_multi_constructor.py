@@ -91,7 +91,8 @@ class TestWhatAKeyNames:
 
     def test_or_an_expression_for_full_names_of_modules(self):
         model = Diffusion()
-        wrapper = build(model, **{".*embedding": adam(), r"gan\.generator": adam(), "unet": adam()})
+        with pytest.warns(UserWarning, match="no entry claims"):
+            wrapper = build(model, **{".*embedding": adam(), r"gan\.generator": adam(), "unet": adam()})
         assert trained(wrapper[".*embedding"], model) == {"text_encoder.embedding.weight"}
         assert trained(wrapper[r"gan\.generator"], model) == {
             f"gan.generator.{i}.{n}" for i in "01" for n in ("weight", "bias")
@@ -113,6 +114,8 @@ class TestWhatAKeyNames:
 
     def test_a_module_within_another_that_matches_too_comes_once(self):
         model = Diffusion()
+        model.gan.requires_grad_(False)
+        model.unet.requires_grad_(False)
         (group,) = build(model, texts=adam(modules=r"text_encoder.*"))["texts"].optimizer.param_groups
         assert len(group["params"]) == len({id(param) for param in group["params"]}) == 3
 
@@ -127,6 +130,24 @@ class TestWhatAKeyNames:
         model = GAN()
         wrapper = build(nn.ModuleDict(dict(module=model)), generator=adam(), discriminator=adam())
         assert len(trained(wrapper["generator"], model)) == 4
+
+
+class TestUnclaimedParameters:
+    def test_are_a_warning_that_names_some(self):
+        message = r"claims the parameters 'gan\.gen.*weight', .*, .* and 3 more: they are not trained"
+        with pytest.warns(UserWarning, match=message) as caught:
+            build_optim_wrapper(
+                Diffusion(), dict(constructor="MultiOptimWrapperConstructor", unet=adam(), text_encoder=adam())
+            )
+        assert [warning.filename for warning in caught] == [__file__]
+
+    def test_unless_they_are_frozen(self):
+        model = Diffusion()
+        model.gan.requires_grad_(False)
+        build(model, unet=adam(), text_encoder=adam())
+
+    def test_or_left_out_by_modules_at_the_top(self):
+        build(Diffusion(), modules="unet", **adam())
 
 
 class TestParamwiseCfg:
@@ -186,6 +207,11 @@ class TestWrongConfigs:
                 r"\['generator'\] needs the key 'optimizer'; it has 'optimiser",
             ),
             (dict(), ValueError, "optim_wrapper has no entries: with MultiOptimWrapperConstructor it is"),
+            (
+                dict(generator=adam(constructor="DefaultOptimWrapperConstructor")),
+                ValueError,
+                r"optim_wrapper\['generator'\]: 'constructor' stands at the top",
+            ),
             (dict(generator=adam(clip_gard=None)), ValueError, "unknown key 'clip_gard'; did you mean 'clip_grad'"),
         ],
     )
@@ -207,6 +233,19 @@ class TestCommonSettings:
         assert {name: float(scale) for name, scale in wrapper.loss_scale.items()} == dict(
             generator=2.0, discriminator=8.0
         )
+
+    def test_the_scope_is_common(self, monkeypatch):
+        monkeypatch.setattr(fusedopt.OPTIM_WRAPPERS, "children", {})
+        mine = fusedopt.Registry("optimizer wrapper", parent=fusedopt.OPTIM_WRAPPERS, scope="mine")
+
+        @mine.register_module()
+        class MyWrapper(OptimWrapper):
+            def __init__(self, optimizer, note=None):
+                super().__init__(optimizer)
+                self.note = note
+
+        wrapper = build(GAN(), _scope_="mine", type="MyWrapper", note=1, generator=adam(), discriminator=adam())
+        assert [type(single) for single in wrapper.values()] == [MyWrapper] * 2 and wrapper["generator"].note == 1
 
     def test_amp_sets_every_entry(self):
         cfg = dict(
@@ -246,3 +285,7 @@ class TestEnableAmp:
             enable_amp(dict(type=Mine, generator=adam(), discriminator=adam(type="OptimWrapper")))
         with pytest.raises(TypeError, match="optim_wrapper must be a dict"):
             enable_amp(None)
+
+    def test_a_config_without_an_optimizer_is_refused(self):
+        with pytest.raises(KeyError, match=r"needs the key 'optimizer', at the top or in its entries; it has 'optimi"):
+            enable_amp(dict(optimiser=dict(type="SGD")))

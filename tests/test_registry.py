@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import copy
+import importlib
+import subprocess
+import sys
+import warnings
 
 import pytest
 import torch
@@ -258,6 +262,9 @@ class TestTree:
             assert registry is right
         with pytest.warns(UserWarning, match="no tool registry has the scope 'middle'; 'root' serves"):
             assert root.build(dict(type="Hammer", _scope_="middle")) == 0
+        with pytest.warns(UserWarning, match="'middle'") as caught, root.switch_scope_and_registry("middle"):
+            pass
+        assert [warning.filename for warning in caught] == [__file__]
 
     def test_a_build_function_is_called_with_the_registry_and_inherited(self):
         calls = []
@@ -322,6 +329,93 @@ class TestImports:
         assert type(scoped) is type(optimizer)
         assert "MyOptimizer" not in OPTIMIZERS
 
+    @pytest.fixture
+    def package(self, tmp_path, monkeypatch):
+        """A package that has an SGD of its own, and whose registry imports it when it is needed."""
+        folder = tmp_path / "my_pk"
+        folder.mkdir()
+        (folder / "__init__.py").write_text("")
+        (folder / "registry.py").write_text(
+            "from fusedopt.registry import OPTIMIZERS as PARENT, Registry\n"
+            "OPTIMIZERS = Registry('optimizer', parent=PARENT, locations=['my_pk.engine'])\n"
+        )
+        (folder / "engine.py").write_text(
+            "import torch\n"
+            "from my_pk.registry import OPTIMIZERS\n\n"
+            "@OPTIMIZERS.register_module()\n"
+            "class SGD(torch.optim.SGD):\n    pass\n"
+        )
+        monkeypatch.syspath_prepend(tmp_path)
+        monkeypatch.setattr(OPTIMIZERS, "children", {})
+        yield folder
+        for name in [name for name in sys.modules if name.partition(".")[0] == "my_pk"]:
+            del sys.modules[name]
+
+    @pytest.mark.parametrize("before", [None, "Adam", "no_such_name", "my_pk.Adam"])
+    def test_a_packages_own_class_wins_whatever_was_asked_before(self, package, before):
+        child = importlib.import_module("my_pk.registry").OPTIMIZERS
+        if before is not None:
+            child.get(before)
+        mine = child.get("SGD")
+        assert mine.__module__ == "my_pk.engine"
+        assert child.get("my_pk.SGD") is OPTIMIZERS.get("my_pk.SGD") is mine
+        assert child.get("Adam") is OPTIMIZERS.get("my_pk.Adam") is torch.optim.Adam
+        assert OPTIMIZERS.get("SGD") is torch.optim.SGD
+        assert type(OPTIMIZERS.build(dict(type="SGD", lr=0.1, _scope_="my_pk"), parameters())) is mine
+
+    def test_a_scope_goes_before_the_import_path(self, package):
+        (package / "__init__.py").write_text("SGD = 'not the one that is registered'\n")
+        assert OPTIMIZERS.get("my_pk.SGD").__module__ == "my_pk.engine"
+
+    @pytest.mark.parametrize("key", ["SGD", "Adam", "my_pk.SGD", "my_pk.Adam", "torch.optim.RMSprop"])
+    def test_locations_as_in_mmengine(self, tmp_path, monkeypatch, key):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            theirs = pytest.importorskip("mmengine.registry", reason="mmengine is not installed").Registry
+        (tmp_path / "engine_of_both.py").write_text(
+            "import torch, builtins\nbuiltins.child.register_module(name='SGD', module=torch.optim.ASGD)\n"
+        )
+        monkeypatch.syspath_prepend(tmp_path)
+        found = []
+        for cls in (Registry, theirs):
+            root = cls("optimizer", scope="root")
+            root.register_module(name="SGD", module=torch.optim.SGD)
+            root.register_module(name="Adam", module=torch.optim.Adam)
+            child = cls("optimizer", parent=root, scope="my_pk", locations=["engine_of_both"])
+            monkeypatch.setattr("builtins.child", child, raising=False)
+            monkeypatch.delitem(sys.modules, "engine_of_both", raising=False)
+            try:
+                found.append(child.get(key))
+            except RuntimeError:  # MMEngine's for what there is not
+                found.append(None)
+        ours, stock = found
+        # With its own scope a registry is asked alone.
+        assert ours is stock is {"SGD": torch.optim.ASGD, "my_pk.SGD": torch.optim.ASGD}.get(key, ours)
+        assert (ours is None) == (key == "my_pk.Adam")
+
+    def test_a_lazy_entry_is_imported_when_it_is_asked_for(self, registry, tmp_path, monkeypatch):
+        (tmp_path / "slow_tools.py").write_text("class Mill:\n    pass\n")
+        monkeypatch.syspath_prepend(tmp_path)
+        registry.register_lazily("Mill", "slow_tools.Mill")
+        assert list(registry) == ["Mill"] and len(registry) == 1 and "slow_tools.Mill" in repr(registry)
+        assert registry.get("Mil") is None and "slow_tools" not in sys.modules
+        with pytest.raises(KeyError, match=r"'Mill' is already in the tool registry as slow_tools\.Mill"):
+            registry.register_module(name="Mill", module=int)
+        assert registry.get("Mill").__module__ == "slow_tools"
+        registry.register_module(name="Mill", module=int, force=True)
+        assert registry.get("Mill") is int and len(registry) == 1
+
+    def test_a_misspelt_name_imports_no_sharded_optimizer(self):
+        code = (
+            "import sys\n"
+            "sys.modules['torch.distributed.optim'] = None\n"  # as where torch is built without it
+            "import fusedopt\n"
+            "try:\n    fusedopt.OPTIMIZERS.build(dict(type='AdmW'))\n"
+            "except KeyError as error:\n    print(error)\n"
+        )
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        assert "did you mean" in done.stdout
+
     def test_a_registry_module_that_fails_to_import_is_not_hidden(self, tmp_path, monkeypatch):
         (tmp_path / "broken_package").mkdir()
         (tmp_path / "broken_package" / "registry.py").write_text("import no_such_package\n")
@@ -337,7 +431,7 @@ class TestOptimizersWithoutParams:
     def restore(self, monkeypatch):
         monkeypatch.setattr(OPTIMIZERS, "_modules", dict(OPTIMIZERS._modules))
 
-    def test_the_seeds_class_as_it_is_written(self):
+    def test_a_class_that_takes_its_settings_only(self):
         Optimizer = torch.optim.Optimizer
 
         @OPTIMIZERS.register_module()

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import difflib
-import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
@@ -17,11 +16,12 @@ from ..registry import (
     OPTIMIZERS,
     accepted_arguments,
     check_config,
+    warn_caller,
 )
 from ..rules import check_number, did_you_mean
 from ..wrappers import OptimWrapper
 
-__all__ = ["DefaultOptimWrapperConstructor", "unwrap"]
+__all__ = ["DefaultOptimWrapperConstructor", "join", "multiply", "unwrap"]
 
 _MULTIPLIERS = ("lr_mult", "decay_mult")
 
@@ -34,16 +34,15 @@ def _is_deformable_conv(module: nn.Module) -> bool:
     return not names.isdisjoint(("DeformConv2d", "ModulatedDeformConv2d"))
 
 
-def _walk(module: nn.Module, prefix: str, in_dcn: bool) -> Iterator[tuple[str, str, nn.Parameter, nn.Module, bool]]:
-    """Each parameter with the name of its module, its own, the module, and whether that is part of a deformable conv.
+def join(prefix: str, name: str) -> str:
+    """Name of a part of the module that is called ``prefix`` within the model, which is called ''."""
+    return f"{prefix}.{name}" if prefix else name
 
-    A parameter or module with several owners comes up once for each.
-    """
-    for name, param in module.named_parameters(recurse=False):
-        yield prefix, name, param, module, in_dcn
-    is_dcn = _is_deformable_conv(module)
-    for name, child in module.named_children():
-        yield from _walk(child, f"{prefix}.{name}" if prefix else name, is_dcn)
+
+def multiply(base: Any, factor: Any) -> Any:
+    """Their product: a float, where neither is a tensor."""
+    product = base * factor
+    return product if isinstance(product, Tensor) else float(product)
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -77,8 +76,8 @@ class DefaultOptimWrapperConstructor:
     Raises:
         KeyError: no ``optimizer``, or an unknown ``type``.
         TypeError: a config or rule of the wrong kind.
-        ValueError: an unknown key in ``optim_wrapper_cfg``, or a multiplier without the ``lr`` or ``weight_decay`` that
-            it multiplies.
+        ValueError: an unknown key in ``optim_wrapper_cfg``; a multiplier without the ``lr`` or ``weight_decay`` that
+            it multiplies; or a shared parameter.
     """
 
     #: Keys of paramwise_cfg that multiply the learning rate; a later one overrides.
@@ -111,34 +110,37 @@ class DefaultOptimWrapperConstructor:
         check_config("paramwise_cfg", self.paramwise_cfg)
         self.base_lr = self.optimizer_cfg.get("lr")
         self.base_wd = self.optimizer_cfg.get("weight_decay")
-        self._check_rules()
+        self._validate_cfg()
 
     def _check_wrapper_keys(self) -> None:
-        accepted = accepted_arguments(OPTIM_WRAPPERS.resolve(self.optim_wrapper_cfg["type"]))
+        with OPTIM_WRAPPERS.switch_scope_and_registry(self.optim_wrapper_cfg.get("_scope_")) as registry:
+            accepted = accepted_arguments(registry.resolve(self.optim_wrapper_cfg["type"]))
+        for key in ("constructor", "paramwise_cfg"):
+            if key in self.optim_wrapper_cfg:
+                raise ValueError(f"optim_wrapper: {key!r} is for build_optim_wrapper, which takes it out of the config")
         if accepted is None:
             return
-        known = {*accepted, "type", "_scope_", "optimizer", "constructor", "paramwise_cfg"}
+        known = {*accepted, "type", "_scope_", "optimizer"}
         for key in self.optim_wrapper_cfg:
             if key not in known:
-                raise ValueError(f"optim_wrapper: unknown key {key!r}; {did_you_mean(key, known)}")
+                hint = did_you_mean(key, {*known, "constructor", "paramwise_cfg"})
+                raise ValueError(f"optim_wrapper: unknown key {key!r}; {hint}")
 
-    def _check_rules(self) -> None:
+    def _validate_cfg(self) -> None:
         """Check paramwise_cfg: its keys, the kinds of its values, and that what they multiply is given."""
         known = (*self.lr_keys, *self.decay_keys, *self.other_keys)
         for key in self.paramwise_cfg:
             if key in self.ignored_keys:
-                warnings.warn(f"paramwise_cfg: {key!r} has no effect with {type(self).__name__}", stacklevel=5)
+                warn_caller(f"paramwise_cfg: {key!r} has no effect with {type(self).__name__}")
             elif key not in known:
-                warnings.warn(
-                    f"paramwise_cfg: unknown key {key!r} has no effect; {did_you_mean(key, known)}", stacklevel=5
-                )
+                warn_caller(f"paramwise_cfg: unknown key {key!r} has no effect; {did_you_mean(key, known)}")
         if "custom_keys" in known:
             self._check_custom_keys()
         for key in self.lr_keys:
             self._check_multiplier(f"paramwise_cfg {key}", self.paramwise_cfg.get(key), "lr", self.base_lr)
         for key in self.decay_keys:
             # As in MMEngine, this one by itself does nothing where there is no weight decay.
-            base = 0.0 if key == "flat_decay_mult" else self.base_wd
+            base = 0.0 if key == "flat_decay_mult" and self.base_wd is None else self.base_wd
             self._check_multiplier(f"paramwise_cfg {key}", self.paramwise_cfg.get(key), "weight_decay", base)
         bypass = self.paramwise_cfg.get("bypass_duplicate", False)
         if not isinstance(bypass, bool):
@@ -158,10 +160,9 @@ class DefaultOptimWrapperConstructor:
                 # Any setting may be given to a group; but these two are easily mistyped.
                 close = difflib.get_close_matches(str(setting), _MULTIPLIERS, 1, cutoff=0.8)
                 if close and setting not in _MULTIPLIERS:
-                    warnings.warn(
+                    warn_caller(
                         f"{name}: {setting!r} multiplies nothing, it is only copied into the group; did you mean "
-                        f"{close[0]!r}?",
-                        stacklevel=6,
+                        f"{close[0]!r}?"
                     )
 
     def _check_multiplier(self, name: str, value: Any, multiplied: str, base: Any) -> None:
@@ -170,11 +171,19 @@ class DefaultOptimWrapperConstructor:
         check_number(name, value)
         if base is None:
             raise ValueError(f"{name} multiplies {multiplied}, which the optimizer config must then give explicitly")
+        check_number(f"optimizer {multiplied}", base)
+
+    def _is_in(self, param_group: Mapping[str, Any], param_group_list: list[dict[str, Any]]) -> bool:
+        """Whether a parameter of the group is in one of the list."""
+        known = {param for group in param_group_list for param in group["params"]}
+        return not known.isdisjoint(param_group["params"])
 
     def add_params(
         self, params: list[dict[str, Any]], module: nn.Module, prefix: str = "", is_dcn_module: bool | None = None
     ) -> None:
-        """Append a group for each parameter of ``module`` to ``params``; subclasses may replace this.
+        """Append a group for each parameter of ``module`` to ``params``.
+
+        It calls itself for each child, so a subclass may treat some modules by itself and leave the rest to this.
 
         Args:
             params: the groups.
@@ -182,21 +191,35 @@ class DefaultOptimWrapperConstructor:
             prefix: its name within the model.
             is_dcn_module: whether it is a child of a deformable convolution.
         """
-        owners = {param: group.get("param_name", "") for group in params for param in group["params"]}
-        for module_name, name, param, owner, in_dcn in _walk(module, prefix, bool(is_dcn_module)):
-            full_name = f"{module_name}.{name}" if module_name else name
+        in_dcn = bool(is_dcn_module)
+        self._add_own_params(
+            params, module, prefix, lambda name, param: self._settings(prefix, name, param, module, in_dcn)
+        )
+        is_dcn = _is_deformable_conv(module)
+        for name, child in module.named_children():
+            self.add_params(params, child, prefix=join(prefix, name), is_dcn_module=is_dcn)
+
+    def _add_own_params(
+        self,
+        params: list[dict[str, Any]],
+        module: nn.Module,
+        prefix: str,
+        settings: Callable[[str, nn.Parameter], dict[str, Any]],
+    ) -> None:
+        """Append a group for each parameter of ``module`` itself: its name, and ``settings(name, param)``."""
+        for name, param in module.named_parameters(recurse=False):
             if not param.requires_grad:
                 continue
-            if param in owners:
+            group = {"params": [param], "param_name": join(prefix, name)}
+            if self._is_in(group, params):
                 if self.paramwise_cfg.get("bypass_duplicate", False):
                     continue
+                other = next(group for group in params if any(each is param for each in group["params"]))
                 raise ValueError(
-                    f"parameter {full_name!r} is shared: it is also {owners[param]!r}; "
-                    "paramwise_cfg=dict(bypass_duplicate=True) keeps the first"
+                    f"parameter {group['param_name']!r} is shared: it is also {other.get('param_name', 'in a group')!r}"
+                    "; paramwise_cfg=dict(bypass_duplicate=True) keeps the first"
                 )
-            owners[param] = full_name
-            settings = self._settings(module_name, name, param, owner, in_dcn)
-            params.append({"params": [param], "param_name": full_name, **settings})
+            params.append({**group, **settings(name, param)})
 
     def _match_name(self, module_name: str, name: str) -> str:
         """What custom keys are looked for in."""
@@ -214,9 +237,9 @@ class DefaultOptimWrapperConstructor:
             if key in self._match_name(module_name, name):
                 entry = custom_keys[key]
                 if entry.get("lr_mult") is not None:
-                    settings["lr"] = self.base_lr * entry["lr_mult"]
+                    settings["lr"] = multiply(self.base_lr, entry["lr_mult"])
                 if entry.get("decay_mult") is not None:
-                    settings["weight_decay"] = self.base_wd * entry["decay_mult"]
+                    settings["weight_decay"] = multiply(self.base_wd, entry["decay_mult"])
                 return {**settings, **entry}
 
         is_norm = isinstance(owner, _NORMS)
@@ -226,7 +249,7 @@ class DefaultOptimWrapperConstructor:
         }
         for key in self.lr_keys:
             if lr_applies[key] and cfg.get(key) is not None:
-                settings["lr"] = self.base_lr * cfg[key]
+                settings["lr"] = multiply(self.base_lr, cfg[key])
         decay_applies = {
             "norm_decay_mult": is_norm,
             "bias_decay_mult": name == "bias" and not in_dcn,
@@ -235,7 +258,7 @@ class DefaultOptimWrapperConstructor:
         }
         for key in self.decay_keys:
             if decay_applies[key] and cfg.get(key) is not None and self.base_wd is not None:
-                settings["weight_decay"] = self.base_wd * cfg[key]
+                settings["weight_decay"] = multiply(self.base_wd, cfg[key])
                 break
         return settings
 
@@ -244,10 +267,7 @@ class DefaultOptimWrapperConstructor:
         names = [self._match_name(module_name, name) for module_name, _, name in paths]
         for key in self.paramwise_cfg.get("custom_keys", {}):
             if not any(key in name for name in names):
-                warnings.warn(
-                    f"paramwise_cfg['custom_keys']: {key!r} is part of no parameter's name and has no effect",
-                    stacklevel=4,
-                )
+                warn_caller(f"paramwise_cfg['custom_keys']: {key!r} is part of no parameter's name and has no effect")
 
     def __call__(self, model: nn.Module) -> OptimWrapper:
         """Build the optimizer of ``model`` and its wrapper."""

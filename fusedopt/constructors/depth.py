@@ -6,35 +6,44 @@ layer, or per few layers, between.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Iterator
 
 from torch import nn
 
-__all__ = ["DepthFunction", "family_of", "layer_depth", "own_depth", "stage_depth"]
+__all__ = ["DepthFunction", "family_of", "family_of_segmentation", "layer_depth", "own_depth", "stage_depth"]
 
 #: The depth of the parameter of this name.
 DepthFunction = Callable[[str], tuple[int, int]]
 
 _STEM = ("cls_token", "mask_token", "pos_embed")
 
-#: Backbones whose rule is known, by a part of their class' name. The first that is found decides.
+#: Backbones whose rule is known, by the name of their class or of a base.
 _FAMILIES = {
     "ConvNeXt": "convnext",
-    "Swin": "swin",
+    "SwinTransformer": "swin",
     "BEiT": "vit",
+    "BEiTViT": "vit",
     "MAE": "vit",
+    "MAEViT": "vit",
     "VisionTransformer": "vit",
     "ViT": "vit",
+    "ViTSAM": "vit",
 }
+
+_OWN = "give the model a method get_layer_depth(name) -> (layer_id, number of depths)"
 
 
 def family_of(backbone: nn.Module) -> str | None:
     """``'convnext'``, ``'swin'`` or ``'vit'`` (which BEiT and MAE are too), by the name of the class or of a base."""
-    for cls in type(backbone).__mro__:
-        for part, family in _FAMILIES.items():
-            if part in cls.__name__:
-                return family
-    return None
+    families = (_FAMILIES.get(cls.__name__) for cls in type(backbone).__mro__)
+    return next((family for family in families if family is not None), None)
+
+
+def family_of_segmentation(backbone: nn.Module) -> str | None:
+    """As :func:`family_of`; MMSegmentation takes these three also as a part of the class' name."""
+    parts = (part for part in ("ConvNeXt", "BEiT", "MAE") if part in type(backbone).__name__)
+    return _FAMILIES.get(next(parts, ""), family_of(backbone))
 
 
 def _index(name: str, position: int) -> int:
@@ -77,7 +86,9 @@ def _numbers_after(names: Iterable[str], *prefixes: str) -> Iterator[int]:
         for prefix in prefixes:
             rest = name.removeprefix(prefix)
             if rest != name:
-                yield int(rest.partition(".")[0])
+                number = rest.partition(".")[0]
+                if number.isdecimal():
+                    yield int(number)
 
 
 def _count(names: Iterable[str], *prefixes: str) -> int:
@@ -88,67 +99,90 @@ def _convnext_layers(names: Iterable[str]) -> int:
     return 12 if _count(names, "stages.2.") > 9 else 6
 
 
-def layer_depth(backbone: nn.Module, prefix: str, num_layers: int | None = None) -> DepthFunction:
+def _names(backbone: nn.Module) -> list[str]:
+    return [name for name, _ in backbone.named_parameters(remove_duplicate=False)]
+
+
+def layer_depth(
+    backbone: nn.Module, prefix: str, num_layers: int | None = None, family: str | None = None
+) -> DepthFunction:
     """The rule for a known backbone, by layers.
 
     Args:
-        backbone: of a family that :func:`family_of` knows.
+        backbone: of a known family, with parameters that are called as that family's.
         prefix: what its parameters' names begin with.
         num_layers: number of layers between stem and head, by default what the backbone has. A Swin's are counted.
+        family: by default what :func:`family_of` gives.
 
     Raises:
-        NotImplementedError: the backbone's family is not known.
+        NotImplementedError: the backbone's family is not known, or it has no numbered layers or nothing before them.
     """
-    family = family_of(backbone)
-    names = [name for name, _ in backbone.named_parameters(remove_duplicate=False)]
+    family = family or family_of(backbone)
+    names = _names(backbone)
     layer: Callable[[str], int]
     if family == "convnext":
+        counted = _count(names, "stages.")
         last = num_layers if num_layers is not None else _convnext_layers(names)
-        count, layer = last, lambda name: _convnext(name, last)
+        count, layer = last, functools.partial(_convnext, last_layer=last)
     elif family == "swin":
         blocks = [_count(names, f"stages.{stage}.blocks.") for stage in range(_count(names, "stages."))]
-        count, layer = sum(blocks), lambda name: _swin(name, blocks)
+        counted = count = sum(blocks)
+        layer = functools.partial(_swin, blocks_per_stage=blocks)
     elif family == "vit":
-        layers = num_layers if num_layers is not None else _count(names, "layers.", "blocks.")
-        count, layer = layers, lambda name: _vit(name, layers)
+        counted = _count(names, "layers.", "blocks.")
+        layers = num_layers if num_layers is not None else counted
+        count, layer = layers, functools.partial(_vit, num_layers=layers)
     else:
         raise NotImplementedError(
-            f"no layer depths are known for a {type(backbone).__name__}; known are ViT, BEiT, MAE, ConvNeXt and Swin. "
-            "Give the model a method get_layer_depth(name) -> (layer_id, number of depths)"
+            f"no layer depths are known for a {type(backbone).__name__}; known are ViT, BEiT, MAE, ConvNeXt and Swin "
+            f"by the names of their classes. Else {_OWN}"
         )
-    return _within(prefix, layer, count + 2)
+    return _checked_rule(backbone, names, prefix, layer, counted, count + 2)
 
 
-def stage_depth(backbone: nn.Module, prefix: str, num_layers: int | None = None) -> DepthFunction:
+def stage_depth(
+    backbone: nn.Module, prefix: str, num_layers: int | None = None, family: str | None = None
+) -> DepthFunction:
     """The rule for a ConvNeXt, by stages: 0 for all that shrinks the image, a number per stage, the last for the rest.
 
     Raises:
         NotImplementedError: another backbone.
     """
-    if family_of(backbone) != "convnext":
+    if (family or family_of(backbone)) != "convnext":
         raise NotImplementedError(
-            f"decay by stages is known for ConvNeXt only, not for a {type(backbone).__name__}; give the model a method "
-            "get_layer_depth(name) -> (layer_id, number of depths)"
+            f"decay by stages is known for ConvNeXt only, not for a {type(backbone).__name__}; {_OWN}"
         )
-    layers = num_layers if num_layers is not None else _convnext_layers(name for name, _ in backbone.named_parameters())
+    names = _names(backbone)
+    layers = num_layers if num_layers is not None else _convnext_layers(names)
 
     def stage(name: str) -> int:
         if name in _STEM or name.startswith("downsample_layers."):
             return 0
         return _index(name, 1) + 1 if name.startswith("stages.") else layers + 1
 
-    return _within(prefix, stage, layers + 2)
+    return _checked_rule(backbone, names, prefix, stage, _count(names, "stages."), layers + 2)
 
 
-def _within(prefix: str, layer: Callable[[str], int], depths: int) -> DepthFunction:
-    """The rule for a whole model: what is outside the backbone comes after it."""
+def _checked_rule(
+    backbone: nn.Module, names: list[str], prefix: str, layer: Callable[[str], int], counted: int, depths: int
+) -> DepthFunction:
+    """The rule for a whole model, where the backbone has what it assumes: what is outside comes after the backbone."""
+    kind = type(backbone).__name__
 
     def depth(name: str) -> tuple[int, int]:
-        layer_id = layer(name.removeprefix(prefix)) if name.startswith(prefix) else depths - 1
+        try:
+            layer_id = layer(name.removeprefix(prefix)) if name.startswith(prefix) else depths - 1
+        except (ValueError, IndexError) as error:
+            raise ValueError(
+                f"parameter {name!r} is in no layer that the rule for the {kind} backbone knows; {_OWN}"
+            ) from error
         if layer_id >= depths:
             raise ValueError(f"parameter {name!r} is in layer {layer_id}: num_layers {depths - 2} is too small")
         return layer_id, depths
 
+    if not counted or all(depth(prefix + name)[0] for name in names):
+        missing = "no numbered layers" if not counted else "nothing before its first layer"
+        raise NotImplementedError(f"no layer depths are known for this {kind}: it has {missing}; {_OWN}")
     return depth
 
 

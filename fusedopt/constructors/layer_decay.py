@@ -8,8 +8,8 @@ from torch import nn
 
 from ..registry import OPTIM_WRAPPER_CONSTRUCTORS
 from ..rules import check_number
-from .default import DefaultOptimWrapperConstructor
-from .depth import DepthFunction, family_of, layer_depth, own_depth, stage_depth
+from .default import DefaultOptimWrapperConstructor, join, multiply
+from .depth import DepthFunction, family_of_segmentation, layer_depth, own_depth, stage_depth
 
 __all__ = ["LearningRateDecayOptimWrapperConstructor", "LearningRateDecayOptimizerConstructor"]
 
@@ -28,8 +28,8 @@ class _LayerDecayConstructor(DefaultOptimWrapperConstructor):
     #: The key of paramwise_cfg by which the learning rate is multiplied per layer.
     rate_key: ClassVar[str]
 
-    def _check_rules(self) -> None:
-        super()._check_rules()
+    def _validate_cfg(self) -> None:
+        super()._validate_cfg()
         if self.paramwise_cfg:
             self._check_multiplier(f"paramwise_cfg {self.rate_key}", self._decay_rate, "lr", self.base_lr)
             check_number(f"paramwise_cfg {self.rate_key}", self._decay_rate, exclusive=True)
@@ -40,8 +40,8 @@ class _LayerDecayConstructor(DefaultOptimWrapperConstructor):
 
     def _scaled(self, depth: tuple[int, int]) -> dict[str, Any]:
         layer_id, depths = depth
-        scale = self._decay_rate ** (depths - layer_id - 1)
-        return {"lr": self.base_lr * scale, "lr_scale": scale}
+        scale = multiply(1.0, self._decay_rate ** (depths - layer_id - 1))
+        return {"lr": multiply(self.base_lr, scale), "lr_scale": scale}
 
 
 @OPTIM_WRAPPER_CONSTRUCTORS.register_module()
@@ -80,7 +80,7 @@ class LearningRateDecayOptimWrapperConstructor(_LayerDecayConstructor):
         is_dcn_module: bool | None = None,
         get_layer_depth: DepthFunction | None = None,
     ) -> None:
-        """Append a group for each parameter of ``module`` to ``params``; subclasses may replace this.
+        """Append a group for each parameter of ``module`` to ``params``; it calls itself for each child.
 
         Args:
             params: the groups.
@@ -89,19 +89,20 @@ class LearningRateDecayOptimWrapperConstructor(_LayerDecayConstructor):
             is_dcn_module: has no effect.
             get_layer_depth: depth of a parameter by its name, by default as the class describes.
         """
-        self._depth = get_layer_depth or own_depth(module) or layer_depth(*_backbone_of(module))
-        super().add_params(params, module, prefix)
+        depth_of = get_layer_depth or own_depth(module) or layer_depth(*_backbone_of(module))
+
+        def settings(name: str, param: nn.Parameter) -> dict[str, Any]:
+            own = self._settings(prefix, name, param, module, False)
+            own.pop("decay_mult", None)
+            depth = depth_of(join(prefix, name))
+            return {**own, **self._scaled(depth), "layer_id": depth[0]}
+
+        self._add_own_params(params, module, prefix, settings)
+        for name, child in module.named_children():
+            self.add_params(params, child, prefix=join(prefix, name), get_layer_depth=depth_of)
 
     def _match_name(self, module_name: str, name: str) -> str:
-        return f"{module_name}.{name}" if module_name else name
-
-    def _settings(
-        self, module_name: str, name: str, param: nn.Parameter, owner: nn.Module, in_dcn: bool
-    ) -> dict[str, Any]:
-        settings = super()._settings(module_name, name, param, owner, False)
-        settings.pop("decay_mult", None)
-        depth = self._depth(self._match_name(module_name, name))
-        return {**settings, **self._scaled(depth), "layer_id": depth[0]}
+        return join(module_name, name)
 
 
 @OPTIM_WRAPPER_CONSTRUCTORS.register_module()
@@ -109,20 +110,23 @@ class LearningRateDecayOptimizerConstructor(_LayerDecayConstructor):
     """Layer- or stage-wise learning rate decay in MMSegmentation's dialect.
 
     ``paramwise_cfg=dict(num_layers=…, decay_rate=…, decay_type='layer_wise')``, where ``num_layers`` is by default what
-    the backbone has. Parameters of the same depth share a
-    group, ``layer_{id}_decay``, or ``layer_{id}_no_decay`` for biases and 1-dim parameters, whose weight decay is 0.
-    The learning rate is ``lr * decay_rate ** (depths - id - 1)``, with ``num_layers + 2`` depths. Groups note
-    ``param_names``, ``lr_scale`` and ``group_name``.
+    the backbone has. Parameters of the same depth share a group: ``layer_{id}_decay``; or ``layer_{id}_no_decay``, with
+    a weight decay of 0, for biases, 1-dim parameters, and a ``pos_embed`` and ``cls_token`` at the root of the model
+    (``backbone.pos_embed`` decays, as in MMSegmentation). The learning rate is
+    ``lr * decay_rate ** (depths - id - 1)``, with ``num_layers + 2`` depths. Groups note ``param_names``, ``lr_scale``
+    and ``group_name``.
 
     The backbone's class decides: ``'layer_wise'`` knows ViT, BEiT, MAE, ConvNeXt and Swin (whose layers are always
-    counted), ``'stage_wise'`` knows ConvNeXt. For any other, a model's own ``get_layer_depth`` serves for
-    both, and then gives the number of depths too.
+    counted), ``'stage_wise'`` knows ConvNeXt; as in MMSegmentation, BEiT, MAE or ConvNeXt as a part of the class' name
+    is enough. For any other, a model's own ``get_layer_depth`` serves for both, and then gives the number of depths
+    too.
 
     Args:
         optim_wrapper_cfg: see :class:`DefaultOptimWrapperConstructor`.
         paramwise_cfg: the above.
 
     Raises:
+        KeyError: no ``decay_rate``.
         ValueError: no ``lr``, an unknown ``decay_type``, or a value out of range.
         TypeError: ``num_layers`` is not an int.
         NotImplementedError: when called with a model whose depths are not known.
@@ -140,8 +144,8 @@ class LearningRateDecayOptimizerConstructor(_LayerDecayConstructor):
         "flat_decay_mult",
     )
 
-    def _check_rules(self) -> None:
-        super()._check_rules()
+    def _validate_cfg(self) -> None:
+        super()._validate_cfg()
         if not self.paramwise_cfg:
             return
         decay_type = self.paramwise_cfg.get("decay_type", "layer_wise")
@@ -149,20 +153,25 @@ class LearningRateDecayOptimizerConstructor(_LayerDecayConstructor):
         if not isinstance(decay_type, str) or ("layer_wise" not in decay_type and decay_type != "stage_wise"):
             raise ValueError(f"paramwise_cfg decay_type must be 'layer_wise' or 'stage_wise', got {decay_type!r}")
         num_layers = self.paramwise_cfg.get("num_layers")
-        if num_layers is None:
-            return
-        if isinstance(num_layers, bool) or not isinstance(num_layers, int):
-            raise TypeError(f"paramwise_cfg num_layers must be an int, got {num_layers!r}")
-        check_number("paramwise_cfg num_layers", num_layers, minimum=1)
+        if num_layers is not None:
+            if isinstance(num_layers, bool) or not isinstance(num_layers, int):
+                raise TypeError(f"paramwise_cfg num_layers must be an int, got {num_layers!r}")
+            check_number("paramwise_cfg num_layers", num_layers, minimum=1)
+        if self.rate_key not in self.paramwise_cfg:
+            has = ", ".join(map(repr, self.paramwise_cfg))
+            raise KeyError(f"paramwise_cfg needs the key {self.rate_key!r}, the factor per layer; it has {has}")
 
     def _depth_function(self, model: nn.Module) -> DepthFunction:
         backbone, prefix = _backbone_of(model)
         by_stages = self.paramwise_cfg.get("decay_type") == "stage_wise"
-        own = own_depth(model)
-        if own is not None and (family_of(backbone) is None or (by_stages and family_of(backbone) != "convnext")):
-            return own
         rule = stage_depth if by_stages else layer_depth
-        return rule(backbone, prefix, self.paramwise_cfg.get("num_layers"))
+        try:
+            return rule(backbone, prefix, self.paramwise_cfg.get("num_layers"), family_of_segmentation(backbone))
+        except NotImplementedError:
+            own = own_depth(model)
+            if own is None:
+                raise
+            return own
 
     def add_params(
         self, params: list[dict[str, Any]], module: nn.Module, prefix: str = "", is_dcn_module: bool | None = None
@@ -173,7 +182,7 @@ class LearningRateDecayOptimizerConstructor(_LayerDecayConstructor):
         for name, param in module.named_parameters():
             if not param.requires_grad:
                 continue
-            decays = param.ndim != 1 and not name.endswith(".bias")
+            decays = param.ndim != 1 and not name.endswith(".bias") and name not in ("pos_embed", "cls_token")
             depth = depth_of(name)
             group_name = f"layer_{depth[0]}_{'decay' if decays else 'no_decay'}"
             if group_name not in groups:

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from ..registry import OPTIM_WRAPPER_CONSTRUCTORS, OPTIM_WRAPPERS, accepted_arguments, check_config
+from ..registry import OPTIM_WRAPPER_CONSTRUCTORS, OPTIM_WRAPPERS, accepted_arguments, check_config, warn_caller
 from ..rules import did_you_mean
 from ..wrappers import OptimWrapper, OptimWrapperDict
 from .default import DefaultOptimWrapperConstructor, unwrap
@@ -26,7 +26,8 @@ class MultiOptimWrapperConstructor:
     an expression or a list of them, stands in for the key. What the wrappers have in common (``type``, ``clip_grad``,
     …) may stand beside the entries, which win.
 
-    With ``modules`` at the top there is one optimizer for all of these, in a plain wrapper.
+    With ``modules`` at the top there is one optimizer for all of these, in a plain wrapper. Parameters that no
+    entry claims are not trained; where there are several entries, a warning names some of those that are not frozen.
 
     Args:
         optim_wrapper_cfg: the above. Not changed.
@@ -53,14 +54,17 @@ class MultiOptimWrapperConstructor:
 
     @staticmethod
     def _entries(cfg: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-        accepted = accepted_arguments(OPTIM_WRAPPERS.resolve(cfg.get("type", "OptimWrapper"))) or set()
-        common = {key: value for key, value in cfg.items() if key in {*accepted, "type"} - {"optimizer"}}
+        with OPTIM_WRAPPERS.switch_scope_and_registry(cfg.get("_scope_")) as registry:
+            accepted = accepted_arguments(registry.resolve(cfg.get("type", "OptimWrapper"))) or set()
+        common = {key: value for key, value in cfg.items() if key in {*accepted, "type", "_scope_"} - {"optimizer"}}
         entries = {key: value for key, value in cfg.items() if key not in common}
         for key, entry in entries.items():
             check_config(f"optim_wrapper[{key!r}]", entry)
             if "optimizer" not in entry:
                 has = ", ".join(map(repr, entry)) or "no keys"
                 raise KeyError(f"optim_wrapper[{key!r}] needs the key 'optimizer'; it has {has}")
+            if "constructor" in entry:
+                raise ValueError(f"optim_wrapper[{key!r}]: 'constructor' stands at the top, not in an entry")
         if not entries:
             raise ValueError(
                 "optim_wrapper has no entries: with MultiOptimWrapperConstructor it is "
@@ -97,7 +101,13 @@ class MultiOptimWrapperConstructor:
                         "match; each parameter needs exactly one"
                     )
             wrappers[key] = self._build(model, key, constructor, modules)
-        return wrappers[""] if self.single else OptimWrapperDict(**wrappers)
+        if self.single:
+            return wrappers[""]
+        rest = [repr(name) for name, param in model.named_parameters() if param.requires_grad and param not in owners]
+        if rest:
+            names = ", ".join(rest[:3]) + (f" and {len(rest) - 3} more" if len(rest) > 3 else "")
+            warn_caller(f"optim_wrapper: no entry claims the parameters {names}: they are not trained")
+        return OptimWrapperDict(**wrappers)
 
     def _build(
         self, model: nn.Module, key: str, constructor: DefaultOptimWrapperConstructor, modules: dict[str, nn.Module]

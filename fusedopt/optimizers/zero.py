@@ -1,4 +1,4 @@
-"""ZeroRedundancyOptimizer. Not imported with the package: torch's class takes seconds to import."""
+"""ZeroRedundancyOptimizer. Imported when the registry is asked for it: torch's class takes seconds to import."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from ..backends import StepReport
-from ..registry import OPTIMIZERS
-from ..rules import NormClip, ValueClip, clip_coefficient, parse_clip_grad
+from ..registry import OPTIMIZERS, accepted_arguments
+from ..rules import NormClip, ValueClip, clip_coefficient, did_you_mean, parse_clip_grad
 from .base import FusedOptimizer
 
 with warnings.catch_warnings():
@@ -24,7 +24,6 @@ with warnings.catch_warnings():
 __all__ = ["ZeroRedundancyOptimizer"]
 
 
-@OPTIMIZERS.register_module()
 class ZeroRedundancyOptimizer(_ZeroRedundancyOptimizer):
     """Each process keeps the state of, and updates, its share of the parameters, then all send theirs around.
 
@@ -46,7 +45,7 @@ class ZeroRedundancyOptimizer(_ZeroRedundancyOptimizer):
 
     Raises:
         KeyError: an unknown ``optimizer_type``.
-        TypeError, ValueError: an argument of the wrong kind or out of range.
+        TypeError, ValueError: an argument that the optimizer does not know, of the wrong kind or out of range.
     """
 
     def __init__(
@@ -63,6 +62,12 @@ class ZeroRedundancyOptimizer(_ZeroRedundancyOptimizer):
         build = OPTIMIZERS.resolve(optimizer_type)
         if isinstance(params, Tensor):
             raise TypeError("params must be a list of tensors or group dicts, got a tensor")
+        accepted = accepted_arguments(build)
+        for key in kwargs:
+            if accepted is not None and key not in accepted:
+                known = {*accepted, "clip_grad", "process_group", "parameters_as_bucket_view"} - {"params"}
+                name = getattr(build, "__name__", repr(build))
+                raise TypeError(f"unexpected argument {key!r} for {name}; {did_you_mean(key, known)}")
         super().__init__(
             list(params),
             # The settings reach the groups through the local optimizer, which tells them from its other arguments.
