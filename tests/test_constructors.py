@@ -414,6 +414,7 @@ def test_a_numpy_multiplier_gives_a_plain_number():
     )
     for group in construct(Model(), rules).optimizer.param_groups:
         assert type(group["lr"]) is type(group["weight_decay"]) is float
+        assert group["lr"] in (LR, LR * 2, LR * 3)
 
 
 @pytest.mark.parametrize(

@@ -41,8 +41,9 @@ def join(prefix: str, name: str) -> str:
 
 def multiply(base: Any, factor: Any) -> Any:
     """Their product: a float, where neither is a tensor."""
-    product = base * factor
-    return product if isinstance(product, Tensor) else float(product)
+    if isinstance(base, Tensor) or isinstance(factor, Tensor):
+        return base * factor
+    return float(base) * float(factor)
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -175,8 +176,8 @@ class DefaultOptimWrapperConstructor:
 
     def _is_in(self, param_group: Mapping[str, Any], param_group_list: list[dict[str, Any]]) -> bool:
         """Whether a parameter of the group is in one of the list."""
-        known = {param for group in param_group_list for param in group["params"]}
-        return not known.isdisjoint(param_group["params"])
+        known = {id(param) for group in param_group_list for param in group["params"]}
+        return not known.isdisjoint(map(id, param_group["params"]))
 
     def add_params(
         self, params: list[dict[str, Any]], module: nn.Module, prefix: str = "", is_dcn_module: bool | None = None

@@ -31,7 +31,7 @@ _FAMILIES = {
     "ViTSAM": "vit",
 }
 
-_OWN = "give the model a method get_layer_depth(name) -> (layer_id, number of depths)"
+_ADVICE = "give the model a method get_layer_depth(name) -> (layer_id, number of depths)"
 
 
 def family_of(backbone: nn.Module) -> str | None:
@@ -135,7 +135,7 @@ def layer_depth(
     else:
         raise NotImplementedError(
             f"no layer depths are known for a {type(backbone).__name__}; known are ViT, BEiT, MAE, ConvNeXt and Swin "
-            f"by the names of their classes. Else {_OWN}"
+            f"by the names of their classes. Else {_ADVICE}"
         )
     return _checked_rule(backbone, names, prefix, layer, counted, count + 2)
 
@@ -150,7 +150,7 @@ def stage_depth(
     """
     if (family or family_of(backbone)) != "convnext":
         raise NotImplementedError(
-            f"decay by stages is known for ConvNeXt only, not for a {type(backbone).__name__}; {_OWN}"
+            f"decay by stages is known for ConvNeXt only, not for a {type(backbone).__name__}; {_ADVICE}"
         )
     names = _names(backbone)
     layers = num_layers if num_layers is not None else _convnext_layers(names)
@@ -174,7 +174,7 @@ def _checked_rule(
             layer_id = layer(name.removeprefix(prefix)) if name.startswith(prefix) else depths - 1
         except (ValueError, IndexError) as error:
             raise ValueError(
-                f"parameter {name!r} is in no layer that the rule for the {kind} backbone knows; {_OWN}"
+                f"parameter {name!r} is in no layer that the rule for the {kind} backbone knows; {_ADVICE}"
             ) from error
         if layer_id >= depths:
             raise ValueError(f"parameter {name!r} is in layer {layer_id}: num_layers {depths - 2} is too small")
@@ -182,7 +182,7 @@ def _checked_rule(
 
     if not counted or all(depth(prefix + name)[0] for name in names):
         missing = "no numbered layers" if not counted else "nothing before its first layer"
-        raise NotImplementedError(f"no layer depths are known for this {kind}: it has {missing}; {_OWN}")
+        raise NotImplementedError(f"no layer depths are known for this {kind}: it has {missing}; {_ADVICE}")
     return depth
 
 

@@ -40,7 +40,7 @@ class _LayerDecayConstructor(DefaultOptimWrapperConstructor):
 
     def _scaled(self, depth: tuple[int, int]) -> dict[str, Any]:
         layer_id, depths = depth
-        scale = multiply(1.0, self._decay_rate ** (depths - layer_id - 1))
+        scale = multiply(1.0, self._decay_rate) ** (depths - layer_id - 1)
         return {"lr": multiply(self.base_lr, scale), "lr_scale": scale}
 
 
