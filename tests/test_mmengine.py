@@ -463,6 +463,11 @@ class TestPath:
         local.step()
         assert len(lines) == 1 and "driven by no wrapper" not in lines[0]
 
+    def test_a_wrapper_of_ours_outside_of_the_runner_is_no_stock_one(self, lines, optimizers):
+        announce_stock_path()
+        fusedopt.OptimWrapper(optimizers[1]).step()
+        assert lines == []
+
     def test_the_watch_ends_after_many_steps_of_our_wrappers(self, lines, optimizers):
         _, ours, other = optimizers
         hooks = optimizer_module._global_optimizer_pre_hooks

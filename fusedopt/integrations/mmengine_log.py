@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
 from typing import Any
 
 import torch
@@ -10,10 +9,10 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from ..optimizers import FusedOptimizer
 from ..wrappers import AmpOptimWrapper, OptimWrapper
+from ..wrappers.base import DRIVEN
 
 __all__ = ["announce_path", "announce_stock_path", "gradient_passes"]
 
-_announced: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
 _watching = False
 #: Steps under wrappers of ours that the watch for a stock one lasts at most. A fused step is slower while it does.
 _MOST_WATCHED = 100
@@ -38,10 +37,6 @@ def announce_path(wrapper: OptimWrapper) -> None:
     """Log the path of a wrapper of ours."""
     stock, made = gradient_passes(wrapper)
     optimizer = wrapper.optimizer
-    _announced.add(optimizer)
-    local = getattr(optimizer, "optim", None)  # of a ZeroRedundancyOptimizer, for its share
-    if isinstance(local, torch.optim.Optimizer):
-        _announced.add(local)
     who = f"{type(wrapper).__name__} drives {type(optimizer).__name__}"
     if isinstance(optimizer, FusedOptimizer):
         _log(
@@ -68,7 +63,7 @@ def announce_stock_path() -> None:
         global _watching
         nonlocal left
         if left and isinstance(optimizer, FusedOptimizer):
-            stock = optimizer not in _announced
+            stock = optimizer not in DRIVEN
             left = 0 if stock else left - 1
             _watching = left > 0
             if stock:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import abc
 import contextlib
+import weakref
 from collections.abc import Iterator, Mapping
 from copy import deepcopy
 from typing import Any
@@ -11,10 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["BaseOptimWrapper", "check_state_dict"]
+__all__ = ["DRIVEN", "BaseOptimWrapper", "check_state_dict"]
 
 # What wrappers add to the state dict of their optimizer; each wrapper takes what it knows and leaves the rest.
 _WRAPPER_KEYS = ("base_param_settings", "loss_scaler")
+
+#: Optimizers that a wrapper of ours drives.
+DRIVEN: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
 
 
 def check_state_dict(state_dict: Any, name: str = "state_dict") -> None:
@@ -41,6 +45,10 @@ class BaseOptimWrapper(abc.ABC):
         if not isinstance(optimizer, torch.optim.Optimizer):
             raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
         self.optimizer = optimizer
+        DRIVEN.add(optimizer)
+        local = getattr(optimizer, "optim", None)  # of a ZeroRedundancyOptimizer, for its share
+        if isinstance(local, torch.optim.Optimizer):
+            DRIVEN.add(local)
         self.base_param_settings: dict[str, Any] | None = None
         if len(optimizer.param_groups) > 1:
             self.base_param_settings = {"params": torch.tensor([0.0]), **optimizer.defaults}
