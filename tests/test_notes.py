@@ -101,6 +101,23 @@ def test_a_closure(cls, capsys):
 
 
 @pytest.mark.parametrize("cls", [SGD, FusedSGD])
+def test_autocast_by_hand(cls):
+    model = nn.Linear(1, 1)
+    optimizer = cls(model.parameters(), lr=0.01)
+    before = model.bias.item()
+    inputs = [torch.zeros(10, 1, 1, 1)] * 10
+    targets = [torch.ones(10, 1, 1, 1)] * 10
+    for input, target in zip(inputs, targets, strict=True):
+        with torch.autocast("cpu"):
+            output = model(input)
+            loss = nn.functional.l1_loss(output, target)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert model.bias.item() - before == pytest.approx(0.01 * 10, rel=1e-3)
+
+
+@pytest.mark.parametrize("cls", [SGD, FusedSGD])
 def test_autocast_and_accumulation_by_hand(cls):
     inputs = [torch.zeros(10, 1, 1)] * 10
     targets = [torch.ones(10, 1, 1)] * 10
