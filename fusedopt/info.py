@@ -8,7 +8,7 @@ import sys
 
 import torch
 
-from .backends import BACKENDS, TritonBackend, triton
+from .backends import BACKENDS, VARIABLE, TritonBackend, triton
 from .backends.native import load_native_module
 from .rules import RULES
 from .version import __version__
@@ -53,6 +53,8 @@ def info() -> str:
         for name, backend in BACKENDS.items():
             unavailable = backend.unavailable(device)
             rows.append((f"backend {name} on {device}", "available" if unavailable is None else unavailable))
+    if os.environ.get(VARIABLE):
+        rows.append((VARIABLE, f"{os.environ[VARIABLE]}: taken in place of 'auto'"))
     return _aligned(rows)
 
 

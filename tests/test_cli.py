@@ -77,6 +77,14 @@ def test_info_prints_what_info_returns(capsys, monkeypatch):
     assert capsys.readouterr().out == "all about it\n\nhow long it took\n"
 
 
+def test_info_shows_the_backend_of_the_environment(monkeypatch):
+    from fusedopt import info
+
+    assert "FUSEDOPT_BACKEND" not in info.info()
+    monkeypatch.setenv("FUSEDOPT_BACKEND", "triton")
+    assert "triton: taken in place of 'auto'" in info.info()
+
+
 def test_warm_up_tells_of_each_gpu_what_was_compiled_or_why_not(monkeypatch):
     from fusedopt import info
     from fusedopt.backends import TritonBackend, triton

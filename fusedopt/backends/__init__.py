@@ -17,6 +17,7 @@ from .triton import TritonBackend
 
 __all__ = [
     "BACKENDS",
+    "VARIABLE",
     "Backend",
     "BackendUnavailable",
     "NativeBackend",
