@@ -255,7 +255,7 @@ class TestCompare:
             ("optimizer=dict(type='AdamV', lr=1)", "", "'AdamV' .* did you mean 'Adam"),
             ("optimizer=dict(lr=1)", "", r"no `optim_wrapper\.optimizer\.type`"),
             ("optimizer=dict(type='RMSprop', lr=1)", "", "'RMSprop' has no fused twin .* SGD, FusedSGD, Adam"),
-            ("optimizer=dict(type='SGD', lr=-1)", "", "Invalid learning rate: -1"),
+            ("optimizer=dict(type='SGD', lr=-1)", "", "Invalid optimizer lr: -1; expected a number >= 0"),
             ("optimizer=dict(type='SGD', lr=1, wieght_decay=1)", "", "wieght_decay"),
             ("type='AmpOptimWraper', optimizer=dict(type='SGD', lr=1)", "", "did you mean 'AmpOptimWrapper'"),
             ("optimizer=dict(type='SGD', lr=1)", "model = dict(type='DigitsVit')", "did you mean 'DigitsViT'"),
