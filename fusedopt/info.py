@@ -12,6 +12,7 @@ from .backends import BACKENDS, VARIABLE, TritonBackend, triton
 from .backends.native import load_native_module
 from .rules import RULES
 from .version import __version__
+from .wrappers.summary import aligned
 
 __all__ = ["info", "warm_up"]
 
@@ -55,12 +56,7 @@ def info() -> str:
             rows.append((f"backend {name} on {device}", "available" if unavailable is None else unavailable))
     if os.environ.get(VARIABLE):
         rows.append((VARIABLE, f"{os.environ[VARIABLE]}: taken in place of 'auto'"))
-    return _aligned(rows)
-
-
-def _aligned(rows: list[tuple[str, str]]) -> str:
-    width = max(len(key) for key, _ in rows)
-    return "\n".join(f"{key:<{width}}  {value}" for key, value in rows)
+    return aligned(rows)
 
 
 def warm_up() -> str:
@@ -77,4 +73,4 @@ def warm_up() -> str:
             what = f"warm-up of {found.rule}, {str(found.dtype).removeprefix('torch.')} on {device}"
             block, warps = found.tuning
             rows.append((what, f"{found.seconds:.1f} s, {block} elements and {warps} warps a program"))
-    return _aligned(rows or [("warm-up", "no GPU, so there is nothing to compile")])
+    return aligned(rows or [("warm-up", "no GPU, so there is nothing to compile")])

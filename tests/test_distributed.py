@@ -178,6 +178,17 @@ def shard_nothing(rank: int, kind: str) -> dict[str, Any]:
     return {"owned": owned, "norm": float(optimizer.last_step.grad_norm), "param": param.tolist()}
 
 
+def shard_empty_tensor(rank: int, kind: str) -> float:
+    """The largest of no elements is none."""
+    params = [nn.Parameter(torch.ones(4)), nn.Parameter(torch.ones(0))]
+    clip_grad = dict(max_norm=1.0, norm_type="inf")
+    optimizer = fusedopt.ZeroRedundancyOptimizer(params, kind, lr=0.1, clip_grad=clip_grad)
+    for param in params:
+        param.grad = torch.full_like(param, 2.0)
+    optimizer.step()
+    return float(optimizer.last_step.grad_norm)
+
+
 def overflow(rank: int, cfg: dict[str, Any]) -> dict[str, Any]:
     """The gradients of one process overflow in the second of three iterations."""
     model = DistributedDataParallel(make_model())
@@ -206,6 +217,7 @@ SCENARIOS: dict[str, tuple[Callable[..., dict[str, Any]], tuple]] = {
     "nan": (shard_nan, ()),
     "closure": (shard_closure, ()),
     **{f"nothing-{kind}": (shard_nothing, (kind,)) for kind in ("SGD", "FusedSGD")},
+    **{f"empty-{kind}": (shard_empty_tensor, (kind,)) for kind in ("SGD", "FusedSGD")},
     **{f"overflow-{kind}": (overflow, (optimizer_cfg(kind),)) for kind in TYPES},
     **{f"overflow-shard-{kind}": (overflow, (zero_cfg(kind),)) for kind in TYPES},
 }
@@ -322,6 +334,11 @@ def test_norm_clipping_where_a_share_is_empty(outcomes, kind):
     for shard in shards:
         assert shard["norm"] == 4.0
         assert shard["param"] == pytest.approx([1 - 0.1 * 2 / 4] * 4, abs=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["SGD", "FusedSGD"])
+def test_the_inf_norm_takes_empty_tensors(outcomes, kind):
+    assert outcomes[f"empty-{kind}"] == [2.0, 2.0]
 
 
 def test_a_sharded_optimizers_state_holds_that_of_the_loss_scaler(outcomes):

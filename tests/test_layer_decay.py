@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -82,28 +84,21 @@ class Layered(nn.Module):
         return ["stem", "middle", "head"].index(name.partition(".")[0]), 3
 
 
+def groups_of(
+    constructor: str, key: str, model: nn.Module, optimizer: str, paramwise_cfg: dict[str, Any]
+) -> dict[str, dict]:
+    """What a constructor makes of a model, by one of the groups' entries."""
+    cfg = dict(constructor=constructor, optimizer=dict(type=optimizer, lr=LR, weight_decay=DECAY))
+    wrapper = build_optim_wrapper(model, dict(**cfg, paramwise_cfg=paramwise_cfg))
+    return {group[key]: group for group in wrapper.optimizer.param_groups}
+
+
 def pretrain(model: nn.Module, optimizer: str = "FusedAdamW", **paramwise_cfg) -> dict[str, dict]:
-    wrapper = build_optim_wrapper(
-        model,
-        dict(
-            constructor="LearningRateDecayOptimWrapperConstructor",
-            optimizer=dict(type=optimizer, lr=LR, weight_decay=DECAY),
-            paramwise_cfg=paramwise_cfg,
-        ),
-    )
-    return {group["param_name"]: group for group in wrapper.optimizer.param_groups}
+    return groups_of("LearningRateDecayOptimWrapperConstructor", "param_name", model, optimizer, paramwise_cfg)
 
 
 def segmentation(model: nn.Module, optimizer: str = "FusedAdamW", **paramwise_cfg) -> dict[str, dict]:
-    wrapper = build_optim_wrapper(
-        model,
-        dict(
-            constructor="LearningRateDecayOptimizerConstructor",
-            optimizer=dict(type=optimizer, lr=LR, weight_decay=DECAY),
-            paramwise_cfg=paramwise_cfg,
-        ),
-    )
-    return {group["group_name"]: group for group in wrapper.optimizer.param_groups}
+    return groups_of("LearningRateDecayOptimizerConstructor", "group_name", model, optimizer, paramwise_cfg)
 
 
 def layers_of(groups: dict[str, dict]) -> dict[str, int]:

@@ -18,19 +18,12 @@ from ..rules import (
     check_parameter,
     clip_coefficient,
     compute_dtype,
+    global_norm,
     parameter_name,
 )
 from .base import Backend, StepReport, StepRequest
 
 __all__ = ["ReferenceBackend"]
-
-
-def _global_norm(grads: list[Tensor], norm_type: float, device: torch.device) -> Tensor:
-    """The norm of all gradients together, in float64 from the first addition, on ``device``."""
-    norms = [torch.linalg.vector_norm(grad.double(), norm_type).to(device) for grad in grads if grad.numel()]
-    if not norms:
-        return torch.zeros((), dtype=torch.float64, device=device)
-    return torch.linalg.vector_norm(torch.stack(norms), norm_type)
 
 
 class ReferenceBackend(Backend):
@@ -69,7 +62,7 @@ class ReferenceBackend(Backend):
         scalars = None
         multiplier = inv_scale
         if isinstance(clip, NormClip):
-            norm = _global_norm([grad for _, _, grad in rows], clip.norm_type, device) * inv_scale
+            norm = global_norm([grad for _, _, grad in rows], clip.norm_type, device) * inv_scale
             if clip.error_if_nonfinite and not skip and not norm.isfinite():
                 raise RuntimeError(f"The total norm of order {clip.norm_type} of the gradients is {float(norm)}")
             coefficient = clip_coefficient(norm, clip.max_norm)

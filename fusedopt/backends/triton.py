@@ -201,9 +201,8 @@ class Launcher:
 
     def update(self, device: int, a: Any, dtypes: tuple[int, ...]) -> None:
         """The update pass over chunks of rows whose columns have these dtypes."""
-        if a.chunk_count:
-            settings = self._settings[device, dtypes, a.reverse, a.write_back]
-            self.launch(self._kernels.update_kernel, a.chunk_count, *self._arguments(a), **settings)
+        settings = self._settings[device, dtypes, a.reverse, a.write_back]
+        self.launch(self._kernels.update_kernel, a.chunk_count, *self._arguments(a), **settings)
 
     def _arguments(self, a: Any) -> tuple[Any, ...]:
         t = a.tables

@@ -14,7 +14,7 @@ from torch.optim.optimizer import ParamsT
 
 from ..backends import StepReport
 from ..registry import OPTIMIZERS, accepted_arguments
-from ..rules import NormClip, ValueClip, clip_coefficient, did_you_mean, parse_clip_grad
+from ..rules import NormClip, ValueClip, clip_coefficient, did_you_mean, global_norm, parse_clip_grad
 from .base import FusedOptimizer
 
 with warnings.catch_warnings():
@@ -112,10 +112,8 @@ class ZeroRedundancyOptimizer(_ZeroRedundancyOptimizer):
 
     def _global_norm(self, params: list[torch.nn.Parameter], clip: NormClip) -> Tensor:
         """Norm of the gradients of all shares, of which ``params`` are this one's; the same bits in every process."""
-        norms = [torch.linalg.vector_norm(param.grad, clip.norm_type, dtype=torch.float64) for param in params]
-        share = torch.zeros((), dtype=torch.float64, device=self.join_device)
-        if norms:
-            share = torch.linalg.vector_norm(torch.stack(norms), clip.norm_type)
+        grads = (param.grad for param in params if param.grad is not None)
+        share = global_norm(grads, clip.norm_type, self.join_device)
         shares = [torch.empty_like(share) for _ in range(self.world_size)]
         # The norm of norms, and not a sum or maximum made on the way: reductions may lose NaN.
         dist.all_gather(shares, share, group=self.process_group)

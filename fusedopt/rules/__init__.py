@@ -10,7 +10,7 @@ from .checks import (
     group_names,
     parameter_name,
 )
-from .clipping import CLIP_EPS, NormClip, ValueClip, clip_coefficient, parse_clip_grad
+from .clipping import CLIP_EPS, NormClip, ValueClip, clip_coefficient, global_norm, parse_clip_grad
 from .rule import Hyperparameters, Rule, StateColumn, compute_dtype
 from .sgd import SGD, SGDHyperparameters
 
@@ -36,6 +36,7 @@ __all__ = [
     "clip_coefficient",
     "compute_dtype",
     "did_you_mean",
+    "global_norm",
     "group_names",
     "parameter_name",
     "parse_clip_grad",

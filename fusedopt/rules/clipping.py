@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,10 +12,18 @@ from torch import Tensor
 
 from .checks import check_number, did_you_mean
 
-__all__ = ["CLIP_EPS", "NormClip", "ValueClip", "clip_coefficient", "parse_clip_grad"]
+__all__ = ["CLIP_EPS", "NormClip", "ValueClip", "clip_coefficient", "global_norm", "parse_clip_grad"]
 
 #: Added to the norm before dividing, as in ``torch.nn.utils.clip_grad_norm_``. The kernels' copy is tested equal.
 CLIP_EPS = 1e-6
+
+
+def global_norm(grads: Iterable[Tensor], norm_type: float, device: torch.device) -> Tensor:
+    """The norm of all gradients together, in float64 from the first addition, on ``device``."""
+    norms = [torch.linalg.vector_norm(grad.double(), norm_type).to(device) for grad in grads if grad.numel()]
+    if not norms:
+        return torch.zeros((), dtype=torch.float64, device=device)
+    return torch.linalg.vector_norm(torch.stack(norms), norm_type)
 
 
 def clip_coefficient(grad_norm: Tensor, max_norm: float | Tensor) -> Tensor:

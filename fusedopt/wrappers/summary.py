@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..rules import group_names
 
-__all__ = ["parameter_table", "settings_summary"]
+__all__ = ["aligned", "parameter_table", "settings_summary"]
 
 #: Names that a summary line quotes before it cuts the list short.
 _QUOTED_NAMES = 3
@@ -88,14 +88,15 @@ def parameter_table(optimizers: Mapping[str, torch.optim.Optimizer], model: nn.M
     for name, param in model.named_parameters() if model is not None else ():
         if id(param) not in known:
             lines.append((name, _shape(param), "-", "-", "in no group" if param.requires_grad else "frozen"))
-    return _aligned(lines)
+    return aligned(lines)
 
 
 def _shape(param: Tensor) -> str:
     return "?" if torch.nn.parameter.is_lazy(param) else "x".join(map(str, param.shape)) or "scalar"
 
 
-def _aligned(table: Sequence[Sequence[str]]) -> str:
+def aligned(table: Sequence[Sequence[str]]) -> str:
+    """The table's lines, with its columns below each other."""
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     return "\n".join(
         "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in table
