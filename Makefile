@@ -23,7 +23,7 @@ $(VENV)/.installed: constraints.txt pyproject.toml
 	@echo "Setting up $(VENV) (torch and tools; a few minutes the first time)"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@$(PIP) 'setuptools>=77' wheel 'cmake>=3.18' ninja torch
-	@$(PIP) scikit-learn matplotlib rich pytest pytest-benchmark hypothesis numpy 'tomli; python_version < "3.11"' ruff mypy clang-format 'triton>=3.6'
+	@$(PIP) scikit-learn matplotlib rich tensorboard PyYAML pytest pytest-benchmark hypothesis numpy 'tomli; python_version < "3.11"' ruff mypy clang-format 'triton>=3.6'
 	@$(PIP) mmengine && $(PIP) --force-reinstall --no-deps opencv-python-headless
 	@touch $@
 

@@ -193,10 +193,10 @@ def _info(arguments: argparse.Namespace) -> int:
 def _compare(arguments: argparse.Namespace) -> int:
     import torch
 
-    from .demo.extras import require
+    from .extras import require
 
     for module in ("rich", "matplotlib", "sklearn"):
-        require(module)  # now rather than after a minute of training
+        require(module, "demo")  # now rather than after a minute of training
     from rich.console import Console
 
     from .demo.compare import compare
@@ -258,6 +258,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _is_mistake(error: Exception) -> bool:
     """Whether ``error`` is the user's to correct, rather than a fault in the program."""
     from .demo.config import ConfigError
-    from .demo.extras import MissingExtraError
+    from .extras import MissingExtraError
 
     return isinstance(error, (ConfigError, MissingExtraError, UsageError))

@@ -27,14 +27,16 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 #: From the bottom up: a module may import from its own layer and those before it.
 LAYERS = [
     ["version"],
-    ["rules", "registry"],
+    ["rules", "registry", "extras"],
     ["backends"],
     ["optimizers"],
     ["amp"],
     ["wrappers"],
     ["constructors"],
+    ["schedulers", "averaging"],
     ["builder"],
     ["integrations"],
+    ["engine"],
     ["bench"],
     ["demo", "info"],
     ["cli", "__main__"],

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 import torch
 
 from ..backends import BackendUnavailable
+from ..extras import MissingExtraError
 from ..optimizers import FUSED_TWINS
 from ..registry import OPTIMIZERS
 from ..rules import did_you_mean
@@ -20,7 +21,6 @@ from ..version import __version__
 from . import models  # noqa: F401  registers the models
 from .config import ConfigError, load_config
 from .data import Digits, load_digits, random_batches
-from .extras import MissingExtraError
 from .training import WARMUP_STEPS, ScheduleSettings, Training
 
 __all__ = ["LOSS_TOLERANCE", "Comparison", "Listener", "Run", "compare"]

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .extras import require
+from ..extras import require
 
 __all__ = ["Digits", "load_digits", "random_batches"]
 
@@ -37,7 +37,7 @@ def load_digits(val_fraction: float = 0.2, seed: int = 0) -> tuple[Digits, Digit
     """
     if not 0 < val_fraction < 1:
         raise ValueError(f"Invalid val_fraction: {val_fraction}; expected a number between 0 and 1")
-    source = require("sklearn.datasets").load_digits()
+    source = require("sklearn.datasets", "demo").load_digits()
     images = torch.from_numpy(source.images).float().div(8).sub(1).unsqueeze(1)
     labels = torch.from_numpy(source.target).long()
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))

@@ -1,4 +1,4 @@
-"""Packages that only the demonstration needs, imported when it runs."""
+"""Packages that only some parts need, imported when these parts run."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from typing import Any
 __all__ = ["MissingExtraError", "require"]
 
 #: Name on the package index, where it differs from the import name.
-_DISTRIBUTIONS = {"sklearn": "scikit-learn"}
+_DISTRIBUTIONS = {"sklearn": "scikit-learn", "yaml": "PyYAML"}
 
 
 class MissingExtraError(ImportError):
-    """A package of the ``demo`` extra is not installed; the message says what to install."""
+    """A package of an extra is not installed; the message says what to install."""
 
 
-def require(module: str) -> Any:
-    """Import and return ``module``, which belongs to the ``demo`` extra.
+def require(module: str, extra: str) -> Any:
+    """Import and return ``module``, which belongs to the extra called ``extra``.
 
     Raises:
         MissingExtraError: it is not installed. A package that is there but fails to import something of its own raises
@@ -30,5 +30,5 @@ def require(module: str) -> Any:
             raise
         distribution = _DISTRIBUTIONS.get(package, package)
         raise MissingExtraError(
-            f"{distribution} is not installed; install it with: pip install 'fusedopt[demo]'"
+            f"{distribution} is not installed; install it with: pip install 'fusedopt[{extra}]'"
         ) from error
