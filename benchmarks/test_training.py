@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from fusedopt.demo.compare import Comparison, compare
-from fusedopt.demo.config import load_config
+from fusedopt.engine.config import Config
 
 from .conftest import CLOCK, Lab
 
@@ -29,7 +29,7 @@ def comparison(lab: Lab) -> Comparison:
 def test_training(benchmark: Any, lab: Lab, comparison: Comparison, variant: str) -> None:
     assert comparison.agrees, "the two trainings do not learn the same"
     path, _ = TRAININGS[lab.device.type]
-    config = load_config(ROOT / path)
+    config = Config.fromfile(ROOT / path)
     trained = getattr(comparison, variant)
     benchmark.group = path
     benchmark.extra_info.update(

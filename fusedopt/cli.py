@@ -257,7 +257,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _is_mistake(error: Exception) -> bool:
     """Whether ``error`` is the user's to correct, rather than a fault in the program."""
-    from .demo.config import ConfigError
+    from .engine.config import ConfigError
     from .extras import MissingExtraError
 
     return isinstance(error, (ConfigError, MissingExtraError, UsageError))

@@ -26,9 +26,9 @@ from rich.console import Console
 from fusedopt.bench import memory
 from fusedopt.bench.memory import PeakMemory
 from fusedopt.demo.compare import LOSS_TOLERANCE, Comparison, Run, compare
-from fusedopt.demo.config import ConfigError, load_config
 from fusedopt.demo.data import load_digits, random_batches
 from fusedopt.demo.report import print_comparison, save_figure, save_json, show_progress
+from fusedopt.engine.config import Config, ConfigError
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("digits_*.py"))
 
@@ -78,54 +78,10 @@ def printed(comparison: Comparison) -> str:
     return " ".join(stream.getvalue().split())
 
 
-class TestConfig:
-    def test_returns_the_public_names_without_modules(self, tmp_path):
-        path = tmp_path / "config.py"
-        path.write_text(
-            "import math\n_depth = 2\nmodel = dict(depth=_depth, pi=math.pi)\n"
-            "optim_wrapper = dict(optimizer=dict(type='SGD', lr=0.1))\nextra = 1\n"
-        )
-        config = load_config(path)
-        assert config == {
-            "model": {"depth": 2, "pi": math.pi},
-            "optim_wrapper": {"optimizer": {"type": "SGD", "lr": 0.1}},
-            "extra": 1,
-        }
-
-    @pytest.mark.parametrize(
-        ("source", "message"),
-        [
-            pytest.param("model = dict()\noptim_wrapper = dict(\n", r"config\.py:2: syntax error", id="syntax"),
-            pytest.param("x = 1\ny = z\n", r"config\.py:2: NameError: name 'z' is not defined", id="runtime"),
-            pytest.param("def f():\n    return 1 / 0\n\nf()\n", r"config\.py:2: ZeroDivisionError", id="nested"),
-            pytest.param("optim_wrapper = dict(optimizer=dict())", "no `model`", id="no_model"),
-            pytest.param("model = dict()", "no `optim_wrapper`", id="no_wrapper"),
-            pytest.param(
-                "model = dict()\noptim_wrapper = dict(type='OptimWrapper')",
-                r"no `optim_wrapper\.optimizer`",
-                id="no_optimizer",
-            ),
-            pytest.param("model = 3\noptim_wrapper = dict()", "model must be a dict, got int", id="not_a_dict"),
-            pytest.param(
-                "model = dict()\noptim_wrapper = dict(optimizer=dict()),", "optim_wrapper is a tuple", id="comma"
-            ),
-        ],
-    )
-    def test_names_what_is_wrong(self, tmp_path, source, message):
-        path = tmp_path / "config.py"
-        path.write_text(source)
-        with pytest.raises(ConfigError, match=message) as caught:
-            load_config(path)
-        assert str(path) in str(caught.value)
-        assert "\n" not in str(caught.value)
-
-    def test_missing_file(self, tmp_path):
-        with pytest.raises(ConfigError, match=r"nowhere\.py: cannot read the config file: No such file"):
-            load_config(tmp_path / "nowhere.py")
-
+class TestShippedConfigs:
     @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
     def test_shipped_configs_make_a_group_for_each_parameter(self, path):
-        config = load_config(path)
+        config = Config.fromfile(path)
         model = MODELS.build(config["model"])
         wrapper = build_optim_wrapper(model, config["optim_wrapper"])
         assert [len(group["params"]) for group in wrapper.optimizer.param_groups] == [1] * len(list(model.parameters()))
@@ -137,7 +93,7 @@ class TestConfig:
         assert decayed == {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, weights)}
 
     def test_vit_learns_more_slowly_towards_the_input(self):
-        config = load_config(next(path for path in CONFIGS if path.stem == "digits_vit"))
+        config = Config.fromfile(next(path for path in CONFIGS if path.stem == "digits_vit"))
         model = MODELS.build(config["model"])
         wrapper = build_optim_wrapper(model, config["optim_wrapper"])
         rates = {id(group["params"][0]): group["lr"] for group in wrapper.optimizer.param_groups}
@@ -254,6 +210,15 @@ class TestCompare:
         [
             ("optimizer=dict(type='AdamV', lr=1)", "", "'AdamV' .* did you mean 'Adam"),
             ("optimizer=dict(lr=1)", "", r"no `optim_wrapper\.optimizer\.type`"),
+            ("type='OptimWrapper'", "", r"no `optim_wrapper\.optimizer`; expected optim_wrapper\.optimizer = dict"),
+            ("type='OptimWrapper'", "del model", "no `model`; expected model = dict"),
+            ("type='OptimWrapper'", "del optim_wrapper", "no `optim_wrapper`; expected optim_wrapper = dict"),
+            ("type='OptimWrapper'", "model = 3", "model must be a dict, got int"),
+            (
+                "type='OptimWrapper'",
+                "optim_wrapper = dict(optimizer=dict()),",
+                "optim_wrapper is a tuple .* trailing comma",
+            ),
             ("optimizer=dict(type='RMSprop', lr=1)", "", "'RMSprop' has no fused twin .* SGD, FusedSGD, Adam"),
             ("optimizer=dict(type='SGD', lr=-1)", "", "Invalid optimizer lr: -1; expected a number >= 0"),
             ("optimizer=dict(type='SGD', lr=1, wieght_decay=1)", "", "wieght_decay"),

@@ -1,4 +1,4 @@
-"""Every Python fragment of the README and of the pages on optimizers and wrappers runs, in the order of its page."""
+"""Every Python fragment of the README and of the pages below runs, in the order of its page."""
 
 from __future__ import annotations
 
@@ -11,18 +11,29 @@ from fusedopt.registry import OPTIM_WRAPPER_CONSTRUCTORS, OPTIMIZERS
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 DOCS = REPOSITORY / "docs"
-PAGES = [REPOSITORY / "README.md", DOCS / "wrappers.md", *sorted((DOCS / "optimizers").glob("*.md"))]
+PAGES = [
+    REPOSITORY / "README.md",
+    DOCS / "wrappers.md",
+    DOCS / "config.md",
+    *sorted((DOCS / "optimizers").glob("*.md")),
+]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_fragments_run(page: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    fragments = re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
+    fragments = re.findall(r"```(?:python|yaml)\n(.*?)```", page.read_text(), re.DOTALL)
     assert fragments, "the page shows no code"
+    if "```yaml" in page.read_text():
+        pytest.importorskip("yaml", reason="PyYAML is not installed: pip install 'fusedopt[engine]'")
     monkeypatch.chdir(tmp_path)
     for registry in (OPTIMIZERS, OPTIM_WRAPPER_CONSTRUCTORS):
         monkeypatch.setattr(registry, "_modules", dict(registry._modules))
     namespace: dict[str, object] = {}
     for number, fragment in enumerate(fragments, 1):
+        file = re.match(r"# (\S+\.(?:py|yaml))\n", fragment)  # a fragment may be a file that the next ones read
+        if file:
+            Path(file[1]).write_text(fragment)
+            continue
         exec(compile(fragment, f"{page.name}, fragment {number}", "exec"), namespace)
 
 

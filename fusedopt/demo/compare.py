@@ -5,21 +5,18 @@ from __future__ import annotations
 import dataclasses
 import platform
 import statistics
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 
-from ..backends import BackendUnavailable
-from ..extras import MissingExtraError
+from ..engine.config import Config, naming
 from ..optimizers import FUSED_TWINS
-from ..registry import OPTIMIZERS
+from ..registry import OPTIMIZERS, check_config
 from ..rules import did_you_mean
 from ..version import __version__
 from . import models  # noqa: F401  registers the models
-from .config import ConfigError, load_config
 from .data import Digits, load_digits, random_batches
 from .training import WARMUP_STEPS, ScheduleSettings, Training
 
@@ -204,17 +201,15 @@ def _quantile(values: list[float], share: float) -> float:
     return torch.tensor(values, dtype=torch.float64).quantile(share).item()
 
 
-@contextmanager
-def _naming(path: str) -> Iterator[None]:
-    """Turn the errors of building what a config describes into one line that names the config."""
-    try:
-        yield
-    except MissingExtraError:
-        raise
-    except (BackendUnavailable, ImportError, KeyError, TypeError, ValueError) as error:
-        # str() of a KeyError quotes its message.
-        message = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
-        raise ConfigError(f"{path}: {' '.join(message.split())}") from error
+def _required(config: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    """The section ``name`` of a config, dots in it leading into dicts."""
+    section: Any = config
+    for key in name.split("."):
+        if key not in section:
+            raise KeyError(f"no `{name}`; expected {name} = dict(...)")
+        section = section[key]
+    check_config(name, section)
+    return section
 
 
 def _settings(config: Mapping[str, Any], name: str, kind: type[Settings]) -> Settings:
@@ -305,8 +300,11 @@ def compare(
         MissingExtraError: scikit-learn is not installed.
     """
     device = torch.device("cpu") if device is None else device
-    config = load_config(path)
-    with _naming(str(path)):
+    config = Config.fromfile(path)
+    with naming(config):
+        model, optim_wrapper, _ = (
+            _required(config, name) for name in ("model", "optim_wrapper", "optim_wrapper.optimizer")
+        )
         data = _settings(config, "data", DataSettings)
         train = _settings(config, "train_cfg", TrainSettings)
         schedule = _settings(config, "lr_schedule", ScheduleSettings)
@@ -318,8 +316,7 @@ def compare(
         if total < 1:
             raise ValueError(f"data.batch_size {data.batch_size} is more than the {len(training_split.labels)} images")
         stock, fused = (
-            Training(config["model"], variant, schedule, total, train.seed, device)
-            for variant in _variants(config["optim_wrapper"])
+            Training(model, variant, schedule, total, train.seed, device) for variant in _variants(optim_wrapper)
         )
     order = [stock, fused]
     for done, batch in enumerate(
