@@ -9,6 +9,7 @@ from .checks import (
     did_you_mean,
     group_names,
     parameter_name,
+    parse_dtype,
 )
 from .clipping import CLIP_EPS, NormClip, ValueClip, clip_coefficient, global_norm, parse_clip_grad
 from .rule import Hyperparameters, Rule, StateColumn, compute_dtype
@@ -40,4 +41,5 @@ __all__ = [
     "group_names",
     "parameter_name",
     "parse_clip_grad",
+    "parse_dtype",
 ]

@@ -19,6 +19,7 @@ __all__ = [
     "did_you_mean",
     "group_names",
     "parameter_name",
+    "parse_dtype",
 ]
 
 #: Parameter, gradient and state dtypes that the kernels read and write.
@@ -51,6 +52,23 @@ def check_number(
     if not (high_enough and (below == math.inf or value < below)):
         bounds = f"{'>' if exclusive else '>='} {minimum:g}" if below == math.inf else f"in [{minimum:g}, {below:g})"
         raise ValueError(f"Invalid {name}: {value}; expected a number {bounds}")
+
+
+def parse_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
+    """One of :data:`SUPPORTED_DTYPES`, given itself or by name such as ``'float32'``; None stays None.
+
+    Raises:
+        TypeError: neither of these.
+        ValueError: another dtype or an unknown name.
+    """
+    if dtype is None or dtype in SUPPORTED_DTYPES:
+        return dtype
+    if not isinstance(dtype, (str, torch.dtype)):
+        raise TypeError(f"dtype must be the name of a dtype, a torch.dtype or None, got {dtype!r}")
+    names = {str(known).removeprefix("torch."): known for known in SUPPORTED_DTYPES}
+    if dtype not in names:
+        raise ValueError(f"Invalid dtype: {dtype!r}; {did_you_mean(str(dtype), names)}")
+    return names[dtype]
 
 
 def group_names(group: Mapping[str, Any]) -> list[str]:

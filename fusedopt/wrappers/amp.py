@@ -12,27 +12,13 @@ from torch import Tensor, nn
 
 from ..amp import GradScaler
 from ..registry import OPTIM_WRAPPERS, accepted_arguments
-from ..rules import NormClip, check_number, did_you_mean
+from ..rules import NormClip, check_number, did_you_mean, parse_dtype
 from .base import check_state_dict
 from .wrapper import OptimWrapper
 
 __all__ = ["AmpOptimWrapper", "ApexOptimWrapper"]
 
-_DTYPES = {
-    str(dtype).removeprefix("torch."): dtype for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-}
-
 _SCALER_KEYS = ("scale", "growth_factor", "backoff_factor", "growth_interval", "_growth_tracker")
-
-
-def _parse_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
-    if dtype is None or dtype in _DTYPES.values():
-        return dtype  # type: ignore[return-value]
-    if isinstance(dtype, str) and dtype in _DTYPES:
-        return _DTYPES[dtype]
-    if isinstance(dtype, (str, torch.dtype)):
-        raise ValueError(f"Invalid dtype: {dtype!r}; {did_you_mean(str(dtype), _DTYPES)}")
-    raise TypeError(f"dtype must be the name of a dtype, a torch.dtype or None, got {dtype!r}")
 
 
 def _check_scaler_state(state: Any) -> None:
@@ -89,7 +75,7 @@ class AmpOptimWrapper(OptimWrapper):
                 f"loss_scale must be 'dynamic', a number or a dict of GradScaler arguments, got {loss_scale!r} "
                 "(the optimizer is passed by keyword: optimizer=...)"
             )
-        self.cast_dtype = _parse_dtype(dtype)
+        self.cast_dtype = parse_dtype(dtype)
         if use_fsdp:
             raise NotImplementedError("use_fsdp=True is not supported: there is no sharded gradient scaler yet")
         super().__init__(**kwargs)
