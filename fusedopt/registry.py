@@ -417,6 +417,8 @@ OPTIM_WRAPPER_CONSTRUCTORS = Registry("optimizer wrapper constructor")
 PARAM_SCHEDULERS = Registry("parameter scheduler")
 HOOKS = Registry("hook")
 MODELS = Registry("model")
+for _name in ("StochasticWeightAverage", "ExponentialMovingAverage", "MomentumAnnealingEMA"):
+    MODELS.register_lazily(_name, f"fusedopt.averaging.{_name}")
 DATASETS = Registry("dataset")
 
 for _name, _class in vars(torch.optim).items():

@@ -14,6 +14,7 @@ DOCS = REPOSITORY / "docs"
 PAGES = [
     REPOSITORY / "README.md",
     DOCS / "wrappers.md",
+    DOCS / "averaging.md",
     DOCS / "config.md",
     *sorted((DOCS / "optimizers").glob("*.md")),
 ]

@@ -1,0 +1,30 @@
+"""Averages of a model's weights over its training, one multi-tensor call per update; torch's own beside them."""
+
+from torch.optim.swa_utils import (
+    SWALR,
+    AveragedModel,
+    get_ema_avg_fn,
+    get_ema_multi_avg_fn,
+    get_swa_avg_fn,
+    get_swa_multi_avg_fn,
+    update_bn,
+)
+
+from .annealing_ema import MomentumAnnealingEMA
+from .base import BaseAveragedModel
+from .ema import ExponentialMovingAverage
+from .swa import StochasticWeightAverage
+
+__all__ = [
+    "SWALR",
+    "AveragedModel",
+    "BaseAveragedModel",
+    "ExponentialMovingAverage",
+    "MomentumAnnealingEMA",
+    "StochasticWeightAverage",
+    "get_ema_avg_fn",
+    "get_ema_multi_avg_fn",
+    "get_swa_avg_fn",
+    "get_swa_multi_avg_fn",
+    "update_bn",
+]

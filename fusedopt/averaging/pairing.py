@@ -1,0 +1,142 @@
+"""Which tensor of an averaged model belongs to which of its source, in lists that one multi-tensor call takes."""
+
+from __future__ import annotations
+
+from itertools import chain
+from operator import attrgetter, is_
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["Group", "Pairing"]
+
+_kind = attrgetter("dtype", "device", "shape")
+_END = object()
+
+
+class Group:
+    """Pairs of tensors of which those of the average share device and dtype, and so do those of the source.
+
+    Attributes:
+        averaged: tensors of the average.
+        source: their partners, in the same order.
+    """
+
+    def __init__(self) -> None:
+        self.averaged: list[Tensor] = []
+        self.source: list[Tensor] = []
+        self._staged: list[Tensor] | None = None
+
+    def fetch(self) -> list[Tensor]:
+        """The source on the average's device; from another one it is copied, to memory that is kept for it."""
+        if self.source[0].device == self.averaged[0].device:
+            return self.source
+        if self._staged is None:
+            self._staged = [torch.empty_like(tensor) for tensor in self.averaged]
+        torch._foreach_copy_(self._staged, self.source)
+        return self._staged
+
+
+class Pairing:
+    """The tensors of an average and those of its source, matched by name.
+
+    A tensor with several names counts once. A buffer that is saved in no state dict is made by the model itself: one
+    without a partner of its shape is left out.
+
+    Args:
+        average: the copy.
+        model: its source. It is not kept alive by this.
+        average_buffers: whether buffers are averaged; those without fractions, and those saved in no state dict, never
+            are.
+
+    Attributes:
+        averages: what is averaged.
+        copies: what is copied from the source.
+
+    Raises:
+        ValueError: a parameter or buffer is missing on one side, or has another shape there; the message names it.
+    """
+
+    def __init__(self, average: nn.Module, model: nn.Module, average_buffers: bool):
+        modules = [*average.modules(), *model.modules()]
+        tables: list[dict[str, Any]] = []
+        for module in modules:
+            tables += (module._parameters, module._buffers, module._modules)
+        self._empty_tables = [table for table in tables if not table]
+        self._tables = [table for table in tables if table]
+        self._entries = [*chain.from_iterable(map(dict.values, self._tables)), _END]
+        averages: dict[tuple[object, ...], Group] = {}
+        copies: dict[tuple[object, ...], Group] = {}
+        for kind, averaged, source in _match(_named_tensors(average), _named_tensors(model)):
+            has_mean = averaged.is_floating_point() or averaged.is_complex()
+            is_averaged = has_mean and (kind == "parameter" or (kind == "buffer" and average_buffers))
+            key = (averaged.device, averaged.dtype, source.device, source.dtype)
+            group = (averages if is_averaged else copies).setdefault(key, Group())
+            group.averaged.append(averaged)
+            group.source.append(source)
+        self.averages = [*averages.values()]
+        self.copies = [*copies.values()]
+        groups = [*self.averages, *self.copies]
+        self._averaged = [tensor for group in groups for tensor in group.averaged]
+        self._source = [tensor for group in groups for tensor in group.source]
+        self._kinds = [*map(_kind, self._averaged), *map(_kind, self._source)]
+
+    def is_current(self) -> bool:
+        """Whether both models still hold these very tensors, with the dtypes, devices and shapes they had."""
+        entries = chain(chain.from_iterable(map(dict.values, self._tables)), (_END,))
+        if any(self._empty_tables) or not all(map(is_, entries, self._entries)):
+            return False
+        return self._kinds == [*map(_kind, self._averaged), *map(_kind, self._source)]
+
+    def source_values(self) -> list[Tensor]:
+        """Copies of the source's tensors, for :meth:`write_source`."""
+        values = [torch.empty_like(tensor, requires_grad=False) for tensor in self._source]
+        torch._foreach_copy_(values, self._source)
+        return values
+
+    def write_source(self, values: list[Tensor] | None = None) -> None:
+        """Write ``values`` to the source; those of the average by default."""
+        torch._foreach_copy_(self._source, self._averaged if values is None else values)
+
+
+def _named_tensors(model: nn.Module) -> dict[str, tuple[str, Tensor]]:
+    """(kind, tensor) by name: ``'parameter'``, ``'buffer'``, or ``'unsaved buffer'`` for one in no state dict."""
+    found: dict[str, tuple[str, Tensor]] = {
+        name: ("parameter", param) for name, param in model.named_parameters(remove_duplicate=False)
+    }
+    for path, module in model.named_modules(remove_duplicate=False):
+        for key, buffer in module._buffers.items():
+            if buffer is not None:
+                kind = "unsaved buffer" if key in module._non_persistent_buffers_set else "buffer"
+                found[f"{path}.{key}" if path else key] = (kind, buffer)
+    return found
+
+
+def _match(
+    averaged: dict[str, tuple[str, Tensor]], source: dict[str, tuple[str, Tensor]]
+) -> list[tuple[str, Tensor, Tensor]]:
+    """(kind, averaged tensor, source tensor) of each pair."""
+    pairs: dict[int, tuple[str, str, Tensor, Tensor]] = {}
+    for name in {**averaged, **source}:
+        kind = (averaged.get(name) or source[name])[0]
+        if name in averaged and name in source and averaged[name][1].shape == source[name][1].shape:
+            mine, theirs = averaged[name][1], source[name][1]
+            first, *_, partner = pairs.setdefault(id(mine), (name, kind, mine, theirs))
+            if partner is not theirs:
+                raise ValueError(f"{first!r} and {name!r} are one {kind} in the average but two in the model")
+        elif kind != "unsaved buffer":
+            raise ValueError(_misfit(name, kind, averaged, source))
+    return [pair[1:] for pair in pairs.values()]
+
+
+def _misfit(
+    name: str, kind: str, averaged: dict[str, tuple[str, Tensor]], source: dict[str, tuple[str, Tensor]]
+) -> str:
+    if name not in averaged:
+        return f"the average has no {kind} {name!r}, which the model has"
+    if name not in source:
+        hint = " (it is wrapped: pass model.module)" if f"module.{name}" in source else ""
+        return f"the model has no {kind} {name!r}, which its average has{hint}"
+    shapes = [tuple(tensors[name][1].shape) for tensors in (averaged, source)]
+    return f"{kind} {name!r} has shape {shapes[1]} in the model but {shapes[0]} in its average"
