@@ -60,7 +60,7 @@ def accepted_arguments(target: Callable[..., Any]) -> set[str] | None:
 
     The ``**kwargs`` of a constructor are taken to go to the constructor of the base class.
     """
-    if isinstance(target, type):
+    if isinstance(target, type) and "__signature__" not in vars(target):
         functions = [vars(cls)["__init__"] for cls in target.__mro__ if "__init__" in vars(cls)]
     else:
         functions = [target]
@@ -360,8 +360,10 @@ def _build_from_cfg(
     *args: Any,
     registry: Registry,
     default_args: Mapping[str, Any] | None = None,
+    factory: str | None = None,
     **kwargs: Any,
 ) -> Any:
+    """Build what ``cfg`` describes: with its class, or with the method of the class that ``factory`` names."""
     check_config(f"{registry.name} config", cfg)
     if default_args is not None:
         check_config("default_args", default_args)
@@ -371,7 +373,7 @@ def _build_from_cfg(
     with registry.switch_scope_and_registry(settings.pop("_scope_", None)) as scoped:
         target = scoped.resolve(settings.pop("type"))
         try:
-            return target(*args, **settings)
+            return getattr(target, factory)(*args, **settings) if factory else target(*args, **settings)
         except TypeError as error:
             accepted = accepted_arguments(target)
             unknown = [key for key in settings if accepted is not None and key not in accepted]
@@ -409,12 +411,32 @@ def _check_takes_params(target: Callable[..., Any], cfg: Mapping[str, Any]) -> N
         )
 
 
+def _build_scheduler(
+    cfg: Mapping[str, Any],
+    *args: Any,
+    registry: Registry,
+    default_args: Mapping[str, Any] | None = None,
+    epoch_length: int | None = None,
+    **kwargs: Any,
+) -> Any:
+    """Build a scheduler; where ``cfg`` has ``convert_to_iter_based``, one that counts iterations, from epochs."""
+    check_config(f"{registry.name} config", cfg)
+    settings = {**(default_args or {}), **cfg}
+    epoch_length = settings.pop("epoch_length", epoch_length)
+    if not settings.pop("convert_to_iter_based", False):
+        return _build_from_cfg(settings, *args, registry=registry, **kwargs)
+    if epoch_length is None:
+        raise ValueError("convert_to_iter_based=True needs epoch_length, the number of iterations in an epoch")
+    settings["epoch_length"] = epoch_length
+    return _build_from_cfg(settings, *args, registry=registry, factory="build_iter_from_epoch", **kwargs)
+
+
 #: Optimizers: torch's under their own names; ``fusedopt.optimizers`` adds ours.
 OPTIMIZERS = Registry("optimizer", build_func=_build_optimizer)
 OPTIMIZERS.register_lazily("ZeroRedundancyOptimizer", "fusedopt.optimizers.zero.ZeroRedundancyOptimizer")
 OPTIM_WRAPPERS = Registry("optimizer wrapper")
 OPTIM_WRAPPER_CONSTRUCTORS = Registry("optimizer wrapper constructor")
-PARAM_SCHEDULERS = Registry("parameter scheduler")
+PARAM_SCHEDULERS = Registry("parameter scheduler", build_func=_build_scheduler)
 HOOKS = Registry("hook")
 MODELS = Registry("model")
 for _name in ("StochasticWeightAverage", "ExponentialMovingAverage", "MomentumAnnealingEMA"):

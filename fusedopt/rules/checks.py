@@ -16,6 +16,7 @@ __all__ = [
     "check_gradient",
     "check_number",
     "check_parameter",
+    "check_whole_number",
     "did_you_mean",
     "group_names",
     "parameter_name",
@@ -69,6 +70,22 @@ def parse_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
     if dtype not in names:
         raise ValueError(f"Invalid dtype: {dtype!r}; {did_you_mean(str(dtype), names)}")
     return names[dtype]
+
+
+def check_whole_number(name: str, value: Any, minimum: int | None = None) -> int:
+    """``value`` as an int.
+
+    Raises:
+        TypeError: it is no number.
+        ValueError: it is not whole, or below ``minimum``.
+    """
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"Invalid {name}: {value!r}; expected a whole number")
+    number = float(value)
+    if not number.is_integer() or (minimum is not None and number < minimum):
+        bound = "" if minimum is None else f" >= {minimum}"
+        raise ValueError(f"Invalid {name}: {value!r}; expected a whole number{bound}")
+    return int(number)
 
 
 def group_names(group: Mapping[str, Any]) -> list[str]:

@@ -1,0 +1,86 @@
+"""Schedulers of learning rates, momenta and any other entry of parameter groups, as ``mmengine.optim``'s."""
+
+from .base import INF, LRSchedulerMixin, MomentumSchedulerMixin, _ParamScheduler
+from .build import build_param_schedulers
+from .cosine import (
+    CosineAnnealingLR,
+    CosineAnnealingMomentum,
+    CosineAnnealingParamScheduler,
+    CosineRestartLR,
+    CosineRestartMomentum,
+    CosineRestartParamScheduler,
+)
+from .from_torch import (
+    SWALR,
+    CosineAnnealingWarmRestarts,
+    CyclicLR,
+    LambdaLR,
+    MultiplicativeLR,
+    TorchParamScheduler,
+)
+from .one_cycle import OneCycleLR, OneCycleParamScheduler
+from .plateau import (
+    ReduceLROnPlateau,
+    ReduceOnPlateauLR,
+    ReduceOnPlateauMomentum,
+    ReduceOnPlateauParamScheduler,
+)
+from .ramps import LinearLR, LinearMomentum, LinearParamScheduler, PolyLR, PolyMomentum, PolyParamScheduler
+from .stepwise import (
+    ConstantLR,
+    ConstantMomentum,
+    ConstantParamScheduler,
+    ExponentialLR,
+    ExponentialMomentum,
+    ExponentialParamScheduler,
+    MultiStepLR,
+    MultiStepMomentum,
+    MultiStepParamScheduler,
+    StepLR,
+    StepMomentum,
+    StepParamScheduler,
+)
+
+__all__ = [
+    "INF",
+    "SWALR",
+    "ConstantLR",
+    "ConstantMomentum",
+    "ConstantParamScheduler",
+    "CosineAnnealingLR",
+    "CosineAnnealingMomentum",
+    "CosineAnnealingParamScheduler",
+    "CosineAnnealingWarmRestarts",
+    "CosineRestartLR",
+    "CosineRestartMomentum",
+    "CosineRestartParamScheduler",
+    "CyclicLR",
+    "ExponentialLR",
+    "ExponentialMomentum",
+    "ExponentialParamScheduler",
+    "LRSchedulerMixin",
+    "LambdaLR",
+    "LinearLR",
+    "LinearMomentum",
+    "LinearParamScheduler",
+    "MomentumSchedulerMixin",
+    "MultiStepLR",
+    "MultiStepMomentum",
+    "MultiStepParamScheduler",
+    "MultiplicativeLR",
+    "OneCycleLR",
+    "OneCycleParamScheduler",
+    "PolyLR",
+    "PolyMomentum",
+    "PolyParamScheduler",
+    "ReduceLROnPlateau",
+    "ReduceOnPlateauLR",
+    "ReduceOnPlateauMomentum",
+    "ReduceOnPlateauParamScheduler",
+    "StepLR",
+    "StepMomentum",
+    "StepParamScheduler",
+    "TorchParamScheduler",
+    "_ParamScheduler",
+    "build_param_schedulers",
+]

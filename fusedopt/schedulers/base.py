@@ -1,0 +1,359 @@
+"""What all schedulers share: which value they move, when, and how it is written back."""
+
+from __future__ import annotations
+
+import functools
+import numbers
+import weakref
+from collections.abc import Mapping, MutableMapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from ..registry import warn_caller
+from ..rules.checks import check_whole_number, did_you_mean
+from ..wrappers import BaseOptimWrapper, OptimWrapperDict
+
+__all__ = [
+    "INF",
+    "LRSchedulerMixin",
+    "MomentumSchedulerMixin",
+    "OptimizerLike",
+    "_ParamScheduler",
+    "check_same_keys",
+    "per_group",
+]
+
+#: ``end`` of a scheduler that goes on for ever; MMEngine's.
+INF = int(1e9)
+
+OptimizerLike = torch.optim.Optimizer | BaseOptimWrapper
+
+
+class _ParamScheduler:
+    """Base of the schedulers, as ``mmengine.optim._ParamScheduler``.
+
+    A scheduler moves one entry of every parameter group, by a recursive rule on its current value: so schedulers whose
+    spans overlap multiply, in the order in which they step. It is active on the steps ``begin <= step < end``, where
+    step 0 is the one made at construction; before and after it leaves the value as it is. A wrapper's
+    ``base_param_settings`` moves too. A subclass defines :meth:`_next`, or :meth:`_get_value` for all groups at once.
+
+    Args:
+        optimizer: an optimizer, or a wrapper of one.
+        param_name: key of the parameter groups to move, such as ``'lr'``, ``'momentum'`` or ``'weight_decay'``. A value
+            that is a tensor is updated in place.
+        begin: first active step.
+        end: first step that is no longer active.
+        last_step: number of active steps made before, less one, to resume without a state dict; -1 for none. The groups
+            then hold ``initial_<param_name>`` already.
+        by_epoch: what a step is to whoever drives the scheduler: an epoch, or an iteration.
+        verbose: print each new value.
+
+    Raises:
+        TypeError: ``optimizer`` is none, or is an :class:`OptimWrapperDict`; a number is of the wrong type.
+        ValueError: ``begin`` is not below ``end``, or a number is out of range.
+        KeyError: a parameter group has no ``param_name``, or, when resuming, no ``initial_<param_name>``.
+    """
+
+    #: Arguments that count steps, beside ``begin`` and ``end``: what converting epochs to iterations multiplies.
+    _in_steps: ClassVar[tuple[str, ...]] = ()
+    #: Attributes that are no part of the state dict.
+    _not_state: ClassVar[frozenset[str]] = frozenset({"optimizer"})
+
+    def __init__(
+        self,
+        optimizer: OptimizerLike,
+        param_name: str,
+        begin: int = 0,
+        end: int = INF,
+        last_step: int = -1,
+        by_epoch: bool = True,
+        verbose: bool = False,
+    ):
+        _check_optimizer(optimizer)
+        begin = check_whole_number("begin", begin, 0)
+        end = INF if end == float("inf") else check_whole_number("end", end)
+        if begin >= end:
+            raise ValueError(f"Invalid begin={begin}, end={end}; expected begin < end")
+        self.optimizer = optimizer
+        self.param_name = param_name
+        self.begin = begin
+        self.end = end
+        self.by_epoch = by_epoch
+        self.verbose = verbose
+        self.last_step = check_whole_number("last_step", last_step, -1)
+        self._global_step = -1 if last_step == -1 else begin + last_step
+        self._check_groups()
+        self._prepare()
+        for group in optimizer.param_groups:
+            group.setdefault(self._initial, _copied(group[param_name]))
+        self.base_values = [_copied(group[self._initial]) for group in optimizer.param_groups]
+        _watch(optimizer)
+        self._first_step()
+
+    @property
+    def _initial(self) -> str:
+        return f"initial_{self.param_name}"
+
+    def _check_groups(self) -> None:
+        needed = self.param_name if self.last_step == -1 else self._initial
+        for index, group in enumerate(self.optimizer.param_groups):
+            if needed not in group:
+                hint = did_you_mean(needed, [key for key in group if key not in ("params", "param_names")])
+                resuming = "" if self.last_step == -1 else f", which last_step={self.last_step} needs"
+                raise KeyError(f"param_groups[{index}] has no {needed!r}{resuming}; {hint}")
+
+    def _prepare(self) -> None:
+        """Set and check what depends on ``begin`` and ``end``, before anything has been changed."""
+
+    def _first_step(self) -> None:
+        self.step()
+
+    def step(self) -> None:
+        """Go on by one step; call it after the optimizer's."""
+        if self._global_step == 0:
+            _warn_unless_stepped(self.optimizer)
+        self._global_step += 1
+        if self.begin <= self._global_step < self.end:
+            self.last_step += 1
+            self._advance()
+        self._note_values()
+
+    def _advance(self) -> None:
+        for index, (group, value) in enumerate(zip(self.optimizer.param_groups, self._get_value(), strict=True)):
+            self._write(group, value)
+            self._tell(index, value)
+
+    def _tell(self, index: int, value: Any) -> None:
+        if self.verbose:
+            print(f"{type(self).__name__}: {self.param_name} of group {index} is now {float(value):.4e}")
+
+    def _note_values(self) -> None:
+        self._last_value = [_copied(group[self.param_name]) for group in self.optimizer.param_groups]
+
+    def _get_value(self) -> list[Any]:
+        """The new value of each group, at ``last_step``."""
+        groups = self.optimizer.param_groups
+        return [self._next(group[self.param_name], base) for group, base in zip(groups, self.base_values, strict=True)]
+
+    def _next(self, value: Any, base: Any) -> Any:
+        """The value at ``last_step``.
+
+        Args:
+            value: the current one, float or 0-dim tensor.
+            base: the one before any schedule.
+        """
+        raise NotImplementedError
+
+    def _write(self, group: MutableMapping[str, Any], value: Any) -> None:
+        _assign(group, self.param_name, value)
+
+    def get_last_value(self) -> list[Any]:
+        """The value of each group after the last step; copies, where they are tensors."""
+        return self._last_value
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything but the optimizer, as MMEngine's."""
+        return {key: value for key, value in vars(self).items() if key not in self._not_state}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Load what :meth:`state_dict` returned; its settings take the place of those given at construction.
+
+        The values in the parameter groups are loaded with the optimizer.
+
+        Raises:
+            TypeError: it is no dict.
+            ValueError: it is the state of another kind of scheduler, or of one that drove another number of groups. The
+                scheduler has not changed.
+        """
+        if not isinstance(state_dict, Mapping):
+            raise TypeError(f"state_dict must be a dict, got {type(state_dict).__name__}")
+        self._check_state(state_dict)
+        self._restore(dict(state_dict))
+
+    def _restore(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+
+    def _check_state(self, state_dict: Mapping[str, Any]) -> None:
+        kind = type(self).__name__
+        scheduled = state_dict.get("param_name", self.param_name)
+        if scheduled != self.param_name:
+            raise ValueError(
+                f"state_dict is that of a scheduler of {scheduled!r}; this {kind} schedules {self.param_name!r}"
+            )
+        check_same_keys(f"state_dict is not that of a {kind}: it", state_dict, self.state_dict())
+        if len(state_dict["base_values"]) != len(self.base_values):
+            raise ValueError(
+                f"state_dict has base_values for {len(state_dict['base_values'])} parameter groups; this {kind} "
+                f"drives {len(self.base_values)}"
+            )
+
+    @classmethod
+    def build_iter_from_epoch(cls, *args: Any, epoch_length: int, **kwargs: Any) -> Any:
+        """Build a scheduler that steps after each iteration, from arguments counted in epochs.
+
+        Args:
+            args: the scheduler's own.
+            epoch_length: iterations in an epoch.
+            kwargs: the scheduler's own; ``begin`` and ``end`` may be fractions of an epoch.
+
+        Raises:
+            ValueError: ``by_epoch`` is False, or an argument is no whole number of iterations.
+        """
+        if not kwargs.pop("by_epoch", True):
+            raise ValueError(f"{cls.__name__}: convert_to_iter_based=True takes by_epoch=True, got by_epoch=False")
+        check_whole_number("epoch_length", epoch_length, 1)
+        for name in ("begin", "end"):
+            if kwargs.get(name, INF) < INF:
+                kwargs[name] = int(kwargs[name] * epoch_length)
+        for name in cls._in_steps:
+            if kwargs.get(name) is not None:
+                kwargs[name] = _in_iterations(name, kwargs[name], epoch_length)
+        return cls(*args, **{**kwargs, "by_epoch": False})
+
+
+class LRSchedulerMixin:
+    """Binds a scheduler to the learning rate: no ``param_name`` among its arguments."""
+
+    def __init__(self, optimizer: OptimizerLike, *args: Any, **kwargs: Any):
+        super().__init__(optimizer, "lr", *args, **kwargs)  # type: ignore[call-arg]
+
+
+class MomentumSchedulerMixin:
+    """Binds a scheduler to the momentum: ``momentum`` of SGD and its like, ``betas[0]`` of Adam and its like.
+
+    Groups of the latter get a ``momentum`` of their own, which the scheduler moves, and ``betas`` follows.
+
+    Raises:
+        ValueError: a parameter group has neither.
+    """
+
+    optimizer: OptimizerLike
+
+    def __init__(self, optimizer: OptimizerLike, *args: Any, **kwargs: Any):
+        _check_optimizer(optimizer)
+        groups = optimizer.param_groups
+        for index, group in enumerate(groups):
+            if "momentum" not in group and "betas" not in group:
+                raise ValueError(
+                    f"{type(self).__name__} schedules 'momentum' or betas[0], and param_groups[{index}] has neither "
+                    "'momentum' nor 'betas'"
+                )
+        self.use_betas = "momentum" not in optimizer.defaults and all("betas" in group for group in groups)
+        added = [group for group in groups if self.use_betas and "momentum" not in group]
+        for group in groups if self.use_betas else ():
+            group["momentum"] = _copied(group["betas"][0])
+        try:
+            super().__init__(optimizer, "momentum", *args, **kwargs)  # type: ignore[call-arg]
+        except BaseException:
+            for group in added:
+                del group["momentum"]
+            raise
+
+    def _write(self, group: MutableMapping[str, Any], value: Any) -> None:
+        _assign(group, "momentum", value)
+        if self.use_betas:
+            betas = list(group["betas"])
+            _assign(betas, 0, group["momentum"])
+            group["betas"] = tuple(betas)
+
+
+def per_group(name: str, value: Any, optimizer: OptimizerLike) -> list[Any]:
+    """``value`` for each parameter group: itself, or its entries where it is a list.
+
+    A wrapper's ``base_param_settings``, for which a list need not have an entry, takes the last one.
+
+    Raises:
+        ValueError: a list of another length.
+    """
+    groups = len(optimizer.param_groups)
+    if not isinstance(value, list | tuple):
+        return [value] * groups
+    own = len(_optimizer_of(optimizer).param_groups)
+    if len(value) not in (own, groups):
+        raise ValueError(f"{name} has {len(value)} entries; expected one for each of {own} parameter groups")
+    return [*value, *[value[-1]] * (groups - len(value))]
+
+
+def check_same_keys(complaint: str, given: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
+    """Raise a ValueError that begins with ``complaint`` where the keys of the two differ."""
+    differences = [
+        f"{verb} {', '.join(map(repr, keys))}"
+        for verb, keys in (
+            ("lacks", [key for key in expected if key not in given]),
+            ("has", [key for key in given if key not in expected]),
+        )
+        if keys
+    ]
+    if differences:
+        raise ValueError(f"{complaint} {' and '.join(differences)}")
+
+
+def _check_optimizer(optimizer: Any) -> None:
+    if isinstance(optimizer, OptimWrapperDict):
+        raise TypeError(
+            "a scheduler drives one optimizer or wrapper, got an OptimWrapperDict of "
+            f"{', '.join(map(repr, optimizer))}; build_param_schedulers makes schedulers for each"
+        )
+    if not isinstance(optimizer, torch.optim.Optimizer | BaseOptimWrapper):
+        raise TypeError(f"optimizer must be an optimizer or a wrapper of one, got {type(optimizer).__name__}")
+
+
+def _copied(value: Any) -> Any:
+    return value.clone() if isinstance(value, Tensor) else value
+
+
+def _assign(target: Any, key: Any, value: Any) -> None:
+    """Set ``target[key]``, in place where it is a tensor: a captured CUDA graph reads that one."""
+    if isinstance(target[key], Tensor):
+        target[key].fill_(value)
+    else:
+        target[key] = value
+
+
+def _in_iterations(name: str, epochs: Any, epoch_length: int) -> Any:
+    if isinstance(epochs, Sequence) and not isinstance(epochs, str):
+        return [_in_iterations(name, each, epoch_length) for each in epochs]
+    if not isinstance(epochs, numbers.Real):
+        raise TypeError(f"Invalid {name}: {epochs!r}; expected a number of epochs")
+    iterations = float(epochs) * epoch_length
+    if abs(iterations - round(iterations)) > 1e-6:
+        raise ValueError(
+            f"Invalid {name}: {epochs}; that many epochs of {epoch_length} are no whole number of iterations"
+        )
+    return round(iterations)
+
+
+# Note [Order of steps]
+# A scheduler that steps before the first optimizer step has skipped the first value of its schedule. torch's schedulers
+# replace `optimizer.step` to find out, and leave `_opt_called` behind. A hook that does so leaves the method alone.
+_watched: weakref.WeakKeyDictionary[torch.optim.Optimizer, Any] = weakref.WeakKeyDictionary()
+
+
+def _note_step(watched: weakref.ref[torch.optim.Optimizer], *_: Any) -> None:
+    if (optimizer := watched()) is not None:  # not the one that stepped, where a fused twin took over the hooks
+        optimizer._opt_called = True  # type: ignore[attr-defined]
+
+
+def _optimizer_of(driven: OptimizerLike) -> torch.optim.Optimizer:
+    return driven.optimizer if isinstance(driven, BaseOptimWrapper) else driven
+
+
+def _watch(driven: OptimizerLike) -> None:
+    optimizer = _optimizer_of(driven)
+    if optimizer not in _watched and not getattr(optimizer, "_opt_called", False):
+        hook = functools.partial(_note_step, weakref.ref(optimizer))
+        _watched[optimizer] = optimizer.register_step_post_hook(hook)
+
+
+def _warn_unless_stepped(driven: OptimizerLike) -> None:
+    optimizer = _optimizer_of(driven)
+    if (handle := _watched.pop(optimizer, None)) is not None:
+        handle.remove()
+    # A wrapper that accumulates, or whose scaler skipped the step, has done its part without one.
+    if not getattr(optimizer, "_opt_called", False) and not getattr(driven, "_inner_count", 0):
+        warn_caller(
+            "scheduler.step() was called before optimizer.step(), so the first value of the schedule is skipped; "
+            "call the optimizer's first"
+        )

@@ -1,0 +1,552 @@
+"""Schedulers: spans, per-group values, wrappers, resuming, tensors, building from configs, and bad input."""
+
+from __future__ import annotations
+
+import copy
+import io
+import math
+
+import pytest
+import torch
+from schedules import OPTIMIZERS, parameter_groups
+from torch import nn
+
+import fusedopt
+from fusedopt import FusedAdamW, FusedSGD, OptimWrapper, OptimWrapperDict, SkipAwareScheduler, schedulers
+from fusedopt.registry import PARAM_SCHEDULERS
+from fusedopt.schedulers import build_param_schedulers
+
+#: A config of every registered scheduler, for a span of 12 steps.
+CONFIGS = {
+    "Constant": dict(factor=0.5),
+    "CosineAnnealing": dict(T_max=5, eta_min=0.01),
+    "CosineRestart": dict(periods=[3, 6], restart_weights=[1.0, 0.5], eta_min_ratio=0.1),
+    "Exponential": dict(gamma=0.9),
+    "Linear": dict(start_factor=0.2),
+    "MultiStep": dict(milestones=[2, 5], gamma=0.5),
+    "Poly": dict(power=2.0, eta_min=0.001),
+    "ReduceOnPlateau": dict(patience=0, factor=0.5),
+    "Step": dict(step_size=3, gamma=0.5),
+}
+ALL = {
+    **{
+        f"{rule}{kind}": {**cfg, **({"param_name": "weight_decay"} if kind == "ParamScheduler" else {})}
+        for rule, cfg in CONFIGS.items()
+        for kind in ("LR", "Momentum", "ParamScheduler")
+    },
+    "OneCycleLR": dict(eta_max=0.5),
+    "OneCycleParamScheduler": dict(eta_max=0.5, param_name="lr"),
+    "CosineAnnealingWarmRestarts": dict(T_0=3),
+    "CyclicLR": dict(base_lr=0.1, max_lr=0.5, step_size_up=2),
+    "LambdaLR": dict(lr_lambda=lambda step: 0.9**step),
+    "MultiplicativeLR": dict(lr_lambda=lambda step: 0.9),
+    "ReduceLROnPlateau": dict(patience=0, factor=0.5),
+    "SWALR": dict(swa_lr=0.01, anneal_epochs=4),
+}
+
+#: What torch makes of ``last_epoch`` is torch's.
+FROM_TORCH = schedulers.TorchParamScheduler
+
+
+def build(name, optimizer, **changes):
+    settings = {"end": 12, **ALL[name], **changes}
+    return PARAM_SCHEDULERS.build(dict(type=name, **settings), optimizer=optimizer)
+
+
+def advance(scheduler, optimizer):
+    optimizer.step()
+    if getattr(scheduler, "need_val_args", False):
+        scheduler.step()
+        scheduler.step({"loss": 1.0})
+    else:
+        scheduler.step()
+
+
+def sgd(groups=1):
+    return FusedSGD(parameter_groups(groups), lr=0.3, momentum=0.8)
+
+
+def test_the_list_is_whole() -> None:
+    assert set(ALL) == set(PARAM_SCHEDULERS)
+    assert set(PARAM_SCHEDULERS) <= set(schedulers.__all__)
+
+
+def test_mmengines_names_are_exported() -> None:
+    optim = pytest.importorskip("mmengine.optim")
+    for name in optim.__all__:
+        assert hasattr(fusedopt, name) or hasattr(schedulers, name), name
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_outside_its_span_it_leaves_the_value_alone(name) -> None:
+    optimizer = sgd()
+    group = optimizer.param_groups[0]
+    scheduler = build(name, optimizer, begin=3, end=6)
+    key = scheduler.param_name
+    seen, left_at = [group[key]], None
+    for step in range(1, 10):
+        group[key] = group[key] if 3 <= step < 6 else 1.0 + step
+        before = group[key]
+        advance(scheduler, optimizer)
+        seen.append(group[key])
+        if not 3 <= step < 6:
+            assert group[key] == before, f"step {step}"
+        left_at = step
+    assert left_at == 9
+    assert scheduler.last_step == 2
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_a_state_dict_resumes_at_any_step(name) -> None:
+    """Through a file that only plain values may be in, into a new optimizer."""
+    optimizer = FusedAdamW(parameter_groups(2), lr=0.3)
+    wrapper = OptimWrapper(optimizer)
+    scheduler = build(name, wrapper, begin=2)
+    for step in range(12):
+        file = io.BytesIO()
+        torch.save((wrapper.state_dict(), scheduler.state_dict()), file)
+        file.seek(0)
+        other = OptimWrapper(FusedAdamW(parameter_groups(2), lr=0.3))
+        resumed = build(name, other, begin=2)
+        states = torch.load(file, weights_only=True)
+        other.load_state_dict(states[0])
+        resumed.load_state_dict(states[1])
+        assert resumed.get_last_value() == scheduler.get_last_value()
+        for _ in range(2):
+            advance(resumed, other)
+        reference = copy.deepcopy([(group["lr"], group["betas"]) for group in other.param_groups])
+        advance(scheduler, wrapper)
+        if step < 11:
+            ahead, driven = build(name, OptimWrapper(FusedAdamW(parameter_groups(2), lr=0.3)), begin=2), None
+            driven = ahead.optimizer
+            for _ in range(step + 2):
+                advance(ahead, driven)
+            assert reference == [(group["lr"], group["betas"]) for group in driven.param_groups]
+
+
+@pytest.mark.parametrize("name", [name for name in ALL if not issubclass(PARAM_SCHEDULERS.get(name), FROM_TORCH)])
+def test_it_resumes_without_a_state_dict(name) -> None:
+    """From ``last_step``, with the span counted on."""
+    optimizer, other = sgd(2), sgd(2)
+    scheduler = build(name, optimizer, begin=2, end=8)
+    for _ in range(5):
+        advance(scheduler, optimizer)
+    for group, source in zip(other.param_groups, optimizer.param_groups, strict=True):
+        group.update({key: value for key, value in source.items() if key != "params"})
+    advance(scheduler, optimizer)
+    resumed = build(name, other, begin=2, end=8, last_step=3)
+    for _ in range(6):
+        for group, source in zip(other.param_groups, optimizer.param_groups, strict=True):
+            assert group[scheduler.param_name] == pytest.approx(source[scheduler.param_name], rel=1e-12)
+        advance(scheduler, optimizer)
+        advance(resumed, other)
+
+
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+@pytest.mark.parametrize("name", ALL)
+def test_a_tensor_is_updated_in_place(name, kind) -> None:
+    """To the values that a float takes, within float32: what a captured CUDA graph reads is the tensor."""
+    _, fused, arguments = OPTIMIZERS[kind]
+    floats = fused(parameter_groups(1), lr=0.3, **arguments)
+    tensors = fused(parameter_groups(1), lr=0.3, **arguments)
+    [group], [reference] = tensors.param_groups, floats.param_groups
+    for key in ("lr", "weight_decay", "momentum"):
+        reference[key] = 0.25
+        if key in group:
+            group[key] = torch.tensor(0.25)
+        else:
+            del reference[key]
+    if "betas" in group:
+        group["betas"] = tuple(torch.tensor(beta) for beta in group["betas"])
+    scheduler, twin = build(name, tensors), build(name, floats)
+    key = scheduler.param_name
+    held = group[key]
+    assert isinstance(held, torch.Tensor) == isinstance(reference[key], float)
+    beta = group["betas"][0] if "betas" in group else None
+    for _ in range(6):
+        assert float(held) == pytest.approx(reference[key], rel=1e-5)
+        if beta is not None and scheduler.param_name == "momentum":
+            assert float(beta) == pytest.approx(reference["betas"][0], rel=1e-5)
+            assert group["betas"][0] is beta
+        assert group[key] is held
+        assert scheduler.get_last_value()[0] is not held
+        advance(scheduler, tensors)
+        advance(twin, floats)
+    assert float(scheduler.base_values[0]) in (0.25, pytest.approx(0.9), pytest.approx(0.5 / 25))
+
+
+def test_the_base_settings_of_a_wrapper_move_too() -> None:
+    wrapper = OptimWrapper(sgd(2))
+    scheduler = schedulers.ExponentialLR(wrapper, gamma=0.5)
+    wrapper.step()
+    scheduler.step()
+    assert wrapper.get_lr() == {"base_lr": [0.15], "lr": [0.05, 0.1]}
+
+
+@pytest.mark.parametrize(("key", "values"), [("weight_decay", (0.5, 0.05)), ("lr", (0.1, 0.01))])
+def test_scheduled_values_reach_the_kernel(key, values) -> None:
+    """The step after the milestone is that of an optimizer that was built with the new value."""
+    weights = torch.linspace(-1, 1, 7)
+    scheduled = nn.Parameter(weights.clone())
+    optimizer = FusedAdamW([scheduled], **{"lr": 0.1, "weight_decay": 0.5, key: values[0]})
+    scheduler = schedulers.MultiStepParamScheduler(optimizer, key, milestones=[1], gamma=0.1)
+    reference = nn.Parameter(weights.clone())
+    twin = torch.optim.AdamW([reference], **{"lr": 0.1, "weight_decay": 0.5, key: values[0]}, foreach=False)
+    for step in range(3):
+        twin.param_groups[0][key] = values[step > 0]
+        for parameter, each in ((scheduled, optimizer), (reference, twin)):
+            parameter.grad = torch.full_like(parameter, 0.1 * (step + 1))
+            each.step()
+        scheduler.step()
+        torch.testing.assert_close(scheduled, reference, rtol=1e-6, atol=1e-7)
+    assert optimizer.param_groups[0][key] == pytest.approx(values[1])
+
+
+def test_scheduled_momentum_reaches_the_kernel_through_betas() -> None:
+    scheduled, reference = nn.Parameter(torch.ones(5)), nn.Parameter(torch.ones(5))
+    optimizer, twin = FusedAdamW([scheduled], lr=0.1), torch.optim.AdamW([reference], lr=0.1, foreach=False)
+    scheduler = schedulers.LinearMomentum(optimizer, start_factor=0.5, end=4)
+    for step in range(4):
+        twin.param_groups[0]["betas"] = (0.9 * (0.5 + 0.5 * step / 3), 0.999)
+        for parameter, each in ((scheduled, optimizer), (reference, twin)):
+            parameter.grad = torch.full_like(parameter, (-1.0) ** step)
+            each.step()
+        torch.testing.assert_close(scheduled, reference, rtol=1e-6, atol=1e-7)
+        scheduler.step()
+    assert optimizer.param_groups[0]["initial_momentum"] == 0.9
+    assert optimizer.param_groups[0]["betas"][1] == 0.999
+
+
+def test_overlapping_schedulers_multiply_in_their_order() -> None:
+    optimizer = sgd()
+    warmup, decay = build_param_schedulers(
+        [dict(type="LinearLR", start_factor=0.5, by_epoch=False, end=3), dict(type="StepLR", step_size=1, gamma=0.1)],
+        optimizer,
+        max_epochs=4,
+        max_iters=8,
+    )
+    seen = []
+    for _ in range(4):
+        seen.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        warmup.step()
+        decay.step()
+    assert seen == pytest.approx([0.05, 0.0075, 0.001, 0.0001])
+
+
+def test_a_missing_end_is_the_length_of_the_training() -> None:
+    wrapper = OptimWrapper(sgd())
+    by_epoch, by_iteration, converted, own = build_param_schedulers(
+        [
+            dict(type="CosineAnnealingLR"),
+            dict(type="LinearLR", by_epoch=False, begin=2),
+            dict(type="PolyLR", convert_to_iter_based=True, begin=1),
+            dict(type="CosineAnnealingMomentum", T_max=3, end=7, by_epoch=False),
+        ],
+        wrapper,
+        epoch_length=5,
+        max_epochs=10,
+        max_iters=50,
+    )
+    assert (by_epoch.T_max, by_epoch.end) == (10, 10)
+    assert (by_iteration.begin, by_iteration.end, by_iteration.total_iters) == (2, 50, 47)
+    assert (converted.begin, converted.end, converted.by_epoch) == (5, 50, False)
+    assert (own.T_max, own.end) == (3, 7)
+
+
+@pytest.mark.parametrize(
+    ("name", "given", "expected"),
+    [
+        ("StepLR", dict(step_size=2), dict(step_size=8)),
+        ("MultiStepLR", dict(milestones=[1, 2.5]), dict(milestones={4: 1, 10: 1})),
+        ("CosineAnnealingLR", dict(T_max=3), dict(T_max=12)),
+        ("CosineRestartLR", dict(periods=[1, 2], restart_weights=[1, 1]), dict(periods=[4, 8])),
+        ("OneCycleLR", dict(eta_max=1.0, total_steps=5), dict(total_steps=20)),
+        ("ExponentialLR", dict(gamma=0.9, begin=0.5, end=2.6), dict(begin=2, end=10)),
+    ],
+)
+def test_epochs_become_iterations(name, given, expected) -> None:
+    scheduler = getattr(schedulers, name).build_iter_from_epoch(sgd(), epoch_length=4, **given)
+    assert not scheduler.by_epoch
+    assert {key: getattr(scheduler, key) for key in expected} == expected
+
+
+def test_torchs_lengths_become_iterations_too() -> None:
+    optimizer, other = sgd(), sgd()
+    converted = PARAM_SCHEDULERS.build(
+        dict(type="CyclicLR", base_lr=0.1, max_lr=0.5, step_size_up=2, convert_to_iter_based=True),
+        optimizer=optimizer,
+        epoch_length=3,
+    )
+    reference = torch.optim.lr_scheduler.CyclicLR(other, 0.1, 0.5, step_size_up=6)
+    for _ in range(15):
+        assert optimizer.param_groups[0]["lr"] == pytest.approx(other.param_groups[0]["lr"], rel=1e-12)
+        for each, scheduler in ((optimizer, converted), (other, reference)):
+            each.step()
+            scheduler.step()
+
+
+def test_wrappers_in_a_dict_have_schedulers_of_their_own() -> None:
+    wrappers = OptimWrapperDict(gen=OptimWrapper(sgd()), disc=OptimWrapper(sgd(2)))
+    shared = build_param_schedulers(dict(type="ExponentialLR", gamma=0.5), wrappers)
+    assert {name: [type(each).__name__ for each in built] for name, built in shared.items()} == {
+        "gen": ["ExponentialLR"],
+        "disc": ["ExponentialLR"],
+    }
+    own = build_param_schedulers(dict(gen=[dict(type="StepLR", step_size=1)], disc=[]), wrappers)
+    assert isinstance(own["gen"][0], schedulers.StepLR) and own["disc"] == []
+    assert own["gen"][0].optimizer is wrappers["gen"]
+
+
+def test_a_scheduler_that_exists_is_taken_as_it_is() -> None:
+    optimizer = sgd()
+    scheduler = schedulers.StepLR(optimizer, step_size=2)
+    assert build_param_schedulers([scheduler], optimizer) == [scheduler]
+    wrapper = OptimWrapper(optimizer)
+    aware = SkipAwareScheduler(schedulers.StepLR(wrapper, step_size=1), wrapper)
+    assert build_param_schedulers(aware, wrapper) == [aware]
+    wrapper.step()
+    aware.step()
+    assert aware.get_last_value() == [pytest.approx(0.01)]
+    assert build_param_schedulers(None, optimizer) == []
+
+
+def test_mmengine_states_load_and_ours_load_there() -> None:
+    optim = pytest.importorskip("mmengine.optim")
+    pairs = [(name, kind) for name in CONFIGS if name != "ReduceOnPlateau" for kind in ("LR", "Momentum")]
+    for rule, kind in pairs:
+        name = rule + kind
+        ours, theirs = sgd(), torch.optim.SGD(parameter_groups(1), lr=0.3, momentum=0.8)
+        scheduler, reference = build(name, ours), getattr(optim, name, None)
+        if reference is None:  # CosineRestart is there, and not exported
+            reference = getattr(optim.scheduler, name)
+        reference = reference(theirs, end=12, **ALL[name])
+        for _ in range(4):
+            theirs.step()
+            reference.step()
+        scheduler.load_state_dict(reference.state_dict())
+        for group, source in zip(ours.param_groups, theirs.param_groups, strict=True):
+            group.update({key: source[key] for key in ("lr", "momentum")})
+        reference.load_state_dict(scheduler.state_dict())
+        for _ in range(5):
+            ours.step(), scheduler.step()
+            theirs.step(), reference.step()
+            assert scheduler.get_last_value() == pytest.approx(reference.get_last_value(), rel=1e-12)
+
+
+def test_schedulers_go_on_with_the_fused_twin() -> None:
+    optimizer = torch.optim.AdamW(parameter_groups(2), lr=0.1)
+    scheduler = schedulers.StepMomentum(optimizer, step_size=1, gamma=0.5)
+    twin = fusedopt.fuse(optimizer)
+    twin.step()
+    scheduler.step()
+    assert [group["betas"][0] for group in twin.param_groups] == [0.45, 0.45]
+
+
+def test_verbose_prints_the_values(capsys) -> None:
+    optimizer = sgd(2)
+    scheduler = schedulers.StepLR(optimizer, step_size=1, gamma=0.1, verbose=True)
+    optimizer.step()
+    scheduler.step()
+    assert capsys.readouterr().out.splitlines()[-2:] == [
+        "StepLR: lr of group 0 is now 1.0000e-02",
+        "StepLR: lr of group 1 is now 2.0000e-02",
+    ]
+
+
+def test_a_step_before_the_optimizers_is_a_warning_at_the_callers_line() -> None:
+    optimizer = sgd()
+    scheduler = schedulers.StepLR(optimizer, step_size=1)
+    with pytest.warns(UserWarning, match=r"before optimizer\.step\(\)") as caught:
+        scheduler.step()
+    assert caught[0].filename == __file__
+    scheduler.step()
+    assert not optimizer._optimizer_step_post_hooks
+
+
+def test_the_iterations_of_an_accumulation_are_no_reason_to_warn() -> None:
+    parameter = nn.Parameter(torch.ones(1))
+    wrapper = OptimWrapper(FusedSGD([parameter], lr=0.1), accumulative_counts=4)
+    scheduler = schedulers.LinearLR(wrapper, by_epoch=False, end=5)
+    wrapper.update_params(parameter.sum())
+    scheduler.step()
+    assert wrapper.step_count == 0 and wrapper.inner_count == 1
+    assert scheduler.last_step == 1
+
+
+class Squared(schedulers._ParamScheduler):
+    """A scheduler as written for MMEngine: all groups at once."""
+
+    def _get_value(self):
+        return [base / (1 + self.last_step) ** 2 for base in self.base_values]
+
+
+def test_a_scheduler_of_ones_own() -> None:
+    optimizer = sgd(2)
+    scheduler = Squared(optimizer, "lr")
+    optimizer.step()
+    scheduler.step()
+    assert scheduler.get_last_value() == [0.025, 0.05]
+
+
+BAD = [
+    (dict(type="StepLR", step_size=2, begin=3, end=3), ValueError, "begin=3, end=3; expected begin < end"),
+    (dict(type="StepLR", step_size=2, begin=-1), ValueError, "Invalid begin: -1"),
+    (dict(type="StepLR", step_size=2, begin="1"), TypeError, "Invalid begin: '1'"),
+    (dict(type="StepLR", step_size=0), ValueError, "Invalid step_size: 0"),
+    (dict(type="StepLR", step_size=1.5), ValueError, "Invalid step_size: 1.5"),
+    (dict(type="StepLR", step_size=2, gamma=-0.1), ValueError, "Invalid gamma: -0.1"),
+    (dict(type="StepLR", step_size=2, gamma="0.1"), TypeError, "Invalid gamma: '0.1'"),
+    (dict(type="StepLR", step_size=2, last_step=-2), ValueError, "Invalid last_step: -2"),
+    (dict(type="StepLR", step_size=2, last_step=3), KeyError, "'initial_lr', which last_step=3 needs"),
+    (dict(type="StepLR", stepsize=2), TypeError, "did you mean 'step_size'"),
+    (dict(type="StepLr", step_size=2), KeyError, "did you mean 'StepLR'"),
+    (dict(step_size=2), KeyError, "needs the key 'type'"),
+    (dict(type="StepParamScheduler", step_size=2, param_name="weight_decoy"), KeyError, "did you mean 'weight_decay'"),
+    (dict(type="MultiStepLR", milestones=[3, -1]), ValueError, r"Invalid milestones\[1\]: -1"),
+    (dict(type="MultiStepLR", milestones=3), TypeError, "Invalid milestones: 3"),
+    (dict(type="CosineAnnealingLR"), ValueError, "expected T_max or end"),
+    (dict(type="CosineAnnealingLR", T_max=0), ValueError, "Invalid T_max: 0"),
+    (dict(type="CosineAnnealingLR", T_max=3, eta_min=0.1, eta_min_ratio=0.1), ValueError, "eta_min=0.1 and eta_min_r"),
+    (dict(type="CosineRestartLR", periods=[1, 2]), ValueError, "periods has 2 entries and restart_weights 1"),
+    (dict(type="CosineRestartLR", periods=[0]), ValueError, r"Invalid periods\[0\]: 0"),
+    (dict(type="OneCycleLR", eta_max=1.0), ValueError, "expected total_steps or end"),
+    (dict(type="OneCycleLR", eta_max=1.0, total_steps=5, end=9), ValueError, "Invalid total_steps: 5"),
+    (dict(type="OneCycleLR", eta_max=[1.0, 2.0], end=9), ValueError, "eta_max has 2 entries"),
+    (dict(type="OneCycleLR", eta_max=1.0, end=9, anneal_strategy="cosine"), ValueError, "Invalid anneal_strategy"),
+    (dict(type="OneCycleLR", eta_max=1.0, end=9, pct_start=30), ValueError, "Invalid pct_start: 30"),
+    (dict(type="OneCycleParamScheduler", eta_max=1.0, end=9, param_name="momentum"), ValueError, "schedules 'lr'"),
+    (dict(type="LinearLR", start_factor=0), ValueError, "Invalid start_factor: 0"),
+    (dict(type="LinearLR", end_factor=2), ValueError, "Invalid end_factor: 2"),
+    (dict(type="ConstantLR", factor=1.5), ValueError, "Invalid factor: 1.5"),
+    (dict(type="ConstantLR", factor=0, end=4), ValueError, "the last step divides by it"),
+    (dict(type="PolyLR", power=-1, end=4), ValueError, "Invalid power: -1"),
+    (dict(type="ReduceOnPlateauLR", by_epoch=False), ValueError, "Invalid by_epoch: False"),
+    (dict(type="ReduceOnPlateauLR", factor=1.0), ValueError, "Invalid factor: 1.0"),
+    (dict(type="ReduceOnPlateauLR", rule="min"), ValueError, "Invalid rule: 'min'"),
+    (dict(type="ReduceOnPlateauLR", threshold_rule="relative"), ValueError, "Invalid threshold_rule"),
+    (dict(type="ReduceOnPlateauLR", min_value=[0.1, 0.2]), ValueError, "min_lr has 2 entries"),
+    (dict(type="ReduceLROnPlateau", mode="less"), ValueError, "Invalid mode: 'less'"),
+    (dict(type="CyclicLR", base_lr=0.1), TypeError, "'max_lr'"),
+    (dict(type="CyclicLR", base_lr=0.1, max_l=0.2), TypeError, "did you mean 'max_lr'"),
+    (dict(type="LambdaLR", lr_lambda=[abs, abs, abs]), ValueError, "lr_lambda has 3 entries"),
+    (dict(type="StepLR", step_size=2, convert_to_iter_based=True), ValueError, "needs epoch_length"),
+    (
+        dict(type="StepLR", step_size=2, convert_to_iter_based=True, by_epoch=False, epoch_length=4),
+        ValueError,
+        "takes by_epoch=True",
+    ),
+    (dict(type="StepLR", step_size=0.3, convert_to_iter_based=True, epoch_length=4), ValueError, "Invalid step_size"),
+    (
+        dict(type="StepLR", stepsize=3, convert_to_iter_based=True, epoch_length=4),
+        TypeError,
+        "did you mean 'step_size'",
+    ),
+    (dict(type="ReduceOnPlateauLR", convert_to_iter_based=True, epoch_length=4), ValueError, "convert_to_iter_based"),
+    (dict(type="LambdaLR", lr_lambda=abs, convert_to_iter_based=True, epoch_length=4), ValueError, "by_epoch=False"),
+]
+
+
+@pytest.mark.parametrize(("cfg", "error", "message"), BAD, ids=lambda value: str(value)[:60])
+def test_bad_arguments_are_named_and_nothing_changes(cfg, error, message) -> None:
+    optimizer = sgd()
+    before = dict(optimizer.param_groups[0])
+    with pytest.raises(error, match=message):
+        PARAM_SCHEDULERS.build(cfg, optimizer=optimizer)
+    assert optimizer.param_groups[0] == before
+
+
+def test_a_momentum_scheduler_needs_a_momentum() -> None:
+    optimizer = torch.optim.Adagrad(parameter_groups(1), lr=0.1)
+    with pytest.raises(
+        ValueError, match=r"StepMomentum schedules 'momentum' or betas\[0\], and param_groups\[0\] has n"
+    ):
+        schedulers.StepMomentum(optimizer, step_size=2)
+    adam = FusedAdamW(parameter_groups(1), lr=0.1)
+    before = dict(adam.param_groups[0])
+    with pytest.raises(ValueError, match="Invalid step_size"):
+        schedulers.StepMomentum(adam, step_size=0)
+    assert adam.param_groups[0] == before
+
+
+@pytest.mark.parametrize("metrics", [{}, {"Loss": 1.0}])
+def test_a_plateau_needs_the_metric_it_monitors(metrics) -> None:
+    scheduler = schedulers.ReduceOnPlateauLR(sgd(), monitor="loss")
+    state = copy.deepcopy(scheduler.state_dict())
+    with pytest.raises(KeyError, match="has no 'loss', which ReduceOnPlateauLR monitors"):
+        scheduler.step(metrics)
+    with pytest.raises(TypeError, match="a dict or a number, got 'low'"):
+        scheduler.step({"loss": "low"})
+    assert scheduler.state_dict() == state
+
+
+def test_a_scheduler_drives_one_optimizer() -> None:
+    with pytest.raises(TypeError, match=r"an OptimWrapperDict of 'gen'; build_param_schedulers makes"):
+        schedulers.StepLR(OptimWrapperDict(gen=OptimWrapper(sgd())), step_size=2)
+    with pytest.raises(TypeError, match="must be an optimizer or a wrapper of one, got Linear"):
+        schedulers.StepMomentum(nn.Linear(1, 1), step_size=2)
+
+
+@pytest.mark.parametrize(
+    ("name", "state_of", "message"),
+    [
+        ("StepLR", "CosineAnnealingLR", "not that of a StepLR: it lacks 'step_size', 'gamma' and has 'T_max'"),
+        ("StepLR", "StepMomentum", "'momentum'; this StepLR schedules 'lr'"),
+        ("CyclicLR", "SWALR", "is that of a SWALR, not of a CyclicLR"),
+        ("LinearLR", "LambdaLR", "has 'kind', 'torch_state'"),
+    ],
+)
+def test_the_state_of_another_kind_is_refused(name, state_of, message) -> None:
+    scheduler = build(name, sgd())
+    before = copy.deepcopy(scheduler.state_dict())
+    with pytest.raises(ValueError, match=message):
+        scheduler.load_state_dict(build(state_of, sgd()).state_dict())
+    assert scheduler.state_dict() == before
+
+
+def test_the_state_for_other_groups_is_refused() -> None:
+    with pytest.raises(ValueError, match="base_values for 2 parameter groups; this StepLR drives 1"):
+        build("StepLR", sgd(1)).load_state_dict(build("StepLR", sgd(2)).state_dict())
+    with pytest.raises(TypeError, match="state_dict must be a dict, got list"):
+        build("StepLR", sgd(1)).load_state_dict([])
+
+
+@pytest.mark.parametrize(
+    ("cfg", "error", "message"),
+    [
+        ("StepLR", TypeError, "param_scheduler must be a dict, got str"),
+        ([dict(type="StepLR", step_size=1), 3], TypeError, r"param_scheduler\[1\] must be a dict, got int"),
+        ((dict(type="StepLR", step_size=1),), None, None),
+        (dict(gen=dict(type="StepLR", step_size=1)), ValueError, "has entries for 'gen' and no 'type'"),
+    ],
+)
+def test_bad_configs_are_named(cfg, error, message) -> None:
+    if error is None:  # a tuple of several is a list; of one too
+        assert len(build_param_schedulers(cfg, sgd())) == 1
+        return
+    with pytest.raises(error, match=message):
+        build_param_schedulers(cfg, sgd())
+
+
+def test_names_that_do_not_fit_the_wrappers_are_named() -> None:
+    wrappers = OptimWrapperDict(gen=OptimWrapper(sgd()), disc=OptimWrapper(sgd()))
+    with pytest.raises(KeyError, match=r"nothing for 'disc'; expected disc=\[\]"):
+        build_param_schedulers(dict(gen=[]), wrappers)
+    with pytest.raises(ValueError, match="'dics', which is no optimizer wrapper; did you mean 'disc'"):
+        build_param_schedulers(dict(gen=[], dics=[]), wrappers)
+
+
+def test_one_step_more_than_a_cycle_has_is_an_error() -> None:
+    optimizer = sgd()
+    scheduler = schedulers.OneCycleLR(optimizer, eta_max=1.0, total_steps=2)
+    optimizer.step()
+    scheduler.step()
+    scheduler.step()
+    with pytest.raises(ValueError, match="total_steps=2 times, and was once more"):
+        scheduler.step()
+
+
+def test_a_cycle_whose_way_up_is_one_step_begins_at_its_maximum() -> None:
+    optimizer = sgd()
+    schedulers.OneCycleLR(optimizer, eta_max=1.0, total_steps=10, pct_start=0.1)
+    assert math.isclose(optimizer.param_groups[0]["lr"], 1.0)
