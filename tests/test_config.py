@@ -460,6 +460,10 @@ class TestDump:
         text = Config({"optim_wrapper": {"optimizer": {"type": "SGD", "lr": 0.1}}, "x": {"a b": 1}}).dump()
         assert text == "optim_wrapper = dict(optimizer=dict(type='SGD', lr=0.1))\nx = {'a b': 1}\n"
 
+    def test_the_text_for_people_has_everything(self):
+        text = Config({"a": [lambda x: x], "_b": torch.float16}).pretty_text
+        assert text.startswith("a = ['<function TestDump") and text.endswith("_b = 'torch.float16'\n")
+
     def test_values_that_are_no_literals(self, write, tmp_path):
         path = tmp_path / "config.py"
         Config({"a": math.inf, "b": -math.inf, "c": math.nan, "d": [torch.optim.AdamW], "e": Path("x/y")}).dump(path)

@@ -12,11 +12,11 @@ import re
 import sys
 import traceback
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import BuiltinFunctionType, FunctionType, ModuleType
-from typing import Any
+from typing import Any, NoReturn
 
 from ..backends import BackendUnavailable
 from ..extras import MissingExtraError, require
@@ -136,16 +136,8 @@ class Config(ConfigDict):
 
     @property
     def pretty_text(self) -> str:
-        """The config as a Python config file.
-
-        Raises:
-            ConfigError: a value or a name cannot be written as such; see :meth:`dump`.
-        """
-        settings = _writable(self, "", self.filename)
-        for key in settings:
-            if not _is_argument(key) or key.startswith("_"):
-                raise _error(self.filename, str(key), "a Python config file cannot set this name; dump to JSON or YAML")
-        return "".join(f"{key} = {_source(value)}\n" for key, value in settings.items())
+        """The config as Python text, for people: what :meth:`dump` would refuse stands there as its ``repr``."""
+        return _python(_writable(self, "", None))
 
     @classmethod
     def fromfile(cls, filename: str | Path, import_custom_modules: bool = True) -> Config:
@@ -206,7 +198,7 @@ class Config(ConfigDict):
         JSON and YAML know no tuples: they come back as lists.
 
         Args:
-            filename: a ``.py``, ``.json``, ``.yaml`` or ``.yml`` file; None returns Python text only.
+            filename: a ``.py``, ``.json``, ``.yaml`` or ``.yml`` file; None only returns :attr:`pretty_text`.
 
         Raises:
             ConfigError: a value has no such form, such as a lambda; nothing has been written then.
@@ -215,12 +207,19 @@ class Config(ConfigDict):
         if filename is None:
             return self.pretty_text
         suffix = Path(filename).suffix
+
+        def refuse(where: str, message: str) -> NoReturn:
+            raise _error(self.filename, where, message)
+
+        settings = _writable(self, "", refuse, (str,) if suffix == ".json" else (str, int, float))
         if suffix == ".py":
-            text = self.pretty_text
+            for key in settings:
+                if not _is_argument(key) or key.startswith("_"):
+                    refuse(str(key), "a Python config file cannot set this name; dump to JSON or YAML")
+            text = _python(settings)
         elif suffix == ".json":
-            text = json.dumps(_writable(self, "", self.filename, (str,)), indent=2) + "\n"
+            text = json.dumps(settings, indent=2) + "\n"
         elif suffix in (".yaml", ".yml"):
-            settings = _writable(self, "", self.filename)
             text = require("yaml", "engine").safe_dump(settings, sort_keys=False, allow_unicode=True)
         else:
             raise ConfigError(f"{filename}: unknown suffix {suffix!r}; expected .py, .json, .yaml or .yml")
@@ -444,8 +443,17 @@ def _import_path(value: Any) -> str | None:
     return f"{value.__module__}.{value.__qualname__}" if found is value else None
 
 
-def _writable(value: Any, where: str, filename: str | None, keys: tuple[type, ...] = (str, int, float)) -> Any:
-    """``value`` in plain dicts, lists, tuples, numbers, strings, bools and None, with ``keys`` as the keys of dicts."""
+def _writable(
+    value: Any, where: str, refuse: Callable[[str, str], NoReturn] | None, keys: tuple[type, ...] = (object,)
+) -> Any:
+    """``value`` in plain dicts, lists, tuples, numbers, strings, bools and None.
+
+    Args:
+        value: the value.
+        where: its key.
+        refuse: called with the key and the reason where there is no such form; None has a ``repr`` there instead.
+        keys: types of the keys that dicts may have.
+    """
     if value is None or isinstance(value, bool):
         return value
     for kind in (int, float, str):
@@ -454,21 +462,25 @@ def _writable(value: Any, where: str, filename: str | None, keys: tuple[type, ..
     if isinstance(value, os.PathLike):
         return os.fspath(value)
     if isinstance(value, (list, tuple)):
-        items = [_writable(item, f"{where}.{index}", filename, keys) for index, item in enumerate(value)]
+        items = [_writable(item, f"{where}.{index}", refuse, keys) for index, item in enumerate(value)]
         return items if isinstance(value, list) else tuple(items)
     if isinstance(value, dict):
         for key in value:
-            if not isinstance(key, keys):
-                raise _error(filename, where, f"the key {key!r} cannot be written there; expected a string")
-        return {key: _writable(item, f"{where}.{key}".lstrip("."), filename, keys) for key, item in value.items()}
+            if refuse is not None and not isinstance(key, keys):
+                refuse(where, f"the key {key!r} cannot be written there; expected a string")
+        return {key: _writable(item, f"{where}.{key}".lstrip("."), refuse, keys) for key, item in value.items()}
     path = _import_path(value)
-    if path is None:
-        raise _error(filename, where, f"{value!r} cannot be written to a file")
-    return path
+    if path is None and refuse is not None:
+        refuse(where, f"{value!r} cannot be written to a file")
+    return path or repr(value)
 
 
 def _is_argument(key: Any) -> bool:
     return isinstance(key, str) and key.isidentifier() and not keyword.iskeyword(key)
+
+
+def _python(settings: Mapping[str, Any]) -> str:
+    return "".join(f"{key} = {_source(value)}\n" for key, value in settings.items())
 
 
 def _source(value: Any, indent: str = "") -> str:
