@@ -25,7 +25,9 @@ from .plateau import (
     ReduceOnPlateauMomentum,
     ReduceOnPlateauParamScheduler,
 )
+from .plot import plot_schedule
 from .ramps import LinearLR, LinearMomentum, LinearParamScheduler, PolyLR, PolyMomentum, PolyParamScheduler
+from .simulate import Schedule, simulate_schedule
 from .stepwise import (
     ConstantLR,
     ConstantMomentum,
@@ -77,10 +79,13 @@ __all__ = [
     "ReduceOnPlateauLR",
     "ReduceOnPlateauMomentum",
     "ReduceOnPlateauParamScheduler",
+    "Schedule",
     "StepLR",
     "StepMomentum",
     "StepParamScheduler",
     "TorchParamScheduler",
     "_ParamScheduler",
     "build_param_schedulers",
+    "plot_schedule",
+    "simulate_schedule",
 ]

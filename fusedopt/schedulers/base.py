@@ -58,6 +58,8 @@ class _ParamScheduler:
 
     #: Arguments that count steps, beside ``begin`` and ``end``: what converting epochs to iterations multiplies.
     _in_steps: ClassVar[tuple[str, ...]] = ()
+    #: Arguments that may be a list with an entry for each parameter group.
+    _per_group: ClassVar[tuple[str, ...]] = ()
     #: Attributes that are no part of the state dict.
     _not_state: ClassVar[frozenset[str]] = frozenset({"optimizer"})
 

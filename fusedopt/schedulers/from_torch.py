@@ -76,8 +76,6 @@ class TorchParamScheduler(_ParamScheduler):
 
     #: torch's class.
     _scheduler: ClassVar[Callable[..., Any]]
-    #: Its arguments that may have an entry for each parameter group.
-    _per_group: ClassVar[tuple[str, ...]] = ()
     _not_state = frozenset({"optimizer", "_arguments", "_torch"})
 
     def __init_subclass__(cls, **kwargs: Any) -> None:

@@ -35,6 +35,7 @@ class OneCycleParamScheduler(_ParamScheduler):
     """
 
     _in_steps = ("total_steps",)
+    _per_group = ("eta_max",)
 
     def __init__(
         self,
