@@ -16,6 +16,7 @@ PAGES = [
     DOCS / "wrappers.md",
     DOCS / "averaging.md",
     DOCS / "config.md",
+    DOCS / "schedulers.md",
     *sorted((DOCS / "optimizers").glob("*.md")),
 ]
 
