@@ -17,12 +17,19 @@ from .rules.checks import did_you_mean
 
 __all__ = [
     "DATASETS",
+    "DATA_SAMPLERS",
+    "FUNCTIONS",
     "HOOKS",
+    "LOOPS",
+    "METRICS",
     "MODELS",
+    "MODEL_WRAPPERS",
     "OPTIMIZERS",
     "OPTIM_WRAPPERS",
     "OPTIM_WRAPPER_CONSTRUCTORS",
     "PARAM_SCHEDULERS",
+    "VISBACKENDS",
+    "VISUALIZERS",
     "Registry",
     "accepted_arguments",
     "check_config",
@@ -437,11 +444,19 @@ OPTIMIZERS.register_lazily("ZeroRedundancyOptimizer", "fusedopt.optimizers.zero.
 OPTIM_WRAPPERS = Registry("optimizer wrapper")
 OPTIM_WRAPPER_CONSTRUCTORS = Registry("optimizer wrapper constructor")
 PARAM_SCHEDULERS = Registry("parameter scheduler", build_func=_build_scheduler)
-HOOKS = Registry("hook")
+HOOKS = Registry("hook", locations=["fusedopt.engine"])
 MODELS = Registry("model")
 for _name in ("StochasticWeightAverage", "ExponentialMovingAverage", "MomentumAnnealingEMA"):
     MODELS.register_lazily(_name, f"fusedopt.averaging.{_name}")
+MODEL_WRAPPERS = Registry("model wrapper", locations=["fusedopt.engine"])
 DATASETS = Registry("dataset")
+DATA_SAMPLERS = Registry("data sampler", locations=["fusedopt.engine"])
+#: Functions that a config names, such as ``collate_fn``.
+FUNCTIONS = Registry("function", locations=["fusedopt.engine"])
+METRICS = Registry("metric")
+LOOPS = Registry("loop", locations=["fusedopt.engine"])
+VISUALIZERS = Registry("visualizer", locations=["fusedopt.engine"])
+VISBACKENDS = Registry("visualization backend", locations=["fusedopt.engine"])
 
 for _name, _class in vars(torch.optim).items():
     if isinstance(_class, type) and issubclass(_class, torch.optim.Optimizer) and _class is not torch.optim.Optimizer:

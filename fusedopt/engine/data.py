@@ -1,0 +1,292 @@
+"""Data loaders from configs: samplers, collate functions, and an order of data that a resumed training finds again."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
+from functools import partial
+from typing import Any
+
+import torch
+from torch.utils.data import BatchSampler, DataLoader, Sampler, default_collate, get_worker_info
+
+from ..registry import DATA_SAMPLERS, DATASETS, FUNCTIONS, check_config
+from .distributed import broadcast, rank, world_size
+from .random_states import seed_everything
+
+__all__ = ["DefaultSampler", "InfiniteSampler", "build_dataloader", "iterate", "pseudo_collate", "reseed"]
+
+
+class _ShardedSampler(Sampler[int]):
+    """What the samplers here have in common: the share of this process, and where the next pass begins."""
+
+    def __init__(self, dataset: Sized, shuffle: bool, seed: int | None):
+        if not len(dataset):
+            raise ValueError(f"the data set {type(dataset).__name__} is empty")
+        self.rank = rank()
+        self.world_size = world_size()
+        self.dataset = dataset
+        self.shuffle = shuffle
+        self.seed: int = broadcast(random.SystemRandom().getrandbits(31)) if seed is None else seed
+        self._skipped = 0
+
+    def skip_samples(self, count: int) -> None:
+        """Leave out the first ``count`` samples of the next pass, without loading them."""
+        self._skipped = count
+
+    def _take_skipped(self) -> int:
+        skipped, self._skipped = self._skipped, 0
+        return skipped
+
+
+@DATA_SAMPLERS.register_module()
+class DefaultSampler(_ShardedSampler):
+    """Every sample once, shared out over the processes, as ``mmengine.dataset.DefaultSampler``.
+
+    Args:
+        dataset: the data set.
+        shuffle: whether in an order drawn from ``seed`` and the epoch.
+        seed: the same in all processes; random by default.
+        round_up: repeat the first samples so that every process gets the same number.
+
+    Raises:
+        ValueError: the data set is empty.
+    """
+
+    def __init__(self, dataset: Sized, shuffle: bool = True, seed: int | None = None, round_up: bool = True):
+        super().__init__(dataset, shuffle, seed)
+        self.epoch = 0
+        self.round_up = round_up
+        if round_up:
+            self.num_samples = math.ceil(len(dataset) / self.world_size)
+            self.total_size = self.num_samples * self.world_size
+        else:
+            self.num_samples = math.ceil((len(dataset) - self.rank) / self.world_size)
+            self.total_size = len(dataset)
+
+    def __iter__(self) -> Iterator[int]:
+        size = len(self.dataset)
+        if self.shuffle:
+            generator = torch.Generator().manual_seed(self.seed + self.epoch)
+            order = torch.randperm(size, generator=generator).tolist()
+        else:
+            order = list(range(size))
+        padded = itertools.islice(itertools.cycle(order), self.total_size)
+        return itertools.islice(padded, self.rank + self._take_skipped() * self.world_size, None, self.world_size)
+
+    def __len__(self) -> int:
+        return self.num_samples
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the order of the next pass."""
+        self.epoch = epoch
+
+
+@DATA_SAMPLERS.register_module()
+class InfiniteSampler(_ShardedSampler):
+    """Samples without end, in one order after the other, as ``mmengine.dataset.InfiniteSampler``.
+
+    For training by iterations. Its length is that of the data set.
+
+    Args:
+        dataset: the data set.
+        shuffle: whether in orders drawn from ``seed``.
+        seed: the same in all processes; random by default.
+
+    Raises:
+        ValueError: the data set is empty.
+    """
+
+    def __init__(self, dataset: Sized, shuffle: bool = True, seed: int | None = None):
+        super().__init__(dataset, shuffle, seed)
+        self.size = len(dataset)
+
+    def _endless(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(self.seed)
+        while True:
+            yield from torch.randperm(self.size, generator=generator).tolist() if self.shuffle else range(self.size)
+
+    def __iter__(self) -> Iterator[int]:
+        first = self.rank + self._take_skipped() * self.world_size
+        return itertools.islice(self._endless(), first, None, self.world_size)
+
+    def __len__(self) -> int:
+        return self.size
+
+    def set_epoch(self, epoch: int) -> None:
+        """Does nothing: there is one pass only."""
+
+
+@FUNCTIONS.register_module()
+def pseudo_collate(samples: Sequence[Any]) -> Any:
+    """A batch of the structure of one sample, with lists where a sample has tensors and numbers; nothing is stacked."""
+    first = samples[0]
+    if isinstance(first, Mapping):
+        return {key: pseudo_collate([sample[key] for sample in samples]) for key in first}
+    if isinstance(first, tuple) and hasattr(first, "_fields"):
+        return type(first)(*(pseudo_collate(entries) for entries in zip(*samples, strict=True)))
+    if isinstance(first, (list, tuple)):
+        return [pseudo_collate(entries) for entries in zip(*samples, strict=True)]
+    return list(samples)
+
+
+FUNCTIONS.register_module(module=default_collate)
+
+
+# Note [Random numbers in workers]
+# A worker process seeds its generators for its first batch when it starts, and for the next one whenever it has made
+# one. So what a batch draws depends on its number alone: neither on which worker makes it nor on the batches before
+# it, and a training that resumes in the middle of an epoch need not load them again. A process without workers loads
+# its data with the generators of the training, whose states are in the checkpoint.
+class _SeededCollate:
+    """A collate function that also seeds the worker it runs in; see Note [Random numbers in workers].
+
+    Args:
+        collate: the collate function.
+        seed: of the training.
+        length: number of batches in a pass; None for a pass without end.
+        worker_init: called with the number of the worker when it starts.
+    """
+
+    def __init__(
+        self,
+        collate: Callable[[Any], Any],
+        seed: int,
+        length: int | None,
+        worker_init: Callable[[int], None] | None,
+    ):
+        self.collate = collate
+        self.seed = seed
+        self.rank = rank()
+        self.length = length
+        self.worker_init = worker_init
+        self.begin(0, 0)
+
+    def begin(self, epoch: int, batch: int) -> None:
+        """Set where the workers start that are about to be."""
+        self.epoch, self.batch = epoch, batch
+
+    def start_worker(self, worker: int) -> None:
+        """The ``worker_init_fn`` of the loader."""
+        self.batch += worker
+        self._seed_generators()
+        if self.worker_init is not None:
+            self.worker_init(worker)
+
+    def _seed_generators(self) -> None:
+        place = f"{self.seed}, {self.rank}, {self.epoch}, {self.batch}"
+        seed_everything(random.Random(place).getrandbits(32))
+
+    def __call__(self, samples: Any) -> Any:
+        batch = self.collate(samples)
+        worker = get_worker_info()
+        if worker is not None:
+            self.batch += worker.num_workers
+            if self.length is not None and self.batch >= self.length:  # a persistent worker goes on with the next pass
+                self.epoch, self.batch = self.epoch + 1, worker.id
+            self._seed_generators()
+        return batch
+
+
+def _function(name: str, cfg: Any) -> Callable[..., Any]:
+    """A function, or what the config of one stands for: ``type``, and its keyword arguments."""
+    if callable(cfg):
+        return cfg
+    check_config(name, cfg)
+    settings = dict(cfg)
+    if "type" not in settings:
+        raise KeyError(f"{name} needs the key 'type', got {settings!r}")
+    function = FUNCTIONS.resolve(settings.pop("type"))
+    return partial(function, **settings) if settings else function
+
+
+def build_dataloader(
+    cfg: DataLoader | Mapping[str, Any], seed: int, shuffle: bool, start_method: str | None = None
+) -> DataLoader:
+    """A data loader from its config.
+
+    Args:
+        cfg: ``dataset`` (a config or an object), ``sampler`` (by default a :class:`DefaultSampler`), ``batch_sampler``,
+            ``collate_fn`` (``'pseudo_collate'`` by default, as in MMEngine; torch's is ``'default_collate'``),
+            ``worker_init_fn``, and the arguments of ``torch.utils.data.DataLoader``. A finished loader is returned as
+            it is. Not changed.
+        seed: of the sampler and of the workers.
+        shuffle: whether the default sampler shuffles.
+        start_method: how worker processes start: ``'fork'``, ``'spawn'`` or ``'forkserver'``; torch's choice by
+            default.
+
+    Raises:
+        KeyError: no ``dataset``, or an unknown ``type``.
+        TypeError: ``cfg`` or a part of it is of the wrong kind.
+        ValueError: an empty data set, or arguments that do not go together.
+    """
+    if isinstance(cfg, DataLoader):
+        return cfg
+    check_config("dataloader", cfg)
+    settings = dict(cfg)
+    if "dataset" not in settings:
+        raise KeyError(f"dataloader needs the key 'dataset'; it has {', '.join(map(repr, settings)) or 'no keys'}")
+    dataset = settings.pop("dataset")
+    if isinstance(dataset, Mapping):
+        dataset = DATASETS.build(dataset)
+    sampler = settings.pop("sampler", None) or {"type": "DefaultSampler", "shuffle": shuffle}
+    if isinstance(sampler, Mapping):
+        sampler = DATA_SAMPLERS.build(sampler, dataset=dataset, seed=seed)
+    batch_sampler = settings.pop("batch_sampler", None)
+    if isinstance(batch_sampler, Mapping):
+        batch_sampler = DATA_SAMPLERS.build(batch_sampler, sampler=sampler, batch_size=settings.pop("batch_size", 1))
+    worker_init = settings.pop("worker_init_fn", None)
+    collate = _SeededCollate(
+        _function("collate_fn", settings.pop("collate_fn", pseudo_collate)),
+        seed,
+        None,
+        None if worker_init is None else _function("worker_init_fn", worker_init),
+    )
+    if start_method is not None and settings.get("num_workers"):
+        settings.setdefault("multiprocessing_context", start_method)
+    try:
+        loader = DataLoader(
+            dataset,
+            sampler=sampler if batch_sampler is None else None,
+            batch_sampler=batch_sampler,
+            collate_fn=collate,
+            worker_init_fn=collate.start_worker,
+            **settings,
+        )
+    except TypeError as error:
+        raise TypeError(f"dataloader: {error}") from error
+    if not isinstance(sampler, InfiniteSampler):
+        collate.length = len(loader)
+    return loader
+
+
+def iterate(loader: DataLoader, epoch: int, first: int) -> Iterator[Any]:
+    """The batches of a pass over ``loader`` from number ``first`` on.
+
+    Those before are not loaded, if the sampler has ``skip_samples``; otherwise they are loaded and thrown away.
+
+    Args:
+        loader: the data loader.
+        epoch: number of the pass.
+        first: number of the first batch wanted.
+    """
+    skip_samples = getattr(loader.sampler, "skip_samples", None)
+    if first and skip_samples is not None and type(loader.batch_sampler) in (BatchSampler, type(None)):
+        skip_samples(first * (loader.batch_size or 1))
+        loaded = first
+    else:
+        loaded = 0
+    if isinstance(loader.collate_fn, _SeededCollate):
+        loader.collate_fn.begin(epoch, loaded)
+    batches = iter(loader)
+    next(itertools.islice(batches, first - loaded, first - loaded), None)
+    return batches
+
+
+def reseed(loader: DataLoader, old: int, new: int) -> None:
+    """Give a loader of :func:`build_dataloader` another seed, where it has the ``old`` one."""
+    for part in (loader.sampler, loader.collate_fn):
+        if isinstance(part, (_ShardedSampler, _SeededCollate)) and part.seed == old:
+            part.seed = new

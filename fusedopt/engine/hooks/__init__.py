@@ -1,0 +1,28 @@
+"""Hooks: what happens in a training beside the iterations themselves."""
+
+from .checkpoint import CheckpointHook
+from .empty_cache import EmptyCacheHook
+from .hook import Hook, Priority, get_priority
+from .iter_timer import IterTimerHook
+from .logger import LoggerHook
+from .param_scheduler import ParamSchedulerHook
+from .runtime_info import RuntimeInfoHook
+from .sampler_seed import DistSamplerSeedHook
+from .sync_buffers import SyncBuffersHook
+from .visualization import SegVisualizationHook, VisualizationHook
+
+__all__ = [
+    "CheckpointHook",
+    "DistSamplerSeedHook",
+    "EmptyCacheHook",
+    "Hook",
+    "IterTimerHook",
+    "LoggerHook",
+    "ParamSchedulerHook",
+    "Priority",
+    "RuntimeInfoHook",
+    "SegVisualizationHook",
+    "SyncBuffersHook",
+    "VisualizationHook",
+    "get_priority",
+]

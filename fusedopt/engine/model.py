@@ -1,0 +1,161 @@
+"""BaseModel: the interface by which loops train and validate a model."""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..registry import MODEL_WRAPPERS, MODELS
+from ..wrappers import OptimWrapper
+
+__all__ = ["BaseDataPreprocessor", "BaseModel", "MMDistributedDataParallel"]
+
+
+def _moved(data: Any, device: torch.device, non_blocking: bool) -> Any:
+    """``data`` with every tensor in it on ``device``."""
+    if isinstance(data, Mapping):
+        return type(data)({key: _moved(value, device, non_blocking) for key, value in data.items()})  # type: ignore[call-arg]
+    if isinstance(data, tuple) and hasattr(data, "_fields"):
+        return type(data)(*(_moved(value, device, non_blocking) for value in data))
+    if isinstance(data, (list, tuple)):
+        return type(data)(_moved(value, device, non_blocking) for value in data)
+    return data.to(device, non_blocking=non_blocking) if isinstance(data, Tensor) else data
+
+
+@MODELS.register_module()
+class BaseDataPreprocessor(nn.Module):
+    """Moves a batch to the device of the model; subclass it to normalize, stack or augment there.
+
+    Args:
+        non_blocking: copy from pinned memory without waiting.
+    """
+
+    def __init__(self, non_blocking: bool = False):
+        super().__init__()
+        self.non_blocking = non_blocking
+        self._place: Tensor
+        self.register_buffer("_place", torch.empty(0), persistent=False)
+
+    def forward(self, data: Any, training: bool = False) -> Any:
+        """``data`` on the device of the model."""
+        return _moved(data, self._place.device, self.non_blocking)
+
+
+class BaseModel(nn.Module, abc.ABC):
+    """A model that a :class:`Runner` can train, as ``mmengine.model.BaseModel``.
+
+    Args:
+        data_preprocessor: what a batch goes through first, called as ``data_preprocessor(data, training)``: a module
+            or its config; by default a :class:`BaseDataPreprocessor`.
+    """
+
+    def __init__(self, data_preprocessor: nn.Module | Mapping[str, Any] | None = None):
+        super().__init__()
+        if isinstance(data_preprocessor, Mapping):
+            data_preprocessor = MODELS.build({"type": "BaseDataPreprocessor", **data_preprocessor})
+        self.data_preprocessor: Any = BaseDataPreprocessor() if data_preprocessor is None else data_preprocessor
+
+    @abc.abstractmethod
+    def forward(self, *args: Any, mode: str = "tensor", **kwargs: Any) -> Any:
+        """What a batch leads to; its entries are the arguments.
+
+        Args:
+            mode: ``'loss'``: a dict of losses by name, tensors or lists of tensors; those whose name contains ``loss``
+                are added up. ``'predict'``: a list with one prediction for each sample. ``'tensor'``: anything.
+        """
+
+    def train_step(self, data: Any, optim_wrapper: OptimWrapper) -> dict[str, Tensor]:
+        """One iteration of training; returns what is logged."""
+        with optim_wrapper.optim_context(self):
+            losses = _run_forward(self, self.data_preprocessor(data, True), mode="loss")
+        loss, log_vars = self.parse_losses(losses)
+        optim_wrapper.update_params(loss)
+        return log_vars
+
+    def val_step(self, data: Any) -> list[Any]:
+        """The predictions for a batch."""
+        return _run_forward(self, self.data_preprocessor(data, False), mode="predict")
+
+    def test_step(self, data: Any) -> list[Any]:
+        """The predictions for a batch."""
+        return self.val_step(data)
+
+    def parse_losses(self, losses: Mapping[str, Tensor | Sequence[Tensor]]) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss, and what is logged: it, and the mean of each entry.
+
+        Raises:
+            TypeError: an entry is neither a tensor nor a list of tensors, or ``losses`` is no dict.
+            ValueError: the name of no entry contains ``loss``.
+        """
+        if not isinstance(losses, Mapping):
+            raise TypeError(f"forward(mode='loss') must return a dict of losses, got {type(losses).__name__}")
+        log_vars: dict[str, Tensor] = {}
+        for name, value in losses.items():
+            if isinstance(value, Tensor):
+                log_vars[name] = value.mean()
+            elif isinstance(value, Sequence) and value and all(isinstance(item, Tensor) for item in value):
+                log_vars[name] = _total([item.mean() for item in value])
+            else:
+                raise TypeError(f"loss {name!r} must be a tensor or a list of tensors, got {value!r}")
+        parts = [value for name, value in log_vars.items() if "loss" in name]
+        if not parts:
+            raise ValueError(f"no name of {', '.join(map(repr, log_vars)) or 'no losses'} contains 'loss'")
+        loss = _total(parts)
+        return loss, {"loss": loss, **{name: value for name, value in log_vars.items() if name != "loss"}}
+
+
+def _total(parts: list[Tensor]) -> Tensor:
+    return sum(parts[1:], parts[0])
+
+
+def _run_forward(model: nn.Module, data: Any, mode: str) -> Any:
+    """Call ``model`` with the entries of a batch as its arguments."""
+    if isinstance(data, Mapping):
+        return model(**data, mode=mode)
+    if isinstance(data, (list, tuple)):
+        return model(*data, mode=mode)
+    raise TypeError(f"a batch must be a dict, a list or a tuple, got {type(data).__name__}")
+
+
+@MODEL_WRAPPERS.register_module()
+class MMDistributedDataParallel(nn.parallel.DistributedDataParallel):
+    """``torch.nn.parallel.DistributedDataParallel`` of a :class:`BaseModel`, with the same interface.
+
+    Args:
+        module: the model.
+        kwargs: torch's arguments.
+
+    Raises:
+        TypeError: ``module`` is no :class:`BaseModel`, so that its ``train_step`` could bypass the averaging of
+            gradients.
+    """
+
+    module: BaseModel
+
+    def __init__(self, module: nn.Module, **kwargs: Any):
+        if not isinstance(module, BaseModel):
+            raise TypeError(
+                f"several processes train a BaseModel, whose forward(mode='loss') returns the losses; "
+                f"{type(module).__name__} is none"
+            )
+        super().__init__(module, **kwargs)
+
+    def train_step(self, data: Any, optim_wrapper: OptimWrapper) -> dict[str, Tensor]:
+        """As :meth:`BaseModel.train_step`, with the gradients averaged over all processes."""
+        with optim_wrapper.optim_context(self):
+            losses = _run_forward(self, self.module.data_preprocessor(data, True), mode="loss")
+        loss, log_vars = self.module.parse_losses(losses)
+        optim_wrapper.update_params(loss)
+        return log_vars
+
+    def val_step(self, data: Any) -> list[Any]:
+        """As :meth:`BaseModel.val_step`."""
+        return self.module.val_step(data)
+
+    def test_step(self, data: Any) -> list[Any]:
+        """As :meth:`BaseModel.test_step`."""
+        return self.module.test_step(data)

@@ -1,0 +1,68 @@
+"""The random number generators of a process: their seed, and their states."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import random
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+
+__all__ = ["isolated_random_states", "random_states", "seed_everything", "set_random_states"]
+
+
+def _numpy_random() -> Any:
+    """The module ``numpy.random``, or None where numpy, which torch can do without, is not installed."""
+    try:
+        return importlib.import_module("numpy.random")
+    except ModuleNotFoundError:
+        return None
+
+
+def seed_everything(seed: int) -> None:
+    """Seed Python's, numpy's and torch's generators, those of all GPUs too.
+
+    Args:
+        seed: from 0 to 2**32 - 1.
+    """
+    random.seed(seed)
+    torch.manual_seed(seed)
+    numpy_random = _numpy_random()
+    if numpy_random is not None:
+        numpy_random.seed(seed)
+
+
+def random_states() -> dict[str, Any]:
+    """The states of Python's, numpy's and torch's generators, that of the current GPU too, in plain types."""
+    states: dict[str, Any] = {"python": random.getstate(), "torch": torch.get_rng_state()}
+    numpy_random = _numpy_random()
+    if numpy_random is not None:
+        name, keys, *rest = numpy_random.get_state()
+        states["numpy"] = (name, keys.tolist(), *rest)
+    if torch.cuda.is_available():
+        states["cuda"] = torch.cuda.get_rng_state()
+    return states
+
+
+def set_random_states(states: Mapping[str, Any]) -> None:
+    """Restore what :func:`random_states` returned; generators that it has no state of stay as they are."""
+    version, values, gauss = states["python"]
+    random.setstate((version, tuple(values), gauss))
+    torch.set_rng_state(states["torch"])
+    numpy_random = _numpy_random()
+    if numpy_random is not None and "numpy" in states:
+        numpy_random.set_state(tuple(states["numpy"]))
+    if torch.cuda.is_available() and "cuda" in states:
+        torch.cuda.set_rng_state(states["cuda"])
+
+
+@contextlib.contextmanager
+def isolated_random_states() -> Iterator[None]:
+    """Restore all generators at the end, so that what happens inside does not change what is drawn after it."""
+    states = random_states()
+    try:
+        yield
+    finally:
+        set_random_states(states)

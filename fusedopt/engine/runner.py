@@ -1,0 +1,770 @@
+"""Runner: a training, from its config to its last checkpoint."""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import inspect
+import random
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from .. import schedulers
+from ..builder import build_optim_wrapper
+from ..registry import HOOKS, LOOPS, MODEL_WRAPPERS, MODELS, VISUALIZERS, check_config, warn_caller
+from ..rules.checks import did_you_mean
+from ..version import __version__
+from ..wrappers import OptimWrapper, OptimWrapperDict
+from . import distributed
+from .checkpoint import CheckpointError, check_fit, find_latest_checkpoint, read_checkpoint, write_checkpoint
+from .data import build_dataloader, reseed
+from .hooks.hook import Hook, get_priority
+from .log import build_logger
+from .loops import TestLoop, TrainLoop, ValLoop
+from .message_hub import MessageHub
+from .random_states import seed_everything
+from .visualizer import Visualizer
+
+__all__ = ["Runner"]
+
+#: The default hooks by key, in the order of registration.
+DEFAULT_HOOKS: dict[str, dict[str, Any]] = {
+    "runtime_info": {"type": "RuntimeInfoHook"},
+    "timer": {"type": "IterTimerHook"},
+    "sampler_seed": {"type": "DistSamplerSeedHook"},
+    "logger": {"type": "LoggerHook"},
+    "param_scheduler": {"type": "ParamSchedulerHook"},
+    "checkpoint": {"type": "CheckpointHook", "interval": 1},
+}
+
+_ENVIRONMENT_KEYS = ("cudnn_benchmark", "device", "dist_cfg", "mp_cfg", "resource_limit")
+
+
+def _check_together(**settings: Any) -> bool:
+    """Whether all of ``settings`` are given; ValueError where only some are."""
+    missing = [name for name, value in settings.items() if value is None]
+    if missing and len(missing) < len(settings):
+        raise ValueError(f"{', '.join(settings)} belong together, and {', '.join(missing)} is missing")
+    return not missing
+
+
+class Runner:
+    """Trains a model as a config says, with the names of ``mmengine.runner.Runner``.
+
+    Everything is built at once, so that what is wrong with a config shows before anything runs. Arguments of MMEngine's
+    Runner that are not here are not offered; whoever needs them trains with MMEngine's own Runner, where fusedopt's
+    optimizers work too.
+
+    Args:
+        model: the model, with ``train_step`` and ``val_step`` as :class:`BaseModel` has them, or its config.
+        work_dir: folder for logs and checkpoints; it is made.
+        train_dataloader: training data: a loader or its config, see :func:`build_dataloader`.
+        val_dataloader: validation data.
+        test_dataloader: test data.
+        train_cfg: ``dict(by_epoch=True, max_epochs=…, val_begin=1, val_interval=1)``, or ``dict(by_epoch=False,
+            max_iters=…, val_begin=1, val_interval=1000)``; instead of ``by_epoch``, ``type`` may name a loop.
+        val_cfg: ``dict(fp16=False)``.
+        test_cfg: as ``val_cfg``.
+        auto_scale_lr: MMEngine's scaling of learning rates; only accepted when it is off.
+        optim_wrapper: the optimizer wrapper or its config, see :func:`fusedopt.build_optim_wrapper`.
+        param_scheduler: schedulers, their configs, or a dict of these for several optimizers.
+        val_evaluator: metrics of a validation: one, its config, or a list.
+        test_evaluator: metrics of a test.
+        default_hooks: merged by key over ``runtime_info``, ``timer``, ``sampler_seed``, ``logger``,
+            ``param_scheduler`` and ``checkpoint``; None removes one.
+        custom_hooks: a list of hooks and configs; ``priority`` in a config overrides the hook's own.
+        data_preprocessor: argument of that name for the config of the model.
+        load_from: checkpoint to start from.
+        resume: go on with the training of ``load_from``, or of the newest checkpoint in ``work_dir``; where there is
+            none, start from the beginning.
+        launcher: ``'none'``, or ``'pytorch'`` under ``torchrun``.
+        env_cfg: ``dist_cfg=dict(backend=…)``, ``cudnn_benchmark``, ``mp_cfg=dict(mp_start_method=…)``, and ``device``,
+            by default a GPU where there is one. MMEngine's ``resource_limit`` and ``opencv_num_threads`` have no
+            effect.
+        log_processor: ``window_size``, how many iterations the logged losses are averaged over (10), and ``by_epoch``,
+            whether the log counts in epochs (by default as the training does).
+        log_level: ``'INFO'`` and the like.
+        visualizer: a visualizer or its config; by default scalars go to ``vis_data/scalars.json`` in ``work_dir``.
+        default_scope: MMEngine's; names are looked up in fusedopt's registries whatever it is.
+        randomness: ``seed`` (random by default), ``diff_rank_seed`` (add the number of the process to it) and
+            ``deterministic`` (torch's deterministic algorithms).
+        experiment_name: by default the name of the config file.
+        model_wrapper_cfg: of the wrapper for several processes: ``type`` and its arguments, such as
+            ``find_unused_parameters``.
+        cfg: the whole config, which is saved beside the checkpoints.
+
+    Raises:
+        KeyError: an unknown ``type``.
+        TypeError, ValueError: something is of the wrong kind, out of range, unknown or missing.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module | Mapping[str, Any],
+        work_dir: str | Path,
+        train_dataloader: DataLoader | Mapping[str, Any] | None = None,
+        val_dataloader: DataLoader | Mapping[str, Any] | None = None,
+        test_dataloader: DataLoader | Mapping[str, Any] | None = None,
+        train_cfg: Mapping[str, Any] | None = None,
+        val_cfg: Mapping[str, Any] | None = None,
+        test_cfg: Mapping[str, Any] | None = None,
+        auto_scale_lr: Mapping[str, Any] | None = None,
+        optim_wrapper: OptimWrapper | Mapping[str, Any] | None = None,
+        param_scheduler: Any = None,
+        val_evaluator: Any = None,
+        test_evaluator: Any = None,
+        default_hooks: Mapping[str, Hook | Mapping[str, Any] | None] | None = None,
+        custom_hooks: Sequence[Hook | Mapping[str, Any]] | None = None,
+        data_preprocessor: Mapping[str, Any] | None = None,
+        load_from: str | Path | None = None,
+        resume: bool = False,
+        launcher: str = "none",
+        env_cfg: Mapping[str, Any] | None = None,
+        log_processor: Mapping[str, Any] | None = None,
+        log_level: int | str = "INFO",
+        visualizer: Visualizer | Mapping[str, Any] | None = None,
+        default_scope: str | None = None,
+        randomness: Mapping[str, Any] | None = None,
+        experiment_name: str | None = None,
+        model_wrapper_cfg: Mapping[str, Any] | None = None,
+        cfg: Mapping[str, Any] | None = None,
+    ):
+        trains = _check_together(train_dataloader=train_dataloader, train_cfg=train_cfg, optim_wrapper=optim_wrapper)
+        validates = _check_together(val_dataloader=val_dataloader, val_cfg=val_cfg, val_evaluator=val_evaluator)
+        tests = _check_together(test_dataloader=test_dataloader, test_cfg=test_cfg, test_evaluator=test_evaluator)
+        if param_scheduler is not None and not trains:
+            raise ValueError("param_scheduler is given, and there is no optim_wrapper whose settings it could change")
+        if auto_scale_lr is not None and auto_scale_lr.get("enable", False):
+            raise ValueError("auto_scale_lr is not offered; write the learning rate of your batch size into the config")
+
+        self.cfg = {} if cfg is None else cfg
+        self._start_environment(launcher, env_cfg)
+        self.set_randomness(**(randomness or {}))
+        self.work_dir = str(Path(work_dir).resolve())
+        Path(self.work_dir).mkdir(parents=True, exist_ok=True)
+        self.timestamp = distributed.broadcast(time.strftime("%Y%m%d_%H%M%S"))
+        filename = getattr(cfg, "filename", None)
+        name = experiment_name or (Path(filename).stem if filename else "")
+        self.experiment_name = "_".join(filter(None, (name, self.timestamp)))
+        self.logger = build_logger(self.work_dir, self.timestamp, log_level)
+        self.message_hub, self.log_by_epoch = self._build_message_hub(log_processor)
+        self._hooks: list[Hook] = []
+        self._load_from = load_from
+        self._resume = resume
+        self._loaded = False
+        self.visualizer = self._build_visualizer(visualizer)
+        self.model: Any = self._build_model(model, data_preprocessor, model_wrapper_cfg)
+
+        self.train_loop: TrainLoop | None = None
+        self.val_loop: ValLoop | None = None
+        self.test_loop: TestLoop | None = None
+        self.optim_wrapper: OptimWrapper | None = None
+        self.param_schedulers: Any = None
+        if validates:
+            loader = self.build_dataloader(val_dataloader)
+            self.val_loop = self._build_loop("ValLoop", val_cfg, dataloader=loader, evaluator=val_evaluator)
+        if tests:
+            loader = self.build_dataloader(test_dataloader)
+            self.test_loop = self._build_loop("TestLoop", test_cfg, dataloader=loader, evaluator=test_evaluator)
+        if trains:
+            assert optim_wrapper is not None
+            loader = self.build_dataloader(train_dataloader, shuffle=True)
+            self.train_loop = self._build_train_loop(train_cfg, loader)
+            self.optim_wrapper = self._build_optim_wrapper(optim_wrapper)
+            self.param_schedulers = self._build_param_schedulers(param_scheduler)
+        self.register_default_hooks(default_hooks)
+        self.register_custom_hooks(custom_hooks or ())
+
+    @classmethod
+    def from_cfg(cls, cfg: Mapping[str, Any]) -> Runner:
+        """A runner from a config, whose keys are the arguments of the class. Other keys are the config's own matter.
+
+        Args:
+            cfg: needs ``model`` and ``work_dir``. Not changed.
+
+        Raises:
+            KeyError: one of these is missing, or a ``type`` is unknown.
+            TypeError, ValueError: as for the class.
+        """
+        check_config("cfg", cfg)
+        known = set(inspect.signature(cls).parameters) - {"cfg"}
+        for key in ("model", "work_dir"):
+            if key not in cfg:
+                raise KeyError(f"the config of a Runner needs the key {key!r}; it has {', '.join(map(repr, cfg))}")
+        for key in set(cfg) - known:
+            close = difflib.get_close_matches(key, known - set(cfg), 1, cutoff=0.9)
+            if close:
+                warn_caller(f"the config has {key!r}, which the Runner does not use; did you mean {close[0]!r}?")
+        return cls(**{key: cfg[key] for key in cfg if key in known}, cfg=cfg)
+
+    # Where it stands
+
+    @property
+    def iter(self) -> int:
+        """Number of iterations done; within an iteration its number, from 0 on."""
+        return 0 if self.train_loop is None else self.train_loop.iter
+
+    @property
+    def epoch(self) -> int:
+        """Number of epochs done; within an epoch its number, from 0 on."""
+        return 0 if self.train_loop is None else self.train_loop.epoch
+
+    @property
+    def max_iters(self) -> int:
+        """Number of iterations in all."""
+        return 0 if self.train_loop is None else self.train_loop.max_iters
+
+    @property
+    def max_epochs(self) -> int:
+        """Number of epochs in all; 1 in training by iterations."""
+        return 0 if self.train_loop is None else self.train_loop.max_epochs
+
+    @property
+    def train_dataloader(self) -> Any:
+        """The loader of the training data, or None."""
+        return None if self.train_loop is None else self.train_loop.dataloader
+
+    @property
+    def val_dataloader(self) -> Any:
+        """The loader of the validation data, or None."""
+        return None if self.val_loop is None else self.val_loop.dataloader
+
+    @property
+    def test_dataloader(self) -> Any:
+        """The loader of the test data, or None."""
+        return None if self.test_loop is None else self.test_loop.dataloader
+
+    @property
+    def hooks(self) -> list[Hook]:
+        """The hooks in the order in which they act."""
+        return self._hooks
+
+    @property
+    def seed(self) -> int:
+        """Of the training."""
+        return self._seed
+
+    @property
+    def rank(self) -> int:
+        """The number of this process."""
+        return distributed.rank()
+
+    @property
+    def world_size(self) -> int:
+        """The number of processes."""
+        return distributed.world_size()
+
+    @property
+    def bare_model(self) -> nn.Module:
+        """The model without the wrapper for several processes."""
+        return self.model.module if isinstance(self.model, nn.parallel.DistributedDataParallel) else self.model
+
+    # What it is made of
+
+    def _start_environment(self, launcher: str, env_cfg: Mapping[str, Any] | None) -> None:
+        settings = dict(env_cfg or {})
+        for key in settings:
+            if key not in _ENVIRONMENT_KEYS:
+                raise ValueError(f"env_cfg has the unknown key {key!r}; {did_you_mean(key, _ENVIRONMENT_KEYS)}")
+        self.launcher = launcher
+        distributed.launch(launcher, **settings.get("dist_cfg") or {})
+        if settings.get("cudnn_benchmark"):
+            torch.backends.cudnn.benchmark = True
+        self._start_method = (settings.get("mp_cfg") or {}).get("mp_start_method")
+        default = "cpu"
+        if torch.cuda.is_available():
+            default = f"cuda:{torch.cuda.current_device()}"
+        self.device = torch.device(settings.get("device") or default)
+
+    def set_randomness(
+        self, seed: int | None = None, diff_rank_seed: bool = False, deterministic: bool = False
+    ) -> None:
+        """Seed all random generators.
+
+        Args:
+            seed: from 0 to 2**32 - 1; random by default, and the same in all processes.
+            diff_rank_seed: add the number of the process.
+            deterministic: whether torch is to use deterministic algorithms only.
+        """
+        self._seed_given = seed is not None
+        if seed is None:
+            seed = distributed.broadcast(random.SystemRandom().getrandbits(31))
+        if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**32:
+            raise ValueError(f"Invalid randomness.seed: {seed!r}; expected an int from 0 to 2**32 - 1, or None")
+        self._seed = seed
+        if deterministic:
+            torch.backends.cudnn.benchmark = False
+            torch.use_deterministic_algorithms(True)
+        seed_everything((seed + self.rank) % 2**32 if diff_rank_seed else seed)
+
+    def _build_message_hub(self, log_processor: Mapping[str, Any] | None) -> tuple[MessageHub, bool | None]:
+        settings = {**(log_processor or {})}
+        settings.pop("type", None)
+        by_epoch = settings.pop("by_epoch", None)
+        window_size = settings.pop("window_size", 10)
+        if settings:
+            hint = did_you_mean(next(iter(settings)), ("by_epoch", "window_size"))
+            raise ValueError(f"log_processor has the unknown key {next(iter(settings))!r}; {hint}")
+        return MessageHub(window_size), by_epoch
+
+    def _build_visualizer(self, visualizer: Visualizer | Mapping[str, Any] | None) -> Visualizer:
+        if isinstance(visualizer, Visualizer):
+            return visualizer
+        save_dir = str(Path(self.work_dir) / "vis_data")
+        return VISUALIZERS.build({"type": "Visualizer", **(visualizer or {})}, save_dir=save_dir)
+
+    def _build_model(
+        self,
+        model: nn.Module | Mapping[str, Any],
+        data_preprocessor: Mapping[str, Any] | None,
+        wrapper_cfg: Mapping[str, Any] | None,
+    ) -> nn.Module:
+        if not isinstance(model, nn.Module):
+            check_config("model", model)
+            extra = {} if data_preprocessor is None else {"data_preprocessor": data_preprocessor}
+            model = MODELS.build(model, **extra)
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model must be a torch.nn.Module or its config, got {type(model).__name__}")
+        model = model.to(self.device)
+        if self.launcher == "none" or isinstance(model, nn.parallel.DistributedDataParallel):
+            return model
+        settings: dict[str, Any] = {"type": "MMDistributedDataParallel", "broadcast_buffers": False}
+        if self.device.type == "cuda":
+            settings["device_ids"] = [self.device.index]
+        return MODEL_WRAPPERS.build({**settings, **(wrapper_cfg or {})}, module=model)
+
+    def build_dataloader(self, dataloader: Any, shuffle: bool = False) -> DataLoader:
+        """A data loader from its config, see :func:`build_dataloader`.
+
+        Args:
+            dataloader: the config.
+            shuffle: whether it shuffles, where the config does not say.
+        """
+        return build_dataloader(dataloader, self.seed, shuffle, self._start_method)
+
+    def _build_loop(self, kind: str, cfg: Any, **settings: Any) -> Any:
+        check_config(f"{kind[: -len('Loop')].lower()}_cfg", cfg)
+        return LOOPS.build({"type": kind, **cfg}, runner=self, **settings)
+
+    def _build_train_loop(self, cfg: Any, dataloader: DataLoader) -> TrainLoop:
+        check_config("train_cfg", cfg)
+        settings = dict(cfg)
+        if "type" not in settings:
+            if not isinstance(settings.get("by_epoch"), bool):
+                raise ValueError(f"train_cfg needs by_epoch=True or False, or a type; got {dict(cfg)!r}")
+            settings["type"] = "EpochBasedTrainLoop" if settings.pop("by_epoch") else "IterBasedTrainLoop"
+        elif "by_epoch" in settings:
+            raise ValueError("train_cfg has both type and by_epoch; one of them says what loop it is")
+        loop = LOOPS.build(settings, runner=self, dataloader=dataloader)
+        if not isinstance(loop, TrainLoop):
+            raise TypeError(f"the loop of train_cfg must be a TrainLoop, got {type(loop).__name__}")
+        if not hasattr(self.bare_model, "train_step"):
+            raise TypeError(f"{type(self.bare_model).__name__} has no train_step; derive it from BaseModel")
+        return loop
+
+    def _build_optim_wrapper(self, cfg: OptimWrapper | Mapping[str, Any]) -> OptimWrapper:
+        return cfg if isinstance(cfg, OptimWrapper) else build_optim_wrapper(self.bare_model, cfg)
+
+    def _build_param_schedulers(self, cfg: Any) -> Any:
+        if cfg is None:
+            return None
+        assert self.train_loop is not None
+        assert self.optim_wrapper is not None
+        return schedulers.build_param_schedulers(
+            cfg,
+            self.optim_wrapper,
+            epoch_length=len(self.train_loop.dataloader),
+            max_epochs=self.max_epochs,
+            max_iters=self.max_iters,
+        )
+
+    # Hooks
+
+    def register_hook(self, hook: Hook | Mapping[str, Any], priority: int | str | None = None) -> None:
+        """Add a hook, behind those of its priority.
+
+        Args:
+            hook: the hook, or its config, which may have a ``priority`` too.
+            priority: a name such as ``'NORMAL'``, or a number from 0 to 100; by default that of the config, else the
+                hook's own.
+
+        Raises:
+            KeyError: an unknown ``type``.
+            TypeError: it is no hook.
+            ValueError: an unknown priority.
+        """
+        if isinstance(hook, Mapping):
+            settings = dict(hook)
+            own = settings.pop("priority", None)
+            priority = own if priority is None else priority
+            hook = HOOKS.build(settings)
+        if not isinstance(hook, Hook):
+            raise TypeError(f"hook must be a Hook or the config of one, got {hook!r}")
+        number = get_priority(hook.priority if priority is None else priority)
+        if priority is not None:
+            hook.priority = priority
+        behind = sum(get_priority(other.priority) <= number for other in self._hooks)
+        self._hooks.insert(behind, hook)
+
+    def register_default_hooks(self, hooks: Mapping[str, Hook | Mapping[str, Any] | None] | None = None) -> None:
+        """Add the default hooks, with ``hooks`` merged over them by key; None removes one."""
+        if hooks is not None:
+            check_config("default_hooks", hooks)
+        for hook in {**DEFAULT_HOOKS, **(hooks or {})}.values():
+            if hook is not None:
+                self.register_hook(hook)
+
+    def register_custom_hooks(self, hooks: Sequence[Hook | Mapping[str, Any]]) -> None:
+        """Add hooks.
+
+        Raises:
+            TypeError: ``hooks`` is not a list.
+        """
+        if isinstance(hooks, (str, Mapping)) or not isinstance(hooks, Sequence):
+            raise TypeError(f"custom_hooks must be a list of hooks and their configs, got {hooks!r}")
+        for hook in hooks:
+            self.register_hook(hook)
+
+    def call_hook(self, fn_name: str, **kwargs: Any) -> None:
+        """Call the method ``fn_name`` of every hook that has it, with the runner and ``kwargs``."""
+        for hook in self._hooks:
+            method = getattr(hook, fn_name, None)
+            if method is not None:
+                method(self, **kwargs)
+
+    # What it does
+
+    def train(self) -> nn.Module:
+        """Train, and return the model.
+
+        Raises:
+            RuntimeError: the config has no training.
+            CheckpointError: what was to be loaded or resumed cannot be, or a checkpoint cannot be written.
+        """
+        if self.train_loop is None or self.optim_wrapper is None:
+            raise RuntimeError("there is nothing to train with: train_dataloader, train_cfg and optim_wrapper are None")
+        if self.val_loop is not None and not hasattr(self.bare_model, "val_step"):
+            raise TypeError(f"{type(self.bare_model).__name__} has no val_step; derive it from BaseModel")
+        with self._running():
+            self.optim_wrapper.initialize_count_status(self.model, self.iter, self.max_iters)
+            self.load_or_resume()
+            self._dump_config()
+            self.train_loop.run()
+        return self.model
+
+    def val(self) -> dict[str, Any]:
+        """Validate, and return the metrics.
+
+        Raises:
+            RuntimeError: the config has no validation.
+            CheckpointError: what was to be loaded cannot be.
+        """
+        return self._evaluate(self.val_loop, "val")
+
+    def test(self) -> dict[str, Any]:
+        """Test, and return the metrics.
+
+        Raises:
+            RuntimeError: the config has no test.
+            CheckpointError: what was to be loaded cannot be.
+        """
+        return self._evaluate(self.test_loop, "test")
+
+    def _evaluate(self, loop: ValLoop | TestLoop | None, mode: str) -> dict[str, Any]:
+        if loop is None:
+            raise RuntimeError(f"there is no {mode}: {mode}_dataloader, {mode}_cfg and {mode}_evaluator are None")
+        with self._running():
+            self.load_or_resume()
+            return loop.run()
+
+    @contextlib.contextmanager
+    def _running(self) -> Iterator[None]:
+        try:
+            self.call_hook("before_run")
+            yield
+            self.call_hook("after_run")
+        finally:
+            for hook in self._hooks:
+                hook.close()
+            self.visualizer.close()
+
+    def _dump_config(self) -> None:
+        """Save the config beside the checkpoints."""
+        dump, filename = getattr(self.cfg, "dump", None), getattr(self.cfg, "filename", None)
+        if dump is not None and filename and distributed.is_main_process():
+            dump(Path(self.work_dir) / Path(filename).name)
+
+    # Checkpoints
+
+    def save_checkpoint(
+        self,
+        out_dir: str | Path,
+        filename: str,
+        save_optimizer: bool = True,
+        save_param_scheduler: bool = True,
+        meta: Mapping[str, Any] | None = None,
+    ) -> Path:
+        """Write a checkpoint, whole or not at all. All processes must call this; the main one writes.
+
+        Args:
+            out_dir: the folder; it is made.
+            filename: name of the file.
+            save_optimizer: whether with the optimizer's state; without it a training cannot be resumed.
+            save_param_scheduler: whether with the schedulers' states; without them a training cannot be resumed.
+            meta: entries of the checkpoint's ``meta``, over the runner's own.
+
+        Raises:
+            CheckpointError: it cannot be written. What was there before still is.
+        """
+        assert self.train_loop is not None
+        assert self.optim_wrapper is not None
+        checkpoint: dict[str, Any] = {
+            "meta": {
+                "epoch": self.epoch,
+                "iter": self.iter,
+                "position": self.train_loop.position(),
+                "validation_due": False,
+                "by_epoch": self.train_loop.by_epoch,
+                "epoch_length": len(self.train_loop.dataloader),
+                "seed": self.seed,
+                "experiment_name": self.experiment_name,
+                "time": time.strftime("%Y%m%d_%H%M%S"),
+                "cfg": getattr(self.cfg, "pretty_text", ""),
+                "fusedopt_version": __version__,
+                **(meta or {}),
+            },
+            "state_dict": _on_cpu(self.bare_model.state_dict()),
+            "message_hub": self.message_hub.state_dict(),
+        }
+        if save_optimizer:
+            checkpoint["optimizer"] = _on_cpu(self.optim_wrapper.state_dict())
+            checkpoint["accumulation"] = {name: wrapper.inner_count for name, wrapper in self._wrappers().items()}
+        if save_param_scheduler and self.param_schedulers is not None:
+            checkpoint["param_schedulers"] = _each_scheduler(self.param_schedulers, lambda each: each.state_dict())
+        checkpoint["processes"] = distributed.gather(
+            {**self.train_loop.process_state(), "gradients": self._gradients() if save_optimizer else {}}
+        )
+        self.call_hook("before_save_checkpoint", checkpoint=checkpoint)
+        path = Path(out_dir) / filename
+        if distributed.is_main_process():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_checkpoint(checkpoint, path)
+        return path
+
+    def _wrappers(self) -> dict[str, OptimWrapper]:
+        """The optimizer wrappers by name; one alone is called ``''``."""
+        wrapper = self.optim_wrapper
+        assert wrapper is not None
+        return dict(wrapper.items()) if isinstance(wrapper, OptimWrapperDict) else {"": wrapper}
+
+    def _gradients(self) -> dict[str, Tensor]:
+        """Gradients by name that are there between two iterations: those of an accumulation that is not complete."""
+        return {name: param.grad.cpu() for name, param in self.bare_model.named_parameters() if param.grad is not None}
+
+    def load_or_resume(self) -> None:
+        """Load or resume what ``load_from`` and ``resume`` say; once, whatever runs first.
+
+        Raises:
+            CheckpointError: it cannot be. Nothing has been loaded then.
+        """
+        if self._loaded:
+            return
+        if self._resume:
+            path = self._load_from or find_latest_checkpoint(self.work_dir)
+            if path is None:
+                self.logger.info(f"There is no checkpoint in {self.work_dir} to resume from: starting anew")
+            else:
+                self.resume(path)
+        elif self._load_from is not None:
+            self.load_checkpoint(self._load_from)
+        self._loaded = True
+
+    def load_checkpoint(self, filename: str | Path, strict: bool = False) -> dict[str, Any]:
+        """Load the weights of a checkpoint into the model, and return the checkpoint.
+
+        Args:
+            filename: a checkpoint, or a file with a state dict alone. Names may begin with ``module.``.
+            strict: whether every weight must be in it and fit; otherwise what does not is logged and stays.
+
+        Raises:
+            CheckpointError: it cannot be read, nothing in it fits, or with ``strict`` not all does. Nothing has been
+                loaded then.
+        """
+        checkpoint = read_checkpoint(filename)
+        if "state_dict" not in checkpoint:
+            checkpoint = {"state_dict": checkpoint}
+        self._check_weights(filename, checkpoint, strict)
+        self.call_hook("after_load_checkpoint", checkpoint=checkpoint)
+        self._load_weights(checkpoint)
+        self.logger.info(f"Loaded {filename}")
+        return checkpoint
+
+    def _check_weights(self, filename: str | Path, checkpoint: dict[str, Any], strict: bool) -> None:
+        """Raise CheckpointError unless the weights fit the model; ``module.`` is taken off their names."""
+        weights = checkpoint["state_dict"]
+        if not isinstance(weights, Mapping) or not any(isinstance(value, Tensor) for value in weights.values()):
+            raise CheckpointError(f"{filename} has no weights: no tensors in its 'state_dict', or in all of it")
+        checkpoint["state_dict"] = {str(name).removeprefix("module."): value for name, value in weights.items()}
+        differences = check_fit(checkpoint["state_dict"], self.bare_model)
+        if differences and (strict or not self._fitting(checkpoint)):
+            raise CheckpointError(f"{filename} is not that of the model: {'; '.join(differences)}")
+        if differences:
+            self.logger.warning(f"{filename} is not that of the model: {'; '.join(differences)}")
+
+    def _fitting(self, checkpoint: Mapping[str, Any]) -> dict[str, Any]:
+        own = self.bare_model.state_dict()
+        return {
+            name: value
+            for name, value in checkpoint["state_dict"].items()
+            if name in own and getattr(own[name], "shape", None) == getattr(value, "shape", None)
+        }
+
+    def _load_weights(self, checkpoint: Mapping[str, Any]) -> None:
+        self.bare_model.load_state_dict(self._fitting(checkpoint), strict=False)
+
+    def resume(self, filename: str | Path) -> None:
+        """Go on with the training that wrote a checkpoint.
+
+        Args:
+            filename: the checkpoint.
+
+        Raises:
+            CheckpointError: it cannot be read, is not one of a training like this, or lacks something. Nothing has
+                been loaded then.
+        """
+        if self.train_loop is None or self.optim_wrapper is None:
+            self.load_checkpoint(filename, strict=True)
+            return
+        checkpoint = read_checkpoint(filename)
+        self._check_resumable(filename, checkpoint)
+        with self._restored_on_error(filename):
+            self.optim_wrapper.load_state_dict(checkpoint["optimizer"])
+            if self.param_schedulers is not None:
+                _load_schedulers(self.param_schedulers, checkpoint["param_schedulers"])
+            self.message_hub.load_state_dict(checkpoint["message_hub"])
+            self.call_hook("after_load_checkpoint", checkpoint=checkpoint)
+        self._load_weights(checkpoint)
+        meta, processes = checkpoint["meta"], checkpoint["processes"]
+        mine = processes[self.rank] if len(processes) == self.world_size else None
+        self.train_loop.resume(meta, mine)
+        for name, wrapper in self._wrappers().items():
+            wrapper._inner_count = checkpoint["accumulation"][name]
+        if mine is None:
+            self.logger.warning(
+                f"{filename} was written by {len(processes)} processes and is resumed by {self.world_size}: the data "
+                "are shared out differently, and the training is not the one it would have been"
+            )
+        else:
+            for name, param in self.bare_model.named_parameters():
+                if name in mine["gradients"]:
+                    param.grad = mine["gradients"][name].to(param.device)
+        self._adopt_seed(filename, meta["seed"])
+        self.logger.info(f"Resumed {filename}: {self.epoch} epochs and {self.iter} iterations are done")
+
+    def _adopt_seed(self, filename: str | Path, seed: int) -> None:
+        """Draw the data in the order of the training that is resumed."""
+        if seed == self.seed:
+            return
+        if self._seed_given:
+            self.logger.warning(f"{filename} has the seed {seed}, which is used instead of {self.seed}")
+        for loop in (self.train_loop, self.val_loop, self.test_loop):
+            if loop is not None:
+                reseed(loop.dataloader, self.seed, seed)
+        self._seed = seed
+
+    def _check_resumable(self, filename: str | Path, checkpoint: dict[str, Any]) -> None:
+        """Raise CheckpointError unless the checkpoint has what resuming takes."""
+        assert self.train_loop is not None
+        wanted: dict[str, Any] = dict.fromkeys(
+            ("meta", "state_dict", "message_hub", "optimizer", "accumulation"), Mapping
+        )
+        wanted |= {"processes": list}
+        if self.param_schedulers is not None:
+            wanted |= {"param_schedulers": (Mapping, list)}
+        missing = [key for key, kind in wanted.items() if not isinstance(checkpoint.get(key), kind)]
+        if "meta" not in missing:
+            meta_keys = ("epoch", "iter", "position", "validation_due", "seed", "by_epoch", "epoch_length")
+            missing += [f"meta[{key!r}]" for key in meta_keys if key not in checkpoint["meta"]]
+        if missing:
+            raise CheckpointError(
+                f"{filename} cannot be resumed from: it lacks {', '.join(missing)}. load_from without resume takes the "
+                "weights alone"
+            )
+        meta = checkpoint["meta"]
+        units = {True: "epochs", False: "iterations"}
+        if meta["by_epoch"] != self.train_loop.by_epoch:
+            raise CheckpointError(
+                f"{filename} is of a training by {units[meta['by_epoch']]}, this one is by "
+                f"{units[self.train_loop.by_epoch]}"
+            )
+        names = self._wrappers().keys()
+        if set(checkpoint["accumulation"]) != set(names):
+            found, expected = (", ".join(filter(None, each)) or "one" for each in (checkpoint["accumulation"], names))
+            raise CheckpointError(f"{filename} is of other optimizers: {found} instead of {expected}")
+        self._check_weights(filename, checkpoint, strict=True)
+        if meta["epoch_length"] != len(self.train_loop.dataloader):
+            self.logger.warning(
+                f"{filename} is of a training with {meta['epoch_length']} batches in an epoch, this one has "
+                f"{len(self.train_loop.dataloader)}: it goes on with other data"
+            )
+
+    @contextlib.contextmanager
+    def _restored_on_error(self, filename: str | Path) -> Iterator[None]:
+        """Undo what was loaded into the optimizer, the schedulers and the message hub when something cannot be."""
+        assert self.optim_wrapper is not None
+        hub_state = self.message_hub.state_dict()
+        wrapper_state = self.optim_wrapper.state_dict()
+        scheduler_states = _each_scheduler(self.param_schedulers or [], lambda each: each.state_dict())
+        try:
+            yield
+        except Exception as error:
+            self.optim_wrapper.load_state_dict(wrapper_state)
+            _load_schedulers(self.param_schedulers or [], scheduler_states)
+            self.message_hub.load_state_dict(hub_state)
+            if isinstance(error, CheckpointError):
+                raise
+            raise CheckpointError(f"{filename} cannot be resumed from: {error}") from error
+
+
+def _on_cpu(data: Any) -> Any:
+    """``data`` with its tensors in CPU memory."""
+    if isinstance(data, Tensor):
+        return data.cpu()
+    if isinstance(data, Mapping):
+        return {key: _on_cpu(value) for key, value in data.items()}
+    if isinstance(data, (list, tuple)) and not hasattr(data, "_fields"):
+        return type(data)(_on_cpu(value) for value in data)
+    return data
+
+
+def _each_scheduler(param_schedulers: Any, function: Any) -> Any:
+    """``function`` of each scheduler, in a list, or in a dict of lists for several optimizers."""
+    if isinstance(param_schedulers, Mapping):
+        return {name: _each_scheduler(listed, function) for name, listed in param_schedulers.items()}
+    return [function(scheduler) for scheduler in param_schedulers]
+
+
+def _load_schedulers(param_schedulers: Any, states: Any) -> None:
+    """Load what :func:`_each_scheduler` saved.
+
+    Raises:
+        ValueError: there are other schedulers than those that were saved.
+    """
+    if isinstance(param_schedulers, Mapping) != isinstance(states, Mapping):
+        raise ValueError("the schedulers of one optimizer and those of several do not mix")
+    if isinstance(param_schedulers, Mapping):
+        if set(param_schedulers) != set(states):
+            raise ValueError(f"it has schedulers for {sorted(states)} instead of {sorted(param_schedulers)}")
+        for name, listed in param_schedulers.items():
+            _load_schedulers(listed, states[name])
+        return
+    if len(param_schedulers) != len(states):
+        raise ValueError(f"it has {len(states)} schedulers instead of {len(param_schedulers)}")
+    for scheduler, state in zip(param_schedulers, states, strict=True):
+        scheduler.load_state_dict(state)
