@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 from ..registry import LOOPS
 from ..rules.checks import check_whole_number
 from .data import InfiniteSampler, iterate
-from .evaluator import BaseMetric, Evaluator
+from .evaluator import Evaluator
 from .random_states import isolated_random_states, random_states, set_random_states
 
 if TYPE_CHECKING:
@@ -228,7 +228,7 @@ class _EvaluationLoop:
     Args:
         runner: the runner.
         dataloader: its data.
-        evaluator: what judges the predictions: an evaluator, a metric, the config of one, or a list of these.
+        evaluator: what judges the predictions.
         fp16: whether to predict under autocast.
     """
 
@@ -238,12 +238,12 @@ class _EvaluationLoop:
         self,
         runner: Runner,
         dataloader: DataLoader,
-        evaluator: Evaluator | BaseMetric | Mapping[str, Any] | Sequence[Any],
+        evaluator: Evaluator,
         fp16: bool = False,
     ):
         self.runner = runner
         self.dataloader = dataloader
-        self.evaluator = evaluator if isinstance(evaluator, Evaluator) else Evaluator(evaluator)
+        self.evaluator = evaluator
         self.fp16 = fp16
         metainfo = getattr(dataloader.dataset, "metainfo", None)
         if metainfo is not None:

@@ -105,7 +105,8 @@ class BaseModel(nn.Module, abc.ABC):
         if not parts:
             raise ValueError(f"no name of {', '.join(map(repr, log_vars)) or 'no losses'} contains 'loss'")
         loss = _total(parts)
-        return loss, {"loss": loss, **{name: value for name, value in log_vars.items() if name != "loss"}}
+        logged = {"loss": loss, **{name: value for name, value in log_vars.items() if name != "loss"}}
+        return loss, {name: value.detach() for name, value in logged.items()}
 
 
 def _total(parts: list[Tensor]) -> Tensor:

@@ -23,7 +23,9 @@ from ..version import __version__
 from ..wrappers import OptimWrapper, OptimWrapperDict
 from . import distributed
 from .checkpoint import CheckpointError, check_fit, find_latest_checkpoint, read_checkpoint, write_checkpoint
+from .config import Config, ConfigError, naming
 from .data import build_dataloader, reseed
+from .evaluator import Evaluator
 from .hooks.hook import Hook, get_priority
 from .log import build_logger
 from .loops import TestLoop, TrainLoop, ValLoop
@@ -97,11 +99,13 @@ class Runner:
         experiment_name: by default the name of the config file.
         model_wrapper_cfg: of the wrapper for several processes: ``type`` and its arguments, such as
             ``find_unused_parameters``.
-        cfg: the whole config, which is saved beside the checkpoints.
+        cfg: the whole config. A :class:`Config` that comes from a file is saved beside the checkpoints, and is named
+            in errors.
 
     Raises:
         KeyError: an unknown ``type``.
         TypeError, ValueError: something is of the wrong kind, out of range, unknown or missing.
+        ConfigError: any of these, where ``cfg`` is a :class:`Config`.
     """
 
     def __init__(
@@ -149,7 +153,7 @@ class Runner:
         self.work_dir = str(Path(work_dir).resolve())
         Path(self.work_dir).mkdir(parents=True, exist_ok=True)
         self.timestamp = distributed.broadcast(time.strftime("%Y%m%d_%H%M%S"))
-        filename = getattr(cfg, "filename", None)
+        filename = cfg.filename if isinstance(cfg, Config) else None
         name = experiment_name or (Path(filename).stem if filename else "")
         self.experiment_name = "_".join(filter(None, (name, self.timestamp)))
         self.logger = build_logger(self.work_dir, self.timestamp, log_level)
@@ -158,8 +162,10 @@ class Runner:
         self._load_from = load_from
         self._resume = resume
         self._loaded = False
-        self.visualizer = self._build_visualizer(visualizer)
-        self.model: Any = self._build_model(model, data_preprocessor, model_wrapper_cfg)
+        with self._naming("visualizer"):
+            self.visualizer = self._build_visualizer(visualizer)
+        with self._naming("model"):
+            self.model: Any = self._build_model(model, data_preprocessor, model_wrapper_cfg)
 
         self.train_loop: TrainLoop | None = None
         self.val_loop: ValLoop | None = None
@@ -167,19 +173,22 @@ class Runner:
         self.optim_wrapper: OptimWrapper | None = None
         self.param_schedulers: Any = None
         if validates:
-            loader = self.build_dataloader(val_dataloader)
-            self.val_loop = self._build_loop("ValLoop", val_cfg, dataloader=loader, evaluator=val_evaluator)
+            self.val_loop = self._build_evaluation_loop("val", val_dataloader, val_evaluator, val_cfg)
         if tests:
-            loader = self.build_dataloader(test_dataloader)
-            self.test_loop = self._build_loop("TestLoop", test_cfg, dataloader=loader, evaluator=test_evaluator)
+            self.test_loop = self._build_evaluation_loop("test", test_dataloader, test_evaluator, test_cfg)
         if trains:
-            assert optim_wrapper is not None
-            loader = self.build_dataloader(train_dataloader, shuffle=True)
-            self.train_loop = self._build_train_loop(train_cfg, loader)
-            self.optim_wrapper = self._build_optim_wrapper(optim_wrapper)
-            self.param_schedulers = self._build_param_schedulers(param_scheduler)
-        self.register_default_hooks(default_hooks)
-        self.register_custom_hooks(custom_hooks or ())
+            with self._naming("train_dataloader"):
+                loader = self.build_dataloader(train_dataloader, shuffle=True)
+            with self._naming("train_cfg"):
+                self.train_loop = self._build_train_loop(train_cfg, loader)
+            with self._naming("optim_wrapper"):
+                self.optim_wrapper = self._build_optim_wrapper(optim_wrapper)
+            with self._naming("param_scheduler"):
+                self.param_schedulers = self._build_param_schedulers(param_scheduler)
+        with self._naming("default_hooks"):
+            self.register_default_hooks(default_hooks)
+        with self._naming("custom_hooks"):
+            self.register_custom_hooks(custom_hooks or ())
 
     @classmethod
     def from_cfg(cls, cfg: Mapping[str, Any]) -> Runner:
@@ -267,6 +276,10 @@ class Runner:
 
     # What it is made of
 
+    def _naming(self, key: str) -> contextlib.AbstractContextManager[None]:
+        """Where there is a :class:`Config`, its file and ``key`` begin the message of an error."""
+        return naming(self.cfg, key) if isinstance(self.cfg, Config) else contextlib.nullcontext()
+
     def _start_environment(self, launcher: str, env_cfg: Mapping[str, Any] | None) -> None:
         settings = dict(env_cfg or {})
         for key in settings:
@@ -348,9 +361,15 @@ class Runner:
         """
         return build_dataloader(dataloader, self.seed, shuffle, self._start_method)
 
-    def _build_loop(self, kind: str, cfg: Any, **settings: Any) -> Any:
-        check_config(f"{kind[: -len('Loop')].lower()}_cfg", cfg)
-        return LOOPS.build({"type": kind, **cfg}, runner=self, **settings)
+    def _build_evaluation_loop(self, mode: str, dataloader: Any, evaluator: Any, cfg: Any) -> Any:
+        with self._naming(f"{mode}_dataloader"):
+            loader = self.build_dataloader(dataloader)
+        with self._naming(f"{mode}_evaluator"):
+            judge = evaluator if isinstance(evaluator, Evaluator) else Evaluator(evaluator)
+        with self._naming(f"{mode}_cfg"):
+            check_config(f"{mode}_cfg", cfg)
+            settings = {"type": f"{mode.capitalize()}Loop", **cfg}
+            return LOOPS.build(settings, runner=self, dataloader=loader, evaluator=judge)
 
     def _build_train_loop(self, cfg: Any, dataloader: DataLoader) -> TrainLoop:
         check_config("train_cfg", cfg)
@@ -368,7 +387,7 @@ class Runner:
             raise TypeError(f"{type(self.bare_model).__name__} has no train_step; derive it from BaseModel")
         return loop
 
-    def _build_optim_wrapper(self, cfg: OptimWrapper | Mapping[str, Any]) -> OptimWrapper:
+    def _build_optim_wrapper(self, cfg: Any) -> OptimWrapper:
         return cfg if isinstance(cfg, OptimWrapper) else build_optim_wrapper(self.bare_model, cfg)
 
     def _build_param_schedulers(self, cfg: Any) -> Any:
@@ -495,10 +514,16 @@ class Runner:
             self.visualizer.close()
 
     def _dump_config(self) -> None:
-        """Save the config beside the checkpoints."""
-        dump, filename = getattr(self.cfg, "dump", None), getattr(self.cfg, "filename", None)
-        if dump is not None and filename and distributed.is_main_process():
-            dump(Path(self.work_dir) / Path(filename).name)
+        """Save the config beside the checkpoints, under the name of its file."""
+        if not isinstance(self.cfg, Config) or self.cfg.filename is None or not distributed.is_main_process():
+            return
+        path = Path(self.work_dir) / Path(self.cfg.filename).name
+        if path.resolve() == Path(self.cfg.filename).resolve():
+            return
+        try:
+            self.cfg.dump(path)
+        except ConfigError as error:
+            self.logger.warning(f"The config is not saved beside the checkpoints: {error}")
 
     # Checkpoints
 
@@ -535,7 +560,7 @@ class Runner:
                 "seed": self.seed,
                 "experiment_name": self.experiment_name,
                 "time": time.strftime("%Y%m%d_%H%M%S"),
-                "cfg": getattr(self.cfg, "pretty_text", ""),
+                "cfg": self.cfg.pretty_text if isinstance(self.cfg, Config) else "",
                 "fusedopt_version": __version__,
                 **(meta or {}),
             },

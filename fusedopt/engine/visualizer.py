@@ -135,7 +135,7 @@ class Visualizer:
 
     def add_scalars(self, scalar_dict: Mapping[str, float | Tensor], step: int = 0) -> None:
         """Save numbers by name."""
-        scalars = {name: float(value) for name, value in scalar_dict.items()}
+        scalars = {name: value if isinstance(value, int) else float(value) for name, value in scalar_dict.items()}
         for backend in self._backends:
             backend.add_scalars(scalars, step)
 
