@@ -32,9 +32,11 @@ from torch import nn
 import fusedopt
 from fusedopt import backends
 from fusedopt.amp import GradScaler
+from fusedopt.averaging import ExponentialMovingAverage
 from fusedopt.backends import triton
 from fusedopt.info import info
 from fusedopt.rules import RULES
+from fusedopt.schedulers import CosineAnnealingLR, CosineAnnealingMomentum, LambdaLR, LinearLR, StepParamScheduler
 
 pytestmark = [
     pytest.mark.gpu,
@@ -270,6 +272,29 @@ def test_tables_used_on_two_streams_outlive_their_optimizer() -> None:
     assert len(state) == len(params)
 
 
+@pytest.mark.parametrize("update_buffers", [False, True])
+@pytest.mark.parametrize("dtype", [None, torch.float64])
+def test_schedulers_and_averages_do_not_wait(
+    update_buffers: bool, dtype: torch.dtype | None, no_sync: Callable[[str], None]
+) -> None:
+    model = nn.Sequential(small_model(), nn.BatchNorm1d(4).to(CUDA))
+    lr = torch.tensor(0.1, device=CUDA)
+    optimizer = fusedopt.FusedAdamW(model.parameters(), lr=lr)
+    schedulers = [CosineAnnealingLR(optimizer, T_max=6), LambdaLR(optimizer, lambda step: 0.9**step)]
+    average = ExponentialMovingAverage(model, momentum=0.1, update_buffers=update_buffers, dtype=dtype)
+    for step in range(6):
+        no_sync("error" if step > 1 else "default")
+        model(torch.ones(4, 16, device=CUDA)).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        for scheduler in schedulers:
+            scheduler.step()
+        average.update_parameters(model)
+    no_sync("default")
+    assert optimizer.param_groups[0]["lr"] is lr and float(lr) == pytest.approx(0.1 * 0.9**6, rel=1e-5)
+    assert int(average.steps) == 6
+
+
 # --- Graphs ------------------------------------------------------------------------------------------------------
 
 
@@ -337,6 +362,29 @@ def test_a_captured_step_reads_tensors_at_each_replay() -> None:
         eager = twins.eager.last_step
         assert bits([report.grad_norm, report.clip_coef]) == bits([eager.grad_norm, eager.clip_coef])
     assert float(twins.replayed.state[twins.params[0][0]]["step"]) == 11
+
+
+@each_backend
+def test_schedulers_reach_a_captured_step() -> None:
+    """They write to the tensors that the graph reads."""
+    twins = Twins()
+    schedulers = [
+        [
+            LinearLR(optimizer, start_factor=0.2, end=6),
+            CosineAnnealingMomentum(optimizer, T_max=6),
+            StepParamScheduler(optimizer, "weight_decay", step_size=2, gamma=0.5),
+        ]
+        for optimizer in twins.optimizers
+    ]
+    graph = twins.capture()
+    for seed in range(6):
+        twins.set_gradients(seed)
+        graph.replay()
+        twins.eager.step()
+        assert contents(twins.replayed) == contents(twins.eager)
+        for scheduler in [*schedulers[0], *schedulers[1]]:
+            scheduler.step()
+    assert float(twins.replayed.param_groups[0]["weight_decay"]) == pytest.approx(0.1 * 0.5**3)
 
 
 @each_backend
