@@ -132,6 +132,16 @@ class BaseAveragedModel(nn.Module):
         for group in pairing.averages + pairing.copies:
             torch._foreach_copy_(group.averaged, group.source)
 
+    @torch.no_grad()
+    def copy_buffers(self, model: nn.Module) -> None:
+        """Copy what is not averaged: the model's buffers, which may have changed since the last update.
+
+        Raises:
+            ValueError: as :meth:`update_parameters`.
+        """
+        for group in self._pair(model).copies:
+            torch._foreach_copy_(group.averaged, group.source)
+
     @contextlib.contextmanager
     def applied_to(self, model: nn.Module) -> Iterator[nn.Module]:
         """``with average.applied_to(model):`` the model has the average's parameters and buffers, then its own again.

@@ -7,6 +7,7 @@ from .evaluator import BaseMetric, Evaluator
 from .hooks import (
     CheckpointHook,
     DistSamplerSeedHook,
+    EMAHook,
     EmptyCacheHook,
     Hook,
     IterTimerHook,
@@ -36,6 +37,7 @@ __all__ = [
     "ConfigError",
     "DefaultSampler",
     "DistSamplerSeedHook",
+    "EMAHook",
     "EmptyCacheHook",
     "EpochBasedTrainLoop",
     "Evaluator",

@@ -663,8 +663,10 @@ class Runner:
             CheckpointError: it cannot be read, is not one of a training like this, or lacks something. Nothing has
                 been loaded then.
         """
+        self._resume = True  # hooks ask for it
         if self.train_loop is None or self.optim_wrapper is None:
             self.load_checkpoint(filename, strict=True)
+            self._loaded = True
             return
         checkpoint = read_checkpoint(filename)
         self._check_resumable(filename, checkpoint)
@@ -690,6 +692,7 @@ class Runner:
                 if name in mine["gradients"]:
                     param.grad = mine["gradients"][name].to(param.device)
         self._adopt_seed(filename, meta["seed"])
+        self._loaded = True
         self.logger.info(f"Resumed {filename}: {self.epoch} epochs and {self.iter} iterations are done")
 
     def _adopt_seed(self, filename: str | Path, seed: int) -> None:

@@ -1,6 +1,7 @@
 """Hooks: what happens in a training beside the iterations themselves."""
 
 from .checkpoint import CheckpointHook
+from .ema import EMAHook
 from .empty_cache import EmptyCacheHook
 from .hook import Hook, Priority, get_priority
 from .iter_timer import IterTimerHook
@@ -14,6 +15,7 @@ from .visualization import SegVisualizationHook, VisualizationHook
 __all__ = [
     "CheckpointHook",
     "DistSamplerSeedHook",
+    "EMAHook",
     "EmptyCacheHook",
     "Hook",
     "IterTimerHook",
