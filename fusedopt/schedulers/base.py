@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import numbers
 import weakref
-from collections.abc import Mapping, MutableMapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -120,24 +120,35 @@ class _ParamScheduler:
         if self.begin <= self._global_step < self.end:
             self.last_step += 1
             self._advance()
+            self._follow()
         self._note_values()
 
     def _advance(self) -> None:
-        for index, (group, value) in enumerate(zip(self.optimizer.param_groups, self._get_value(), strict=True)):
-            self._write(group, value)
-            self._tell(index, value)
+        key = self.param_name
+        for group, value in zip(self.optimizer.param_groups, self._get_value(), strict=True):
+            current = group[key]
+            if type(current) is not float and isinstance(current, Tensor):  # the quick question first: groups are many
+                current.fill_(value)  # in place: a captured CUDA graph reads this tensor
+            else:
+                group[key] = value
 
-    def _tell(self, index: int, value: Any) -> None:
+    def _follow(self) -> None:
+        """What is to be done when the values have changed."""
         if self.verbose:
-            print(f"{type(self).__name__}: {self.param_name} of group {index} is now {float(value):.4e}")
+            for index, group in enumerate(self.optimizer.param_groups):
+                value = float(group[self.param_name])
+                print(f"{type(self).__name__}: {self.param_name} of group {index} is now {value:.4e}")
 
     def _note_values(self) -> None:
-        self._last_value = [_copied(group[self.param_name]) for group in self.optimizer.param_groups]
+        values = [group[self.param_name] for group in self.optimizer.param_groups]
+        self._last_value = [value if type(value) is float else _copied(value) for value in values]
 
     def _get_value(self) -> list[Any]:
         """The new value of each group, at ``last_step``."""
-        groups = self.optimizer.param_groups
-        return [self._next(group[self.param_name], base) for group, base in zip(groups, self.base_values, strict=True)]
+        key = self.param_name
+        pairs = [(group[key], base) for group, base in zip(self.optimizer.param_groups, self.base_values, strict=True)]
+        new = {pair: self._next(*pair) for pair in dict.fromkeys(pairs)}  # hundreds of groups have a handful of values
+        return [new[pair] for pair in pairs]
 
     def _next(self, value: Any, base: Any) -> Any:
         """The value at ``last_step``.
@@ -147,9 +158,6 @@ class _ParamScheduler:
             base: the one before any schedule.
         """
         raise NotImplementedError
-
-    def _write(self, group: MutableMapping[str, Any], value: Any) -> None:
-        _assign(group, self.param_name, value)
 
     def get_last_value(self) -> list[Any]:
         """The value of each group after the last step; copies, where they are tensors."""
@@ -253,12 +261,14 @@ class MomentumSchedulerMixin:
                 del group["momentum"]
             raise
 
-    def _write(self, group: MutableMapping[str, Any], value: Any) -> None:
-        _assign(group, "momentum", value)
-        if self.use_betas:
-            betas = list(group["betas"])
-            _assign(betas, 0, group["momentum"])
-            group["betas"] = tuple(betas)
+    def _follow(self) -> None:
+        super()._follow()  # type: ignore[misc]
+        for group in self.optimizer.param_groups if self.use_betas else ():
+            first, *others = group["betas"]
+            if isinstance(first, Tensor):
+                first.fill_(group["momentum"])
+            else:
+                group["betas"] = (group["momentum"], *others)
 
 
 def per_group(name: str, value: Any, optimizer: OptimizerLike) -> list[Any]:
@@ -304,14 +314,6 @@ def _check_optimizer(optimizer: Any) -> None:
 
 def _copied(value: Any) -> Any:
     return value.clone() if isinstance(value, Tensor) else value
-
-
-def _assign(target: Any, key: Any, value: Any) -> None:
-    """Set ``target[key]``, in place where it is a tensor: a captured CUDA graph reads that one."""
-    if isinstance(target[key], Tensor):
-        target[key].fill_(value)
-    else:
-        target[key] = value
 
 
 def _in_iterations(name: str, epochs: Any, epoch_length: int) -> Any:

@@ -144,12 +144,6 @@ class TorchParamScheduler(_ParamScheduler):
             self._torch = self._make(self._live, self.last_step - 1)
         else:
             self._torch.step()
-        self._settle()
-
-    def _settle(self) -> None:
-        for index, group in enumerate(self.optimizer.param_groups):
-            self._write(group, group[self.param_name])
-            self._tell(index, group[self.param_name])
 
     def state_dict(self) -> dict[str, Any]:
         """As :class:`_ParamScheduler`'s, with torch's own under ``torch_state``; None before ``begin``."""

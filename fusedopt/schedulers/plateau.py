@@ -116,7 +116,7 @@ class ReduceOnPlateauParamScheduler(TorchParamScheduler):
         if self.begin <= self._global_step < self.end:
             self.last_step += 1
             self._torch.step(metric)
-            self._settle()
+            self._follow()
         self._note_values()
 
     def _monitored(self, metrics: Any) -> float:
