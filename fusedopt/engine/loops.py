@@ -52,7 +52,7 @@ class TrainLoop(abc.ABC):
         self.iter = 0
         self._passes = 0
         self._batches = 0
-        self._pass_random = random_states()
+        self._pass_random: Mapping[str, Any] = {}
         self._resumed: Mapping[str, Any] | None = None
         self._validation_due = False
 
@@ -81,7 +81,7 @@ class TrainLoop(abc.ABC):
 
     def process_state(self) -> dict[str, Any]:
         """What differs between processes: the states of their random generators, now and when the pass began."""
-        return {"random": random_states(), "pass_random": self._pass_random}
+        return {"random": random_states(self.dataloader.generator), "pass_random": self._pass_random}
 
     def resume(self, meta: Mapping[str, Any], process_state: Mapping[str, Any] | None) -> None:
         """Go on where a checkpoint was written.
@@ -101,17 +101,17 @@ class TrainLoop(abc.ABC):
         if self._validation_due and self.runner.val_loop is not None:
             self.runner.val_loop.run()
         if self._resumed is not None:
-            set_random_states(self._resumed["random"])
+            set_random_states(self._resumed["random"], self.dataloader.generator)
 
     def _pass(self) -> Iterator[Any]:
         """The batches of one pass, or what is left of it."""
         resumed, self._resumed = self._resumed, None
         if resumed is not None and self._batches:
-            set_random_states(resumed["pass_random"])
-        self._pass_random = random_states()
+            set_random_states(resumed["pass_random"], self.dataloader.generator)
+        self._pass_random = random_states(self.dataloader.generator)
         batches = iterate(self.dataloader, self._passes, self._batches)
         if resumed is not None and self._batches:
-            set_random_states(resumed["random"])
+            set_random_states(resumed["random"], self.dataloader.generator)
         for batch in batches:
             self._batches += 1
             yield batch

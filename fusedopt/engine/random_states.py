@@ -34,8 +34,12 @@ def seed_everything(seed: int) -> None:
         numpy_random.seed(seed)
 
 
-def random_states() -> dict[str, Any]:
-    """The states of Python's, numpy's and torch's generators, that of the current GPU too, in plain types."""
+def random_states(generator: torch.Generator | None = None) -> dict[str, Any]:
+    """The states of Python's, numpy's and torch's generators, that of the current GPU too, in plain types.
+
+    Args:
+        generator: one more, whose state is kept too.
+    """
     states: dict[str, Any] = {"python": random.getstate(), "torch": torch.get_rng_state()}
     numpy_random = _numpy_random()
     if numpy_random is not None:
@@ -43,10 +47,12 @@ def random_states() -> dict[str, Any]:
         states["numpy"] = (name, keys.tolist(), *rest)
     if torch.cuda.is_available():
         states["cuda"] = torch.cuda.get_rng_state()
+    if generator is not None:
+        states["generator"] = generator.get_state()
     return states
 
 
-def set_random_states(states: Mapping[str, Any]) -> None:
+def set_random_states(states: Mapping[str, Any], generator: torch.Generator | None = None) -> None:
     """Restore what :func:`random_states` returned; generators that it has no state of stay as they are."""
     version, values, gauss = states["python"]
     random.setstate((version, tuple(values), gauss))
@@ -56,6 +62,8 @@ def set_random_states(states: Mapping[str, Any]) -> None:
         numpy_random.set_state(tuple(states["numpy"]))
     if torch.cuda.is_available() and "cuda" in states:
         torch.cuda.set_rng_state(states["cuda"])
+    if generator is not None and "generator" in states:
+        generator.set_state(states["generator"])
 
 
 @contextlib.contextmanager

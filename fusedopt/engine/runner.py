@@ -12,25 +12,25 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.data import DataLoader
 
 from .. import schedulers
 from ..builder import build_optim_wrapper
 from ..registry import HOOKS, LOOPS, MODEL_WRAPPERS, MODELS, VISUALIZERS, check_config, warn_caller
 from ..rules.checks import did_you_mean
-from ..version import __version__
-from ..wrappers import OptimWrapper, OptimWrapperDict
+from ..wrappers import OptimWrapper
 from . import distributed
-from .checkpoint import CheckpointError, check_fit, find_latest_checkpoint, read_checkpoint, write_checkpoint
+from .checkpoint import find_latest_checkpoint, read_checkpoint, write_checkpoint
 from .config import Config, ConfigError, naming
-from .data import build_dataloader, reseed
+from .data import build_dataloader
 from .evaluator import Evaluator
 from .hooks.hook import Hook, get_priority
 from .log import build_logger
 from .loops import TestLoop, TrainLoop, ValLoop
 from .message_hub import MessageHub
 from .random_states import seed_everything
+from .state import check_training, check_weights, load_training, load_weights, training_state
 from .visualizer import Visualizer
 
 __all__ = ["Runner"]
@@ -255,11 +255,6 @@ class Runner:
         return self._hooks
 
     @property
-    def seed(self) -> int:
-        """Of the training."""
-        return self._seed
-
-    @property
     def rank(self) -> int:
         """The number of this process."""
         return distributed.rank()
@@ -305,12 +300,12 @@ class Runner:
             diff_rank_seed: add the number of the process.
             deterministic: whether torch is to use deterministic algorithms only.
         """
-        self._seed_given = seed is not None
+        self.seed_is_given = seed is not None
         if seed is None:
             seed = distributed.broadcast(random.SystemRandom().getrandbits(31))
         if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**32:
             raise ValueError(f"Invalid randomness.seed: {seed!r}; expected an int from 0 to 2**32 - 1, or None")
-        self._seed = seed
+        self.seed = seed
         if deterministic:
             torch.backends.cudnn.benchmark = False
             torch.use_deterministic_algorithms(True)
@@ -547,50 +542,13 @@ class Runner:
         Raises:
             CheckpointError: it cannot be written. What was there before still is.
         """
-        assert self.train_loop is not None
-        assert self.optim_wrapper is not None
-        checkpoint: dict[str, Any] = {
-            "meta": {
-                "epoch": self.epoch,
-                "iter": self.iter,
-                "position": self.train_loop.position(),
-                "validation_due": False,
-                "by_epoch": self.train_loop.by_epoch,
-                "epoch_length": len(self.train_loop.dataloader),
-                "seed": self.seed,
-                "experiment_name": self.experiment_name,
-                "time": time.strftime("%Y%m%d_%H%M%S"),
-                "cfg": self.cfg.pretty_text if isinstance(self.cfg, Config) else "",
-                "fusedopt_version": __version__,
-                **(meta or {}),
-            },
-            "state_dict": _on_cpu(self.bare_model.state_dict()),
-            "message_hub": self.message_hub.state_dict(),
-        }
-        if save_optimizer:
-            checkpoint["optimizer"] = _on_cpu(self.optim_wrapper.state_dict())
-            checkpoint["accumulation"] = {name: wrapper.inner_count for name, wrapper in self._wrappers().items()}
-        if save_param_scheduler and self.param_schedulers is not None:
-            checkpoint["param_schedulers"] = _each_scheduler(self.param_schedulers, lambda each: each.state_dict())
-        checkpoint["processes"] = distributed.gather(
-            {**self.train_loop.process_state(), "gradients": self._gradients() if save_optimizer else {}}
-        )
+        checkpoint = training_state(self, save_optimizer, save_param_scheduler, meta)
         self.call_hook("before_save_checkpoint", checkpoint=checkpoint)
         path = Path(out_dir) / filename
         if distributed.is_main_process():
             path.parent.mkdir(parents=True, exist_ok=True)
             write_checkpoint(checkpoint, path)
         return path
-
-    def _wrappers(self) -> dict[str, OptimWrapper]:
-        """The optimizer wrappers by name; one alone is called ``''``."""
-        wrapper = self.optim_wrapper
-        assert wrapper is not None
-        return dict(wrapper.items()) if isinstance(wrapper, OptimWrapperDict) else {"": wrapper}
-
-    def _gradients(self) -> dict[str, Tensor]:
-        """Gradients by name that are there between two iterations: those of an accumulation that is not complete."""
-        return {name: param.grad.cpu() for name, param in self.bare_model.named_parameters() if param.grad is not None}
 
     def load_or_resume(self) -> None:
         """Load or resume what ``load_from`` and ``resume`` say; once, whatever runs first.
@@ -624,37 +582,14 @@ class Runner:
         checkpoint = read_checkpoint(filename)
         if "state_dict" not in checkpoint:
             checkpoint = {"state_dict": checkpoint}
-        self._check_weights(filename, checkpoint, strict)
+        check_weights(self, filename, checkpoint, strict)
         self.call_hook("after_load_checkpoint", checkpoint=checkpoint)
-        self._load_weights(checkpoint)
+        load_weights(self, checkpoint)
         self.logger.info(f"Loaded {filename}")
         return checkpoint
 
-    def _check_weights(self, filename: str | Path, checkpoint: dict[str, Any], strict: bool) -> None:
-        """Raise CheckpointError unless the weights fit the model; ``module.`` is taken off their names."""
-        weights = checkpoint["state_dict"]
-        if not isinstance(weights, Mapping) or not any(isinstance(value, Tensor) for value in weights.values()):
-            raise CheckpointError(f"{filename} has no weights: no tensors in its 'state_dict', or in all of it")
-        checkpoint["state_dict"] = {str(name).removeprefix("module."): value for name, value in weights.items()}
-        differences = check_fit(checkpoint["state_dict"], self.bare_model)
-        if differences and (strict or not self._fitting(checkpoint)):
-            raise CheckpointError(f"{filename} is not that of the model: {'; '.join(differences)}")
-        if differences:
-            self.logger.warning(f"{filename} is not that of the model: {'; '.join(differences)}")
-
-    def _fitting(self, checkpoint: Mapping[str, Any]) -> dict[str, Any]:
-        own = self.bare_model.state_dict()
-        return {
-            name: value
-            for name, value in checkpoint["state_dict"].items()
-            if name in own and getattr(own[name], "shape", None) == getattr(value, "shape", None)
-        }
-
-    def _load_weights(self, checkpoint: Mapping[str, Any]) -> None:
-        self.bare_model.load_state_dict(self._fitting(checkpoint), strict=False)
-
     def resume(self, filename: str | Path) -> None:
-        """Go on with the training that wrote a checkpoint.
+        """Go on with the training that wrote a checkpoint; without a training of one's own, load its weights.
 
         Args:
             filename: the checkpoint.
@@ -664,135 +599,12 @@ class Runner:
                 been loaded then.
         """
         self._resume = True  # hooks ask for it
-        if self.train_loop is None or self.optim_wrapper is None:
+        if self.train_loop is None:
             self.load_checkpoint(filename, strict=True)
             self._loaded = True
             return
         checkpoint = read_checkpoint(filename)
-        self._check_resumable(filename, checkpoint)
-        with self._restored_on_error(filename):
-            self.optim_wrapper.load_state_dict(checkpoint["optimizer"])
-            if self.param_schedulers is not None:
-                _load_schedulers(self.param_schedulers, checkpoint["param_schedulers"])
-            self.message_hub.load_state_dict(checkpoint["message_hub"])
-            self.call_hook("after_load_checkpoint", checkpoint=checkpoint)
-        self._load_weights(checkpoint)
-        meta, processes = checkpoint["meta"], checkpoint["processes"]
-        mine = processes[self.rank] if len(processes) == self.world_size else None
-        self.train_loop.resume(meta, mine)
-        for name, wrapper in self._wrappers().items():
-            wrapper._inner_count = checkpoint["accumulation"][name]
-        if mine is None:
-            self.logger.warning(
-                f"{filename} was written by {len(processes)} processes and is resumed by {self.world_size}: the data "
-                "are shared out differently, and the training is not the one it would have been"
-            )
-        else:
-            for name, param in self.bare_model.named_parameters():
-                if name in mine["gradients"]:
-                    param.grad = mine["gradients"][name].to(param.device)
-        self._adopt_seed(filename, meta["seed"])
+        check_training(self, filename, checkpoint)
+        load_training(self, filename, checkpoint)
         self._loaded = True
         self.logger.info(f"Resumed {filename}: {self.epoch} epochs and {self.iter} iterations are done")
-
-    def _adopt_seed(self, filename: str | Path, seed: int) -> None:
-        """Draw the data in the order of the training that is resumed."""
-        if seed == self.seed:
-            return
-        if self._seed_given:
-            self.logger.warning(f"{filename} has the seed {seed}, which is used instead of {self.seed}")
-        for loop in (self.train_loop, self.val_loop, self.test_loop):
-            if loop is not None:
-                reseed(loop.dataloader, self.seed, seed)
-        self._seed = seed
-
-    def _check_resumable(self, filename: str | Path, checkpoint: dict[str, Any]) -> None:
-        """Raise CheckpointError unless the checkpoint has what resuming takes."""
-        assert self.train_loop is not None
-        wanted: dict[str, Any] = dict.fromkeys(
-            ("meta", "state_dict", "message_hub", "optimizer", "accumulation"), Mapping
-        )
-        wanted |= {"processes": list}
-        if self.param_schedulers is not None:
-            wanted |= {"param_schedulers": (Mapping, list)}
-        missing = [key for key, kind in wanted.items() if not isinstance(checkpoint.get(key), kind)]
-        if "meta" not in missing:
-            meta_keys = ("epoch", "iter", "position", "validation_due", "seed", "by_epoch", "epoch_length")
-            missing += [f"meta[{key!r}]" for key in meta_keys if key not in checkpoint["meta"]]
-        if missing:
-            raise CheckpointError(
-                f"{filename} cannot be resumed from: it lacks {', '.join(missing)}. load_from without resume takes the "
-                "weights alone"
-            )
-        meta = checkpoint["meta"]
-        units = {True: "epochs", False: "iterations"}
-        if meta["by_epoch"] != self.train_loop.by_epoch:
-            raise CheckpointError(
-                f"{filename} is of a training by {units[meta['by_epoch']]}, this one is by "
-                f"{units[self.train_loop.by_epoch]}"
-            )
-        names = self._wrappers().keys()
-        if set(checkpoint["accumulation"]) != set(names):
-            found, expected = (", ".join(filter(None, each)) or "one" for each in (checkpoint["accumulation"], names))
-            raise CheckpointError(f"{filename} is of other optimizers: {found} instead of {expected}")
-        self._check_weights(filename, checkpoint, strict=True)
-        if meta["epoch_length"] != len(self.train_loop.dataloader):
-            self.logger.warning(
-                f"{filename} is of a training with {meta['epoch_length']} batches in an epoch, this one has "
-                f"{len(self.train_loop.dataloader)}: it goes on with other data"
-            )
-
-    @contextlib.contextmanager
-    def _restored_on_error(self, filename: str | Path) -> Iterator[None]:
-        """Undo what was loaded into the optimizer, the schedulers and the message hub when something cannot be."""
-        assert self.optim_wrapper is not None
-        hub_state = self.message_hub.state_dict()
-        wrapper_state = self.optim_wrapper.state_dict()
-        scheduler_states = _each_scheduler(self.param_schedulers or [], lambda each: each.state_dict())
-        try:
-            yield
-        except Exception as error:
-            self.optim_wrapper.load_state_dict(wrapper_state)
-            _load_schedulers(self.param_schedulers or [], scheduler_states)
-            self.message_hub.load_state_dict(hub_state)
-            if isinstance(error, CheckpointError):
-                raise
-            raise CheckpointError(f"{filename} cannot be resumed from: {error}") from error
-
-
-def _on_cpu(data: Any) -> Any:
-    """``data`` with its tensors in CPU memory."""
-    if isinstance(data, Tensor):
-        return data.cpu()
-    if isinstance(data, Mapping):
-        return {key: _on_cpu(value) for key, value in data.items()}
-    if isinstance(data, (list, tuple)) and not hasattr(data, "_fields"):
-        return type(data)(_on_cpu(value) for value in data)
-    return data
-
-
-def _each_scheduler(param_schedulers: Any, function: Any) -> Any:
-    """``function`` of each scheduler, in a list, or in a dict of lists for several optimizers."""
-    if isinstance(param_schedulers, Mapping):
-        return {name: _each_scheduler(listed, function) for name, listed in param_schedulers.items()}
-    return [function(scheduler) for scheduler in param_schedulers]
-
-
-def _load_schedulers(param_schedulers: Any, states: Any) -> None:
-    """Load what :func:`_each_scheduler` saved.
-
-    Raises:
-        ValueError: there are other schedulers than those that were saved.
-    """
-    if isinstance(param_schedulers, Mapping) != isinstance(states, Mapping):
-        raise ValueError("the schedulers of one optimizer and those of several do not mix")
-    if isinstance(param_schedulers, Mapping):
-        if set(param_schedulers) != set(states):
-            raise ValueError(f"it has schedulers for {sorted(states)} instead of {sorted(param_schedulers)}")
-        for name, listed in param_schedulers.items():
-            _load_schedulers(listed, states[name])
-        return
-    if len(param_schedulers) != len(states):
-        raise ValueError(f"it has {len(states)} schedulers instead of {len(param_schedulers)}")
-    for scheduler, state in zip(param_schedulers, states, strict=True):
-        scheduler.load_state_dict(state)

@@ -24,10 +24,10 @@ _RULES = ("greater", "less")
 
 
 def _as_list(name: str, value: str | Sequence[str] | None) -> list[str]:
-    values = [value] if isinstance(value, str) else list(value or ())
-    if not all(isinstance(each, str) for each in values):
+    values = [value] if isinstance(value, str) else value or ()
+    if not isinstance(values, (list, tuple)) or not all(isinstance(each, str) for each in values):
         raise TypeError(f"{name} must be a string or a list of strings, got {value!r}")
-    return values
+    return list(values)
 
 
 @HOOKS.register_module()

@@ -1,0 +1,248 @@
+"""What a checkpoint holds of a training, and how a training takes it up; see Note [Resuming bit for bit]."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+
+from ..version import __version__
+from ..wrappers import OptimWrapper, OptimWrapperDict
+from . import distributed
+from .checkpoint import CheckpointError, check_fit
+from .config import Config
+from .data import reseed
+
+if TYPE_CHECKING:
+    from .runner import Runner
+
+__all__ = ["check_training", "check_weights", "load_training", "load_weights", "training_state"]
+
+_META_KEYS = ("epoch", "iter", "position", "validation_due", "seed", "by_epoch", "epoch_length")
+_UNITS = {True: "epochs", False: "iterations"}
+
+
+def training_state(
+    runner: Runner, save_optimizer: bool, save_param_scheduler: bool, meta: Mapping[str, Any] | None
+) -> dict[str, Any]:
+    """A checkpoint of the training; all processes must call this.
+
+    Args:
+        runner: in the middle of a training.
+        save_optimizer: whether with the optimizer's state, and all else that resuming takes.
+        save_param_scheduler: whether with the schedulers' states.
+        meta: entries of ``meta``, over those that are made here.
+    """
+    loop = runner.train_loop
+    assert loop is not None
+    assert runner.optim_wrapper is not None
+    checkpoint: dict[str, Any] = {
+        "meta": {
+            "epoch": runner.epoch,
+            "iter": runner.iter,
+            "position": loop.position(),
+            "validation_due": False,
+            "by_epoch": loop.by_epoch,
+            "epoch_length": len(loop.dataloader),
+            "seed": runner.seed,
+            "experiment_name": runner.experiment_name,
+            "time": time.strftime("%Y%m%d_%H%M%S"),
+            "cfg": runner.cfg.pretty_text if isinstance(runner.cfg, Config) else "",
+            "fusedopt_version": __version__,
+            **(meta or {}),
+        },
+        "state_dict": _on_cpu(runner.bare_model.state_dict()),
+        "message_hub": runner.message_hub.state_dict(),
+    }
+    if save_optimizer:
+        checkpoint["optimizer"] = _on_cpu(runner.optim_wrapper.state_dict())
+        checkpoint["accumulation"] = {name: each.inner_count for name, each in _wrappers(runner).items()}
+        checkpoint["processes"] = distributed.gather(
+            {
+                **loop.process_state(),
+                "gradients": _on_cpu(_gradients(runner.bare_model)),
+                "buffers": _on_cpu(_buffers(runner.bare_model)),
+            }
+        )
+    if save_param_scheduler and runner.param_schedulers is not None:
+        checkpoint["param_schedulers"] = _scheduler_states(runner.param_schedulers)
+    return checkpoint
+
+
+def check_weights(runner: Runner, filename: str | Path, checkpoint: dict[str, Any], strict: bool) -> None:
+    """Raise CheckpointError unless the weights fit the model; ``module.`` is taken off their names."""
+    weights = checkpoint["state_dict"]
+    if not isinstance(weights, Mapping) or not any(isinstance(value, Tensor) for value in weights.values()):
+        raise CheckpointError(f"{filename} has no weights: no tensors in its 'state_dict', or in all of it")
+    checkpoint["state_dict"] = {str(name).removeprefix("module."): value for name, value in weights.items()}
+    differences = check_fit(checkpoint["state_dict"], runner.bare_model)
+    if differences and (strict or not _fitting(runner.bare_model, checkpoint)):
+        raise CheckpointError(f"{filename} is not that of the model: {'; '.join(differences)}")
+    if differences:
+        runner.logger.warning(f"{filename} is not that of the model: {'; '.join(differences)}")
+
+
+def load_weights(runner: Runner, checkpoint: Mapping[str, Any]) -> None:
+    """Load those weights that fit the model."""
+    runner.bare_model.load_state_dict(_fitting(runner.bare_model, checkpoint), strict=False)
+
+
+def check_training(runner: Runner, filename: str | Path, checkpoint: dict[str, Any]) -> None:
+    """Raise CheckpointError unless the checkpoint is one of a training like this, and has what resuming takes."""
+    loop = runner.train_loop
+    assert loop is not None
+    kinds: dict[str, Any] = dict.fromkeys(("meta", "state_dict", "message_hub", "optimizer", "accumulation"), Mapping)
+    kinds["processes"] = list
+    if runner.param_schedulers is not None:
+        kinds["param_schedulers"] = (Mapping, list)
+    missing = [key for key, kind in kinds.items() if not isinstance(checkpoint.get(key), kind)]
+    if "meta" not in missing:
+        missing += [f"meta[{key!r}]" for key in _META_KEYS if key not in checkpoint["meta"]]
+    if missing:
+        raise CheckpointError(
+            f"{filename} cannot be resumed from: it lacks {', '.join(missing)}. load_from without resume takes the "
+            "weights alone"
+        )
+    meta = checkpoint["meta"]
+    if meta["by_epoch"] != loop.by_epoch:
+        raise CheckpointError(
+            f"{filename} is of a training by {_UNITS[meta['by_epoch']]}, this one is by {_UNITS[loop.by_epoch]}"
+        )
+    names = _wrappers(runner).keys()
+    if set(checkpoint["accumulation"]) != set(names):
+        found, expected = (", ".join(filter(None, each)) or "one" for each in (checkpoint["accumulation"], names))
+        raise CheckpointError(f"{filename} is of other optimizers: {found} instead of {expected}")
+    check_weights(runner, filename, checkpoint, strict=True)
+    if meta["epoch_length"] != len(loop.dataloader):
+        runner.logger.warning(
+            f"{filename} is of a training with {meta['epoch_length']} batches in an epoch, this one has "
+            f"{len(loop.dataloader)}: it goes on with other data"
+        )
+
+
+def load_training(runner: Runner, filename: str | Path, checkpoint: dict[str, Any]) -> None:
+    """Take up a training from a checkpoint that :func:`check_training` let pass.
+
+    Raises:
+        CheckpointError: a part of it cannot be loaded. Nothing has been loaded then.
+    """
+    loop, wrapper = runner.train_loop, runner.optim_wrapper
+    assert loop is not None
+    assert wrapper is not None
+    with _restored_on_error(runner, filename):
+        wrapper.load_state_dict(checkpoint["optimizer"])
+        if runner.param_schedulers is not None:
+            _load_schedulers(runner.param_schedulers, checkpoint["param_schedulers"])
+        runner.message_hub.load_state_dict(checkpoint["message_hub"])
+        runner.call_hook("after_load_checkpoint", checkpoint=checkpoint)
+    load_weights(runner, checkpoint)
+    for name, each in _wrappers(runner).items():
+        each._inner_count = checkpoint["accumulation"][name]
+    meta, processes = checkpoint["meta"], checkpoint["processes"]
+    mine = processes[runner.rank] if len(processes) == runner.world_size else None
+    loop.resume(meta, mine)
+    if mine is None:
+        runner.logger.warning(
+            f"{filename} was written by {len(processes)} processes and is resumed by {runner.world_size}: the data are "
+            "shared out differently, and the training is not the one it would have been"
+        )
+    else:
+        model = runner.bare_model
+        model.load_state_dict(mine["buffers"], strict=False)
+        for name, param in model.named_parameters():
+            if name in mine["gradients"]:
+                param.grad = mine["gradients"][name].to(param.device)
+    seed = meta["seed"]
+    if seed != runner.seed:
+        if runner.seed_is_given:
+            runner.logger.warning(f"{filename} has the seed {seed}, which is used instead of {runner.seed}")
+        for each_loop in (loop, runner.val_loop, runner.test_loop):
+            if each_loop is not None:
+                reseed(each_loop.dataloader, runner.seed, seed)
+        runner.seed = seed
+
+
+@contextlib.contextmanager
+def _restored_on_error(runner: Runner, filename: str | Path) -> Iterator[None]:
+    """Undo what was loaded into the optimizer, the schedulers and the message hub when something cannot be."""
+    assert runner.optim_wrapper is not None
+    hub, wrapper = runner.message_hub.state_dict(), runner.optim_wrapper.state_dict()
+    schedulers = _scheduler_states(runner.param_schedulers or [])
+    try:
+        yield
+    except Exception as error:
+        runner.optim_wrapper.load_state_dict(wrapper)
+        _load_schedulers(runner.param_schedulers or [], schedulers)
+        runner.message_hub.load_state_dict(hub)
+        raise CheckpointError(f"{filename} cannot be resumed from: {error}") from error
+
+
+def _wrappers(runner: Runner) -> dict[str, OptimWrapper]:
+    """The optimizer wrappers by name; one alone is called ``''``."""
+    wrapper = runner.optim_wrapper
+    assert wrapper is not None
+    return dict(wrapper.items()) if isinstance(wrapper, OptimWrapperDict) else {"": wrapper}
+
+
+def _gradients(model: nn.Module) -> dict[str, Tensor]:
+    """Gradients that are there between two iterations: those of an accumulation that is not complete."""
+    return {name: param.grad for name, param in model.named_parameters() if param.grad is not None}
+
+
+def _buffers(model: nn.Module) -> dict[str, Any]:
+    """What is in the model's state beside its parameters, where it differs between processes."""
+    if distributed.world_size() == 1:
+        return {}
+    params = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    return {name: value for name, value in model.state_dict().items() if name not in params}
+
+
+def _fitting(model: nn.Module, checkpoint: Mapping[str, Any]) -> dict[str, Any]:
+    own = model.state_dict()
+    return {
+        name: value
+        for name, value in checkpoint["state_dict"].items()
+        if name in own and getattr(own[name], "shape", None) == getattr(value, "shape", None)
+    }
+
+
+def _on_cpu(data: Any) -> Any:
+    """``data`` with its tensors in CPU memory."""
+    if isinstance(data, Tensor):
+        return data.cpu()
+    if isinstance(data, Mapping):
+        return {key: _on_cpu(value) for key, value in data.items()}
+    if isinstance(data, (list, tuple)) and not hasattr(data, "_fields"):
+        return type(data)(_on_cpu(value) for value in data)
+    return data
+
+
+def _scheduler_states(param_schedulers: Any) -> Any:
+    """The state of each scheduler, in a list, or in a dict of lists for several optimizers."""
+    if isinstance(param_schedulers, Mapping):
+        return {name: _scheduler_states(listed) for name, listed in param_schedulers.items()}
+    return [_on_cpu(scheduler.state_dict()) for scheduler in param_schedulers]
+
+
+def _load_schedulers(param_schedulers: Any, states: Any) -> None:
+    """Load what :func:`_scheduler_states` returned.
+
+    Raises:
+        ValueError: there are other schedulers than those that were saved.
+    """
+    if isinstance(param_schedulers, Mapping) != isinstance(states, Mapping):
+        raise ValueError("the schedulers of one optimizer and those of several do not mix")
+    if isinstance(param_schedulers, Mapping):
+        if set(param_schedulers) != set(states):
+            raise ValueError(f"it has schedulers for {sorted(states)} instead of {sorted(param_schedulers)}")
+        for name, listed in param_schedulers.items():
+            _load_schedulers(listed, states[name])
+        return
+    if len(param_schedulers) != len(states):
+        raise ValueError(f"it has {len(states)} schedulers instead of {len(param_schedulers)}")
+    for scheduler, state in zip(param_schedulers, states, strict=True):
+        scheduler.load_state_dict(state)

@@ -1,0 +1,594 @@
+"""Checkpoints: a resumed training is the uninterrupted one, bit for bit, and a failure loses nothing."""
+
+from __future__ import annotations
+
+import errno
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from engine_cases import (
+    PointNet,
+    Points,
+    assert_same,
+    by_iterations,
+    config,
+    loader,
+    recorded,
+    scalars,
+    state_of,
+    train,
+)
+from torch.utils.data import DataLoader
+
+from fusedopt.engine import CheckpointError, CheckpointHook, Hook, Runner
+from fusedopt.engine.checkpoint import UNFINISHED, read_checkpoint, write_checkpoint
+from fusedopt.registry import HOOKS
+
+
+class Interrupted(Exception):
+    pass
+
+
+class Interrupt(Hook):
+    """Ends the process, as far as the Runner can tell, in the middle of an iteration."""
+
+    def __init__(self, iteration: int):
+        self.iteration = iteration
+
+    def before_train_iter(self, runner, batch_idx, data_batch=None):
+        if runner.iter == self.iteration:
+            raise Interrupted
+
+
+class Noise(Hook):
+    """Draws random numbers everywhere, as any user's code may."""
+
+    def _before_epoch(self, runner, mode="train"):
+        torch.rand(3)
+
+    def _after_iter(self, runner, batch_idx, data_batch=None, outputs=None, mode="train"):
+        random.random(), np.random.rand(), torch.rand(1)
+
+
+class PythonNoise(Points):
+    """Augments with all three generators."""
+
+    def __getitem__(self, index):
+        item = super().__getitem__(index)
+        return {**item, "inputs": item["inputs"] + 0.1 * random.random() + 0.1 * float(np.random.rand())}
+
+
+def assert_resumes(cfg: dict[str, Any], interrupted_at: int, tmp_path: Path, *resumed_hooks: Hook) -> Runner:
+    """Train through, and again with an interruption; both must end in the same state."""
+    straight = train({**cfg, "work_dir": str(tmp_path / "straight")}, Noise())
+    with pytest.raises(Interrupted):
+        train({**cfg, "work_dir": str(tmp_path / "resumed")}, Noise(), Interrupt(interrupted_at))
+    torch.manual_seed(999), random.seed(999), np.random.seed(999)
+    resumed = train({**cfg, "work_dir": str(tmp_path / "resumed"), "resume": True}, Noise(), *resumed_hooks)
+    losses = recorded(resumed).losses
+    assert 0 < len(losses) < len(recorded(straight).losses), "it must have trained a part, and not all"
+    assert losses.items() <= recorded(straight).losses.items()
+    assert_same(state_of(resumed), state_of(straight))
+    if straight.val_loop is not None:
+        best = [{key: value for key, value in line.items() if "time" not in key} for line in scalars(straight.work_dir)]
+        last = [{key: value for key, value in line.items() if "time" not in key} for line in scalars(resumed.work_dir)]
+        assert [line for line in last if line in best] == last
+        assert {str(line) for line in last} == {str(line) for line in best}
+    return resumed
+
+
+BY_ITERATION = dict(checkpoint=dict(type="CheckpointHook", by_epoch=False, interval=3))
+VARIANTS: dict[str, tuple[dict[str, Any], int]] = {
+    "by epoch": ({}, 13),
+    "by epoch, in the middle of one": (dict(default_hooks=BY_ITERATION), 14),
+    "by epoch, saved at the last iteration of one": (
+        dict(default_hooks=dict(checkpoint=dict(type="CheckpointHook", by_epoch=False, interval=5))),
+        12,
+    ),
+    "by iteration": (by_iterations(), 13),
+    "by iteration over finite data": (by_iterations(train_dataloader=loader(40, 8, shuffle=True)), 18),
+    "by iteration, saved where the data ended": (
+        by_iterations(
+            train_dataloader=loader(40, 8, shuffle=True),
+            default_hooks=dict(checkpoint=dict(type="CheckpointHook", by_epoch=False, interval=10)),
+        ),
+        12,
+    ),
+    "accumulation, saved between two steps": (
+        dict(
+            optim_wrapper=dict(optimizer=dict(type="FusedSGD", lr=0.1, momentum=0.9), accumulative_counts=4),
+            default_hooks=BY_ITERATION,
+        ),
+        11,
+    ),
+    "mixed precision": (
+        dict(
+            optim_wrapper=dict(
+                type="AmpOptimWrapper",
+                dtype="bfloat16",
+                loss_scale=dict(init_scale=2.0**127, growth_interval=2),
+                optimizer=dict(type="AdamW", lr=1e-2),
+                clip_grad=dict(max_norm=0.1),
+            ),
+            default_hooks=BY_ITERATION,
+        ),
+        11,
+    ),
+    "the metric moves the learning rate and chooses the best": (
+        dict(
+            param_scheduler=dict(type="ReduceOnPlateauLR", monitor="accuracy", rule="greater", patience=0, factor=0.5),
+            default_hooks=dict(checkpoint=dict(type="CheckpointHook", interval=2, save_best="auto", max_keep_ckpts=1)),
+        ),
+        16,
+    ),
+    "workers": (dict(train_dataloader=dict(num_workers=2), default_hooks=BY_ITERATION), 14),
+    "persistent workers": (
+        dict(train_dataloader=dict(num_workers=2, persistent_workers=True), default_hooks=BY_ITERATION),
+        14,
+    ),
+    "no seed": (dict(randomness={}, default_hooks=BY_ITERATION), 14),
+    "BatchNorm": (dict(model=dict(type="PointNet", batch_norm=True), default_hooks=BY_ITERATION), 14),
+}
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_a_resumed_training_is_the_uninterrupted_one(name, tmp_path):
+    changes, interrupted_at = VARIANTS[name]
+    data = {**loader(40, 8, shuffle=True), **changes.get("train_dataloader", {})}
+    data["dataset"] = dict(type=PythonNoise, size=40)
+    cfg = config(tmp_path, **{**changes, "train_dataloader": data})
+    if name == "no seed":
+        cfg["randomness"] = dict(seed=5)
+        straight = train({**cfg, "work_dir": str(tmp_path / "straight")}, Noise())
+        with pytest.raises(Interrupted):
+            train({**cfg, "work_dir": str(tmp_path / "resumed")}, Noise(), Interrupt(interrupted_at))
+        resumed = train({**cfg, "work_dir": str(tmp_path / "resumed"), "resume": True, "randomness": {}}, Noise())
+        assert resumed.seed == 5
+        assert_same(state_of(resumed), state_of(straight))
+    else:
+        assert_resumes(cfg, interrupted_at, tmp_path)
+
+
+def test_a_loader_of_the_users_own_resumes_too(tmp_path):
+    """torch's sampler draws its seed from the generator of the training; what was trained on is loaded once more."""
+    for generator in (None, torch.Generator().manual_seed(3)):
+        folder = tmp_path / str(generator is None)
+
+        def cfg(generator=generator, folder=folder):
+            if generator is not None:
+                generator.manual_seed(3)
+            data = DataLoader(PythonNoise(40), batch_size=8, shuffle=True, generator=generator)
+            return config(folder, train_dataloader=data, default_hooks=BY_ITERATION)
+
+        straight = train({**cfg(), "work_dir": str(folder / "straight")}, Noise())
+        with pytest.raises(Interrupted):
+            train({**cfg(), "work_dir": str(folder / "resumed")}, Noise(), Interrupt(14))
+        resumed = train({**cfg(), "work_dir": str(folder / "resumed"), "resume": True}, Noise())
+        assert min(recorded(resumed).losses) == 12
+        assert_same(state_of(resumed), state_of(straight))
+
+
+def test_several_optimizers_that_take_turns_resume_between_their_steps(tmp_path):
+    class TwoPlayers(PointNet):
+        def train_step(self, data, optim_wrapper):
+            for name in ("backbone", "head"):
+                wrapper = optim_wrapper[name]
+                with wrapper.optim_context(self):
+                    loss = self(**self.data_preprocessor(data, True), mode="loss")["loss"]
+                wrapper.update_params(loss)
+            return {"loss": loss.detach()}
+
+    optim_wrapper = dict(
+        constructor="MultiOptimWrapperConstructor",
+        backbone=dict(optimizer=dict(type="FusedSGD", lr=0.1), accumulative_counts=2),
+        head=dict(optimizer=dict(type="FusedAdam", lr=1e-2), accumulative_counts=5),
+    )
+    cfg = config(
+        tmp_path,
+        model=dict(type=TwoPlayers),
+        optim_wrapper=optim_wrapper,
+        param_scheduler=dict(backbone=dict(type="ExponentialLR", gamma=0.5), head=[]),
+        default_hooks=BY_ITERATION,
+    )
+    resumed = assert_resumes(cfg, 14, tmp_path)
+    assert resumed.optim_wrapper["head"].inner_count == 20
+
+
+@pytest.mark.parametrize(("first", "second"), [("AdamW", "FusedAdamW"), ("FusedAdamW", "AdamW"), ("SGD", "FusedSGD")])
+def test_the_optimizer_may_be_fused_in_between(first, second, tmp_path):
+    """The states have one layout: what one has begun the other goes on with."""
+
+    def cfg(kind: str, folder: str, **changes: Any) -> dict[str, Any]:
+        settings = dict(momentum=0.9) if "SGD" in kind else dict(weight_decay=0.1)
+        wrapper = dict(optimizer=dict(type=kind, lr=1e-2, **settings), clip_grad=dict(max_norm=1.0))
+        return config(tmp_path / folder, optim_wrapper=wrapper, **changes)
+
+    straight = train(cfg(first, "straight"))
+    with pytest.raises(Interrupted):
+        train(cfg(first, "resumed"), Interrupt(12))
+    resumed = train(cfg(second, "resumed", resume=True))
+    assert min(recorded(resumed).losses) == 10
+    for one, other in zip(resumed.model.parameters(), straight.model.parameters(), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+    moved = Runner.from_cfg(cfg(first, "straight")).model
+    assert not all(map(torch.allclose, resumed.model.parameters(), moved.parameters()))
+
+
+def test_resuming_a_finished_training_does_nothing(tmp_path):
+    finished = train(config(tmp_path))
+    again = train(config(tmp_path, resume=True))
+    assert recorded(again).losses == {} and recorded(again).lrs == []
+    assert len(recorded(again).metrics) == 1, "the validation that followed the checkpoint is made up for"
+    assert_same(state_of(again), state_of(finished))
+
+
+def test_resume_with_nothing_to_resume_begins(tmp_path, capsys):
+    runner = train(config(tmp_path, resume=True, log_level="INFO"))
+    assert len(recorded(runner).losses) == 20
+    assert f"There is no checkpoint in {tmp_path} to resume from: starting anew" in capsys.readouterr().out
+
+
+def test_resume_of_a_checkpoint_that_is_named(tmp_path):
+    straight = train(config(tmp_path / "one"))
+    runner = train(config(tmp_path / "two", resume=True, load_from=str(tmp_path / "one" / "epoch_2.pth")))
+    assert min(recorded(runner).losses) == 10
+    assert_same(state_of(runner), state_of(straight))
+
+
+def test_a_work_dir_may_be_moved(tmp_path):
+    straight = train(config(tmp_path / "straight"))
+    with pytest.raises(Interrupted):
+        train(config(tmp_path / "before"), Interrupt(12))
+    (tmp_path / "before").rename(tmp_path / "after")
+    assert_same(state_of(train(config(tmp_path / "after", resume=True))), state_of(straight))
+
+
+def test_another_seed_gives_way_to_that_of_the_checkpoint(tmp_path, capsys):
+    straight = train(config(tmp_path / "straight"))
+    with pytest.raises(Interrupted):
+        train(config(tmp_path / "resumed"), Interrupt(12))
+    resumed = train(config(tmp_path / "resumed", resume=True, randomness=dict(seed=7)))
+    assert "has the seed 0, which is used instead of 7" in capsys.readouterr().out
+    assert_same(state_of(resumed), state_of(straight))
+
+
+def test_other_data_are_a_warning(tmp_path, capsys):
+    train(config(tmp_path, train_cfg=dict(by_epoch=True, max_epochs=2)))
+    train(config(tmp_path, resume=True, train_dataloader=loader(48, 8, shuffle=True)))
+    assert "a training with 5 batches in an epoch, this one has 6" in capsys.readouterr().out
+
+
+class TestFilesOfTheHook:
+    """Which files there are, and what is in them."""
+
+    def names(self, folder: Path) -> set[str]:
+        return {path.name for path in folder.glob("*.pth*")}
+
+    @pytest.mark.parametrize(
+        ("settings", "names"),
+        [
+            (dict(interval=1), {f"epoch_{epoch}.pth" for epoch in (1, 2, 3, 4)}),
+            (dict(interval=3), {"epoch_3.pth", "epoch_4.pth"}),
+            (dict(interval=3, save_last=False), {"epoch_3.pth"}),
+            (dict(interval=1, max_keep_ckpts=2), {"epoch_3.pth", "epoch_4.pth"}),
+            (dict(interval=2, save_begin=1), {"epoch_1.pth", "epoch_3.pth", "epoch_4.pth"}),
+            (dict(), {"epoch_4.pth"}),
+            (dict(save_last=False), set()),
+            (dict(by_epoch=False, interval=8), {"iter_8.pth", "iter_16.pth", "iter_20.pth"}),
+            (dict(interval=2, filename_tmpl="net-{}.pt"), set()),
+        ],
+    )
+    def test_intervals(self, tmp_path, settings, names):
+        train(config(tmp_path, default_hooks=dict(checkpoint=dict(type="CheckpointHook", **settings))))
+        assert self.names(tmp_path) == names
+        if "filename_tmpl" in settings:
+            assert {path.name for path in tmp_path.glob("*.pt")} == {"net-2.pt", "net-4.pt"}
+
+    def test_what_is_in_a_file(self, tmp_path):
+        train(config(tmp_path))
+        checkpoint = torch.load(tmp_path / "epoch_2.pth", weights_only=True)
+        assert {"meta", "state_dict", "message_hub", "optimizer", "param_schedulers"} <= set(checkpoint)
+        assert (checkpoint["meta"]["epoch"], checkpoint["meta"]["iter"], checkpoint["meta"]["seed"]) == (2, 10, 0)
+        PointNet().load_state_dict(checkpoint["state_dict"])
+        optimizer = torch.optim.AdamW(PointNet().parameters())
+        optimizer.load_state_dict(checkpoint["optimizer"])
+
+    def test_another_folder(self, tmp_path):
+        hooks = dict(checkpoint=dict(type="CheckpointHook", interval=1, out_dir=str(tmp_path / "out")))
+        cfg = config(tmp_path / "work", default_hooks=hooks)
+        straight = train(cfg)
+        assert len(self.names(tmp_path / "out" / "work")) == 4 and not self.names(tmp_path / "work")
+        assert_same(state_of(train({**cfg, "resume": True})), state_of(straight))
+
+    def scores(self, tmp_path: Path, scores: list[float], **settings: Any) -> set[str]:
+        """The best checkpoints that are left when validations give these scores."""
+
+        class Given(Hook):
+            priority = "HIGHEST"
+
+            def after_val_epoch(self, runner, metrics=None):
+                metrics["val/score"] = scores[runner.epoch - 1]
+                metrics["loss"] = -scores[runner.epoch - 1]
+
+        hook = dict(type="CheckpointHook", **settings)
+        train(
+            config(tmp_path, train_cfg=dict(by_epoch=True, max_epochs=4), default_hooks=dict(checkpoint=hook)), Given()
+        )
+        return {name for name in self.names(tmp_path) if name.startswith("best")}
+
+    def test_the_best(self, tmp_path):
+        best = dict(save_best="val/score", rule="greater")
+        assert self.scores(tmp_path / "a", [1, 3, 2, 3], **best) == {"best_val_score_epoch_2.pth"}
+        assert self.scores(tmp_path / "b", [3, 1, 2, 4], save_best="val/score", rule="less") == {
+            "best_val_score_epoch_2.pth"
+        }
+        assert self.scores(tmp_path / "c", [1, 3, 2, 0], save_best="loss") == {"best_loss_epoch_2.pth"}
+        several = dict(save_best=["val/score", "loss"], rule=["less", "less"])
+        assert self.scores(tmp_path / "d", [2, 3, 1, 2], **several) == {
+            "best_val_score_epoch_3.pth",
+            "best_loss_epoch_2.pth",
+        }
+        assert self.scores(tmp_path / "e", [1, 2, 3, float("nan")], **best) == {"best_val_score_epoch_3.pth"}
+        checkpoint = torch.load(tmp_path / "a" / "best_val_score_epoch_2.pth", weights_only=True)
+        assert "optimizer" not in checkpoint and checkpoint["meta"]["epoch"] == 2
+
+    def test_auto_is_the_first_metric(self, tmp_path):
+        train(config(tmp_path, default_hooks=dict(checkpoint=dict(type="CheckpointHook", save_best="auto"))))
+        assert {name for name in self.names(tmp_path) if name.startswith("best_accuracy_epoch_")}
+
+    def test_a_metric_that_is_not_there(self, tmp_path):
+        hook = dict(type="CheckpointHook", save_best="acuracy", rule="greater")
+        with pytest.raises(KeyError, match=r"save_best='acuracy' is not among the metrics; did you mean 'accuracy'\?"):
+            train(config(tmp_path, default_hooks=dict(checkpoint=hook)))
+
+    @pytest.mark.parametrize(
+        ("settings", "error", "message"),
+        [
+            (dict(interval=0), ValueError, "Invalid interval: 0"),
+            (dict(interval="1"), TypeError, "Invalid interval: '1'; expected a whole number"),
+            (dict(max_keep_ckpts=0), ValueError, "Invalid max_keep_ckpts: 0"),
+            (dict(save_best="score"), ValueError, "save_best='score': its name does not tell"),
+            (dict(save_best="acc", rule="more"), ValueError, "Invalid rule: 'more'; expected one of greater, less"),
+            (dict(save_best=["acc", "loss"], rule=["less"] * 3), ValueError, "rule has 3 entries for 2 metrics"),
+            (dict(save_best=["acc", "acc"]), ValueError, "save_best must name each metric once"),
+            (dict(save_best=3), TypeError, "save_best"),
+            (dict(filename_tmpl="net.pth"), ValueError, "filename_tmpl must have {} once"),
+            (dict(max_keep=3), TypeError, "did you mean 'max_keep_ckpts'?"),
+        ],
+    )
+    def test_wrong_settings(self, settings, error, message):
+        with pytest.raises(error, match=re.escape(message)):
+            HOOKS.build(dict(type="CheckpointHook", **settings))
+
+    @pytest.mark.parametrize(
+        ("metric", "rule"),
+        [("accuracy", "greater"), ("top1", "greater"), ("bbox_mAP", "greater"), ("val_loss", "less"), ("loss", "less")],
+    )
+    def test_the_name_of_a_metric_tells_the_rule(self, metric, rule):
+        assert CheckpointHook(save_best=metric).rules == {metric: rule}
+
+
+class TestFailures:
+    """A failure leaves what was there, and says what happened."""
+
+    def test_a_full_disk_leaves_the_old_checkpoint(self, tmp_path, monkeypatch):
+        write = torch.save
+
+        def full(checkpoint, file):
+            if checkpoint["meta"]["epoch"] == 3:
+                file.write(b"begun")
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            write(checkpoint, file)
+
+        monkeypatch.setattr(torch, "save", full)
+        with pytest.raises(CheckpointError, match=r"epoch_3\.pth cannot be written, .*: .*No space left on device"):
+            train(config(tmp_path / "resumed", default_hooks=dict(checkpoint=dict(type="CheckpointHook", interval=1))))
+        folder = tmp_path / "resumed"
+        assert {path.name for path in folder.glob("*epoch*")} == {"epoch_1.pth", "epoch_2.pth"}
+        assert (folder / "last_checkpoint").read_text() == "epoch_2.pth"
+        monkeypatch.setattr(torch, "save", write)
+        straight = train(config(tmp_path / "straight"))
+        assert_same(state_of(train(config(folder, resume=True))), state_of(straight))
+
+    def test_a_full_disk_leaves_the_checkpoint_of_the_same_name(self, tmp_path, monkeypatch):
+        path = tmp_path / "epoch_1.pth"
+        write_checkpoint(dict(meta={}, value=torch.ones(2)), path)
+        before = path.read_bytes()
+
+        def fsync(descriptor):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+        monkeypatch.setattr(os, "fsync", fsync)
+        with pytest.raises(CheckpointError, match=r"epoch_1\.pth cannot be written, and is what it was before"):
+            write_checkpoint(dict(meta={}, value=torch.zeros(2)), path)
+        assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
+
+    def test_what_could_not_be_loaded_again_is_not_written(self, tmp_path):
+        class Careless(Hook):
+            def before_save_checkpoint(self, runner, checkpoint):
+                checkpoint["message_hub"]["runtime_info"]["hook"] = [1, self]
+
+        message = "checkpoint['message_hub']['runtime_info']['hook'][1] (Careless) is neither a tensor nor a"
+        with pytest.raises(CheckpointError, match=re.escape(message)):
+            train(config(tmp_path), Careless())
+        assert not list(tmp_path.glob("*.pth*"))
+
+    @pytest.mark.parametrize("missing", [1, 100, 2000])
+    def test_a_truncated_checkpoint(self, tmp_path, missing):
+        train(config(tmp_path, train_cfg=dict(by_epoch=True, max_epochs=2)))
+        path = tmp_path / "epoch_2.pth"
+        path.write_bytes(path.read_bytes()[:-missing])
+        self.refused(tmp_path, r"epoch_2\.pth: truncated, not written by torch\.save, or")
+
+    def test_an_empty_and_a_missing_checkpoint(self, tmp_path):
+        train(config(tmp_path, train_cfg=dict(by_epoch=True, max_epochs=2)))
+        (tmp_path / "epoch_2.pth").write_bytes(b"")
+        self.refused(tmp_path, r"epoch_2\.pth: truncated")
+        (tmp_path / "epoch_2.pth").unlink()
+        self.refused(tmp_path, r"last_checkpoint names .*epoch_2\.pth, which is not there")
+        with pytest.raises(CheckpointError, match=r"nowhere\.pth: there is no such checkpoint"):
+            Runner.from_cfg(config(tmp_path, resume=True, load_from="nowhere.pth")).train()
+
+    def foreign(self, tmp_path: Path, **changes: Any) -> Path:
+        """A checkpoint of ours, changed; None removes an entry."""
+        train(config(tmp_path, train_cfg=dict(by_epoch=True, max_epochs=2)))
+        path = tmp_path / "epoch_2.pth"
+        checkpoint = torch.load(path, weights_only=True) | changes
+        torch.save({key: value for key, value in checkpoint.items() if value is not None}, path)
+        return path
+
+    @pytest.mark.parametrize(
+        ("changes", "message"),
+        [
+            (dict(meta=None), "epoch_2.pth cannot be resumed from: it lacks meta. load_from without resume"),
+            (dict(optimizer=None, processes=None), "it lacks optimizer, processes."),
+            (dict(meta=dict(epoch=2, iter=10)), "it lacks meta['position'], meta['validation_due']"),
+            (dict(meta=[1]), "it lacks meta."),
+            (dict(param_schedulers=None), "it lacks param_schedulers."),
+            (dict(param_schedulers=[{}]), "epoch_2.pth cannot be resumed from: it has 1 schedulers instead of 2"),
+            (dict(param_schedulers=dict(gen=[])), "of one optimizer and those of several do not mix"),
+            (dict(state_dict=dict(weight=torch.ones(3))), "is not that of the model: it lacks backbone.0.weight"),
+            (dict(state_dict=dict(weight="none")), "epoch_2.pth has no weights"),
+            (dict(optimizer=dict(state={}, param_groups=[])), "epoch_2.pth cannot be resumed from: "),
+            (dict(accumulation=dict(generator=1)), "is of other optimizers: generator instead of one"),
+            (dict(message_hub=dict(log_scalars=[])), "epoch_2.pth cannot be resumed from: "),
+        ],
+    )
+    def test_a_foreign_checkpoint_changes_nothing(self, tmp_path, changes, message):
+        self.foreign(tmp_path, **changes)
+        self.refused(tmp_path, re.escape(message))
+
+    def test_the_checkpoint_of_another_kind_of_training(self, tmp_path):
+        train(config(tmp_path))
+        with pytest.raises(CheckpointError, match="of a training by epochs, this one is by iterations"):
+            Runner.from_cfg(config(tmp_path, **by_iterations(), resume=True)).train()
+
+    @pytest.mark.parametrize("content", [[torch.ones(2)], dict(a=1), torch.nn.Linear(2, 2)])
+    def test_a_file_that_is_no_checkpoint(self, tmp_path, content):
+        train(config(tmp_path, train_cfg=dict(by_epoch=True, max_epochs=2)))
+        torch.save(content, tmp_path / "epoch_2.pth")
+        self.refused(tmp_path, "epoch_2.pth")
+        with pytest.raises(CheckpointError, match=r"epoch_2\.pth"):
+            Runner.from_cfg(config(tmp_path)).load_checkpoint(tmp_path / "epoch_2.pth")
+
+    def refused(self, folder: Path, message: str) -> None:
+        """Resuming raises, and neither the files nor the model, optimizer and schedulers have changed."""
+        files = {path: path.read_bytes() for path in folder.glob("*") if path.suffix == ".pth"}
+        files[folder / "last_checkpoint"] = (folder / "last_checkpoint").read_bytes()
+        runner = Runner.from_cfg(config(folder, resume=True))
+        before, fresh = state_of(runner), Runner.from_cfg(config(folder))
+        hub = runner.message_hub.state_dict()
+        with pytest.raises(CheckpointError, match=message):
+            runner.load_or_resume()
+        assert_same({**state_of(runner), "random": 0}, {**before, "random": 0})
+        assert_same({**state_of(runner), "random": 0}, {**state_of(fresh), "random": 0})
+        assert runner.message_hub.state_dict() == hub
+        assert {path: path.read_bytes() for path in files} == files
+
+    def test_a_hook_that_refuses_a_checkpoint_changes_nothing(self, tmp_path):
+        class Picky(Hook):
+            def after_load_checkpoint(self, runner, checkpoint):
+                raise ValueError("it has no averaged weights")
+
+        train(config(tmp_path))
+        runner = Runner.from_cfg(config(tmp_path, resume=True, custom_hooks=[Picky()]))
+        before = state_of(runner)
+        with pytest.raises(CheckpointError, match=r"epoch_4\.pth cannot be resumed from: it has no averaged weights"):
+            runner.load_or_resume()
+        assert_same(state_of(runner), before)
+
+    def test_what_a_killed_process_left_is_removed(self, tmp_path):
+        tmp_path.joinpath(f"epoch_9.pth{UNFINISHED}").write_bytes(b"half")
+        train(config(tmp_path))
+        assert not list(tmp_path.glob(f"*{UNFINISHED}"))
+
+    def test_reading_runs_no_code(self, tmp_path):
+        class Exploit:
+            def __reduce__(self):
+                return os.system, (f"touch {tmp_path}/ran",)
+
+        torch.save(dict(state_dict=dict(weight=torch.ones(1)), bad=Exploit()), tmp_path / "bad.pth")
+        with pytest.raises(CheckpointError, match="holding more than tensors and plain values"):
+            read_checkpoint(tmp_path / "bad.pth")
+        assert not (tmp_path / "ran").exists()
+
+
+KILLED_CONFIG = """
+import sys
+sys.path.insert(0, {tests!r})
+from engine_cases import by_iterations, config, loader, state_of
+from fusedopt.engine import Runner
+import torch
+
+torch.set_num_threads(1)
+changes = by_iterations(
+    train_cfg=dict(by_epoch=False, max_iters=300, val_interval=50),
+    default_hooks=dict(
+        checkpoint=dict(type='CheckpointHook', by_epoch=False, interval=2, max_keep_ckpts=2, save_best='auto')),
+    optim_wrapper=dict(
+        optimizer=dict(type='FusedAdamW', lr=1e-3), clip_grad=dict(max_norm=1.0), accumulative_counts=3),
+)
+if {by_epoch}:
+    changes.update(
+        train_cfg=dict(by_epoch=True, max_epochs=60), train_dataloader=loader(40, 8, shuffle=True),
+        param_scheduler=dict(type='ReduceOnPlateauLR', monitor='accuracy', rule='greater', patience=3))
+runner = Runner.from_cfg(config(sys.argv[1], resume=True, **changes))
+print('ready', flush=True)
+runner.train()
+torch.save(state_of(runner), sys.argv[1] + '/final.pt')
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("by_epoch", [False, True])
+def test_a_process_killed_at_any_moment_leaves_a_checkpoint_to_resume_from(tmp_path, by_epoch):
+    """Killed 20 times, in half of them within a moment after a file began to be written."""
+    script = tmp_path / "training.py"
+    script.write_text(KILLED_CONFIG.format(tests=str(Path(__file__).parent), by_epoch=by_epoch))
+
+    def start(folder: Path) -> subprocess.Popen[str]:
+        process = subprocess.Popen(
+            [sys.executable, str(script), str(folder)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        assert process.stdout is not None and process.stdout.readline() == "ready\n", process.communicate()[1]
+        return process
+
+    straight = start(tmp_path / "straight")
+    started = time.monotonic()
+    _, errors = straight.communicate(timeout=300)
+    assert straight.returncode == 0, errors
+    duration = time.monotonic() - started
+
+    folder, during_a_write, progress = tmp_path / "killed", 0, set()
+    generator = random.Random(0)
+    for kill in range(20):
+        process = start(folder)
+        deadline = time.monotonic() + generator.uniform(0, duration / 20)
+        while time.monotonic() < deadline and process.poll() is None:
+            time.sleep(0.001)
+        if kill % 2:
+            while process.poll() is None and not list(folder.glob(f"*{UNFINISHED}")):
+                pass
+        assert process.poll() is None, "it came to its end before it was killed 20 times"
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        during_a_write += bool(list(folder.glob(f"*{UNFINISHED}")))
+        if (folder / "last_checkpoint").exists():
+            progress.add((folder / "last_checkpoint").read_text())
+    process = start(folder)
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors
+    assert during_a_write >= 3 and len(progress) >= 5, (during_a_write, progress)
+    final, expected = (torch.load(each / "final.pt", weights_only=False) for each in (folder, tmp_path / "straight"))
+    assert_same(final, expected)
+    assert {path.name for path in folder.glob("*.pth")} == {path.name for path in (tmp_path / "straight").glob("*.pth")}
