@@ -204,7 +204,7 @@ class Visualizer:
             axis.set_axis_off()
         figure.suptitle("\n".join(text), fontsize=8)
         canvas.draw()
-        self.add_image(name, torch.tensor(memoryview(canvas.buffer_rgba()), dtype=torch.uint8)[..., :3], step)
+        self.add_image(name, require("numpy", "plot").array(canvas.buffer_rgba())[..., :3], step)
 
     def _text(self, key: str, value: Any) -> str:
         number = value.item() if isinstance(value, Tensor) else value
