@@ -518,3 +518,65 @@ def test_everything_of_mmengine_optim_is_exported():
     schedulers = ("LR", "Momentum", "ParamScheduler")  # fusedopt.schedulers, which is not there yet
     missing = [name for name in mmengine_optim.__all__ if not name.endswith(schedulers) and not hasattr(fusedopt, name)]
     assert missing == []
+
+
+class TestConstructors:
+    """Those that MMEngine has not are there, and make its wrappers."""
+
+    def model(self) -> nn.Module:
+        model = nn.Module()
+        model.body, model.head = nn.Linear(3, 3), nn.Linear(3, 1)
+        model.get_layer_depth = lambda name: (0 if name.startswith("body") else 1, 2)
+        return model
+
+    def build(self, cfg: dict[str, Any]) -> Any:
+        return mmengine_optim.build_optim_wrapper(self.model(), cfg)
+
+    @pytest.mark.parametrize(
+        ("kind", "expected"),
+        [
+            (None, mmengine_optim.OptimWrapper),
+            ("OptimWrapper", mmengine_optim.OptimWrapper),
+            ("FusedOptimWrapper", FusedOptimWrapper),
+            (FusedAmpOptimWrapper, FusedAmpOptimWrapper),
+        ],
+    )
+    def test_layer_decay(self, kind, expected):
+        cfg = dict(
+            constructor="LearningRateDecayOptimWrapperConstructor",
+            optimizer=dict(type="FusedSGD", lr=0.1),
+            paramwise_cfg=dict(layer_decay_rate=0.5),
+        )
+        wrapper = self.build({**cfg, **({} if kind is None else dict(type=kind))})
+        assert type(wrapper) is expected and type(wrapper.optimizer) is fusedopt.FusedSGD
+        assert [group["lr"] for group in wrapper.optimizer.param_groups] == [0.05, 0.05, 0.1, 0.1]
+
+    def test_the_other_dialect_of_layer_decay(self):
+        cfg = dict(
+            constructor="LearningRateDecayOptimizerConstructor",
+            optimizer=dict(type="AdamW", lr=0.1, weight_decay=0.1),
+            paramwise_cfg=dict(decay_rate=0.5, num_layers=1),
+        )
+        wrapper = self.build(cfg)
+        assert type(wrapper) is mmengine_optim.OptimWrapper and len(wrapper.optimizer.param_groups) == 4
+
+    def test_several(self):
+        entry = dict(optimizer=dict(type="FusedAdam", lr=0.1))
+        cfg = dict(constructor="MultiOptimWrapperConstructor", type="FusedOptimWrapper", accumulative_counts=2)
+        wrappers = self.build({**cfg, "body": entry, "head": {**entry, "type": "OptimWrapper"}})
+        assert type(wrappers) is mmengine_optim.OptimWrapperDict
+        assert [type(each) for each in wrappers.values()] == [FusedOptimWrapper, mmengine_optim.OptimWrapper]
+        assert all(each._accumulative_counts == 2 for each in wrappers.values())
+
+    def test_several_modules_of_one_optimizer(self):
+        cfg = dict(
+            constructor="MultiOptimWrapperConstructor", modules=["body", "head"], optimizer=dict(type="SGD", lr=1)
+        )
+        wrapper = self.build(cfg)
+        assert type(wrapper) is mmengine_optim.OptimWrapper and len(wrapper.optimizer.param_groups[0]["params"]) == 4
+
+    def test_an_optimizer_that_only_mmengine_knows(self):
+        OPTIMIZERS.register_module(name="OwnSGD", module=type("OwnSGD", (torch.optim.SGD,), {}))
+        entry = dict(optimizer=dict(type="OwnSGD", lr=0.1))
+        wrappers = self.build(dict(constructor="MultiOptimWrapperConstructor", body=entry, head=entry))
+        assert {type(each.optimizer).__name__ for each in wrappers.values()} == {"OwnSGD"}

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar
 
 from torch import nn
 
@@ -37,6 +37,9 @@ class MultiOptimWrapperConstructor:
         KeyError, TypeError, ValueError: see :class:`DefaultOptimWrapperConstructor`; and when called with a model:
             names that match nothing, or a parameter that two entries claim.
     """
+
+    #: What holds the wrappers.
+    wrapper_dict: ClassVar[Callable[..., Any]] = OptimWrapperDict
 
     def __init__(self, optim_wrapper_cfg: Mapping[str, Any], paramwise_cfg: Mapping[str, Any] | None = None):
         check_config("optim_wrapper", optim_wrapper_cfg)
@@ -107,7 +110,7 @@ class MultiOptimWrapperConstructor:
         if rest:
             names = ", ".join(rest[:3]) + (f" and {len(rest) - 3} more" if len(rest) > 3 else "")
             warn_caller(f"optim_wrapper: no entry claims the parameters {names}: they are not trained")
-        return OptimWrapperDict(**wrappers)
+        return self.wrapper_dict(**wrappers)
 
     def _build(
         self, model: nn.Module, key: str, constructor: DefaultOptimWrapperConstructor, modules: dict[str, nn.Module]
