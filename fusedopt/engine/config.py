@@ -241,7 +241,7 @@ def naming(config: Mapping[str, Any], key: str = "") -> Iterator[None]:
     except (BackendUnavailable, ImportError, KeyError, TypeError, ValueError) as error:
         # str() of a KeyError quotes its message.
         message = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
-        raise _error(getattr(config, "filename", None), key, message) from error
+        raise _error(getattr(config, "filename", None), key, message.removeprefix(f"{key}: ")) from error
 
 
 def _load(path: Path, children: Sequence[Path]) -> dict[str, Any]:
