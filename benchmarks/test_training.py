@@ -19,8 +19,10 @@ TRAININGS = {"cpu": ("configs/digits_vit.py", 2), "cuda": ("benchmarks/configs/v
 
 @pytest.fixture(scope="module")
 def comparison(lab: Lab) -> Comparison:
-    config, epochs = TRAININGS[lab.device.type]
-    return compare(ROOT / config, epochs=epochs, device=lab.device)
+    path, epochs = TRAININGS[lab.device.type]
+    config = Config.fromfile(ROOT / path)
+    config.train_cfg.max_epochs = epochs
+    return compare(config, device=lab.device)
 
 
 @pytest.mark.quick
@@ -37,7 +39,7 @@ def test_training(benchmark: Any, lab: Lab, comparison: Comparison, variant: str
         variant=variant,
         optimizer=trained.optimizer,
         groups=trained.param_groups,
-        images_per_step=config["data"]["batch_size"] * config["optim_wrapper"].get("accumulative_counts", 1),
+        images_per_step=config.train_dataloader.batch_size * config.optim_wrapper.get("accumulative_counts", 1),
         optimizer_seconds=[milliseconds / 1e3 for milliseconds in trained.timed_ms],
     )
     CLOCK.replay(benchmark, [milliseconds / 1e3 for milliseconds in trained.step_ms[trained.excluded_steps :]])

@@ -1,10 +1,10 @@
 """ResNet on handwritten digits: SGD with Nesterov momentum in float16 with a dynamic loss scale, and clipping."""
 
-model = dict(type="DigitsResNet", channels=(16, 32, 64), blocks_per_stage=1)
+_base_ = ["_base_/datasets/digits.py", "_base_/default_runtime.py"]
 
-data = dict(batch_size=32, val_fraction=0.2, seed=0)
+model = dict(type="fusedopt.demo.DigitsResNet", channels=(16, 32, 64), blocks_per_stage=1)
 
-train_cfg = dict(max_epochs=5, seed=0)
+train_cfg = dict(by_epoch=True, max_epochs=5)
 
 optim_wrapper = dict(
     type="AmpOptimWrapper",
@@ -17,4 +17,7 @@ optim_wrapper = dict(
     paramwise_cfg=dict(norm_decay_mult=0.0, bias_decay_mult=0.0),
 )
 
-lr_schedule = dict(warmup_steps=20, start_factor=0.1, eta_min=1e-4)
+param_scheduler = [
+    dict(type="LinearLR", start_factor=0.1, by_epoch=False, end=20),
+    dict(type="CosineAnnealingLR", by_epoch=False, begin=20, eta_min=1e-4),
+]

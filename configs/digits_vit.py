@@ -5,14 +5,16 @@ The demonstration of what fusedopt is for: `paramwise_cfg` makes one param group
 `python -m fusedopt compare configs/digits_vit.py` trains both and compares them.
 """
 
+_base_ = ["_base_/datasets/digits.py", "_base_/default_runtime.py"]
+
 _num_layers = 6
 _layer_decay = 0.8
 
-model = dict(type="DigitsViT", embed_dims=256, num_layers=_num_layers, num_heads=4, patch_size=4, dropout=0.1)
+model = dict(
+    type="fusedopt.demo.DigitsViT", embed_dims=256, num_layers=_num_layers, num_heads=4, patch_size=4, dropout=0.1
+)
 
-data = dict(batch_size=32, val_fraction=0.2, seed=0)
-
-train_cfg = dict(max_epochs=10, seed=0)
+train_cfg = dict(by_epoch=True, max_epochs=10)
 
 # A key in custom_keys switches off the other rules for the parameters it matches, and the longest match wins: the
 # norms and biases inside the layers therefore need keys of their own to stay without weight decay.
@@ -44,5 +46,8 @@ optim_wrapper = dict(
     ),
 )
 
-# Counted in optimizer steps: LinearLR up from start_factor, then CosineAnnealingLR down to eta_min.
-lr_schedule = dict(warmup_steps=20, start_factor=0.01, eta_min=1e-5)
+# Counted in iterations, two of which are an optimizer step.
+param_scheduler = [
+    dict(type="LinearLR", start_factor=0.01, by_epoch=False, end=40),
+    dict(type="CosineAnnealingLR", by_epoch=False, begin=40, eta_min=1e-5),
+]

@@ -1,15 +1,26 @@
-"""The command line: ``python -m fusedopt``."""
+"""The command line: ``fusedopt``, or ``python -m fusedopt``."""
 
 from __future__ import annotations
 
 import argparse
+import inspect
+import os
 import sys
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
+
+from .extras import MissingExtraError, require
+
+if TYPE_CHECKING:
+    from .engine import Config
 
 __all__ = ["main"]
+
+
+#: ``--resume`` without a checkpoint.
+_NEWEST = "newest"
 
 
 class UsageError(Exception):
@@ -39,20 +50,63 @@ def _rounds(text: str) -> int:
 
 
 def _build_parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="fusedopt", description="Fused SGD, Adam and AdamW for PyTorch.")
+    parser = _Parser(
+        prog="fusedopt",
+        description="Fused SGD, Adam and AdamW for PyTorch.",
+        epilog="'fusedopt COMMAND --help' tells more of a command. Exit codes: 0; 1, what was compared or timed is not "
+        "as it should be; 2, a mistake in the arguments, the config or a checkpoint; 130, interrupted.",
+    )
     common = _Parser(add_help=False)
     common.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    configured = _Parser(add_help=False, parents=[common])
+    configured.add_argument("config", metavar="CONFIG", type=Path, help="config file, such as configs/digits_vit.py")
+    configured.add_argument(
+        "--cfg-options",
+        metavar="KEY=VALUE",
+        nargs="+",
+        action="extend",
+        default=[],
+        help="change the config: train_cfg.max_epochs=5, param_scheduler.0.end=10, optim_wrapper.clip_grad=None, "
+        "model.channels=(8,16), custom_hooks=[]",
+    )
+    trusted = "The config file is Python and is run: use only files you trust."
     commands = parser.add_subparsers(title="commands", dest="command", metavar="COMMAND")
+
+    train = commands.add_parser(
+        "train",
+        parents=[configured],
+        help="train what a config describes",
+        description=f"Train what a config describes. {trusted}",
+    )
+    train.add_argument(
+        "--work-dir",
+        metavar="DIR",
+        help="folder for logs and checkpoints (default: the config's work_dir, else work_dirs/<config name>)",
+    )
+    train.add_argument("--amp", action="store_true", help="mixed precision: OptimWrapper becomes AmpOptimWrapper")
+    train.add_argument(
+        "--resume",
+        metavar="CHECKPOINT",
+        nargs="?",
+        const=_NEWEST,
+        help="go on with a training: that of CHECKPOINT, or of the newest checkpoint in the work folder",
+    )
+    train.add_argument(
+        "--launcher",
+        choices=("none", "pytorch"),
+        help="pytorch: one of several processes, which torchrun starts: torchrun --nproc-per-node 2 -m fusedopt train "
+        "CONFIG --launcher pytorch (default: the config's, else none)",
+    )
+    train.set_defaults(run=_train)
 
     compare = commands.add_parser(
         "compare",
-        parents=[common],
+        parents=[configured],
         help="train a config with the stock optimizer and with the fused one, and compare them",
         description="Train the model of a config twice, with torch's optimizer and with its fused twin, taking turns "
-        "iteration by iteration, and compare losses, times and memory. The config file is Python and is run: use "
-        "only files you trust. Needs the extra fusedopt[demo]. Exits with 1 when the two losses disagree.",
+        f"iteration by iteration, and compare losses, times and memory. {trusted} Needs the extra fusedopt[demo]. "
+        "Exits with 1 when the two losses disagree.",
     )
-    compare.add_argument("config", metavar="CONFIG", type=Path, help="config file, such as configs/digits_vit.py")
     compare.add_argument("--out", metavar="DIR", type=Path, help="where to save (default: work_dirs/<config name>)")
     compare.add_argument(
         "--epochs", metavar="N", type=_positive_int, help="passes over the data (default: the config's)"
@@ -62,6 +116,30 @@ def _build_parser() -> argparse.ArgumentParser:
     )
     compare.add_argument("--threads", metavar="N", type=_positive_int, help="CPU threads (default: torch's choice)")
     compare.set_defaults(run=_compare)
+
+    plot = commands.add_parser(
+        "plot-schedule",
+        parents=[configured],
+        help="draw the learning rates and what else the schedulers of a config move",
+        description="Run the schedulers of a config without the training, and draw every value that they move. "
+        f"{trusted} Needs the extra fusedopt[plot].",
+    )
+    plot.add_argument(
+        "-o",
+        "--out",
+        metavar="FILE",
+        type=Path,
+        default=Path("schedule.png"),
+        help="picture to write; the suffix tells the format (default: schedule.png)",
+    )
+    plot.add_argument(
+        "--epoch-length",
+        metavar="N",
+        type=_positive_int,
+        help="iterations in an epoch (default: those of the config's train_dataloader)",
+    )
+    plot.add_argument("--log", action="store_true", help="logarithmic axis")
+    plot.set_defaults(run=_plot_schedule)
 
     bench = commands.add_parser(
         "bench",
@@ -190,10 +268,103 @@ def _info(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _load_config(arguments: argparse.Namespace) -> Config:
+    """The config with the options of the command line."""
+    from .engine import Config, Runner, parse_options
+    from .engine.config import ConfigError
+    from .rules import did_you_mean
+
+    # For custom_imports; `python -m fusedopt` finds modules of the current folder anyway.
+    if os.getcwd() not in map(os.path.abspath, sys.path):
+        sys.path.insert(0, os.getcwd())
+    options = parse_options(arguments.cfg_options)
+    config = Config.fromfile(arguments.config)
+    known = {*config, *inspect.signature(Runner).parameters}
+    for option in options:
+        if option.partition(".")[0] not in known:
+            hint = did_you_mean(option.partition(".")[0], known)
+            raise ConfigError(f"--cfg-options {option}: there is no such setting; {hint}")
+    config.merge_from_dict(options)
+    return config
+
+
+def _train(arguments: argparse.Namespace) -> int:
+    from .builder import enable_amp
+    from .engine import Runner
+    from .engine.config import naming
+    from .engine.validation import check_names
+
+    config = _load_config(arguments)
+    if arguments.amp:
+        with naming(config, "optim_wrapper"):
+            config.optim_wrapper = enable_amp(config.get("optim_wrapper", {}))
+    if arguments.work_dir is not None:
+        config.work_dir = arguments.work_dir
+    config.setdefault("work_dir", str(Path("work_dirs") / arguments.config.stem))
+    if arguments.resume is not None:
+        config.resume = True
+        config.load_from = None if arguments.resume is _NEWEST else arguments.resume
+    if arguments.launcher is not None:
+        config.launcher = arguments.launcher
+    if config.get("launcher") == "pytorch" and "RANK" not in os.environ:
+        raise UsageError(
+            "--launcher pytorch: start the processes with torchrun, as in torchrun --nproc-per-node 2 -m fusedopt "
+            f"train {arguments.config} --launcher pytorch"
+        )
+    check_names(config)
+    try:
+        with naming(config):
+            runner = Runner.from_cfg(config)
+            if runner.train_loop is None:
+                raise ValueError("there is nothing to train: set train_dataloader, train_cfg and optim_wrapper")
+    except OSError as error:
+        raise UsageError(f"work_dir {config.work_dir}: {error.strerror}: {error.filename}") from error
+    runner.train()
+    return 0
+
+
+def _plot_schedule(arguments: argparse.Namespace) -> int:
+    from .engine.config import ConfigError, naming
+    from .engine.validation import check_names
+    from .schedulers import plot_schedule, simulate_schedule
+
+    require("matplotlib", "plot")
+    config = _load_config(arguments)
+    check_names(config)
+    epoch_length = arguments.epoch_length or _epoch_length(config)
+    try:
+        with naming(config):
+            schedule = simulate_schedule(config, epoch_length=epoch_length)
+    except ConfigError as error:
+        if epoch_length is None and "epoch_length" in str(error):
+            raise UsageError(f"{error}: give --epoch-length") from error
+        raise
+    figure = plot_schedule(schedule, title=str(arguments.config), log=arguments.log)
+    try:
+        arguments.out.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(arguments.out, dpi=130)
+    except (OSError, ValueError) as error:
+        raise UsageError(f"--out {arguments.out}: cannot save: {getattr(error, 'strerror', None) or error}") from error
+    print(f"Saved {arguments.out}: {schedule.ticks} {schedule.unit}s, schedulers: {len(schedule.spans)}")
+    return 0
+
+
+def _epoch_length(config: Config) -> int | None:
+    """Iterations in an epoch of the config's training data; None where the data are not there."""
+    from .engine import ConfigError, build_dataloader
+    from .engine.config import naming
+
+    if config.get("train_dataloader") is None:
+        return None
+    try:
+        with naming(config):
+            return len(build_dataloader(config.train_dataloader, seed=0, shuffle=True))
+    except (ConfigError, MissingExtraError, OSError):
+        return None
+
+
 def _compare(arguments: argparse.Namespace) -> int:
     import torch
-
-    from .extras import require
 
     for module in ("rich", "matplotlib", "sklearn"):
         require(module, "demo")  # now rather than after a minute of training
@@ -212,9 +383,13 @@ def _compare(arguments: argparse.Namespace) -> int:
     if out.exists() and not out.is_dir():
         raise UsageError(f"--out {out}: not a directory")
 
+    config = _load_config(arguments)
+    if arguments.epochs is not None:
+        config.merge_from_dict({"train_cfg.max_epochs": arguments.epochs})
+
     console = Console()
     with show_progress(console) as listener:
-        comparison = compare(arguments.config, epochs=arguments.epochs, device=device, listener=listener)
+        comparison = compare(config, device=device, listener=listener)
     print_comparison(comparison, console)
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -257,7 +432,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _is_mistake(error: Exception) -> bool:
     """Whether ``error`` is the user's to correct, rather than a fault in the program."""
-    from .engine.config import ConfigError
-    from .extras import MissingExtraError
+    from .engine import CheckpointError, ConfigError
 
-    return isinstance(error, (ConfigError, MissingExtraError, UsageError))
+    return isinstance(error, (CheckpointError, ConfigError, MissingExtraError, UsageError))

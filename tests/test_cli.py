@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -15,10 +16,13 @@ from fusedopt.cli import main
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 
-VALID = """
-model = dict(type="DigitsResNet", channels=(4, 8))
-data = dict(batch_size=128)
+VALID = f"""
+_base_ = "{CONFIGS}/_base_/datasets/digits.py"
+model = dict(type="fusedopt.demo.DigitsResNet", channels=(4, 8))
+train_dataloader = dict(batch_size=128)
+train_cfg = dict(by_epoch=True, max_epochs=3)
 optim_wrapper = dict(optimizer=dict(type="SGD", lr=0.1, momentum=0.9))
+param_scheduler = dict(type="MultiStepLR", milestones=[1, 2])
 """
 
 
@@ -58,7 +62,7 @@ class TestHelp:
         assert "compare" in done.stdout
         assert "info" in done.stdout
 
-    @pytest.mark.parametrize("command", ["compare", "info"])
+    @pytest.mark.parametrize("command", ["train", "compare", "plot-schedule", "bench", "info"])
     def test_each_command_has_help(self, capsys, command):
         with pytest.raises(SystemExit) as exit:
             main([command, "--help"])
@@ -141,6 +145,85 @@ class TestCompare:
         )
 
 
+class TestTrain:
+    """What a config trains is tested with the configs that come with the package."""
+
+    def test_saves_under_work_dirs_by_default(self, config, tmp_path, monkeypatch, capsys):
+        needs_demo_extra()
+        monkeypatch.chdir(tmp_path)
+        assert main(["train", "config.py", "--cfg-options", "train_cfg.max_epochs=1"]) == 0
+        folder = tmp_path / "work_dirs" / "config"
+        assert (folder / "epoch_1.pth").is_file()
+        assert "train_cfg = dict(by_epoch=True, max_epochs=1)" in (folder / "config.py").read_text()
+
+    def test_the_work_dir_of_the_config_and_that_of_the_command_line(self, config, tmp_path):
+        needs_demo_extra()
+        config.write_text(VALID.replace("max_epochs=3", "max_epochs=1") + f"work_dir = '{tmp_path / 'own'}'\n")
+        assert main(["train", str(config)]) == 0
+        assert (tmp_path / "own" / "epoch_1.pth").is_file()
+        assert main(["train", str(config), "--work-dir", str(tmp_path / "other")]) == 0
+        assert (tmp_path / "other" / "epoch_1.pth").is_file()
+
+    def test_modules_of_the_current_folder_can_be_imported(self, config, tmp_path, monkeypatch):
+        needs_demo_extra()
+        (tmp_path / "own_models.py").write_text("from fusedopt.demo import DigitsResNet as OwnNet\n")
+        config.write_text(
+            VALID.replace("fusedopt.demo.DigitsResNet", "own_models.OwnNet")
+            + "custom_imports = dict(imports=['own_models'])\ntrain_cfg.update(max_epochs=1)\n"
+        )
+        monkeypatch.setattr(sys, "path", [path for path in sys.path if path != ""])
+        monkeypatch.chdir(tmp_path)
+        assert main(["train", "config.py"]) == 0
+        sys.modules.pop("own_models")
+
+    @pytest.mark.slow
+    def test_two_processes(self, config, tmp_path):
+        needs_demo_extra()
+        config.write_text(VALID.replace("channels=(4, 8)", "channels=(4, 4)"))
+        command = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "fusedopt", "train", config]
+        options = ["--launcher", "pytorch", "--work-dir", tmp_path, "--cfg-options", "train_cfg.max_epochs=1"]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(CONFIGS.parent)}
+        arguments = [sys.executable, "-m", *map(str, [*command, *options])]
+        done = subprocess.run(arguments, env=environment, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+        assert "Epoch(val) [1]" in done.stdout
+        saved = torch.load(tmp_path / "epoch_1.pth", weights_only=True)
+        assert saved["meta"]["iter"] == 1438 // 2 // 128 and len(saved["processes"]) == 2
+
+
+class TestPlotSchedule:
+    def test_saves_a_picture(self, config, tmp_path, capsys):
+        needs_demo_extra()
+        picture = tmp_path / "new" / "curve.png"
+        assert main(["plot-schedule", str(config), "-o", str(picture)]) == 0
+        assert picture.read_bytes().startswith(b"\x89PNG")
+        assert capsys.readouterr().out == f"Saved {picture}: 3 epochs, schedulers: 1\n"
+
+    @pytest.mark.parametrize(
+        ("options", "iterations"), [([], 3 * (1438 // 128)), (["--epoch-length", "50", "--log"], 150)]
+    )
+    def test_counts_the_iterations_of_the_data_or_those_given(self, config, tmp_path, capsys, options, iterations):
+        needs_demo_extra()
+        path = tmp_path / "curve.svg"
+        change = ["--cfg-options", "param_scheduler.by_epoch=False"]
+        assert main(["plot-schedule", str(config), "--out", str(path), *options, *change]) == 0
+        assert f"{iterations} iterations" in capsys.readouterr().out
+        assert "<svg" in path.read_text()
+
+    def test_data_that_are_not_there_are_not_needed(self, config, tmp_path, capsys):
+        needs_demo_extra()
+        config.write_text(VALID + "train_dataloader = dict(dataset=dict(val_fraction=2))\n")
+        arguments = ["plot-schedule", config, "-o", tmp_path / "curve.png"]
+        assert main([*map(str, arguments)]) == 0
+        capsys.readouterr()
+        by_iteration = ["--cfg-options", "param_scheduler.by_epoch=False"]
+        assert "--epoch-length" in mistake(capsys, *arguments, *by_iteration)
+
+    def test_a_format_that_there_is_not(self, config, tmp_path, capsys):
+        needs_demo_extra()
+        assert "Format 'xyz' is not supported" in mistake(capsys, "plot-schedule", config, "-o", tmp_path / "curve.xyz")
+
+
 class TestMistakes:
     @pytest.mark.parametrize(
         ("argv", "message"),
@@ -150,6 +233,9 @@ class TestMistakes:
             (["compare", "x.py", "--epochs", "0"], "argument --epochs: '0' is not a whole number above 0"),
             (["compare", "x.py", "--threads", "many"], "argument --threads: 'many' is not a whole number above 0"),
             (["compare", "x.py", "--device", "gpu"], "argument --device"),
+            (["train"], "CONFIG"),
+            (["train", "x.py", "--launcher", "slurm"], "argument --launcher"),
+            (["plot-schedule", "x.py", "--epoch-length", "0"], "'0' is not a whole number above 0"),
         ],
     )
     def test_arguments(self, capsys, argv, message):
@@ -162,6 +248,8 @@ class TestMistakes:
         [
             pytest.param("model = dict()\noptim_wrapper = dict(\n", "config.py:2: syntax error", id="syntax"),
             pytest.param("model = dict()\noptim_wrapper = dict()", "no `optim_wrapper.optimizer`", id="no_optimizer"),
+            pytest.param("_base_ = 'gone.py'", "config.py: _base_: cannot read", id="no_base"),
+            pytest.param("_base_ = 'config.py'", "config.py: _base_: the file inherits from itself", id="cycle"),
             pytest.param(VALID.replace("SGD", "SDG"), "did you mean 'SGD'?", id="unknown_optimizer"),
         ],
     )
@@ -172,11 +260,75 @@ class TestMistakes:
         assert str(config) in error
         assert message in error
 
-    def test_missing_config_leaves_nothing_behind(self, tmp_path, monkeypatch, capsys):
+    @pytest.mark.parametrize("command", ["train", "compare", "plot-schedule"])
+    def test_missing_config_leaves_nothing_behind(self, tmp_path, monkeypatch, capsys, command):
         needs_demo_extra()
         monkeypatch.chdir(tmp_path)
-        assert "nowhere.py: cannot read the config file: No such file" in mistake(capsys, "compare", "nowhere.py")
+        assert "nowhere.py: cannot read the config file: No such file" in mistake(capsys, command, "nowhere.py")
         assert list(tmp_path.iterdir()) == []
+
+    @pytest.mark.parametrize(
+        ("option", "message"),
+        [
+            (
+                "optim_wrapper.optimizer.type=SDG",
+                "optim_wrapper.optimizer.type: 'SDG' is not in the optimizer registry",
+            ),
+            ("optim_wrapper.optimizer.momentun=1", "optim_wrapper.optimizer.momentun: SGD takes no such argument; did"),
+            ("optim_wrapper.optimizer.lr=-1", "optim_wrapper: Invalid learning rate: -1"),
+            (
+                "optim_wrapper.accumulate=2",
+                "optim_wrapper: unknown key 'accumulate'; did you mean 'accumulative_counts'",
+            ),
+            ("optim_wrapper.optimizer.lr.x=1", "optim_wrapper.optimizer.lr: a dict cannot be merged into 0.1"),
+            ("param_scheduler.type=MultiStep", "param_scheduler.type: 'MultiStep' is not in the parameter scheduler"),
+            ("param_scheduler.milestone=3", "param_scheduler.milestone: MultiStepLR takes no such argument; did you"),
+            ("param_scheduler.milestones=x", "param_scheduler: "),
+            ("train_dataloader.dataset.split=test", "train_dataloader: Invalid split: 'test'"),
+            ("train_dataloader.dataset.size=3", "train_dataloader.dataset.size: DigitsDataset takes no such argument"),
+            ("train_cfg.max_epoch=3", "train_cfg"),
+            ("default_hooks.logger.type=Loger", "default_hooks.logger.type: 'Loger' is not in the hook registry"),
+            ("mdoel.channels=3", "--cfg-options mdoel.channels: there is no such setting; did you mean 'model'?"),
+            ("model.channels", "--cfg-options model.channels: expected KEY=VALUE"),
+        ],
+    )
+    def test_option(self, config, capsys, tmp_path, option, message):
+        needs_demo_extra()
+        error = mistake(capsys, "train", config, "--work-dir", tmp_path / "out", "--cfg-options", option)
+        assert message in error
+        assert option.startswith("mdoel") or option == "model.channels" or error.startswith(f"fusedopt: {config}: ")
+
+    def test_nothing_to_train(self, config, capsys, tmp_path):
+        needs_demo_extra()
+        config.write_text("model = dict(type='fusedopt.demo.DigitsViT')\n")
+        assert "there is nothing to train" in mistake(capsys, "train", config, "--work-dir", tmp_path)
+
+    def test_mixed_precision_of_another_wrapper(self, config, capsys, tmp_path):
+        needs_demo_extra()
+        config.write_text("optim_wrapper = dict(type='fusedopt.OptimWrapperDict', optimizer=dict())\n")
+        message = f"{config}: optim_wrapper: mixed precision can be switched on for an OptimWrapper"
+        assert message in mistake(capsys, "train", config, "--amp", "--work-dir", tmp_path)
+
+    def test_a_work_dir_that_cannot_be(self, config, capsys):
+        needs_demo_extra()
+        assert "work_dir" in mistake(capsys, "train", config, "--work-dir", config)
+
+    def test_checkpoints(self, config, capsys, tmp_path):
+        needs_demo_extra()
+        for name, text, message in (
+            ("nowhere.pth", None, "there is no such checkpoint"),
+            ("text.pth", "no checkpoint", "not written by torch.save"),
+        ):
+            path = tmp_path / name
+            if text is not None:
+                path.write_text(text)
+            assert main(["train", str(config), "--work-dir", str(tmp_path / "out"), "--resume", str(path)]) == 2
+            error = capsys.readouterr().err
+            assert error.startswith(f"fusedopt: {path}: ") and message in error and error.count("\n") == 1
+
+    def test_processes_without_torchrun(self, config, capsys, monkeypatch):
+        monkeypatch.delenv("RANK", raising=False)
+        assert "torchrun --nproc-per-node 2" in mistake(capsys, "train", config, "--launcher", "pytorch")
 
     def test_out_is_a_file(self, config, capsys):
         needs_demo_extra()

@@ -26,11 +26,12 @@ from rich.console import Console
 from fusedopt.bench import memory
 from fusedopt.bench.memory import PeakMemory
 from fusedopt.demo.compare import LOSS_TOLERANCE, Comparison, Run, compare
-from fusedopt.demo.data import load_digits, random_batches
+from fusedopt.demo.data import DigitsDataset, load_digits
 from fusedopt.demo.report import print_comparison, save_figure, save_json, show_progress
 from fusedopt.engine.config import Config, ConfigError
 
-CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("digits_*.py"))
+FOLDER = Path(__file__).parents[1] / "configs"
+CONFIGS = [FOLDER / "digits_resnet.py", FOLDER / "digits_vit.py"]
 
 # In float32 the two trainings differ by the order of operations alone; 22 steps make 1e-6 of that.
 FLOAT32_LOSS_TOLERANCE = 1e-5
@@ -38,10 +39,13 @@ FLOAT32_LOSS_TOLERANCE = 1e-5
 LEARNING_RATES = {"SGD": 0.1, "Adam": 2e-3, "AdamW": 2e-3}
 
 SMALL = """
-model = dict(type="DigitsViT", embed_dims=32, num_layers=2, num_heads=2, patch_size=4, dropout=0.1)
-data = dict(batch_size=64)
-train_cfg = dict(max_epochs=1)
-lr_schedule = dict(warmup_steps=5, start_factor=0.1)
+_base_ = "{folder}/_base_/datasets/digits.py"
+model = dict(type="fusedopt.demo.DigitsViT", embed_dims=32, num_layers=2, num_heads=2, patch_size=4, dropout=0.1)
+train_dataloader = dict(batch_size=64)
+train_cfg = dict(by_epoch=True, max_epochs=1)
+param_scheduler = [
+    dict(type="LinearLR", start_factor=0.1, by_epoch=False, end=5),
+    dict(type="CosineAnnealingLR", by_epoch=False, begin=5)]
 optim_wrapper = dict({wrapper}, paramwise_cfg=dict(bias_lr_mult=2.0))
 """
 
@@ -54,22 +58,24 @@ def _one_thread() -> None:
 
 @pytest.fixture
 def small_config(tmp_path: Path):
-    """Writes a config of a small model with the given arguments of the wrapper; returns its path."""
+    """Writes a config of a small model with the given arguments of the wrapper and lines; returns the config."""
 
-    def write(wrapper: str, more: str = "") -> Path:
+    def write(wrapper: str, more: str = "") -> Config:
         path = tmp_path / "small.py"
-        path.write_text(SMALL.format(wrapper=wrapper) + more)
-        return path
+        path.write_text(SMALL.format(folder=FOLDER, wrapper=wrapper) + more)
+        return Config.fromfile(path)
 
     return write
 
 
 def make_comparison(stock_losses: list[float], fused_losses: list[float], epochs: int = 2) -> Comparison:
     steps = len(stock_losses)
-    stock = Run("AdamW", "torch", 3, stock_losses, ([9.0] * 5 + [4.0] * steps)[:steps], [20.0] * steps, None, 0.5, 0.9)
+    stock = Run(
+        "AdamW", "torch", 3, stock_losses, ([9.0] * 5 + [4.0] * steps)[:steps], [20.0] * steps, None, {"loss": 0.5}
+    )
     fused = dataclasses.replace(stock, optimizer="FusedAdamW", losses=fused_losses, optimizer_ms=[2.0] * steps)
     environment = {"device": "cpu", "threads": 2, "cpu_capability": "any", "torch": "any", "fusedopt": "any"}
-    return Comparison("configs/some.py", epochs, {"train": 0, "data": 0}, environment, stock, fused)
+    return Comparison("configs/some.py", epochs, 0, environment, stock, fused)
 
 
 def printed(comparison: Comparison) -> str:
@@ -121,14 +127,14 @@ class TestData:
         with pytest.raises(ValueError, match="Invalid val_fraction"):
             load_digits(val_fraction=val_fraction)
 
-    def test_batches_pass_over_the_data_in_a_new_order_each_time(self):
-        split, _ = load_digits()
-        split = type(split)(torch.arange(10.0), torch.arange(10))
-        batches = [batch.labels.tolist() for batch in random_batches(split, batch_size=5, epochs=2, seed=0)]
-        first, second = batches[0] + batches[1], batches[2] + batches[3]
-        assert sorted(first) == sorted(second) == list(range(10))
-        assert first != second
-        assert len(list(random_batches(split, batch_size=4, epochs=1, seed=0))) == 2
+    def test_a_data_set_is_one_of_the_splits(self):
+        train, val = DigitsDataset("train", val_fraction=0.25, seed=3), DigitsDataset("val", val_fraction=0.25, seed=3)
+        assert (len(train), len(val)) == (1348, 449)
+        image, label = (split[5] for split in load_digits(val_fraction=0.25, seed=3)[1])
+        assert torch.equal(val[5]["inputs"], image) and val[5]["labels"] == label
+        assert train.metainfo["classes"][label] == str(label.item())
+        with pytest.raises(ValueError, match="Invalid split: 'test'; expected 'train' or 'val'"):
+            DigitsDataset("test")
 
 
 class TestModels:
@@ -158,6 +164,16 @@ class TestModels:
     def test_vit_names_a_setting_that_does_not_fit(self, settings, message):
         with pytest.raises(ValueError, match=message):
             MODELS.build({"type": "DigitsViT", **settings})
+
+
+SGD = "optimizer=dict(type='SGD', lr=1)"
+
+
+def validation_loss(model: nn.Module) -> float:
+    """Mean cross entropy on the validation split."""
+    images, labels = load_digits()[1]
+    with torch.no_grad():
+        return nn.functional.cross_entropy(model.eval()(images), labels).item()
 
 
 class TestCompare:
@@ -208,43 +224,62 @@ class TestCompare:
     @pytest.mark.parametrize(
         ("wrapper", "more", "message"),
         [
-            ("optimizer=dict(type='AdamV', lr=1)", "", "'AdamV' .* did you mean 'Adam"),
+            (
+                "optimizer=dict(type='AdamV', lr=1)",
+                "",
+                r"optim_wrapper\.optimizer\.type: 'AdamV' .* did you mean 'Adam",
+            ),
             ("optimizer=dict(lr=1)", "", r"no `optim_wrapper\.optimizer\.type`"),
             ("type='OptimWrapper'", "", r"no `optim_wrapper\.optimizer`; expected optim_wrapper\.optimizer = dict"),
             ("type='OptimWrapper'", "del model", "no `model`; expected model = dict"),
             ("type='OptimWrapper'", "del optim_wrapper", "no `optim_wrapper`; expected optim_wrapper = dict"),
             ("type='OptimWrapper'", "model = 3", "model must be a dict, got int"),
-            (
-                "type='OptimWrapper'",
-                "optim_wrapper = dict(optimizer=dict()),",
-                "optim_wrapper is a tuple .* trailing comma",
-            ),
+            ("type='OptimWrapper'", "optim_wrapper = dict(optimizer=3),", "optim_wrapper is a tuple .* comma"),
             ("optimizer=dict(type='RMSprop', lr=1)", "", "'RMSprop' has no fused twin .* SGD, FusedSGD, Adam"),
             ("optimizer=dict(type='SGD', lr=-1)", "", "Invalid optimizer lr: -1; expected a number >= 0"),
-            ("optimizer=dict(type='SGD', lr=1, wieght_decay=1)", "", "wieght_decay"),
+            (
+                "optimizer=dict(type='SGD', lr=1, wieght_decay=1)",
+                "",
+                r"optim_wrapper\.optimizer\.wieght_decay: SGD takes",
+            ),
             ("type='AmpOptimWraper', optimizer=dict(type='SGD', lr=1)", "", "did you mean 'AmpOptimWrapper'"),
-            ("optimizer=dict(type='SGD', lr=1)", "model = dict(type='DigitsVit')", "did you mean 'DigitsViT'"),
+            (SGD, "model = dict(type='DigitsVit')", r"model\.type: .* did you mean 'DigitsViT'"),
+            (SGD, "train_dataloader = 3", "dataloader must be a dict, got int"),
+            (SGD, "train_dataloader = dict(batch_size=0)", "batch_size"),
+            (SGD, "train_dataloader = dict(batch_size=5000)", "train_dataloader has no batch"),
             (
-                "optimizer=dict(type='SGD', lr=1)",
-                "data = dict(batchsize=1)",
-                "`data`: unknown key 'batchsize'; did you",
+                SGD,
+                "train_cfg = dict(by_epoch=True, max_epochs=1.5)",
+                r"train_cfg\.max_epochs: 1\.5; expected a whole number",
             ),
-            ("optimizer=dict(type='SGD', lr=1)", "data = 3", "`data` must be a dict, got int"),
-            ("optimizer=dict(type='SGD', lr=1)", "data = dict(batch_size=0)", r"Invalid data\.batch_size: 0"),
-            (
-                "optimizer=dict(type='SGD', lr=1)",
-                "data = dict(batch_size=5000)",
-                "batch_size 5000 is more than the 1438",
-            ),
-            ("optimizer=dict(type='SGD', lr=1)", "train_cfg = dict(max_epochs=1.5)", r"Invalid train_cfg\.max_epochs"),
+            (SGD, "train_cfg = dict(by_epoch=False, max_iters=30)", "compare trains by epochs"),
+            (SGD, "del train_cfg, param_scheduler", "train_cfg"),
         ],
     )
     def test_config_errors_name_the_file_and_the_matter(self, small_config, wrapper, more, message):
-        path = small_config(wrapper, more)
+        config = small_config(wrapper, more)
         with pytest.raises(ConfigError, match=message) as caught:
-            compare(path)
-        assert str(caught.value).startswith(f"{path}: ")
+            compare(config)
+        assert str(caught.value).startswith(f"{config.filename}: ")
         assert "\n" not in str(caught.value)
+
+    def test_the_config_is_not_changed_and_no_file_is_left(self, small_config, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        config = small_config("optimizer=dict(type='SGD', lr=0.1)", "custom_hooks = [dict(type='EMAHook')]\n")
+        before, files = config.copy(), set(tmp_path.rglob("*"))
+        assert compare(config).stock.metrics.keys() == {"accuracy", "loss"}
+        assert config == before and set(tmp_path.rglob("*")) == files
+
+    def test_schedules_and_weights_are_those_of_the_config(self, small_config, tmp_path):
+        """A rate of nothing from the first iteration on leaves the weights that it starts from."""
+        config = small_config("optimizer=dict(type='SGD', lr=0.1)")
+        config.param_scheduler = dict(type="ConstantLR", factor=1e-30, by_epoch=False, end=1000)
+        model = MODELS.build(config.model)
+        torch.save(model.state_dict(), tmp_path / "weights.pth")
+        config.load_from = str(tmp_path / "weights.pth")
+        comparison = compare(config)
+        for run in (comparison.stock, comparison.fused):
+            assert run.metrics["loss"] == pytest.approx(validation_loss(model), rel=1e-5)
 
 
 class TestReport:
@@ -282,7 +317,7 @@ class TestReport:
         save_figure(comparison, tmp_path / "comparison.png")
         loaded = json.loads((tmp_path / "comparison.json").read_text())
         assert loaded["config"] == "configs/some.py"
-        assert loaded["seeds"] == {"train": 0, "data": 0}
+        assert loaded["seed"] == 0
         assert (loaded["speed_up"], loaded["agrees"]) == (2.0, True)
         assert loaded["stock"]["losses"] == [2.0, 1.0] * 5
         assert (tmp_path / "comparison.png").read_bytes().startswith(b"\x89PNG")

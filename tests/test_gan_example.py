@@ -2,26 +2,23 @@
 
 from __future__ import annotations
 
-import copy
 import os
-import runpy
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 
 from fusedopt import FusedAdam, OptimWrapperDict, build_optim_wrapper
+from fusedopt.engine import Config, Runner
 from fusedopt.registry import MODELS
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 for needed, name in (("sklearn", "scikit-learn"), ("matplotlib", "matplotlib")):
     pytest.importorskip(needed, reason=f"{name} is not installed: pip install 'fusedopt[demo]'")
 
-example = SimpleNamespace(**runpy.run_path(str(REPOSITORY / "examples" / "gan_digits.py")))
-CONFIG = runpy.run_path(str(REPOSITORY / "configs" / "gan_digits.py"))
+CONFIG = Config.fromfile(REPOSITORY / "configs" / "gan_digits.py")
 
 
 def build(discriminator_steps: int, generator_steps: int, **counts: int):
@@ -29,7 +26,7 @@ def build(discriminator_steps: int, generator_steps: int, **counts: int):
     model = MODELS.build(
         {**CONFIG["model"], "discriminator_steps": discriminator_steps, "generator_steps": generator_steps}
     )
-    cfg = copy.deepcopy(CONFIG["optim_wrapper"])
+    cfg = CONFIG["optim_wrapper"].copy()
     for name, count in counts.items():
         cfg[name]["accumulative_counts"] = count
     return model, build_optim_wrapper(model, cfg)
@@ -60,12 +57,12 @@ def test_the_networks_take_turns(steps, counts, discriminator, generator):
     seen: tuple[list, dict] = ([], {})
     for iteration in range(6):
         before = bits(model.discriminator), bits(model.generator), wrappers["generator"].step_count
-        losses = model.train_step(images, wrappers, iteration)
+        losses = model.train_step({"inputs": images}, wrappers)
         if changes(model.discriminator, before[0]):
             seen[0].append(iteration + 1)
         if changes(model.generator, before[1]):
             seen[1][iteration + 1] = wrappers["generator"].step_count - before[2]
-        assert ("generator" in losses) == (iteration + 1 in generator)
+        assert ("loss_generator" in losses) == (iteration + 1 in generator)
     assert seen == (discriminator, generator)
     assert wrappers["discriminator"].inner_count == 6
     # It is told anew, each time, how many iterations it gets.
@@ -74,7 +71,7 @@ def test_the_networks_take_turns(steps, counts, discriminator, generator):
 
 def test_the_generators_turn_leaves_no_gradient_in_the_discriminator():
     model, wrappers = build(1, 1, discriminator=1)
-    model.train_step(torch.zeros(4, 1, 8, 8), wrappers, 0)
+    model.train_step({"inputs": torch.zeros(4, 1, 8, 8)}, wrappers)
     assert all(param.grad is None and param.requires_grad for param in model.discriminator.parameters())
 
 
@@ -88,6 +85,23 @@ def test_the_config_gives_each_network_a_fused_optimizer_of_its_own():
     assert len(trained) == len(set(trained)) == len(list(model.parameters()))
 
 
+@pytest.mark.parametrize("stop", [3, 4, 5])
+def test_a_resumed_training_knows_whose_turn_it_is(tmp_path, stop):
+    def train(iterations: int, resume: bool = False) -> torch.nn.Module:
+        config = CONFIG.copy()
+        config.train_cfg = dict(by_epoch=False, max_iters=iterations)
+        config.default_hooks.checkpoint = dict(type="CheckpointHook", by_epoch=False, interval=stop)
+        config.update(work_dir=str(tmp_path / str(iterations)), resume=resume, log_level="ERROR")
+        if resume:
+            config.load_from = str(tmp_path / str(stop) / f"iter_{stop}.pth")
+        return Runner.from_cfg(config).train()
+
+    train(stop)
+    expected, resumed = train(10), train(10, resume=True)
+    assert int(resumed.batches) == 10
+    assert all(map(torch.equal, resumed.state_dict().values(), expected.state_dict().values()))
+
+
 @pytest.mark.slow
 def test_a_short_training_saves_a_picture(tmp_path):
     command = [sys.executable, "examples/gan_digits.py", "--epochs", "1", "--out", str(tmp_path)]
@@ -96,4 +110,5 @@ def test_a_short_training_saves_a_picture(tmp_path):
     assert result.returncode == 0, result.stderr
     assert "89 iterations in" in result.stdout
     assert "44 steps of the discriminator, 22 of the generator" in result.stdout
+    assert (tmp_path / "epoch_1.pth").is_file()
     assert (tmp_path / "samples.png").read_bytes().startswith(b"\x89PNG")

@@ -4,16 +4,20 @@ No digit needs 300 million parameters. The optimizer's step is that of a real tr
 clipping, and one param group per parameter.
 """
 
+_base_ = ["../../configs/_base_/datasets/digits.py", "../../configs/_base_/default_runtime.py"]
+
 _num_layers = 24
 _layer_decay = 0.75
 _no_decay = ("norm", "attn.qkv.bias", "attn.proj.bias", "fc1.bias", "fc2.bias")
 _lr_mult = {f"layers.{i}": _layer_decay ** (_num_layers - i) for i in range(_num_layers)}
 
-model = dict(type="DigitsViT", embed_dims=1024, num_layers=_num_layers, num_heads=16, patch_size=2, dropout=0.0)
+model = dict(
+    type="fusedopt.demo.DigitsViT", embed_dims=1024, num_layers=_num_layers, num_heads=16, patch_size=2, dropout=0.0
+)
 
-data = dict(batch_size=128, val_fraction=0.2, seed=0)
+train_dataloader = dict(batch_size=128)
 
-train_cfg = dict(max_epochs=4, seed=0)
+train_cfg = dict(by_epoch=True, max_epochs=4)
 
 optim_wrapper = dict(
     type="AmpOptimWrapper",
@@ -34,4 +38,7 @@ optim_wrapper = dict(
     ),
 )
 
-lr_schedule = dict(warmup_steps=5, start_factor=0.01, eta_min=1e-6)
+param_scheduler = [
+    dict(type="LinearLR", start_factor=0.01, by_epoch=False, end=5),
+    dict(type="CosineAnnealingLR", by_epoch=False, begin=5, eta_min=1e-6),
+]

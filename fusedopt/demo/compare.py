@@ -2,27 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import platform
 import statistics
-from collections.abc import Callable, Mapping
-from pathlib import Path
-from typing import Any, TypeVar
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import torch
 
 from ..engine.config import Config, naming
+from ..engine.runner import Runner
+from ..engine.validation import check_names
 from ..optimizers import FUSED_TWINS
 from ..registry import OPTIMIZERS, check_config
-from ..rules import did_you_mean
 from ..version import __version__
-from . import models  # noqa: F401  registers the models
-from .data import Digits, load_digits, random_batches
-from .training import WARMUP_STEPS, ScheduleSettings, Training
+from .measurement import WARMUP_STEPS, OptimizerMeasurement
 
 __all__ = ["LOSS_TOLERANCE", "Comparison", "Listener", "Run", "compare"]
-
-Settings = TypeVar("Settings")
 
 #: How far the mean losses of an epoch may lie apart. The two trainings differ in rounding only, but in low precision
 #: that grows: single iterations drift apart by more, while a wrong update shows in the means.
@@ -30,34 +28,6 @@ LOSS_TOLERANCE = 0.05
 
 #: Called after every iteration with the number of iterations done, their total, and the last loss of both trainings.
 Listener = Callable[[int, int, float, float], None]
-
-
-def _check_count(name: str, value: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"Invalid {name}: {value!r}; expected a whole number above 0")
-
-
-@dataclasses.dataclass(frozen=True)
-class DataSettings:
-    """``data`` of a config: images in a batch, and which share of all images, drawn by ``seed``, is held out."""
-
-    batch_size: int = 32
-    val_fraction: float = 0.2
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        _check_count("data.batch_size", self.batch_size)
-
-
-@dataclasses.dataclass(frozen=True)
-class TrainSettings:
-    """``train_cfg`` of a config: passes over the data, and the seed of weights, order and dropout."""
-
-    max_epochs: int = 10
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        _check_count("train_cfg.max_epochs", self.max_epochs)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,8 +42,7 @@ class Run:
         optimizer_ms: time from the end of backward to zeroed gradients.
         step_ms: time of the whole step, forward and backward of its iterations included.
         peak_bytes: extra memory at the peak of the optimizer's part, None where the system does not tell.
-        val_loss: loss on the validation split after training.
-        val_accuracy: share of the validation images that were recognized, 0 to 1.
+        metrics: what the validation after training gave, by name; empty where the config has no validation.
     """
 
     optimizer: str
@@ -83,8 +52,7 @@ class Run:
     optimizer_ms: list[float]
     step_ms: list[float]
     peak_bytes: int | None
-    val_loss: float
-    val_accuracy: float
+    metrics: dict[str, float]
 
     @property
     def excluded_steps(self) -> int:
@@ -129,8 +97,8 @@ class Comparison:
 
     Args:
         config: path of the config, as given.
-        epochs: passes over the training split.
-        seeds: ``train`` (weights, order, dropout) and ``data`` (the split).
+        epochs: passes over the training data.
+        seed: of weights, order and dropout.
         environment: machine, device, threads and versions.
         stock: the training with torch's optimizer.
         fused: the training with its fused twin.
@@ -138,7 +106,7 @@ class Comparison:
 
     config: str
     epochs: int
-    seeds: dict[str, int]
+    seed: int
     environment: dict[str, Any]
     stock: Run
     fused: Run
@@ -183,7 +151,7 @@ class Comparison:
         return {
             "config": self.config,
             "epochs": self.epochs,
-            "seeds": self.seeds,
+            "seed": self.seed,
             "environment": self.environment,
             "excluded_steps": self.stock.excluded_steps,
             "speed_up": self.speed_up,
@@ -210,18 +178,6 @@ def _required(config: Mapping[str, Any], name: str) -> Mapping[str, Any]:
         section = section[key]
     check_config(name, section)
     return section
-
-
-def _settings(config: Mapping[str, Any], name: str, kind: type[Settings]) -> Settings:
-    """The optional section ``name`` of a config as ``kind``, a dataclass."""
-    section = config.get(name, {})
-    if not isinstance(section, Mapping):
-        raise TypeError(f"`{name}` must be a dict, got {type(section).__name__}")
-    known = [field.name for field in dataclasses.fields(kind)]  # type: ignore[arg-type]
-    for key in section:
-        if key not in known:
-            raise ValueError(f"`{name}`: unknown key {key!r}; {did_you_mean(key, known)}")
-    return kind(**section)
 
 
 def _variants(cfg: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -260,29 +216,51 @@ def _environment(device: torch.device) -> dict[str, Any]:
     }
 
 
-def _run(training: Training, validation: Digits) -> Run:
-    val_loss, val_accuracy = training.evaluate(validation)
-    optimizer = training.wrapper.optimizer
+@contextlib.contextmanager
+def _runners(config: Config, device: torch.device) -> Iterator[tuple[Runner, Runner]]:
+    """The trainings with the stock optimizer and with its fused twin; they write no files."""
+    with tempfile.TemporaryDirectory() as folder:
+        common = {
+            **config,
+            "work_dir": folder,
+            "resume": False,
+            "log_level": "ERROR",
+            "env_cfg": {**(config.get("env_cfg") or {}), "device": str(device)},
+            "randomness": {"seed": 0, **(config.get("randomness") or {})},
+            "default_hooks": dict.fromkeys(("runtime_info", "timer", "logger", "checkpoint")),
+            "launcher": "none",
+        }
+        with naming(config):
+            _required(config, "model")
+            _required(config, "optim_wrapper")
+            _required(config, "optim_wrapper.optimizer")
+            check_names(config)
+            stock, fused = (
+                Runner.from_cfg(Config({**common, "optim_wrapper": variant}, filename=config.filename))
+                for variant in _variants(config["optim_wrapper"])
+            )
+            if stock.train_loop is None or not stock.train_loop.by_epoch:
+                raise ValueError("compare trains by epochs: train_cfg = dict(by_epoch=True, max_epochs=...)")
+        yield stock, fused
+
+
+def _measured(runner: Runner, measurement: OptimizerMeasurement) -> Run:
+    assert runner.optim_wrapper is not None
+    metrics = {} if runner.val_loop is None else runner.val_loop.run()
+    optimizer = runner.optim_wrapper.optimizer
     return Run(
         optimizer=type(optimizer).__name__,
         backend=getattr(optimizer, "backend_in_use", "torch"),
         param_groups=len(optimizer.param_groups),
-        losses=training.losses,
-        optimizer_ms=[1e3 * seconds for seconds in training.optimizer_seconds],
-        step_ms=[1e3 * seconds for seconds in training.step_seconds],
-        peak_bytes=round(statistics.median(training.peak_bytes)) if training.peak_bytes else None,
-        val_loss=val_loss,
-        val_accuracy=val_accuracy,
+        losses=measurement.losses,
+        optimizer_ms=[1e3 * seconds for seconds in measurement.optimizer_seconds],
+        step_ms=[1e3 * seconds for seconds in measurement.step_seconds],
+        peak_bytes=round(statistics.median(measurement.peak_bytes)) if measurement.peak_bytes else None,
+        metrics=metrics,
     )
 
 
-def compare(
-    path: str | Path,
-    *,
-    epochs: int | None = None,
-    device: torch.device | None = None,
-    listener: Listener | None = None,
-) -> Comparison:
+def compare(config: Config, *, device: torch.device | None = None, listener: Listener | None = None) -> Comparison:
     """Train the model of a config with the stock optimizer and with its fused twin.
 
     The two trainings take turns, iteration by iteration, in this process, so that whatever else the machine does
@@ -290,48 +268,62 @@ def compare(
     torch's global random number generator is seeded.
 
     Args:
-        path: the config; it may name either of the two optimizers.
-        epochs: passes over the data, in place of the config's.
+        config: as a :class:`fusedopt.engine.Runner` takes it, for a training by epochs with one optimizer; it may name
+            either of the two. Of its ``default_hooks`` only the schedulers' and the sampler's act. Not changed.
         device: where to train, the CPU by default.
         listener: is told about every iteration.
 
     Raises:
         ConfigError: the config is wrong.
-        MissingExtraError: scikit-learn is not installed.
+        MissingExtraError: a package that the config needs is not installed.
     """
     device = torch.device("cpu") if device is None else device
-    config = Config.fromfile(path)
-    with naming(config):
-        model, optim_wrapper, _ = (
-            _required(config, name) for name in ("model", "optim_wrapper", "optim_wrapper.optimizer")
+    with _runners(config, device) as runners:
+        measurements = [OptimizerMeasurement() for _ in runners]
+        for runner, measurement in zip(runners, measurements, strict=True):
+            runner.register_hook(measurement)
+        _train(runners, measurements, listener)
+        stock, fused = map(_measured, runners, measurements)
+        return Comparison(
+            config=config.filename or "config",
+            epochs=runners[0].max_epochs,
+            seed=runners[0].seed,
+            environment=_environment(device),
+            stock=stock,
+            fused=fused,
         )
-        data = _settings(config, "data", DataSettings)
-        train = _settings(config, "train_cfg", TrainSettings)
-        schedule = _settings(config, "lr_schedule", ScheduleSettings)
-        if epochs is not None:
-            train = dataclasses.replace(train, max_epochs=epochs)
-        splits = load_digits(data.val_fraction, data.seed)
-        training_split, validation_split = (split.to(device) for split in splits)
-        total = train.max_epochs * (len(training_split.labels) // data.batch_size)
-        if total < 1:
-            raise ValueError(f"data.batch_size {data.batch_size} is more than the {len(training_split.labels)} images")
-        stock, fused = (
-            Training(model, variant, schedule, total, train.seed, device) for variant in _variants(optim_wrapper)
-        )
-    order = [stock, fused]
-    for done, batch in enumerate(
-        random_batches(training_split, data.batch_size, train.max_epochs, train.seed), start=1
-    ):
-        stepped = [training.train(batch, seed=train.seed + done) for training in order]
-        if all(stepped):
-            order.reverse()
-        if listener is not None:
-            listener(done, total, stock.losses[-1], fused.losses[-1])
-    return Comparison(
-        config=str(path),
-        epochs=train.max_epochs,
-        seeds={"train": train.seed, "data": data.seed},
-        environment=_environment(device),
-        stock=_run(stock, validation_split),
-        fused=_run(fused, validation_split),
-    )
+
+
+def _train(runners: tuple[Runner, Runner], measurements: list[OptimizerMeasurement], listener: Listener | None) -> None:
+    """Train both, taking turns."""
+
+    def call_hooks(name: str) -> None:
+        for runner in runners:
+            runner.call_hook(name)
+
+    call_hooks("before_run")
+    for runner in runners:
+        assert runner.optim_wrapper is not None
+        runner.optim_wrapper.initialize_count_status(runner.model, 0, runner.max_iters)
+        runner.load_or_resume()
+    call_hooks("before_train")
+    order, done, total = list(runners), 0, runners[0].max_iters
+    for _ in range(runners[0].max_epochs):
+        call_hooks("before_train_epoch")
+        for runner in runners:
+            runner.model.train()
+        for index, batch in enumerate(runners[0].train_dataloader or ()):
+            done += 1
+            for runner in order:
+                torch.manual_seed(runner.seed + done)  # the same dropout in both
+                assert runner.train_loop is not None
+                runner.train_loop.run_iter(index, batch)
+            if all(measurement.made_step for measurement in measurements):
+                order.reverse()
+            if listener is not None:
+                listener(done, total, *(measurement.losses[-1] for measurement in measurements))
+        call_hooks("after_train_epoch")
+        for runner in runners:
+            assert runner.train_loop is not None
+            runner.train_loop.epoch += 1
+    call_hooks("after_train")

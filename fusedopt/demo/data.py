@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils.data import Dataset
 
 from ..extras import require
+from ..registry import DATASETS
 
-__all__ = ["Digits", "load_digits", "random_batches"]
+__all__ = ["Digits", "DigitsDataset", "load_digits"]
 
 
 class Digits(NamedTuple):
@@ -18,10 +19,6 @@ class Digits(NamedTuple):
 
     images: Tensor
     labels: Tensor
-
-    def to(self, device: torch.device) -> Digits:
-        """The split on ``device``."""
-        return Digits(self.images.to(device), self.labels.to(device))
 
 
 def load_digits(val_fraction: float = 0.2, seed: int = 0) -> tuple[Digits, Digits]:
@@ -45,11 +42,29 @@ def load_digits(val_fraction: float = 0.2, seed: int = 0) -> tuple[Digits, Digit
     return Digits(images[train], labels[train]), Digits(images[val], labels[val])
 
 
-def random_batches(split: Digits, batch_size: int, epochs: int, seed: int) -> Iterator[Digits]:
-    """Batches of ``epochs`` passes over ``split``, each in a new order; what does not fill a batch is left out."""
-    generator = torch.Generator().manual_seed(seed)
-    for _ in range(epochs):
-        order = torch.randperm(len(split.labels), generator=generator).to(split.labels.device)
-        for indices in order.split(batch_size):
-            if len(indices) == batch_size:
-                yield Digits(split.images[indices], split.labels[indices])
+@DATASETS.register_module()
+class DigitsDataset(Dataset):
+    """A split of the digits; a sample is ``dict(inputs=image, labels=label)``.
+
+    Args:
+        split: ``'train'`` or ``'val'``.
+        val_fraction: see :func:`load_digits`.
+        seed: see :func:`load_digits`.
+
+    Raises:
+        MissingExtraError: scikit-learn is not installed.
+        ValueError: an unknown split, or ``val_fraction`` is out of range.
+    """
+
+    metainfo: ClassVar[dict[str, Any]] = {"classes": tuple("0123456789")}
+
+    def __init__(self, split: str, val_fraction: float = 0.2, seed: int = 0):
+        if split not in ("train", "val"):
+            raise ValueError(f"Invalid split: {split!r}; expected 'train' or 'val'")
+        self.digits = load_digits(val_fraction, seed)[split == "val"]
+
+    def __len__(self) -> int:
+        return len(self.digits.labels)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        return {"inputs": self.digits.images[index], "labels": self.digits.labels[index]}

@@ -1,18 +1,61 @@
-"""Two small classifiers of 8 x 8 grey images."""
+"""Two small classifiers of 8 x 8 grey images, and how well they do."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ..registry import MODELS
+from ..engine.evaluator import BaseMetric
+from ..engine.model import BaseModel
+from ..registry import METRICS, MODELS
 
-__all__ = ["DigitsResNet", "DigitsViT"]
+__all__ = ["ClassificationMetrics", "DigitsResNet", "DigitsViT"]
 
 IMAGE_SIZE = 8
+
+
+class _Classifier(BaseModel):
+    """What both models share: the cross entropy to train with, and predictions to judge."""
+
+    def logits(self, images: Tensor) -> Tensor:
+        """N x ``num_classes`` logits of N x 1 x 8 x 8 images."""
+        raise NotImplementedError
+
+    def forward(self, inputs: Tensor, labels: Any = None, mode: str = "tensor") -> Any:  # type: ignore[override]
+        """See :class:`fusedopt.engine.BaseModel`; ``'tensor'`` gives the logits.
+
+        Args:
+            inputs: images, N x 1 x 8 x 8.
+            labels: N of them, int64; only ``'tensor'`` works without.
+            mode: ``'loss'``, ``'predict'`` or ``'tensor'``.
+        """
+        logits = self.logits(inputs)
+        if mode == "tensor":
+            return logits
+        losses = functional.cross_entropy(logits.float(), labels, reduction="none")
+        if mode == "loss":
+            return {"loss": losses.mean()}
+        columns = zip(logits.argmax(dim=1), labels, losses, strict=True)
+        return [{"pred_label": label, "gt_label": truth, "loss": loss} for label, truth, loss in columns]
+
+
+@METRICS.register_module()
+class ClassificationMetrics(BaseMetric):
+    """``accuracy``, the share of right labels from 0 to 1, and ``loss``, the mean cross entropy."""
+
+    def process(self, data_batch: Any, data_samples: Sequence[dict[str, Tensor]]) -> None:
+        """Keep loss and hit of each sample."""
+        hits = (sample["pred_label"] == sample["gt_label"] for sample in data_samples)
+        self.results += [(float(sample["loss"]), float(hit)) for sample, hit in zip(data_samples, hits, strict=True)]
+
+    def compute_metrics(self, results: list[tuple[float, float]]) -> dict[str, float]:
+        """The means."""
+        loss, accuracy = torch.tensor(results, dtype=torch.float64).mean(dim=0).tolist()
+        return {"accuracy": accuracy, "loss": loss}
 
 
 class _Attention(nn.Module):
@@ -46,8 +89,8 @@ class _TransformerBlock(nn.Module):
 
 
 @MODELS.register_module()
-class DigitsViT(nn.Module):
-    """Vision transformer (Dosovitskiy et al., 2021) for N x 1 x 8 x 8 images; returns N x ``num_classes`` logits.
+class DigitsViT(_Classifier):
+    """Vision transformer (Dosovitskiy et al., 2021) for N x 1 x 8 x 8 images.
 
     Args:
         embed_dims: width of the stream.
@@ -89,7 +132,15 @@ class DigitsViT(nn.Module):
         self.head = nn.Linear(embed_dims, num_classes)
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
 
-    def forward(self, images: Tensor) -> Tensor:
+    def get_layer_depth(self, name: str) -> tuple[int, int]:
+        """Layer of a parameter, and the number of layers with stem and head, for a rate that decays by layers."""
+        depths = len(self.layers) + 2
+        if name.startswith("layers."):
+            return int(name.split(".")[1]) + 1, depths
+        return (0 if name.startswith(("patch_embed.", "cls_token", "pos_embed")) else depths - 1), depths
+
+    def logits(self, images: Tensor) -> Tensor:
+        """N x ``num_classes`` logits of N x 1 x 8 x 8 images."""
         patches = self.patch_embed(images).flatten(2).transpose(1, 2)
         x = torch.cat((self.cls_token.expand(len(images), -1, -1), patches), dim=1)
         x = self.dropout(x + self.pos_embed)
@@ -117,8 +168,8 @@ class _ResidualBlock(nn.Module):
 
 
 @MODELS.register_module()
-class DigitsResNet(nn.Module):
-    """ResNet (He et al., 2016) for N x 1 x 8 x 8 images; returns N x ``num_classes`` logits.
+class DigitsResNet(_Classifier):
+    """ResNet (He et al., 2016) for N x 1 x 8 x 8 images.
 
     The convolution weights are channels-last, the faster layout for small images on a CPU.
 
@@ -143,7 +194,8 @@ class DigitsResNet(nn.Module):
         self.head = nn.Linear(in_channels, num_classes)
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
-    def forward(self, images: Tensor) -> Tensor:
+    def logits(self, images: Tensor) -> Tensor:
+        """N x ``num_classes`` logits of N x 1 x 8 x 8 images."""
         x = functional.relu(self.bn1(self.conv1(images)))
         for stage in self.stages:
             x = stage(x)

@@ -60,12 +60,9 @@ def print_comparison(comparison: Comparison, console: Console) -> None:
     for heading in (stock.optimizer, fused.optimizer, "fused vs. stock"):
         table.add_column(heading, justify="right")
     table.add_row("training loss, last epoch", *(f"{loss:.4f}" for loss in losses), f"{losses[1] - losses[0]:+.4f}")
-    difference = fused.val_loss - stock.val_loss
-    table.add_row("validation loss", f"{stock.val_loss:.4f}", f"{fused.val_loss:.4f}", f"{difference:+.4f}")
-    points = 100 * (fused.val_accuracy - stock.val_accuracy)
-    table.add_row(
-        "validation accuracy", f"{stock.val_accuracy:.2%}", f"{fused.val_accuracy:.2%}", f"{points:+.2f} points"
-    )
+    for name, value in stock.metrics.items():
+        other = fused.metrics[name]
+        table.add_row(f"validation {name}", f"{value:.4f}", f"{other:.4f}", f"{other - value:+.4f}")
     table.add_section()
     for label, name in (
         ("optimizer ms per step, median", "median_ms"),
