@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from fusedopt.registry import OPTIM_WRAPPER_CONSTRUCTORS, OPTIMIZERS
+import fusedopt.engine  # noqa: F401  what it registers must not be forgotten with what a page does
+from fusedopt.registry import DATASETS, HOOKS, METRICS, MODELS, OPTIM_WRAPPER_CONSTRUCTORS, OPTIMIZERS
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 DOCS = REPOSITORY / "docs"
@@ -16,6 +17,7 @@ PAGES = [
     DOCS / "wrappers.md",
     DOCS / "averaging.md",
     DOCS / "config.md",
+    DOCS / "engine.md",
     DOCS / "schedulers.md",
     *sorted((DOCS / "optimizers").glob("*.md")),
 ]
@@ -28,7 +30,7 @@ def test_fragments_run(page: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     if "```yaml" in page.read_text():
         pytest.importorskip("yaml", reason="PyYAML is not installed: pip install 'fusedopt[engine]'")
     monkeypatch.chdir(tmp_path)
-    for registry in (OPTIMIZERS, OPTIM_WRAPPER_CONSTRUCTORS):
+    for registry in (OPTIMIZERS, OPTIM_WRAPPER_CONSTRUCTORS, MODELS, DATASETS, METRICS, HOOKS):
         monkeypatch.setattr(registry, "_modules", dict(registry._modules))
     namespace: dict[str, object] = {}
     for number, fragment in enumerate(fragments, 1):

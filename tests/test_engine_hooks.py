@@ -411,9 +411,17 @@ class TestMessageHub:
         )
         assert other.pop_info("iter") == 3 and other.get_info("iter", 7) == 7
 
+    def test_what_a_checkpoint_cannot_hold_stays_out_of_the_state(self):
+        hub = MessageHub()
+        hub.update_info("fine", [1, dict(a=torch.ones(2))])
+        hub.update_info("hook", Hook())
+        assert set(hub.state_dict()["runtime_info"]) == {"fine"} and isinstance(hub.get_info("hook"), Hook)
+
     def test_what_is_no_scalar(self):
-        with pytest.raises(ValueError, match=r"'train/loss' is logged as a number; got a tensor of shape \(2,\)"):
+        with pytest.raises(ValueError, match=r"'train/loss' is logged as a number: .*, got shape \(2,\)"):
             MessageHub().update_scalar("train/loss", torch.ones(2))
+        with pytest.raises(ValueError, match="'train/loss' is logged as a number: could not convert string"):
+            MessageHub().update_scalar("train/loss", "low")
         with pytest.raises(KeyError, match="no scalar 'loss' was logged"):
             MessageHub().get_scalar("loss")
         with pytest.raises(ValueError, match="Invalid window_size: 0"):

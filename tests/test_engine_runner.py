@@ -370,6 +370,7 @@ def test_losses_that_are_none(losses, error, message):
         (dict(env_cfg=dict(cudnn_bench=True)), ValueError, "did you mean 'cudnn_benchmark'?"),
         (dict(log_processor=dict(window=3)), ValueError, "did you mean 'window_size'?"),
         (dict(randomness=dict(seed=-1)), ValueError, "Invalid randomness.seed: -1"),
+        (dict(randomness=dict(sead=1)), ValueError, "randomness has the unknown key 'sead'; did you mean 'seed'?"),
         (dict(launcher="slurm"), ValueError, "Invalid launcher: 'slurm'"),
         (dict(launcher="pytorch"), RuntimeError, "start the training with torchrun"),
         (dict(auto_scale_lr=dict(base_batch_size=16, enable=True)), ValueError, "auto_scale_lr is not offered"),

@@ -15,6 +15,7 @@ __all__ = [
     "check_fit",
     "find_latest_checkpoint",
     "read_checkpoint",
+    "unloadable_parts",
     "write_atomically",
     "write_checkpoint",
 ]
@@ -57,15 +58,15 @@ def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
         raise
 
 
-def _unloadable(value: Any, name: str) -> Iterator[str]:
+def unloadable_parts(value: Any, name: str) -> Iterator[str]:
     """The parts of ``value`` that ``torch.load(weights_only=True)`` would refuse."""
     if isinstance(value, Mapping):
         for key, item in value.items():
-            yield from _unloadable(key, f"the key {key!r} of {name}")
-            yield from _unloadable(item, f"{name}[{key!r}]")
+            yield from unloadable_parts(key, f"the key {key!r} of {name}")
+            yield from unloadable_parts(item, f"{name}[{key!r}]")
     elif isinstance(value, (list, tuple, set)) and not hasattr(value, "_fields"):
         for index, item in enumerate(value):
-            yield from _unloadable(item, f"{name}[{index}]")
+            yield from unloadable_parts(item, f"{name}[{index}]")
     elif type(value) not in (*_PLAIN, *torch.serialization.get_safe_globals()) and not isinstance(value, Tensor):
         yield f"{name} ({type(value).__name__})"
 
@@ -81,7 +82,7 @@ def write_checkpoint(checkpoint: Mapping[str, Any], path: Path) -> None:
         CheckpointError: something in it could not be loaded again with ``weights_only=True``, or the file cannot be
             written. What was at ``path`` before is still there.
     """
-    refused = next(_unloadable(checkpoint, "checkpoint"), None)
+    refused = next(unloadable_parts(checkpoint, "checkpoint"), None)
     if refused is not None:
         raise CheckpointError(
             f"{path} was not written: {refused} is neither a tensor nor a plain value, so the file could not be loaded "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import datetime
 import os
 from typing import Any, TypeVar
 
@@ -43,7 +44,7 @@ def launch(launcher: str, backend: str | None = None, **settings: Any) -> None:
     Args:
         launcher: ``'none'`` for a process alone, ``'pytorch'`` under ``torchrun``.
         backend: of ``torch.distributed``; by default gloo on CPUs and NCCL on GPUs. ``'nccl'`` without a GPU is gloo.
-        settings: other arguments of ``torch.distributed.init_process_group``.
+        settings: other arguments of ``torch.distributed.init_process_group``; ``timeout`` may be a number of seconds.
 
     Raises:
         ValueError: an unknown launcher.
@@ -62,6 +63,8 @@ def launch(launcher: str, backend: str | None = None, **settings: Any) -> None:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     elif backend == "nccl":
         backend = "gloo"
+    if isinstance(settings.get("timeout"), (int, float)):
+        settings["timeout"] = datetime.timedelta(seconds=settings["timeout"])
     dist.init_process_group(backend, **settings)
     atexit.register(_leave)
 

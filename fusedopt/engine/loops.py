@@ -204,13 +204,14 @@ class IterBasedTrainLoop(TrainLoop):
         """Train to the end."""
         self._begin()
         self.runner.call_hook("before_train_epoch")
+        self.runner.model.train()
         batches = self._endless()
         while self.iter < self.max_iters and not self.stop_training:
-            self.runner.model.train()
             self.run_iter(self.iter, next(batches))
             if self.validates_after(self.iter):
                 assert self.runner.val_loop is not None
                 self.runner.val_loop.run()
+                self.runner.model.train()
         self.runner.call_hook("after_train_epoch")
         self.runner.call_hook("after_train")
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..rules.checks import check_whole_number
+from .checkpoint import unloadable_parts
 
 __all__ = ["HistoryBuffer", "MessageHub"]
 
@@ -27,7 +28,13 @@ class HistoryBuffer:
         self._values: deque[float | Tensor] = deque(maxlen=size)
 
     def update(self, value: float | Tensor) -> None:
-        """Add a number or a tensor of one element."""
+        """Add a number, or a tensor of one element.
+
+        Raises:
+            TypeError, ValueError: it is neither.
+        """
+        if isinstance(value, Tensor) and value.numel() != 1:
+            raise ValueError(f"a tensor of one element is expected, got shape {tuple(value.shape)}")
         self._values.append(value.detach() if isinstance(value, Tensor) else float(value))
 
     @property
@@ -69,11 +76,14 @@ class MessageHub:
         """Add a value to a scalar.
 
         Raises:
-            ValueError: a tensor of other than one element.
+            ValueError: it is neither a number nor a tensor of one element.
         """
-        if isinstance(value, Tensor) and value.numel() != 1:
-            raise ValueError(f"{key!r} is logged as a number; got a tensor of shape {tuple(value.shape)}")
-        self.log_scalars.setdefault(key, HistoryBuffer(self.window_size)).update(value)
+        buffer = self.log_scalars.get(key, HistoryBuffer(self.window_size))
+        try:
+            buffer.update(value)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{key!r} is logged as a number: {error}") from error
+        self.log_scalars[key] = buffer
 
     def update_info(self, key: str, value: Any) -> None:
         """Set an information."""
@@ -94,10 +104,11 @@ class MessageHub:
         return self.runtime_info.get(key, default)
 
     def state_dict(self) -> dict[str, Any]:
-        """Values and information; it waits for the device."""
+        """Values and information, without what a checkpoint cannot hold; it waits for the device."""
+        infos = self.runtime_info
         return {
             "log_scalars": {key: buffer.data for key, buffer in self.log_scalars.items()},
-            "runtime_info": dict(self.runtime_info),
+            "runtime_info": {key: infos[key] for key in infos if not any(unloadable_parts(infos[key], key))},
         }
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:

@@ -31,10 +31,10 @@ class BaseDataPreprocessor(nn.Module):
     """Moves a batch to the device of the model; subclass it to normalize, stack or augment there.
 
     Args:
-        non_blocking: copy from pinned memory without waiting.
+        non_blocking: do not wait for the copy, which what follows on the device does.
     """
 
-    def __init__(self, non_blocking: bool = False):
+    def __init__(self, non_blocking: bool = True):
         super().__init__()
         self.non_blocking = non_blocking
         self._place: Tensor

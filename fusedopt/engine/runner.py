@@ -56,6 +56,12 @@ def _check_together(**settings: Any) -> bool:
     return not missing
 
 
+def _check_keys(name: str, settings: Mapping[str, Any], known: Sequence[str]) -> None:
+    for key in settings:
+        if key not in known:
+            raise ValueError(f"{name} has the unknown key {key!r}; {did_you_mean(key, known)}")
+
+
 class Runner:
     """Trains a model as a config says, with the names of ``mmengine.runner.Runner``.
 
@@ -149,7 +155,9 @@ class Runner:
 
         self.cfg = {} if cfg is None else cfg
         self._start_environment(launcher, env_cfg)
-        self.set_randomness(**(randomness or {}))
+        randomness = dict(randomness or {})
+        _check_keys("randomness", randomness, ("seed", "diff_rank_seed", "deterministic"))
+        self.set_randomness(**randomness)
         self.work_dir = str(Path(work_dir).resolve())
         Path(self.work_dir).mkdir(parents=True, exist_ok=True)
         self.timestamp = distributed.broadcast(time.strftime("%Y%m%d_%H%M%S"))
@@ -212,8 +220,6 @@ class Runner:
                 warn_caller(f"the config has {key!r}, which the Runner does not use; did you mean {close[0]!r}?")
         return cls(**{key: cfg[key] for key in cfg if key in known}, cfg=cfg)
 
-    # Where it stands
-
     @property
     def iter(self) -> int:
         """Number of iterations done; within an iteration its number, from 0 on."""
@@ -269,17 +275,13 @@ class Runner:
         """The model without the wrapper for several processes."""
         return self.model.module if isinstance(self.model, nn.parallel.DistributedDataParallel) else self.model
 
-    # What it is made of
-
     def _naming(self, key: str) -> contextlib.AbstractContextManager[None]:
         """Where there is a :class:`Config`, its file and ``key`` begin the message of an error."""
         return naming(self.cfg, key) if isinstance(self.cfg, Config) else contextlib.nullcontext()
 
     def _start_environment(self, launcher: str, env_cfg: Mapping[str, Any] | None) -> None:
         settings = dict(env_cfg or {})
-        for key in settings:
-            if key not in _ENVIRONMENT_KEYS:
-                raise ValueError(f"env_cfg has the unknown key {key!r}; {did_you_mean(key, _ENVIRONMENT_KEYS)}")
+        _check_keys("env_cfg", settings, _ENVIRONMENT_KEYS)
         self.launcher = launcher
         distributed.launch(launcher, **settings.get("dist_cfg") or {})
         if settings.get("cudnn_benchmark"):
@@ -312,14 +314,9 @@ class Runner:
         seed_everything((seed + self.rank) % 2**32 if diff_rank_seed else seed)
 
     def _build_message_hub(self, log_processor: Mapping[str, Any] | None) -> tuple[MessageHub, bool | None]:
-        settings = {**(log_processor or {})}
-        settings.pop("type", None)
-        by_epoch = settings.pop("by_epoch", None)
-        window_size = settings.pop("window_size", 10)
-        if settings:
-            hint = did_you_mean(next(iter(settings)), ("by_epoch", "window_size"))
-            raise ValueError(f"log_processor has the unknown key {next(iter(settings))!r}; {hint}")
-        return MessageHub(window_size), by_epoch
+        settings = dict(log_processor or {})
+        _check_keys("log_processor", settings, ("type", "by_epoch", "window_size"))
+        return MessageHub(settings.get("window_size", 10)), settings.get("by_epoch")
 
     def _build_visualizer(self, visualizer: Visualizer | Mapping[str, Any] | None) -> Visualizer:
         if isinstance(visualizer, Visualizer):
@@ -398,8 +395,6 @@ class Runner:
             max_iters=self.max_iters,
         )
 
-    # Hooks
-
     def register_hook(self, hook: Hook | Mapping[str, Any], priority: int | str | None = None) -> None:
         """Add a hook, behind those of its priority.
 
@@ -451,8 +446,6 @@ class Runner:
             method = getattr(hook, fn_name, None)
             if method is not None:
                 method(self, **kwargs)
-
-    # What it does
 
     def train(self) -> nn.Module:
         """Train, and return the model.
@@ -519,8 +512,6 @@ class Runner:
             self.cfg.dump(path)
         except ConfigError as error:
             self.logger.warning(f"The config is not saved beside the checkpoints: {error}")
-
-    # Checkpoints
 
     def save_checkpoint(
         self,

@@ -56,7 +56,7 @@ def training_state(
             **(meta or {}),
         },
         "state_dict": _on_cpu(runner.bare_model.state_dict()),
-        "message_hub": runner.message_hub.state_dict(),
+        "message_hub": _on_cpu(runner.message_hub.state_dict()),
     }
     if save_optimizer:
         checkpoint["optimizer"] = _on_cpu(runner.optim_wrapper.state_dict())

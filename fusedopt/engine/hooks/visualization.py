@@ -54,12 +54,20 @@ class VisualizationHook(Hook):
             return
         loader = runner.val_dataloader if mode == "val" else runner.test_dataloader
         runner.visualizer.dataset_meta = getattr(loader.dataset, "metainfo", None)
-        images = data_batch["inputs"] if isinstance(data_batch, Mapping) else data_batch[0]
+        images = _images(data_batch)
         pairs = zip(images, outputs or (), strict=False)
         for index, (image, output) in zip(range(self.max_images), pairs, strict=False):
             path = output.get("img_path") if isinstance(output, Mapping) else getattr(output, "img_path", None)
             name = Path(path).name if path else f"{batch_idx}_{index}"
             runner.visualizer.add_datasample(f"{mode}_{name}", image, data_sample=output, step=runner.iter)
+
+
+def _images(data_batch: Any) -> Any:
+    if not isinstance(data_batch, Mapping):
+        return data_batch[0]
+    if "inputs" not in data_batch:
+        raise KeyError(f"what is drawn is data_batch['inputs']; the batch has {', '.join(map(repr, data_batch))}")
+    return data_batch["inputs"]
 
 
 @HOOKS.register_module()
