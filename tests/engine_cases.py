@@ -165,7 +165,7 @@ def state_of(runner: Runner) -> dict[str, Any]:
         schedulers=[[scheduler.state_dict() for scheduler in part] for part in listed],
         gradients=[param.grad for param in runner.bare_model.parameters()],
         random=torch.get_rng_state(),
-        place=(runner.epoch, runner.iter, runner.train_loop.position()),
+        place=(runner.epoch, runner.iter, runner.train_loop.progress()),
     )
 
 

@@ -224,6 +224,33 @@ def test_the_optimizer_may_be_fused_in_between(first, second, tmp_path):
     assert not all(map(torch.allclose, resumed.model.parameters(), moved.parameters()))
 
 
+@pytest.mark.parametrize(
+    ("stage", "changes"),
+    [
+        ("after_train_iter", {}),
+        ("after_train_epoch", {}),
+        ("after_val_epoch", {}),
+        ("after_train_iter", by_iterations()),
+        ("after_val_epoch", by_iterations()),
+    ],
+)
+def test_a_checkpoint_may_be_saved_after_anything(tmp_path, stage, changes):
+    class Saver(Hook):
+        priority = "LOWEST"
+
+        def _save(self, runner, **kwargs):
+            if runner.iter >= 10 and not (tmp_path / "mine.pth").exists():
+                runner.save_checkpoint(tmp_path, "mine.pth")
+
+    setattr(Saver, stage, Saver._save)
+    changes = dict(changes, default_hooks=dict(checkpoint=None))
+    straight = train(config(tmp_path / "straight", **changes), Saver())
+    resumed = train(config(tmp_path / "resumed", resume=True, load_from=tmp_path / "mine.pth", **changes))
+    assert 5 <= len(recorded(resumed).losses) <= 10
+    assert recorded(resumed).metrics == recorded(straight).metrics[-len(recorded(resumed).metrics) :]
+    assert_same(state_of(resumed), state_of(straight))
+
+
 def test_resuming_a_finished_training_does_nothing(tmp_path):
     finished = train(config(tmp_path))
     again = train(config(tmp_path, resume=True))
@@ -592,3 +619,18 @@ def test_a_process_killed_at_any_moment_leaves_a_checkpoint_to_resume_from(tmp_p
     final, expected = (torch.load(each / "final.pt", weights_only=False) for each in (folder, tmp_path / "straight"))
     assert_same(final, expected)
     assert {path.name for path in folder.glob("*.pth")} == {path.name for path in (tmp_path / "straight").glob("*.pth")}
+
+
+on_gpu = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+
+@pytest.mark.parametrize("name", ["by epoch, in the middle of one", "mixed precision"])
+@pytest.mark.parametrize("device", [pytest.param("cuda", marks=on_gpu)])
+def test_a_training_on_a_gpu_resumes_with_its_generator(name, device, tmp_path):
+    changes, interrupted_at = VARIANTS[name]
+    cfg = config(tmp_path, **changes, model=dict(type="PointNet", dropout=0.5), env_cfg=dict(device=device))
+    resumed = assert_resumes(cfg, interrupted_at, tmp_path)
+    assert next(resumed.model.parameters()).is_cuda

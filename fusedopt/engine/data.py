@@ -10,13 +10,14 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, Sampler, default_collate, get_worker_info
 
 from ..registry import DATA_SAMPLERS, DATASETS, FUNCTIONS, check_config
 from .distributed import broadcast, rank, world_size
 from .random_states import seed_everything
 
-__all__ = ["DefaultSampler", "InfiniteSampler", "build_dataloader", "iterate", "pseudo_collate", "reseed"]
+__all__ = ["DefaultSampler", "InfiniteSampler", "build_dataloader", "iterate", "moved", "pseudo_collate", "reseed"]
 
 
 class _ShardedSampler(Sampler[int]):
@@ -231,7 +232,9 @@ def build_dataloader(
     dataset = settings.pop("dataset")
     if isinstance(dataset, Mapping):
         dataset = DATASETS.build(dataset)
-    sampler = settings.pop("sampler", None) or {"type": "DefaultSampler", "shuffle": shuffle}
+    sampler = settings.pop("sampler", None)
+    if sampler is None:
+        sampler = {"type": "DefaultSampler", "shuffle": shuffle}
     if isinstance(sampler, Mapping):
         sampler = DATA_SAMPLERS.build(sampler, dataset=dataset, seed=seed)
     batch_sampler = settings.pop("batch_sampler", None)
@@ -283,6 +286,19 @@ def iterate(loader: DataLoader, epoch: int, first: int) -> Iterator[Any]:
     batches = iter(loader)
     next(itertools.islice(batches, first - loaded, first - loaded), None)
     return batches
+
+
+def moved(data: Any, device: torch.device | str, non_blocking: bool = False) -> Any:
+    """``data`` with the tensors in it, in dicts, lists and tuples, on ``device``."""
+    if isinstance(data, Tensor):
+        return data.to(device, non_blocking=non_blocking)
+    if isinstance(data, Mapping):
+        return {key: moved(value, device, non_blocking) for key, value in data.items()}
+    if isinstance(data, tuple) and hasattr(data, "_fields"):
+        return type(data)(*(moved(value, device, non_blocking) for value in data))
+    if isinstance(data, (list, tuple)):
+        return (list if isinstance(data, list) else tuple)(moved(value, device, non_blocking) for value in data)
+    return data
 
 
 def reseed(loader: DataLoader, old: int, new: int) -> None:

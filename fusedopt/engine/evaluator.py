@@ -6,22 +6,11 @@ import abc
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from torch import Tensor
-
 from ..registry import METRICS
+from .data import moved
 from .distributed import broadcast, gather, is_main_process
 
 __all__ = ["BaseMetric", "Evaluator"]
-
-
-def _to_cpu(data: Any) -> Any:
-    if isinstance(data, Tensor):
-        return data.cpu()
-    if isinstance(data, Mapping):
-        return {key: _to_cpu(value) for key, value in data.items()}
-    if isinstance(data, (list, tuple)) and not hasattr(data, "_fields"):
-        return type(data)(_to_cpu(value) for value in data)
-    return data
 
 
 class BaseMetric(abc.ABC):
@@ -62,7 +51,7 @@ class BaseMetric(abc.ABC):
         Args:
             size: number of samples in the data set; what processes got twice to have equal shares is left out.
         """
-        shares = gather(_to_cpu(self.results))
+        shares = gather(moved(self.results, "cpu"))
         self.results = []
         metrics: dict[str, Any] = {}
         if is_main_process():

@@ -39,6 +39,8 @@ class TrainLoop(abc.ABC):
     """
 
     by_epoch: bool
+    max_epochs: int
+    max_iters: int
 
     def __init__(self, runner: Runner, dataloader: DataLoader, val_begin: int, val_interval: int):
         if not len(dataloader):
@@ -50,14 +52,13 @@ class TrainLoop(abc.ABC):
         self.stop_training = False
         self.epoch = 0
         self.iter = 0
+        self._iters_done = 0
         self._passes = 0
         self._batches = 0
         self._pass_random: Mapping[str, Any] = {}
+        self._random_after_validation: Mapping[str, Any] | None = None
         self._resumed: Mapping[str, Any] | None = None
         self._validation_due = False
-
-    max_epochs: int
-    max_iters: int
 
     @abc.abstractmethod
     def run(self) -> None:
@@ -75,13 +76,22 @@ class TrainLoop(abc.ABC):
             and (count % self.val_interval == 0 or count == self._end)
         )
 
-    def position(self) -> dict[str, int]:
-        """Where the data stands: complete passes, and batches of the current one."""
-        return {"passes": self._passes, "batches": self._batches}
+    def progress(self) -> dict[str, Any]:
+        """Epochs and iterations done, passes over the data, batches of the current one, and if a validation is due.
+
+        In a stage after an epoch or iteration that one is done, although its number is still the loop's.
+        """
+        return {
+            "epoch": self._passes if self.by_epoch else self.epoch,
+            "iter": self._iters_done,
+            "position": {"passes": self._passes, "batches": self._batches},
+            "validation_due": self._validation_due,
+        }
 
     def process_state(self) -> dict[str, Any]:
-        """What differs between processes: the states of their random generators, now and when the pass began."""
-        return {"random": random_states(self.dataloader.generator), "pass_random": self._pass_random}
+        """What differs between processes: the states of their random generators, for what follows and for the pass."""
+        now = self._random_after_validation or random_states(self.dataloader.generator)
+        return {"random": now, "pass_random": self._pass_random}
 
     def resume(self, meta: Mapping[str, Any], process_state: Mapping[str, Any] | None) -> None:
         """Go on where a checkpoint was written.
@@ -91,6 +101,7 @@ class TrainLoop(abc.ABC):
             process_state: of this process; None leaves the random generators as they are.
         """
         self.epoch, self.iter = meta["epoch"], meta["iter"]
+        self._iters_done = self.iter
         self._passes, self._batches = meta["position"]["passes"], meta["position"]["batches"]
         self._validation_due = meta["validation_due"]
         self._resumed = process_state
@@ -98,10 +109,19 @@ class TrainLoop(abc.ABC):
     def _begin(self) -> None:
         """The start of :meth:`run`."""
         self.runner.call_hook("before_train")
-        if self._validation_due and self.runner.val_loop is not None:
-            self.runner.val_loop.run()
+        self._validate()
         if self._resumed is not None:
             set_random_states(self._resumed["random"], self.dataloader.generator)
+
+    def _validate(self) -> None:
+        """Validate, if it is time to."""
+        due, self._validation_due = self._validation_due, False
+        if due and self.runner.val_loop is not None:
+            self._random_after_validation = random_states(self.dataloader.generator)
+            try:
+                self.runner.val_loop.run()
+            finally:
+                self._random_after_validation = None
 
     def _pass(self) -> Iterator[Any]:
         """The batches of one pass, or what is left of it."""
@@ -112,9 +132,7 @@ class TrainLoop(abc.ABC):
         batches = iterate(self.dataloader, self._passes, self._batches)
         if resumed is not None and self._batches:
             set_random_states(resumed["random"], self.dataloader.generator)
-        for batch in batches:
-            self._batches += 1
-            yield batch
+        yield from batches
         self._passes += 1
         self._batches = 0
 
@@ -123,6 +141,10 @@ class TrainLoop(abc.ABC):
         runner = self.runner
         runner.call_hook("before_train_iter", batch_idx=batch_idx, data_batch=data_batch)
         outputs = runner.model.train_step(data_batch, optim_wrapper=runner.optim_wrapper)
+        self._iters_done += 1
+        self._batches += 1
+        if not self.by_epoch:
+            self._validation_due = self.validates_after(self._iters_done)
         runner.call_hook("after_train_iter", batch_idx=batch_idx, data_batch=data_batch, outputs=outputs)
         self.iter += 1
 
@@ -161,9 +183,7 @@ class EpochBasedTrainLoop(TrainLoop):
         self._begin()
         while self.epoch < self.max_epochs and not self.stop_training:
             self.run_epoch()
-            if self.validates_after(self.epoch):
-                assert self.runner.val_loop is not None
-                self.runner.val_loop.run()
+            self._validate()
         self.runner.call_hook("after_train")
 
     def run_epoch(self) -> None:
@@ -172,6 +192,7 @@ class EpochBasedTrainLoop(TrainLoop):
         self.runner.model.train()
         for batch_idx, data_batch in enumerate(self._pass(), self._batches):
             self.run_iter(batch_idx, data_batch)
+        self._validation_due = self.validates_after(self.epoch + 1)
         self.runner.call_hook("after_train_epoch")
         self.epoch += 1
 
@@ -207,11 +228,10 @@ class IterBasedTrainLoop(TrainLoop):
         self.runner.model.train()
         batches = self._endless()
         while self.iter < self.max_iters and not self.stop_training:
-            self.run_iter(self.iter, next(batches))
-            if self.validates_after(self.iter):
-                assert self.runner.val_loop is not None
-                self.runner.val_loop.run()
+            if not self.runner.model.training:
                 self.runner.model.train()
+            self.run_iter(self.iter, next(batches))
+            self._validate()
         self.runner.call_hook("after_train_epoch")
         self.runner.call_hook("after_train")
 

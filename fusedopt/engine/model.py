@@ -11,19 +11,9 @@ from torch import Tensor, nn
 
 from ..registry import MODEL_WRAPPERS, MODELS
 from ..wrappers import OptimWrapper
+from .data import moved
 
 __all__ = ["BaseDataPreprocessor", "BaseModel", "MMDistributedDataParallel"]
-
-
-def _moved(data: Any, device: torch.device, non_blocking: bool) -> Any:
-    """``data`` with every tensor in it on ``device``."""
-    if isinstance(data, Mapping):
-        return type(data)({key: _moved(value, device, non_blocking) for key, value in data.items()})  # type: ignore[call-arg]
-    if isinstance(data, tuple) and hasattr(data, "_fields"):
-        return type(data)(*(_moved(value, device, non_blocking) for value in data))
-    if isinstance(data, (list, tuple)):
-        return type(data)(_moved(value, device, non_blocking) for value in data)
-    return data.to(device, non_blocking=non_blocking) if isinstance(data, Tensor) else data
 
 
 @MODELS.register_module()
@@ -42,7 +32,7 @@ class BaseDataPreprocessor(nn.Module):
 
     def forward(self, data: Any, training: bool = False) -> Any:
         """``data`` on the device of the model."""
-        return _moved(data, self._place.device, self.non_blocking)
+        return moved(data, self._place.device, self.non_blocking)
 
 
 class BaseModel(nn.Module, abc.ABC):

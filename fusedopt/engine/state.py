@@ -15,7 +15,7 @@ from ..wrappers import OptimWrapper, OptimWrapperDict
 from . import distributed
 from .checkpoint import CheckpointError, check_fit
 from .config import Config
-from .data import reseed
+from .data import moved, reseed
 
 if TYPE_CHECKING:
     from .runner import Runner
@@ -42,10 +42,7 @@ def training_state(
     assert runner.optim_wrapper is not None
     checkpoint: dict[str, Any] = {
         "meta": {
-            "epoch": runner.epoch,
-            "iter": runner.iter,
-            "position": loop.position(),
-            "validation_due": False,
+            **loop.progress(),
             "by_epoch": loop.by_epoch,
             "epoch_length": len(loop.dataloader),
             "seed": runner.seed,
@@ -55,17 +52,17 @@ def training_state(
             "fusedopt_version": __version__,
             **(meta or {}),
         },
-        "state_dict": _on_cpu(runner.bare_model.state_dict()),
-        "message_hub": _on_cpu(runner.message_hub.state_dict()),
+        "state_dict": moved(runner.bare_model.state_dict(), "cpu"),
+        "message_hub": moved(runner.message_hub.state_dict(), "cpu"),
     }
     if save_optimizer:
-        checkpoint["optimizer"] = _on_cpu(runner.optim_wrapper.state_dict())
+        checkpoint["optimizer"] = moved(runner.optim_wrapper.state_dict(), "cpu")
         checkpoint["accumulation"] = {name: each.inner_count for name, each in _wrappers(runner).items()}
         checkpoint["processes"] = distributed.gather(
             {
                 **loop.process_state(),
-                "gradients": _on_cpu(_gradients(runner.bare_model)),
-                "buffers": _on_cpu(_buffers(runner.bare_model)),
+                "gradients": moved(_gradients(runner.bare_model), "cpu"),
+                "buffers": moved(_buffers(runner.bare_model), "cpu"),
             }
         )
     if save_param_scheduler and runner.param_schedulers is not None:
@@ -210,22 +207,11 @@ def _fitting(model: nn.Module, checkpoint: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _on_cpu(data: Any) -> Any:
-    """``data`` with its tensors in CPU memory."""
-    if isinstance(data, Tensor):
-        return data.cpu()
-    if isinstance(data, Mapping):
-        return {key: _on_cpu(value) for key, value in data.items()}
-    if isinstance(data, (list, tuple)) and not hasattr(data, "_fields"):
-        return type(data)(_on_cpu(value) for value in data)
-    return data
-
-
 def _scheduler_states(param_schedulers: Any) -> Any:
     """The state of each scheduler, in a list, or in a dict of lists for several optimizers."""
     if isinstance(param_schedulers, Mapping):
         return {name: _scheduler_states(listed) for name, listed in param_schedulers.items()}
-    return [_on_cpu(scheduler.state_dict()) for scheduler in param_schedulers]
+    return [moved(scheduler.state_dict(), "cpu") for scheduler in param_schedulers]
 
 
 def _load_schedulers(param_schedulers: Any, states: Any) -> None:

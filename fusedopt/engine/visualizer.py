@@ -227,6 +227,8 @@ def _fields(data_sample: Any) -> dict[str, Any]:
         return dict(data_sample)
     if isinstance(data_sample, (Tensor, int, float, str)):
         return {"pred": data_sample}
+    if hasattr(data_sample, "all_items"):  # MMEngine's BaseDataElement, whose attributes have underscores
+        return dict(data_sample.all_items())
     return {key: value for key, value in vars(data_sample).items() if not key.startswith("_")}
 
 

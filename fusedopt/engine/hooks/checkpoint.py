@@ -144,7 +144,7 @@ class CheckpointHook(Hook):
             self.every_n_epochs(runner, self.interval, self.save_begin)
             or (self.save_last and self.is_last_train_epoch(runner))
         ):
-            self._save(runner, epoch=runner.epoch + 1, iter=runner.iter)
+            self._save(runner, runner.epoch + 1)
 
     def after_train_iter(
         self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: dict[str, Any] | None = None
@@ -154,25 +154,16 @@ class CheckpointHook(Hook):
             self.every_n_train_iters(runner, self.interval, self.save_begin)
             or (self.save_last and self.is_last_train_iter(runner))
         ):
-            self._save(runner, epoch=runner.epoch, iter=runner.iter + 1)
+            self._save(runner, runner.iter + 1)
 
-    def _save(self, runner: Runner, epoch: int, iter: int) -> None:
-        step = epoch if self.by_epoch else iter
-        loop = runner.train_loop
-        assert loop is not None
+    def _save(self, runner: Runner, step: int) -> None:
         assert self._folder is not None
         if self.max_keep_ckpts > 0:
             # The outdated one is still among them: if the process is killed now, who resumes removes it.
             self._kept = [*(kept for kept in self._kept if kept != step), step]
             runner.message_hub.update_info("keep_ckpt_ids", list(self._kept))
-        validation_due = loop.by_epoch == self.by_epoch and loop.validates_after(step)
-        path = runner.save_checkpoint(
-            self._folder,
-            self.filename_tmpl.format(step),
-            self.save_optimizer,
-            self.save_param_scheduler,
-            meta={"epoch": epoch, "iter": iter, "validation_due": validation_due},
-        )
+        filename = self.filename_tmpl.format(step)
+        path = runner.save_checkpoint(self._folder, filename, self.save_optimizer, self.save_param_scheduler)
         runner.logger.info(f"Saved {path}")
         if is_main_process():
             work_dir = Path(runner.work_dir)
