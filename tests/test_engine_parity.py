@@ -7,7 +7,7 @@ import itertools
 import sys
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -20,12 +20,13 @@ with warnings.catch_warnings():
     import mmengine.registry as theirs
     from mmengine.dataset import DefaultSampler as TheirDefaultSampler
     from mmengine.dataset import InfiniteSampler as TheirInfiniteSampler
+    from mmengine.dataset import pseudo_collate as their_pseudo_collate
     from mmengine.evaluator import BaseMetric as TheirMetric
     from mmengine.hooks import Hook as TheirHook
     from mmengine.model import BaseModel as TheirModel
     from mmengine.runner import Runner as TheirRunner
 
-from fusedopt.engine import DefaultSampler, Hook, InfiniteSampler, Runner
+from fusedopt.engine import DefaultSampler, Hook, InfiniteSampler, Runner, pseudo_collate
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
@@ -34,6 +35,11 @@ pytestmark = [
 ]
 
 numbers = itertools.count()
+
+
+class Point(NamedTuple):
+    number: int
+    name: str
 
 
 @theirs.MODELS.register_module(name="PointNet", force=True)
@@ -183,6 +189,24 @@ def test_the_samplers_draw_the_same(shuffle, size, monkeypatch):
             InfiniteSampler(range(size), shuffle, 3), TheirInfiniteSampler(range(size), shuffle, 3), strict=False
         )
         assert all(one == other for one, other in itertools.islice(endless, 40))
+
+
+@pytest.mark.parametrize(
+    "samples",
+    [
+        [dict(inputs=torch.ones(2), data_samples=1), dict(inputs=torch.zeros(2), data_samples=2)],
+        [(torch.ones(2), dict(a=[1, 2])), (torch.zeros(2), dict(a=[3, 4]))],
+        [Point(1, "a"), Point(2, "b")],
+        ["one", "two"],
+        [1.5, 2.5],
+    ],
+)
+def test_a_batch_is_put_together_the_same_way(samples):
+    """But for lists everywhere: MMEngine's are tuples inside of a tuple."""
+    ours, their = repr(pseudo_collate(samples)), repr(their_pseudo_collate(samples))
+    if isinstance(samples[0], tuple):
+        ours, their = (text.translate(str.maketrans("()", "[]")) for text in (ours, their))
+    assert ours == their
 
 
 def test_a_checkpoint_of_ours_is_read_by_mmengine(tmp_path):

@@ -136,6 +136,10 @@ VARIANTS: dict[str, tuple[dict[str, Any], int]] = {
         dict(train_dataloader=dict(num_workers=2, persistent_workers=True), default_hooks=BY_ITERATION),
         14,
     ),
+    "by iteration, with workers": (
+        by_iterations(train_dataloader={**loader(40, 8, True, sampler="InfiniteSampler"), "num_workers": 2}),
+        13,
+    ),
     "no seed": (dict(randomness={}, default_hooks=BY_ITERATION), 14),
     "BatchNorm": (dict(model=dict(type="PointNet", batch_norm=True), default_hooks=BY_ITERATION), 14),
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from pathlib import Path
 from typing import Any
@@ -123,6 +124,37 @@ def test_workers_draw_random_numbers_that_depend_on_the_batch_alone(tmp_path, wo
         assert all(map(torch.equal, first, other))
     assert not any(map(torch.equal, first[:5], first[5:]))
     assert len({float(batch.sum()) for batch in first}) == 10
+
+
+def scale_noise(worker: int, factor: float) -> None:
+    torch.utils.data.get_worker_info().dataset.noise *= factor
+
+
+@pytest.mark.parametrize("cfg", [dict(type=scale_noise, factor=0.0), functools.partial(scale_noise, factor=0.0)])
+def test_a_worker_is_made_ready(tmp_path, cfg):
+    data = {**loader(16, 8, shuffle=False), "num_workers": 1, "worker_init_fn": cfg}
+    changes = dict(train_dataloader=data, train_cfg=dict(by_epoch=True, max_epochs=2))
+    batches: list[torch.Tensor] = []
+
+    class Watch(Hook):
+        def before_train_iter(self, runner, batch_idx, data_batch=None):
+            batches.append(data_batch["inputs"])
+
+    train(config(tmp_path, validates=False, **changes), Watch())
+    assert torch.equal(batches[0], batches[2]), "without noise every epoch is the same"
+
+
+@pytest.mark.parametrize("fp16", [False, True])
+def test_a_validation_in_half_precision(tmp_path, fp16):
+    dtypes = set()
+
+    class Net(PointNet):
+        def forward(self, inputs, labels, mode="tensor"):
+            dtypes.add((mode, self.head(self.backbone(inputs)).dtype))
+            return super().forward(inputs, labels, mode)
+
+    train(config(tmp_path, model=dict(type=Net), val_cfg=dict(fp16=fp16)))
+    assert dtypes == {("loss", torch.float32), ("predict", torch.bfloat16 if fp16 else torch.float32)}
 
 
 def test_objects_in_place_of_configs(tmp_path):
@@ -361,6 +393,7 @@ def test_losses_that_are_none(losses, error, message):
             "did you mean 'default_collate'?",
         ),
         (dict(train_dataloader=None), ValueError, "belong together, and train_dataloader is missing"),
+        (dict(val_cfg=dict(fp_16=True)), TypeError, "did you mean 'fp16'?"),
         (dict(val_evaluator=None), ValueError, "belong together, and val_evaluator is missing"),
         (dict(val_evaluator=dict(type="HitRates")), KeyError, "did you mean 'HitRate'?"),
         (dict(model=dict(type="PointNets")), KeyError, "did you mean 'PointNet'?"),
