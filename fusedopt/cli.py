@@ -313,12 +313,13 @@ def _train(arguments: argparse.Namespace) -> int:
         )
     check_names(config)
     try:
-        with naming(config):
-            runner = Runner.from_cfg(config)
-            if runner.train_loop is None:
-                raise ValueError("there is nothing to train: set train_dataloader, train_cfg and optim_wrapper")
+        Path(config.work_dir).mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UsageError(f"work_dir {config.work_dir}: {error.strerror}: {error.filename}") from error
+        raise UsageError(f"work_dir {config.work_dir}: {error.strerror}") from error
+    with naming(config):
+        runner = Runner.from_cfg(config)
+        if runner.train_loop is None:
+            raise ValueError("there is nothing to train: set train_dataloader, train_cfg and optim_wrapper")
     runner.train()
     return 0
 
@@ -359,14 +360,14 @@ def _epoch_length(config: Config) -> int | None:
     try:
         with naming(config):
             return len(build_dataloader(config.train_dataloader, seed=0, shuffle=True))
-    except (ConfigError, MissingExtraError, OSError):
+    except (ConfigError, MissingExtraError):
         return None
 
 
 def _compare(arguments: argparse.Namespace) -> int:
     import torch
 
-    for module in ("rich", "matplotlib", "sklearn"):
+    for module in ("rich", "matplotlib"):
         require(module, "demo")  # now rather than after a minute of training
     from rich.console import Console
 

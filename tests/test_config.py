@@ -160,7 +160,7 @@ class TestPythonFile:
     def test_reads_and_changes_what_it_inherits(self, write):
         write(base="model = dict(head=dict(size=4), depth=2)\nlr = 0.5\n_private = 1\n")
         path = write(
-            config="_base_ = 'base.py'\nlr = {{_base_.lr}} / 2\nhead = {{ _base_.model.head }}\n"
+            config="_base_ = 'base.py'\nlr = {{_base_.lr}} / 2\nhead = '{{ _base_.model.head }}'\n"
             "width = _base_.model.head.size * 2\n_base_.model.depth = 7\n"
         )
         cfg = Config.fromfile(path)
@@ -183,6 +183,9 @@ class TestPythonFile:
             pytest.param("def f():\n    return 1 / 0\n\nf()\n", r"config\.py:2: ZeroDivisionError", id="in_function"),
             pytest.param(
                 "_base_ = 'base.py'\n\nx = _base_.modle", r"config\.py:3: .*did you mean 'model'", id="base_key"
+            ),
+            pytest.param(
+                "_base_ = 'base.py'\nx = 'a{{_base_.model}}'", r"config\.py:2: .*a value of its own", id="in_string"
             ),
             pytest.param("_base_ = 'gone.py'", r"config\.py: _base_: cannot read .*gone\.py: No such", id="no_base"),
             pytest.param("_base_ = '.'", r"config\.py: _base_: cannot read .*: Is a directory", id="folder_as_base"),

@@ -219,6 +219,7 @@ def _environment(device: torch.device) -> dict[str, Any]:
 @contextlib.contextmanager
 def _runners(config: Config, device: torch.device) -> Iterator[tuple[Runner, Runner]]:
     """The trainings with the stock optimizer and with its fused twin; they write no files."""
+    randomness = config.get("randomness") or {}
     with tempfile.TemporaryDirectory() as folder:
         common = {
             **config,
@@ -226,7 +227,7 @@ def _runners(config: Config, device: torch.device) -> Iterator[tuple[Runner, Run
             "resume": False,
             "log_level": "ERROR",
             "env_cfg": {**(config.get("env_cfg") or {}), "device": str(device)},
-            "randomness": {"seed": 0, **(config.get("randomness") or {})},
+            "randomness": {**randomness, "seed": randomness.get("seed") or 0},
             "default_hooks": dict.fromkeys(("runtime_info", "timer", "logger", "checkpoint")),
             "launcher": "none",
         }
@@ -284,6 +285,10 @@ def compare(config: Config, *, device: torch.device | None = None, listener: Lis
             runner.register_hook(measurement)
         _train(runners, measurements, listener)
         stock, fused = map(_measured, runners, measurements)
+        for runner in runners:
+            runner.call_hook("after_run")
+            for hook in runner.hooks:
+                hook.close()
         return Comparison(
             config=config.filename or "config",
             epochs=runners[0].max_epochs,

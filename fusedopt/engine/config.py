@@ -238,7 +238,7 @@ def naming(config: Mapping[str, Any], key: str = "") -> Iterator[None]:
         yield
     except (MissingExtraError, ConfigError):
         raise
-    except (BackendUnavailable, ImportError, KeyError, TypeError, ValueError) as error:
+    except (BackendUnavailable, ImportError, KeyError, OSError, TypeError, ValueError) as error:
         # str() of a KeyError quotes its message.
         message = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
         raise _error(getattr(config, "filename", None), key, message.removeprefix(f"{key}: ")) from error
@@ -287,15 +287,24 @@ def _with_file_names(text: str, path: Path) -> str:
     return re.sub(rf"\{{\{{\s*({'|'.join(names)})\s*\}}\}}", lambda match: names[match[1]], text)
 
 
-_BASE_VALUE = re.compile(r"\{\{\s*_base_\.([\w.]+)\s*\}\}")
+_BASE_VALUE = re.compile(r"""(['"]?)\{\{\s*_base_\.([\w.]+)\s*\}\}\1""")
+#: What it becomes in a Python file. The space tells it from what a user would write, wherever it comes out.
+_BASE_EXPRESSION = r"_base_ .\2"
 
 
 def _parse(text: str, path: Path) -> ast.Module:
     try:
-        return ast.parse(_BASE_VALUE.sub(rf"{_BASE}.\1", text), str(path))
+        tree = ast.parse(_BASE_VALUE.sub(_BASE_EXPRESSION, text), str(path))
     except (SyntaxError, ValueError) as error:  # ValueError: a null byte
         line = getattr(error, "lineno", None) or 1
         raise ConfigError(f"{path}:{line}: syntax error: {getattr(error, 'msg', error)}") from error
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and "_base_ ." in node.value:
+            raise ConfigError(
+                f"{path}:{node.lineno}: {{{{_base_. ...}}}} is a value of its own, no part of a string; there write "
+                "f'... {_base_. ...}'"
+            )
+    return tree
 
 
 def _sets_base(node: ast.stmt) -> bool:
@@ -342,8 +351,7 @@ def _run(tree: ast.Module, path: Path, bases: ConfigDict) -> dict[str, Any]:
 
 def _parse_data(text: str, path: Path) -> dict[str, Any]:
     """What a JSON or YAML file holds."""
-    # Quoted, as it has to be to be a value; with or without quotes of its own.
-    text = _BASE_VALUE.sub(r'"{{_base_.\1}}"', re.sub(rf"(['\"])({_BASE_VALUE.pattern})\1", r"\2", text))
+    text = _BASE_VALUE.sub(r'"{{_base_.\2}}"', text)  # a string, which is replaced when the rest is read
     yaml = None if path.suffix == ".json" else require("yaml", "engine")
     try:
         data = json.loads(text) if yaml is None else yaml.safe_load(text)
@@ -370,7 +378,7 @@ def _with_base_values(value: Any, bases: ConfigDict, path: Path) -> Any:
     if named is None:
         return value
     found: Any = bases
-    for key in named[1].split("."):
+    for key in named[2].split("."):
         if not isinstance(found, ConfigDict) or key not in found:
             raise _error(path, value, f"what it inherits has no {key!r}")
         found = found[key]
