@@ -497,12 +497,11 @@ class TestDump:
 
 
 class TestNaming:
-    @pytest.mark.parametrize(
-        "error", [KeyError("no\n such"), TypeError("no such"), ValueError("no such"), ImportError("no such")]
-    )
-    def test_errors_of_building_become_one_line(self, error):
+    @pytest.mark.parametrize("kind", [KeyError, TypeError, ValueError, ImportError, OSError])
+    @pytest.mark.parametrize("message", ["no\n such", "model: no such"])
+    def test_errors_of_building_become_one_line(self, kind, message):
         with pytest.raises(ConfigError, match=r"^c\.py: model: no such$"), naming(Config(filename="c.py"), "model"):
-            raise error
+            raise kind(message)
 
     @pytest.mark.parametrize("kind", [MissingExtraError, ConfigError, RuntimeError])
     def test_others_pass(self, kind):
