@@ -109,9 +109,9 @@ class TrainLoop(abc.ABC):
     def _begin(self) -> None:
         """The start of :meth:`run`."""
         self.runner.call_hook("before_train")
-        self._validate()
         if self._resumed is not None:
             set_random_states(self._resumed["random"], self.dataloader.generator)
+        self._validate()
 
     def _validate(self) -> None:
         """Validate, if it is time to."""
