@@ -1,4 +1,4 @@
-"""MMPretrain's own configs: the parameter groups of its models, built here and by MMEngine, compared.
+"""MMPretrain's own configs: parameter groups and schedules, built here and by MMEngine, compared.
 
 Run by itself it prints how many configs came out how: ``python tests/mmpretrain_zoo.py``.
 """
@@ -10,6 +10,7 @@ import contextlib
 import importlib.abc
 import importlib.machinery
 import importlib.util
+import math
 import sys
 import types
 import warnings
@@ -21,10 +22,13 @@ from unittest import mock
 import torch
 
 import fusedopt
+from fusedopt.schedulers import build_param_schedulers
 
 NEEDED = ("mmengine", "mmcv", "mmpretrain")
 FUSED = {"SGD": "FusedSGD", "Adam": "FusedAdam", "AdamW": "FusedAdamW"}
 SAME = "the same groups"
+SAME_VALUES = "the same values"
+REFUSED = "refused by both"
 
 
 def missing() -> str | None:
@@ -143,6 +147,68 @@ def outcomes() -> dict[str, list[str]]:
     return found
 
 
+def schedules() -> dict[str, list[str]]:
+    """How the distinct schedules of all configs came out, each with the names of its configs."""
+    from mmengine.config import Config
+
+    distinct: dict[str, list[str]] = collections.defaultdict(list)
+    parts: dict[str, tuple[Any, dict[str, Any]]] = {}
+    with zoo() as paths:
+        for path in paths:
+            with contextlib.suppress(Exception):  # counted by :func:`outcomes`
+                cfg = Config.fromfile(path)
+                if "param_scheduler" in cfg and cfg.get("train_cfg"):
+                    part = cfg._cfg_dict.to_dict()["param_scheduler"], cfg._cfg_dict.to_dict()["train_cfg"]
+                    distinct[repr(part)].append(path.name)
+                    parts[repr(part)] = part
+        found: dict[str, list[str]] = collections.defaultdict(list)
+        for key, names in distinct.items():
+            found[compare_schedules(*parts[key])].append(", ".join(names))
+    return found
+
+
+def compare_schedules(param_scheduler: Any, train_cfg: dict[str, Any], epoch_length: int = 5) -> str:
+    """Drive a wrapper of three groups by the schedulers of both, and compare all values in every iteration."""
+    from mmengine.optim import OptimWrapper as MMEngineWrapper
+    from mmengine.registry import PARAM_SCHEDULERS
+
+    epochs = train_cfg.get("max_epochs")
+    iters = train_cfg["max_iters"] if epochs is None else epochs * epoch_length
+    iters = min(iters, 20_000)
+    wrappers = []
+    for wrapper, optimizer in ((MMEngineWrapper, torch.optim.AdamW), (fusedopt.OptimWrapper, fusedopt.FusedAdamW)):
+        groups = [dict(params=[torch.zeros(1, requires_grad=True)], lr=lr) for lr in (1e-3, 7e-4, 1e-5)]
+        wrappers.append(wrapper(optimizer(groups, lr=1e-3, weight_decay=0.05)))
+    configs = param_scheduler if isinstance(param_scheduler, list) else [param_scheduler]
+    try:
+        theirs = [
+            PARAM_SCHEDULERS.build(
+                {"end": epochs if cfg.get("by_epoch", True) else iters, **cfg},
+                default_args=dict(optimizer=wrappers[0], epoch_length=epoch_length),
+            )
+            for cfg in configs
+        ]
+    except ValueError:
+        with contextlib.suppress(ValueError):
+            build_param_schedulers(param_scheduler, wrappers[1], epoch_length, epochs, iters)
+            return "refused by MMEngine only"
+        return REFUSED
+    ours = build_param_schedulers(param_scheduler, wrappers[1], epoch_length, epochs, iters)
+    for iteration in range(1, iters + 1):
+        for wrapper in wrappers:
+            wrapper.step()
+        for scheduler in (*theirs, *ours):
+            if not scheduler.by_epoch or iteration % epoch_length == 0:
+                scheduler.step()
+        for mine, expected in zip(wrappers[1].param_groups, wrappers[0].param_groups, strict=True):
+            for key in ("lr", "weight_decay", "momentum"):
+                if not math.isclose(mine.get(key, 0), expected.get(key, 0), rel_tol=1e-12):
+                    return f"another {key}"
+    return SAME_VALUES
+
+
 if __name__ == "__main__":
+    for outcome, names in schedules().items():
+        print(f"{len(names):4d}  schedules: {outcome}" + (f"  ({names[:4]})" if outcome != SAME_VALUES else ""))
     for outcome, names in sorted(outcomes().items(), key=lambda item: -len(item[1])):
         print(f"{len(names):4d}  {outcome}" + (f"  ({', '.join(names[:4])})" if outcome != SAME else ""))

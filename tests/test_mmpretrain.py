@@ -1,10 +1,10 @@
-"""MMPretrain's wheel ships hundreds of real configs: the groups of all that can be built here are MMEngine's."""
+"""MMPretrain's wheel ships hundreds of real configs: their schedules, and the groups of models that can be built."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from mmpretrain_zoo import SAME, missing, outcomes, zoo
+from mmpretrain_zoo import REFUSED, SAME, SAME_VALUES, missing, outcomes, schedules, zoo
 
 from fusedopt.constructors.depth import layer_depth
 
@@ -21,6 +21,11 @@ def test_the_groups_of_its_configs_are_the_same() -> None:
     counts = {outcome: len(names) for outcome, names in found.items()}
     assert not {outcome: names for outcome, names in found.items() if "other" in outcome}, counts
     assert counts[SAME] >= 400, counts
+
+
+def test_the_schedules_of_its_configs_have_the_same_values() -> None:
+    counts = {outcome: len(names) for outcome, names in schedules().items()}
+    assert set(counts) <= {SAME_VALUES, REFUSED} and counts[SAME_VALUES] >= 50, counts
 
 
 @pytest.mark.parametrize(

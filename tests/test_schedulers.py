@@ -34,6 +34,7 @@ ALL = {
         for rule, cfg in CONFIGS.items()
         for kind in ("LR", "Momentum", "ParamScheduler")
     },
+    "CosineAnnealingWeightDecay": dict(T_max=5, eta_min=0.01),
     "OneCycleLR": dict(eta_max=0.5),
     "OneCycleParamScheduler": dict(eta_max=0.5, param_name="lr"),
     "CosineAnnealingWarmRestarts": dict(T_0=3),
@@ -200,6 +201,18 @@ def test_scheduled_values_reach_the_kernel(key, values) -> None:
         scheduler.step()
         torch.testing.assert_close(scheduled, reference, rtol=1e-6, atol=1e-7)
     assert optimizer.param_groups[0][key] == pytest.approx(values[1])
+
+
+@pytest.mark.parametrize("convert", [float, torch.tensor])
+def test_no_weight_decay_stays_none(convert) -> None:
+    optimizer = sgd(2)
+    for group in optimizer.param_groups:
+        group["weight_decay"] = convert(group["weight_decay"])
+    scheduler = schedulers.CosineAnnealingWeightDecay(optimizer, T_max=2, eta_min=0.5)
+    for expected in (0.01, 0.255, 0.5, 0.255):
+        assert [float(group["weight_decay"]) for group in optimizer.param_groups] == pytest.approx([0.0, expected])
+        optimizer.step()
+        scheduler.step()
 
 
 def test_scheduled_momentum_reaches_the_kernel_through_betas() -> None:

@@ -7,6 +7,9 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from ..registry import PARAM_SCHEDULERS
 from ..rules.checks import check_number, check_whole_number
 from .base import INF, LRSchedulerMixin, MomentumSchedulerMixin, OptimizerLike, _ParamScheduler
@@ -15,6 +18,7 @@ __all__ = [
     "CosineAnnealingLR",
     "CosineAnnealingMomentum",
     "CosineAnnealingParamScheduler",
+    "CosineAnnealingWeightDecay",
     "CosineRestartLR",
     "CosineRestartMomentum",
     "CosineRestartParamScheduler",
@@ -104,6 +108,20 @@ class CosineAnnealingLR(LRSchedulerMixin, CosineAnnealingParamScheduler):
 @PARAM_SCHEDULERS.register_module()
 class CosineAnnealingMomentum(MomentumSchedulerMixin, CosineAnnealingParamScheduler):
     """:class:`CosineAnnealingParamScheduler` of the momentum."""
+
+
+@PARAM_SCHEDULERS.register_module()
+class CosineAnnealingWeightDecay(CosineAnnealingParamScheduler):
+    """:class:`CosineAnnealingParamScheduler` of the weight decay, as MMPretrain's: what was 0 stays 0."""
+
+    def __init__(self, optimizer: OptimizerLike, *args: Any, **kwargs: Any):
+        super().__init__(optimizer, "weight_decay", *args, **kwargs)
+
+    def _next(self, value: Any, base: Any) -> Any:
+        new = super()._next(value, base)
+        if isinstance(base, Tensor):
+            return torch.where(base == 0, value, new)
+        return value if base == 0 else new
 
 
 @PARAM_SCHEDULERS.register_module()
