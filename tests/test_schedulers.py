@@ -530,6 +530,12 @@ def test_the_state_for_other_groups_is_refused() -> None:
         ("StepLR", TypeError, "param_scheduler must be a dict, got str"),
         ([dict(type="StepLR", step_size=1), 3], TypeError, r"param_scheduler\[1\] must be a dict, got int"),
         ((dict(type="StepLR", step_size=1),), None, None),
+        (
+            [dict(type="StepLR", step_size=1), dict(type="StepLR", step_size=0)],
+            ValueError,
+            r"^scheduler 1 \(StepLR\): Invalid step_size: 0",
+        ),
+        ([dict(type="StepLR", step_size=1), dict(step_size=0)], KeyError, r"scheduler 1 \(None\): .* needs the key"),
         (dict(gen=dict(type="StepLR", step_size=1)), ValueError, "has entries for 'gen' and no 'type'"),
     ],
 )

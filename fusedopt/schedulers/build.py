@@ -86,5 +86,10 @@ def _build_list(
         end = ends[bool(settings.get("by_epoch", True))]
         if end is not None:
             settings.setdefault("end", end)
-        schedulers.append(PARAM_SCHEDULERS.build(settings, epoch_length=epoch_length))
+        try:
+            schedulers.append(PARAM_SCHEDULERS.build(settings, epoch_length=epoch_length))
+        except (KeyError, TypeError, ValueError) as error:
+            if len(entries) == 1:
+                raise
+            raise type(error)(f"scheduler {index} ({entry.get('type')}): {error.args[0]}") from error
     return schedulers
