@@ -443,7 +443,7 @@ OPTIMIZERS = Registry("optimizer", build_func=_build_optimizer)
 OPTIMIZERS.register_lazily("ZeroRedundancyOptimizer", "fusedopt.optimizers.zero.ZeroRedundancyOptimizer")
 OPTIM_WRAPPERS = Registry("optimizer wrapper")
 OPTIM_WRAPPER_CONSTRUCTORS = Registry("optimizer wrapper constructor")
-PARAM_SCHEDULERS = Registry("parameter scheduler", build_func=_build_scheduler)
+PARAM_SCHEDULERS = Registry("parameter scheduler", build_func=_build_scheduler, locations=["fusedopt.schedulers"])
 HOOKS = Registry("hook", locations=["fusedopt.engine"])
 MODELS = Registry("model")
 for _name in ("StochasticWeightAverage", "ExponentialMovingAverage", "MomentumAnnealingEMA"):

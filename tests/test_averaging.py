@@ -663,3 +663,20 @@ def test_average_and_model_on_a_gpu(model_on, average_on, dtype):
         torch.cuda.set_sync_debug_mode("default")
     assert {each.device.type for each in average.parameters()} == {average_on}
     assert_equal(average.cpu().state_dict(), reference.state_dict(), 1e-6)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, while it imports its compiler
+def test_a_compiled_model_is_the_model_it_was_made_of() -> None:
+    model = nn.Linear(2, 2)
+    average = ExponentialMovingAverage(model, momentum=0.5)
+    average.update_parameters(torch.compile(model))
+    assert torch.equal(average.module.weight, model.weight)
+
+
+def test_a_model_without_tensors_has_an_average() -> None:
+    model = nn.ReLU()
+    average = ExponentialMovingAverage(model, momentum=0.5)
+    average.update_parameters(model)
+    with average.applied_to(model):
+        pass
+    assert int(average.steps) == 1

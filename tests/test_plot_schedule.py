@@ -10,7 +10,7 @@ from torch import nn
 
 from fusedopt import build_optim_wrapper
 from fusedopt.registry import MODELS
-from fusedopt.schedulers import build_param_schedulers, plot_schedule, simulate_schedule
+from fusedopt.schedulers import ExponentialLR, build_param_schedulers, plot_schedule, simulate_schedule
 
 
 class Net(nn.Sequential):
@@ -118,6 +118,130 @@ def test_lists_with_a_value_for_each_group_keep_the_groups_apart() -> None:
     schedule = simulate_schedule(cfg, model=model)
     assert [curve.groups for curve in schedule.curves if curve.param_name == "lr"] == [(0,), (1,)]
     torch.testing.assert_close(schedule.curves[1].values, 2 * schedule.curves[0].values)
+
+
+def test_what_it_is_given_stays_as_it_is(capsys) -> None:
+    lr = torch.tensor(0.1)
+    cfg = dict(
+        optim_wrapper=dict(optimizer=dict(type="AdamW", lr=lr, betas=(torch.tensor(0.9), torch.tensor(0.99)))),
+        train_cfg=dict(max_epochs=3),
+        param_scheduler=[
+            dict(type="ExponentialLR", gamma=0.5, verbose=True),
+            dict(type="ExponentialMomentum", gamma=0.5),
+        ],
+    )
+    torch.manual_seed(0)
+    expected = torch.rand(1)
+    torch.manual_seed(0)
+    for _ in range(2):
+        schedule = simulate_schedule(cfg)
+        assert [curve.values[0].item() for curve in schedule.curves] == pytest.approx([0.1, 0.9])
+    assert torch.equal(torch.rand(1), expected)
+    assert float(lr) == pytest.approx(0.1)
+    assert float(cfg["optim_wrapper"]["optimizer"]["betas"][0]) == pytest.approx(0.9)
+    assert capsys.readouterr().out == ""
+
+
+def test_groups_that_differ_in_a_tensor_differ() -> None:
+    cfg = dict(
+        optim_wrapper=dict(
+            optimizer=dict(type="SGD", lr=torch.tensor(1e-3)),
+            paramwise_cfg=dict(bias_lr_mult=0.96),
+        ),
+        train_cfg=dict(max_epochs=2),
+    )
+    schedule = simulate_schedule(cfg, model=nn.Sequential(nn.Linear(1, 1)))
+    assert [curve.groups for curve in schedule.curves] == [(0,), (1,)]
+
+
+def test_a_momentum_that_moves_besides_has_a_curve() -> None:
+    cfg = dict(
+        optim_wrapper=dict(optimizer=dict(type="Adam", lr=0.1)),
+        train_cfg=dict(max_epochs=4),
+        param_scheduler=dict(type="CyclicLR", base_lr=0.1, max_lr=0.5, step_size_up=2),
+    )
+    schedule = simulate_schedule(cfg)
+    torch.testing.assert_close(curve_of(schedule, "lr", 0).values, torch.tensor([0.1, 0.3, 0.5, 0.3]).double())
+    torch.testing.assert_close(curve_of(schedule, "momentum", 0).values, torch.tensor([0.9, 0.85, 0.8, 0.85]).double())
+
+
+def test_marks_and_spans_stay_within_the_training() -> None:
+    cfg = dict(
+        optim_wrapper=dict(optimizer=dict(type="SGD", lr=0.1)),
+        train_cfg=dict(max_epochs=6),
+        param_scheduler=[
+            dict(type="MultiStepLR", milestones=[1, 3, 9], begin=1, end=12),
+            dict(type="CosineRestartLR", periods=[2, 3], restart_weights=[1, 0.5]),
+            dict(type="LinearLR", start_factor=0.5, begin=2, end=4),
+            dict(type="LinearLR", start_factor=0.5),
+            dict(type="MultiStepLR", milestones=[1, 3], end=3),
+        ],
+    )
+    spans = simulate_schedule(cfg).spans
+    assert [(span.begin, span.end, span.marks) for span in spans] == [
+        (1, 6, (2, 4)),
+        (0, 6, (2, 5)),
+        (2, 4, ()),
+        (0, 6, ()),
+        (0, 3, (1,)),
+    ]
+    assert not any(span.is_warmup for span in spans), "neither later on nor to the end"
+
+
+def test_a_training_by_iterations_is_one_epoch() -> None:
+    cfg = dict(
+        optim_wrapper=dict(optimizer=dict(type="SGD", lr=0.1)),
+        train_cfg=dict(max_iters=5),
+        param_scheduler=dict(type="CosineAnnealingLR"),
+    )
+    with pytest.warns(UserWarning, match="never advances"):
+        schedule = simulate_schedule(cfg)
+    assert curve_of(schedule, "lr", 0).values.tolist() == [0.1] * 5
+
+
+def test_configs_of_several_optimizers_without_their_model() -> None:
+    cfg = dict(
+        model=dict(type="SomeGAN"),
+        optim_wrapper=dict(
+            constructor="MultiOptimWrapperConstructor",
+            gen=dict(optimizer=dict(type="SGD", lr=0.1), modules=["a", "b"], paramwise_cfg=dict(bias_lr_mult=2.0)),
+            disc=dict(optimizer=dict(type="Adam", lr=0.2)),
+        ),
+        train_cfg=dict(max_epochs=2),
+    )
+    with pytest.warns(UserWarning, match="'SomeGAN' is not registered"):
+        schedule = simulate_schedule(cfg)
+    assert [(curve.optimizer, curve.values.tolist()) for curve in schedule.curves] == [
+        ("gen", [0.1, 0.1]),
+        ("disc", [0.2, 0.2]),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        (dict(param_scheduler=dict(gen=[])), KeyError, "nothing for 'disc'"),
+        (dict(param_scheduler=dict(gen=[], disc=[], other=[])), ValueError, "'other', which is no optimizer wrapper"),
+        (dict(optim_wrapper=dict(type="AmpOptimWrapper", clip_grad=dict(max_norm=1.0))), KeyError, "'optimizer'"),
+    ],
+)
+def test_names_and_parts_that_are_missing_are_named(changes, error, message) -> None:
+    cfg = dict(
+        optim_wrapper=dict(
+            constructor="MultiOptimWrapperConstructor",
+            gen=dict(optimizer=dict(type="SGD", lr=0.1)),
+            disc=dict(optimizer=dict(type="Adam", lr=0.2)),
+        ),
+        train_cfg=dict(max_epochs=2),
+    )
+    with pytest.raises(error, match=message):
+        simulate_schedule({**cfg, **changes})
+
+
+def test_schedulers_that_exist_are_not_run() -> None:
+    optimizer = torch.optim.SGD(nn.Linear(1, 1).parameters(), lr=0.1)
+    with pytest.raises(TypeError, match="simulated from configs of schedulers, got ExponentialLR"):
+        simulate_schedule({**CONFIG, "param_scheduler": [ExponentialLR(optimizer, gamma=0.5)]}, model=Net())
 
 
 def test_a_model_that_is_not_known_here_is_stood_in_for() -> None:

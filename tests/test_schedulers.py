@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import copy
+import gc
 import io
 import math
+import pickle
+import subprocess
+import sys
+import weakref
 
 import pytest
 import torch
@@ -387,6 +392,209 @@ def test_the_iterations_of_an_accumulation_are_no_reason_to_warn() -> None:
     assert scheduler.last_step == 1
 
 
+@pytest.mark.parametrize("name", ALL)
+def test_copies_and_pickles_go_on_by_themselves(name) -> None:
+    if name in ("LambdaLR", "MultiplicativeLR"):
+        copying = [copy.deepcopy]  # a lambda has no pickle
+    else:
+        copying = [copy.deepcopy, lambda each: pickle.loads(pickle.dumps(each))]
+    for copied in copying:
+        scheduler = build(name, sgd(2), begin=1)
+        advance(scheduler, scheduler.optimizer)
+        twin = copied(scheduler)
+        assert twin.optimizer is not scheduler.optimizer
+        before = copy.deepcopy(scheduler.state_dict())
+        for _ in range(3):
+            advance(twin, twin.optimizer)
+        assert scheduler.state_dict() == before
+        for _ in range(3):
+            advance(scheduler, scheduler.optimizer)
+        assert twin.get_last_value() == scheduler.get_last_value()
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+@pytest.mark.parametrize(
+    "name", ["StepLR", "CosineAnnealingMomentum", "LinearParamScheduler", "CyclicLR", "OneCycleLR"]
+)
+def test_a_group_that_is_added_takes_part(name, wrapped) -> None:
+    """From its own value on; where a rule cannot take it in, an error says so before anything has changed."""
+    optimizer = FusedAdamW(parameter_groups(2), lr=0.1)
+    driven = OptimWrapper(optimizer) if wrapped else optimizer
+    scheduler = build(name, driven)
+    advance(scheduler, driven)
+    optimizer.add_param_group(dict(params=[nn.Parameter(torch.zeros(2))], lr=5.0, weight_decay=3.0, betas=(0.5, 0.9)))
+    if name in ("CyclicLR", "OneCycleLR"):
+        before = copy.deepcopy(scheduler.state_dict())
+        with pytest.raises(ValueError, match=r"had \d parameter groups when this .* was built, and has \d"):
+            scheduler.step()
+        assert scheduler.state_dict() == before
+        return
+    advance(scheduler, driven)
+    group = optimizer.param_groups[2]
+    base = {"lr": 5.0, "momentum": 0.5, "weight_decay": 3.0}[scheduler.param_name]
+    assert group[f"initial_{scheduler.param_name}"] == base
+    assert len(scheduler.get_last_value()) == len(driven.param_groups)
+    if name == "CosineAnnealingMomentum":
+        assert group["betas"] == (group["momentum"], 0.9) and group["momentum"] != 0.5
+
+
+def test_hooks_are_not_left_behind() -> None:
+    optimizer = sgd()
+    first, second = schedulers.StepLR(optimizer, 3), schedulers.StepMomentum(optimizer, 3)
+    assert len(optimizer._optimizer_step_post_hooks) == 1
+    for each in (first, second):
+        optimizer.step()
+        each.step()
+    assert not optimizer._optimizer_step_post_hooks
+    resumed = sgd()
+    schedulers.StepLR(resumed, 3).load_state_dict(first.state_dict())
+    assert not resumed._optimizer_step_post_hooks
+    plateau = sgd()
+    schedulers.ReduceOnPlateauLR(plateau)
+    assert not plateau._optimizer_step_post_hooks
+    gone = sgd()
+    schedulers.StepLR(gone, 3)
+    reference = weakref.ref(gone)
+    del gone
+    gc.collect()
+    assert reference() is None
+
+
+def test_the_optimizer_of_a_wrapper_may_wait_for_its_step() -> None:
+    parameter = nn.Parameter(torch.ones(1))
+    wrapper = OptimWrapper(FusedSGD([parameter], lr=0.1), accumulative_counts=4)
+    scheduler = schedulers.StepLR(wrapper.optimizer, step_size=2)
+    wrapper.update_params(parameter.sum())
+    scheduler.step()
+    assert wrapper.step_count == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "given", "reference"),
+    [
+        ("CosineAnnealingWarmRestarts", dict(T_0=2, T_mult=2), dict(T_0=6, T_mult=2)),
+        ("SWALR", dict(swa_lr=0.01), dict(swa_lr=0.01, anneal_epochs=30)),
+        (
+            "CyclicLR",
+            dict(base_lr=0.2, max_lr=0.5, step_size_up=2, step_size_down=1),
+            dict(base_lr=0.2, max_lr=0.5, step_size_up=6, step_size_down=3),
+        ),
+        ("CyclicLR", dict(base_lr=0.2, max_lr=0.5), dict(base_lr=0.2, max_lr=0.5, step_size_up=6000)),
+    ],
+)
+def test_lengths_of_torchs_schedulers_become_iterations(name, given, reference) -> None:
+    optimizer, other = sgd(), sgd()
+    converted = getattr(schedulers, name).build_iter_from_epoch(optimizer, epoch_length=3, **given)
+    direct = getattr(schedulers, name)(other, **reference)
+    for _ in range(12):
+        assert optimizer.param_groups[0]["lr"] == other.param_groups[0]["lr"]
+        for each in (converted, direct):
+            each.optimizer.step()
+            each.step()
+
+
+@pytest.mark.parametrize("name", ["CyclicLR", "SWALR", "CosineAnnealingWarmRestarts", "LambdaLR", "MultiplicativeLR"])
+def test_torchs_schedulers_move_any_parameter(name) -> None:
+    """As they move the learning rate; two of them on one optimizer keep apart."""
+    optimizer, other = sgd(2), sgd(2)
+    for group, reference in zip(optimizer.param_groups, other.param_groups, strict=True):
+        group["weight_decay"] = reference["lr"] = 0.4 + group["lr"]
+    momenta = [group["momentum"] for group in optimizer.param_groups]
+    settings = {**ALL[name], **({"cycle_momentum": False} if name == "CyclicLR" else {})}
+    moved = getattr(schedulers, name)(optimizer, param_name="weight_decay", **ALL[name])
+    beside = schedulers.SWALR(optimizer, swa_lr=0.07, anneal_epochs=1)
+    reference = getattr(schedulers, name)(other, **settings)
+    for _ in range(7):
+        assert [group["weight_decay"] for group in optimizer.param_groups] == [
+            group["lr"] for group in other.param_groups
+        ]
+        assert [group["momentum"] for group in optimizer.param_groups] == momenta
+        for each in (optimizer, other, moved, beside, reference):
+            each.step()
+    assert beside.get_last_value() == pytest.approx([0.07, 0.07])
+
+
+@pytest.mark.parametrize("where", ["last_step", "last_epoch"])
+@pytest.mark.parametrize("name", ["CyclicLR", "LambdaLR"])
+def test_torchs_schedulers_resume_without_a_state_dict(name, where) -> None:
+    optimizer, other = sgd(), sgd()
+    scheduler = build(name, optimizer)
+    for _ in range(3):
+        advance(scheduler, optimizer)
+    other.param_groups[0]["initial_lr"] = 0.1
+    resumed = build(name, other, **{where: 2})
+    for _ in range(4):
+        assert resumed.last_step == scheduler.last_step
+        assert resumed.get_last_value() == pytest.approx(scheduler.get_last_value())
+        advance(scheduler, optimizer)
+        advance(resumed, other)
+
+
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+def test_a_cycled_momentum_stays_the_tensor_it_is(kind) -> None:
+    _, fused, arguments = OPTIMIZERS[kind]
+    optimizer, other = fused(parameter_groups(1), lr=0.3, **arguments), fused(parameter_groups(1), lr=0.3, **arguments)
+    [group], [reference] = optimizer.param_groups, other.param_groups
+    if "betas" in group:
+        held = group["betas"][0] if isinstance(group["betas"][0], torch.Tensor) else torch.tensor(0.9)
+        group["betas"] = (held, torch.tensor(0.999))
+    else:
+        held = group["momentum"] = torch.tensor(0.8)
+    cycles = [schedulers.CyclicLR(each, base_lr=0.2, max_lr=0.5, step_size_up=2) for each in (optimizer, other)]
+    for _ in range(5):
+        now = group["betas"][0] if "betas" in group else group["momentum"]
+        expected = reference["betas"][0] if "betas" in reference else reference["momentum"]
+        assert now is held and float(held) == pytest.approx(expected)
+        for each in cycles:
+            each.optimizer.step()
+            each.step()
+
+
+def test_the_registry_knows_them_without_an_import() -> None:
+    code = "from fusedopt.registry import PARAM_SCHEDULERS; assert 'StepLR' in PARAM_SCHEDULERS"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+class Remembering(schedulers._ParamScheduler):
+    """A subclass with a memory that only some instances have, printing as subclasses in MMEngine do."""
+
+    def _get_value(self):
+        self._cache = self.last_step
+        self.print_value(self.verbose, 0, 1.0)
+        return [1.0 for _ in self.base_values]
+
+
+def test_private_memories_of_a_subclass_are_no_other_kind() -> None:
+    scheduler = Remembering(sgd(), "lr", begin=2)
+    other = Remembering(sgd(), "lr")
+    scheduler.load_state_dict(other.state_dict())
+    assert scheduler._cache == 0
+
+
+def test_base_values_are_copies() -> None:
+    optimizer = FusedAdamW(parameter_groups(1), lr=torch.tensor(0.5))
+    [group] = optimizer.param_groups
+    group["lr"] = torch.tensor(0.5)
+    group["betas"] = (torch.tensor(0.9), torch.tensor(0.999))
+    step, momentum = schedulers.StepLR(optimizer, 1), schedulers.StepMomentum(optimizer, 1)
+    group["lr"].fill_(3.0)
+    group["initial_lr"].fill_(4.0)
+    assert float(step.base_values[0]) == 0.5
+    assert group["momentum"] is not group["betas"][0]
+    assert float(momentum.base_values[0]) == pytest.approx(0.9)
+
+
+def test_an_infinite_end_is_none() -> None:
+    assert schedulers.StepLR(sgd(), 2, end=math.inf).end == schedulers.INF
+    converted = schedulers.StepLR.build_iter_from_epoch(sgd(), step_size=2, end=schedulers.INF, epoch_length=3)
+    assert converted.end == schedulers.INF
+
+
+def test_fractions_of_epochs_are_cut_off() -> None:
+    scheduler = schedulers.StepLR.build_iter_from_epoch(sgd(), step_size=2, begin=0.45, end=1.99, epoch_length=10)
+    assert (scheduler.begin, scheduler.end) == (4, 19)
+
+
 class Squared(schedulers._ParamScheduler):
     """A scheduler as written for MMEngine: all groups at once."""
 
@@ -418,6 +626,18 @@ BAD = [
     (dict(type="StepParamScheduler", step_size=2, param_name="weight_decoy"), KeyError, "did you mean 'weight_decay'"),
     (dict(type="MultiStepLR", milestones=[3, -1]), ValueError, r"Invalid milestones\[1\]: -1"),
     (dict(type="MultiStepLR", milestones=3), TypeError, "Invalid milestones: 3"),
+    (dict(type="StepLR", step_size=2, by_epoch="no"), TypeError, "Invalid by_epoch: 'no'"),
+    (
+        dict(type="StepParamScheduler", step_size=2, param_name="params"),
+        TypeError,
+        r"\['params'\] is a list; a scheduler moves numbers",
+    ),
+    (dict(type="StepParamScheduler", step_size=2, param_name="nesterov"), TypeError, r"\['nesterov'\] is a bool"),
+    (dict(type="CosineRestartLR", periods=3), TypeError, "Invalid periods: 3"),
+    (dict(type="ConstantLR", factor=0, begin=2, end=4), ValueError, "the last step divides by it"),
+    (dict(type="OneCycleLR", eta_max=1.0, total_steps=3, end=4), ValueError, "Invalid total_steps: 3"),
+    (dict(type="StepLR", step_size=0.26, convert_to_iter_based=True, epoch_length=4), ValueError, "Invalid step_size"),
+    (dict(type="StepLR", step_size=2, convert_to_iter_based=True, epoch_length=0), ValueError, "Invalid epoch_length"),
     (dict(type="CosineAnnealingLR"), ValueError, "expected T_max or end"),
     (dict(type="CosineAnnealingLR", T_max=0), ValueError, "Invalid T_max: 0"),
     (dict(type="CosineAnnealingLR", T_max=3, eta_min=0.1, eta_min_ratio=0.1), ValueError, "eta_min=0.1 and eta_min_r"),
@@ -490,7 +710,33 @@ def test_a_plateau_needs_the_metric_it_monitors(metrics) -> None:
         scheduler.step(metrics)
     with pytest.raises(TypeError, match="a dict or a number, got 'low'"):
         scheduler.step({"loss": "low"})
+    with pytest.raises(TypeError, match="a dict or a number, got True"):
+        scheduler.step(True)
+    with pytest.raises(TypeError, match="a dict or a number, got tensor"):
+        scheduler.step(torch.ones(2))
     assert scheduler.state_dict() == state
+
+
+def test_positional_arguments_of_torchs_schedulers_are_checked() -> None:
+    with pytest.raises(TypeError, match="too many positional arguments"):
+        schedulers.CosineAnnealingWarmRestarts(sgd(), 10, 2, 0.0, -1, "more")
+    with pytest.raises(TypeError, match="multiple values for argument 'base_lr'"):
+        schedulers.CyclicLR(sgd(), 0.1, 0.5, base_lr=0.2)
+    with pytest.raises(TypeError, match="positional argument"):
+        schedulers.StepLR.build_iter_from_epoch(sgd(), 3, epoch_length=10)
+
+
+def test_what_needs_no_end_may_multiply_by_nothing() -> None:
+    optimizer = sgd()
+    schedulers.ConstantLR(optimizer, factor=0)
+    schedulers.ConstantMomentum(optimizer, factor=0, end=1)
+    assert (optimizer.param_groups[0]["lr"], optimizer.param_groups[0]["momentum"]) == (0.0, 0.0)
+
+
+def test_a_scheduler_that_exists_is_not_for_several_optimizers() -> None:
+    wrappers = OptimWrapperDict(gen=OptimWrapper(sgd()), disc=OptimWrapper(sgd()))
+    with pytest.raises(TypeError, match=r"drives one optimizer; expected a dict .* 'gen', 'disc'"):
+        build_param_schedulers(schedulers.StepLR(wrappers["gen"], 2), wrappers)
 
 
 def test_a_scheduler_drives_one_optimizer() -> None:
@@ -520,6 +766,11 @@ def test_the_state_of_another_kind_is_refused(name, state_of, message) -> None:
 def test_the_state_for_other_groups_is_refused() -> None:
     with pytest.raises(ValueError, match="base_values for 2 parameter groups; this StepLR drives 1"):
         build("StepLR", sgd(1)).load_state_dict(build("StepLR", sgd(2)).state_dict())
+    with pytest.raises(ValueError, match="base_values for 3 parameter groups"):
+        build("StepLR", sgd(1)).load_state_dict({**build("StepLR", sgd(1)).state_dict(), "base_values": 3})
+    cyclic = build("CyclicLR", sgd())
+    with pytest.raises(ValueError, match=r"torch_state'\] is not that of this torch's CyclicLR: it lacks"):
+        cyclic.load_state_dict({**cyclic.state_dict(), "torch_state": {}})
     with pytest.raises(TypeError, match="state_dict must be a dict, got list"):
         build("StepLR", sgd(1)).load_state_dict([])
 

@@ -33,9 +33,9 @@ TORCH_TWINS = {
         dict(max_lr=[0.5, 0.7], total_steps=13, three_phase=True, cycle_momentum=False),
     ),
     "CyclicLR": (
-        dict(base_lr=[0.1, 0.2], max_lr=0.5, step_size_up=3, mode="triangular2"),
+        dict(base_lr=[0.15, 0.25], max_lr=0.5, step_size_up=3, mode="triangular2"),
         lr_scheduler.CyclicLR,
-        dict(base_lr=[0.1, 0.2], max_lr=0.5, step_size_up=3, mode="triangular2"),
+        dict(base_lr=[0.15, 0.25], max_lr=0.5, step_size_up=3, mode="triangular2"),
     ),
     "LambdaLR": (dict(lr_lambda=lambda t: 0.9**t), lr_scheduler.LambdaLR, dict(lr_lambda=lambda t: 0.9**t)),
     "MultiplicativeLR": (

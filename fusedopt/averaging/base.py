@@ -186,6 +186,7 @@ class BaseAveragedModel(nn.Module):
                 torch._foreach_add_(group.averaged, torch._foreach_sub(source, group.averaged), alpha=weight)
 
     def _pair(self, model: nn.Module) -> Pairing:
+        model = getattr(model, "_orig_mod", model)  # of torch.compile
         pairing = self._pairings.get(model)
         if pairing is None or not pairing.is_current():
             pairing = self._pairings[model] = Pairing(self.module, model, self.update_buffers)

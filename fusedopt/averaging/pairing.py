@@ -92,12 +92,14 @@ class Pairing:
     def source_values(self) -> list[Tensor]:
         """Copies of the source's tensors, for :meth:`write_source`."""
         values = [torch.empty_like(tensor, requires_grad=False) for tensor in self._source]
-        torch._foreach_copy_(values, self._source)
+        if values:
+            torch._foreach_copy_(values, self._source)
         return values
 
     def write_source(self, values: list[Tensor] | None = None) -> None:
         """Write ``values`` to the source; those of the average by default."""
-        torch._foreach_copy_(self._source, self._averaged if values is None else values)
+        if self._source:
+            torch._foreach_copy_(self._source, self._averaged if values is None else values)
 
 
 def _named_tensors(model: nn.Module) -> dict[str, tuple[str, Tensor]]:

@@ -6,7 +6,7 @@ import functools
 import numbers
 import weakref
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NoReturn
 
 import torch
 from torch import Tensor
@@ -14,6 +14,7 @@ from torch import Tensor
 from ..registry import warn_caller
 from ..rules.checks import check_whole_number, did_you_mean
 from ..wrappers import BaseOptimWrapper, OptimWrapperDict
+from ..wrappers.base import DRIVEN
 
 __all__ = [
     "INF",
@@ -23,6 +24,7 @@ __all__ = [
     "_ParamScheduler",
     "check_same_keys",
     "per_group",
+    "refuse_new_groups",
 ]
 
 #: ``end`` of a scheduler that goes on for ever; MMEngine's.
@@ -60,6 +62,8 @@ class _ParamScheduler:
     _in_steps: ClassVar[tuple[str, ...]] = ()
     #: Arguments that may be a list with an entry for each parameter group.
     _per_group: ClassVar[tuple[str, ...]] = ()
+    #: Keys of the parameter groups that move besides.
+    _moves_too: ClassVar[tuple[str, ...]] = ()
     #: Attributes that are no part of the state dict.
     _not_state: ClassVar[frozenset[str]] = frozenset({"optimizer"})
 
@@ -86,12 +90,14 @@ class _ParamScheduler:
         self.verbose = verbose
         self.last_step = check_whole_number("last_step", last_step, -1)
         self._global_step = -1 if last_step == -1 else begin + last_step
+        if not isinstance(by_epoch, bool):
+            raise TypeError(f"Invalid by_epoch: {by_epoch!r}; expected True or False")
         self._check_groups()
+        for index, group in enumerate(optimizer.param_groups):
+            if last_step != -1 and self._initial not in group:
+                raise KeyError(f"param_groups[{index}] has no {self._initial!r}, which last_step={last_step} needs")
         self._prepare()
-        for group in optimizer.param_groups:
-            group.setdefault(self._initial, _copied(group[param_name]))
-        self.base_values = [_copied(group[self._initial]) for group in optimizer.param_groups]
-        _watch(optimizer)
+        self._note_bases()
         self._first_step()
 
     @property
@@ -99,23 +105,42 @@ class _ParamScheduler:
         return f"initial_{self.param_name}"
 
     def _check_groups(self) -> None:
-        needed = self.param_name if self.last_step == -1 else self._initial
         for index, group in enumerate(self.optimizer.param_groups):
-            if needed not in group:
-                hint = did_you_mean(needed, [key for key in group if key not in ("params", "param_names")])
-                resuming = "" if self.last_step == -1 else f", which last_step={self.last_step} needs"
-                raise KeyError(f"param_groups[{index}] has no {needed!r}{resuming}; {hint}")
+            if self.param_name not in group:
+                hint = did_you_mean(self.param_name, [key for key in group if key not in ("params", "param_names")])
+                raise KeyError(f"param_groups[{index}] has no {self.param_name!r}; {hint}")
+            value = group[self.param_name]
+            is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+            if not is_number and not (isinstance(value, Tensor) and value.numel() == 1):
+                raise TypeError(
+                    f"param_groups[{index}][{self.param_name!r}] is a {type(value).__name__}; a scheduler moves "
+                    "numbers and 1-element tensors"
+                )
 
     def _prepare(self) -> None:
-        """Set and check what depends on ``begin`` and ``end``, before anything has been changed."""
+        """Check, and then set, what depends on ``begin``, ``end`` and the parameter groups."""
+
+    def _note_bases(self) -> None:
+        """Write down the value of each group before any schedule."""
+        for group in self.optimizer.param_groups:
+            group.setdefault(self._initial, _copied(group[self.param_name]))
+        self.base_values = [_copied(group[self._initial]) for group in self.optimizer.param_groups]
+
+    def _take_in_new_groups(self) -> None:
+        """What ``add_param_group`` added since the last step takes part from now on."""
+        self._check_groups()
+        self._note_bases()
 
     def _first_step(self) -> None:
+        _watch(self.optimizer)
         self.step()
 
     def step(self) -> None:
         """Go on by one step; call it after the optimizer's."""
         if self._global_step == 0:
             _warn_unless_stepped(self.optimizer)
+        if len(self.optimizer.param_groups) != len(self.base_values):
+            self._take_in_new_groups()
         self._global_step += 1
         if self.begin <= self._global_step < self.end:
             self.last_step += 1
@@ -136,8 +161,12 @@ class _ParamScheduler:
         """What is to be done when the values have changed."""
         if self.verbose:
             for index, group in enumerate(self.optimizer.param_groups):
-                value = float(group[self.param_name])
-                print(f"{type(self).__name__}: {self.param_name} of group {index} is now {value:.4e}")
+                self.print_value(True, index, float(group[self.param_name]))
+
+    def print_value(self, is_verbose: bool, group: int, value: float) -> None:
+        """Print the value of a group, if ``is_verbose``."""
+        if is_verbose:
+            print(f"{type(self).__name__}: {self.param_name} of group {group} is now {value:.4e}")
 
     def _note_values(self) -> None:
         values = [group[self.param_name] for group in self.optimizer.param_groups]
@@ -184,6 +213,7 @@ class _ParamScheduler:
 
     def _restore(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
+        _unwatch(self.optimizer)
 
     def _check_state(self, state_dict: Mapping[str, Any]) -> None:
         kind = type(self).__name__
@@ -193,20 +223,21 @@ class _ParamScheduler:
                 f"state_dict is that of a scheduler of {scheduled!r}; this {kind} schedules {self.param_name!r}"
             )
         check_same_keys(f"state_dict is not that of a {kind}: it", state_dict, self.state_dict())
-        if len(state_dict["base_values"]) != len(self.base_values):
+        bases = state_dict["base_values"]
+        if not isinstance(bases, list) or len(bases) != len(self.base_values):
+            count = len(bases) if isinstance(bases, list) else repr(bases)
             raise ValueError(
-                f"state_dict has base_values for {len(state_dict['base_values'])} parameter groups; this {kind} "
-                f"drives {len(self.base_values)}"
+                f"state_dict has base_values for {count} parameter groups; this {kind} drives {len(self.base_values)}"
             )
 
     @classmethod
-    def build_iter_from_epoch(cls, *args: Any, epoch_length: int, **kwargs: Any) -> Any:
+    def build_iter_from_epoch(cls, optimizer: OptimizerLike, *, epoch_length: int, **kwargs: Any) -> Any:
         """Build a scheduler that steps after each iteration, from arguments counted in epochs.
 
         Args:
-            args: the scheduler's own.
+            optimizer: as for the class.
             epoch_length: iterations in an epoch.
-            kwargs: the scheduler's own; ``begin`` and ``end`` may be fractions of an epoch.
+            kwargs: those of the class; ``begin`` and ``end`` may be fractions of an epoch.
 
         Raises:
             ValueError: ``by_epoch`` is False, or an argument is no whole number of iterations.
@@ -220,11 +251,16 @@ class _ParamScheduler:
         for name in cls._in_steps:
             if kwargs.get(name) is not None:
                 kwargs[name] = _in_iterations(name, kwargs[name], epoch_length)
-        return cls(*args, **{**kwargs, "by_epoch": False})
+        return cls(optimizer, **{**kwargs, "by_epoch": False})
 
 
 class LRSchedulerMixin:
-    """Binds a scheduler to the learning rate: no ``param_name`` among its arguments."""
+    """Binds a scheduler to the learning rate.
+
+    Args:
+        optimizer: see :class:`_ParamScheduler`.
+        args, kwargs: of the scheduler, without ``param_name``.
+    """
 
     def __init__(self, optimizer: OptimizerLike, *args: Any, **kwargs: Any):
         super().__init__(optimizer, "lr", *args, **kwargs)  # type: ignore[call-arg]
@@ -235,6 +271,10 @@ class MomentumSchedulerMixin:
 
     Groups of the latter get a ``momentum`` of their own, which the scheduler moves, and ``betas`` follows.
 
+    Args:
+        optimizer: see :class:`_ParamScheduler`.
+        args, kwargs: of the scheduler, without ``param_name``.
+
     Raises:
         ValueError: a parameter group has neither.
     """
@@ -243,32 +283,40 @@ class MomentumSchedulerMixin:
 
     def __init__(self, optimizer: OptimizerLike, *args: Any, **kwargs: Any):
         _check_optimizer(optimizer)
-        groups = optimizer.param_groups
-        for index, group in enumerate(groups):
+        before = [dict(group) for group in optimizer.param_groups]
+        for index, group in enumerate(optimizer.param_groups):
             if "momentum" not in group and "betas" not in group:
                 raise ValueError(
                     f"{type(self).__name__} schedules 'momentum' or betas[0], and param_groups[{index}] has neither "
                     "'momentum' nor 'betas'"
                 )
-        self.use_betas = "momentum" not in optimizer.defaults and all("betas" in group for group in groups)
-        added = [group for group in groups if self.use_betas and "momentum" not in group]
-        for group in groups if self.use_betas else ():
-            group["momentum"] = _copied(group["betas"][0])
+        self.use_betas = "momentum" not in optimizer.defaults
+        if self.use_betas:
+            for group in optimizer.param_groups:
+                group["momentum"] = _copied(group["betas"][0])
         try:
             super().__init__(optimizer, "momentum", *args, **kwargs)  # type: ignore[call-arg]
         except BaseException:
-            for group in added:
-                del group["momentum"]
+            for group, settings in zip(optimizer.param_groups, before, strict=True):
+                if "momentum" not in settings:
+                    del group["momentum"]
             raise
+
+    def _take_in_new_groups(self) -> None:
+        if self.use_betas:
+            for group in self.optimizer.param_groups:
+                group.setdefault("momentum", _copied(group["betas"][0]))
+        super()._take_in_new_groups()  # type: ignore[misc]
 
     def _follow(self) -> None:
         super()._follow()  # type: ignore[misc]
-        for group in self.optimizer.param_groups if self.use_betas else ():
-            first, *others = group["betas"]
-            if isinstance(first, Tensor):
-                first.fill_(group["momentum"])
-            else:
-                group["betas"] = (group["momentum"], *others)
+        if self.use_betas:
+            for group in self.optimizer.param_groups:
+                first, *others = group["betas"]
+                if isinstance(first, Tensor):
+                    first.fill_(group["momentum"])
+                else:
+                    group["betas"] = (group["momentum"], *others)
 
 
 def per_group(name: str, value: Any, optimizer: OptimizerLike) -> list[Any]:
@@ -288,13 +336,24 @@ def per_group(name: str, value: Any, optimizer: OptimizerLike) -> list[Any]:
     return [*value, *[value[-1]] * (groups - len(value))]
 
 
+def refuse_new_groups(scheduler: _ParamScheduler) -> NoReturn:
+    """Raise a ValueError for parameter groups that a scheduler cannot take in."""
+    raise ValueError(
+        f"the optimizer had {len(scheduler.base_values)} parameter groups when this {type(scheduler).__name__} was "
+        f"built, and has {len(scheduler.optimizer.param_groups)}; build a new one"
+    )
+
+
 def check_same_keys(complaint: str, given: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
-    """Raise a ValueError that begins with ``complaint`` where the keys of the two differ."""
+    """Raise a ValueError that begins with ``complaint`` where the keys of the two differ.
+
+    What only ``given`` has, and is private, may be a memory of a subclass that another instance has not yet.
+    """
     differences = [
         f"{verb} {', '.join(map(repr, keys))}"
         for verb, keys in (
             ("lacks", [key for key in expected if key not in given]),
-            ("has", [key for key in given if key not in expected]),
+            ("has", [key for key in given if key not in expected and not str(key).startswith("_")]),
         )
         if keys
     ]
@@ -329,7 +388,6 @@ def _in_iterations(name: str, epochs: Any, epoch_length: int) -> Any:
     return round(iterations)
 
 
-# Note [Order of steps]
 # A scheduler that steps before the first optimizer step has skipped the first value of its schedule. torch's schedulers
 # replace `optimizer.step` to find out, and leave `_opt_called` behind. A hook that does so leaves the method alone.
 _watched: weakref.WeakKeyDictionary[torch.optim.Optimizer, Any] = weakref.WeakKeyDictionary()
@@ -351,12 +409,19 @@ def _watch(driven: OptimizerLike) -> None:
         _watched[optimizer] = optimizer.register_step_post_hook(hook)
 
 
+def _unwatch(driven: OptimizerLike) -> bool:
+    """Whether the optimizer was watched until now."""
+    handle = _watched.pop(_optimizer_of(driven), None)
+    if handle is not None:
+        handle.remove()
+    return handle is not None
+
+
 def _warn_unless_stepped(driven: OptimizerLike) -> None:
     optimizer = _optimizer_of(driven)
-    if (handle := _watched.pop(optimizer, None)) is not None:
-        handle.remove()
     # A wrapper that accumulates, or whose scaler skipped the step, has done its part without one.
-    if not getattr(optimizer, "_opt_called", False) and not getattr(driven, "_inner_count", 0):
+    excused = optimizer in DRIVEN if driven is optimizer else getattr(driven, "_inner_count", 0)
+    if _unwatch(driven) and not getattr(optimizer, "_opt_called", False) and not excused:
         warn_caller(
             "scheduler.step() was called before optimizer.step(), so the first value of the schedule is skipped; "
             "call the optimizer's first"

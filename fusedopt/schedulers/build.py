@@ -53,6 +53,11 @@ def build_param_schedulers(
             )
         return _build_list("param_scheduler", cfg, optim_wrapper, epoch_length, ends)
     if not isinstance(cfg, Mapping) or "type" in cfg:
+        if any(isinstance(entry, _BUILT) for entry in _entries(cfg)):
+            raise TypeError(
+                "a scheduler that exists drives one optimizer; expected a dict with schedulers for each of "
+                f"{', '.join(map(repr, optim_wrapper))}"
+            )
         cfg = dict.fromkeys(optim_wrapper, cfg)
     for name in cfg:
         if name not in optim_wrapper:
@@ -72,10 +77,16 @@ def _may_be_config(value: Any) -> bool:
     return isinstance(value, (Mapping, list, tuple, *_BUILT))
 
 
+def _entries(cfg: Any) -> Sequence[Any]:
+    if cfg is None:
+        return []
+    return cfg if isinstance(cfg, Sequence) and not isinstance(cfg, str) else [cfg]
+
+
 def _build_list(
     name: str, cfg: Any, optimizer: OptimizerLike, epoch_length: int | None, ends: Mapping[bool, int | None]
 ) -> list[_ParamScheduler]:
-    entries = cfg if isinstance(cfg, Sequence) and not isinstance(cfg, str) else [] if cfg is None else [cfg]
+    entries = _entries(cfg)
     schedulers: list[Any] = []
     for index, entry in enumerate(entries):
         if isinstance(entry, _BUILT):

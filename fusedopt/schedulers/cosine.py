@@ -152,6 +152,9 @@ class CosineRestartParamScheduler(_Cosine):
         *args: Any,
         **kwargs: Any,
     ):
+        for name, value in (("periods", periods), ("restart_weights", restart_weights)):
+            if isinstance(value, str) or not isinstance(value, Sequence):
+                raise TypeError(f"Invalid {name}: {value!r}; expected a list")
         if len(periods) != len(restart_weights):
             raise ValueError(
                 f"periods has {len(periods)} entries and restart_weights {len(restart_weights)}; expected as many"

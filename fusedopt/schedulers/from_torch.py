@@ -7,11 +7,12 @@ from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from typing import Any, ClassVar
 
 import torch
+from torch import Tensor
 from torch.optim import lr_scheduler, swa_utils
 
 from ..registry import PARAM_SCHEDULERS
 from ..rules.checks import did_you_mean
-from .base import INF, OptimizerLike, _copied, _ParamScheduler, check_same_keys, per_group
+from .base import INF, OptimizerLike, _copied, _ParamScheduler, check_same_keys, per_group, refuse_new_groups
 
 __all__ = ["SWALR", "CosineAnnealingWarmRestarts", "CyclicLR", "LambdaLR", "MultiplicativeLR", "TorchParamScheduler"]
 
@@ -24,7 +25,8 @@ class _AsLR(MutableMapping[str, Any]):
         self._param_name = param_name
 
     def _key(self, key: str) -> str:
-        return {"lr": self._param_name, "initial_lr": f"initial_{self._param_name}"}.get(key, key)
+        *prefix, last = key.rsplit("_", 1)
+        return "_".join([*prefix, self._param_name]) if last == "lr" else key
 
     def __getitem__(self, key: str) -> Any:
         return self._group[self._key(key)]
@@ -55,7 +57,15 @@ class _Groups(torch.optim.Optimizer):
         return self.groups()
 
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        """torch's schedulers replace it."""
+        """Nothing."""
+
+    step._wrapped_by_lr_sched = True  # type: ignore[attr-defined]  # or torch's schedulers replace it
+
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
 
 
 class TorchParamScheduler(_ParamScheduler):
@@ -98,22 +108,24 @@ class TorchParamScheduler(_ParamScheduler):
         verbose: bool = False,
         **kwargs: Any,
     ):
-        last_step = kwargs.pop("last_epoch", last_step)
-        known = list(inspect.signature(self._scheduler).parameters)
+        known = inspect.signature(self._scheduler)
         for name in kwargs:
-            if name not in known:
-                raise TypeError(f"{type(self).__name__} has no argument {name!r}; {did_you_mean(name, known[1:])}")
-        self._arguments = {**dict(zip(known[1:], args, strict=False)), **kwargs}
+            if name not in known.parameters:
+                hint = did_you_mean(name, list(known.parameters)[1:])
+                raise TypeError(f"{type(self).__name__} has no argument {name!r}; {hint}")
+        _, *given = known.bind_partial(optimizer, *args, **kwargs).arguments.items()
+        self._arguments = dict(given)
+        last_step = self._arguments.pop("last_epoch", last_step)
         self._torch: Any = None
         super().__init__(optimizer, param_name, begin, end, last_step, by_epoch, verbose)
 
     @classmethod
-    def build_iter_from_epoch(cls, *args: Any, epoch_length: int, **kwargs: Any) -> Any:
+    def build_iter_from_epoch(cls, optimizer: OptimizerLike, *, epoch_length: int, **kwargs: Any) -> Any:
         """See :meth:`_ParamScheduler.build_iter_from_epoch`; torch's defaults are in epochs too."""
         parameters = inspect.signature(cls._scheduler).parameters
         defaults = {name: parameters[name].default for name in cls._in_steps}
         given = {name: value for name, value in defaults.items() if isinstance(value, int)}
-        return super().build_iter_from_epoch(*args, epoch_length=epoch_length, **{**given, **kwargs})
+        return super().build_iter_from_epoch(optimizer, epoch_length=epoch_length, **{**given, **kwargs})
 
     def _make(self, groups: Callable[[], list[Any]], last_step: int = -1) -> Any:
         arguments = dict(self._arguments)
@@ -138,6 +150,9 @@ class TorchParamScheduler(_ParamScheduler):
 
     def _prepare(self) -> None:
         self._trial()
+
+    def _take_in_new_groups(self) -> None:
+        refuse_new_groups(self)
 
     def _advance(self) -> None:
         if self._torch is None:
@@ -186,6 +201,28 @@ class CyclicLR(TorchParamScheduler):
     _scheduler = lr_scheduler.CyclicLR
     _per_group = ("base_lr", "max_lr", "base_momentum", "max_momentum")
     _in_steps = ("step_size_up", "step_size_down")
+    _moves_too = ("momentum",)
+
+    def _make(self, groups: Callable[[], list[Any]], last_step: int = -1) -> Any:
+        if self.param_name != "lr":
+            self._arguments.setdefault("cycle_momentum", False)
+        made = super()._make(groups, last_step)
+        # Its first value is torch's initial_lr, for which there is a value from before any schedule here.
+        made.last_epoch -= 1
+        made.step()
+        return made
+
+    def _advance(self) -> None:
+        """As torch, but for tensors, in whose place torch puts numbers: they are updated."""
+        groups = self.optimizer.param_groups
+        held = [(group.get("momentum"), group.get("betas")) for group in groups]
+        super()._advance()
+        for group, (momentum, betas) in zip(groups, held, strict=True):
+            if isinstance(momentum, Tensor) and group["momentum"] is not momentum:
+                group["momentum"] = momentum.fill_(group["momentum"])
+            if betas is not None and isinstance(betas[0], Tensor) and group["betas"][0] is not betas[0]:
+                betas[0].fill_(group["betas"][0])
+                group["betas"] = betas
 
 
 @PARAM_SCHEDULERS.register_module()
@@ -205,13 +242,13 @@ class SWALR(TorchParamScheduler):
     _in_steps = ("anneal_epochs",)
 
 
-class _OfFunction(TorchParamScheduler):
-    """What calls a function with the number of steps."""
+class _ByFunction(TorchParamScheduler):
+    """A scheduler whose values a function of the number of steps gives."""
 
     _per_group = ("lr_lambda",)
 
     @classmethod
-    def build_iter_from_epoch(cls, *args: Any, epoch_length: int, **kwargs: Any) -> Any:
+    def build_iter_from_epoch(cls, optimizer: OptimizerLike, *, epoch_length: int, **kwargs: Any) -> Any:
         """Refused: the function's argument cannot be converted."""
         raise ValueError(
             f"{cls.__name__} cannot be built with convert_to_iter_based=True: its lr_lambda is called with a number of "
@@ -220,14 +257,14 @@ class _OfFunction(TorchParamScheduler):
 
 
 @PARAM_SCHEDULERS.register_module()
-class LambdaLR(_OfFunction):
+class LambdaLR(_ByFunction):
     """``torch.optim.lr_scheduler.LambdaLR`` with ``begin``, ``end`` and ``by_epoch``."""
 
     _scheduler = lr_scheduler.LambdaLR
 
 
 @PARAM_SCHEDULERS.register_module()
-class MultiplicativeLR(_OfFunction):
+class MultiplicativeLR(_ByFunction):
     """``torch.optim.lr_scheduler.MultiplicativeLR`` with ``begin``, ``end`` and ``by_epoch``."""
 
     _scheduler = lr_scheduler.MultiplicativeLR

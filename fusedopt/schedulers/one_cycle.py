@@ -8,7 +8,7 @@ from typing import Any
 
 from ..registry import PARAM_SCHEDULERS
 from ..rules.checks import check_number, check_whole_number
-from .base import INF, LRSchedulerMixin, OptimizerLike, _ParamScheduler, per_group
+from .base import INF, LRSchedulerMixin, OptimizerLike, _ParamScheduler, per_group, refuse_new_groups
 
 __all__ = ["OneCycleLR", "OneCycleParamScheduler"]
 
@@ -76,16 +76,19 @@ class OneCycleParamScheduler(_ParamScheduler):
             if self.end == INF:
                 raise ValueError(f"{type(self).__name__} must know where its cycle ends; expected total_steps or end")
             self.total_steps = self.end - self.begin
-        if self.end != INF and self.total_steps + 1 < self.end - self.begin:
+        if self.end != INF and self.total_steps < self.end - self.begin:
             raise ValueError(
-                f"Invalid total_steps: {self.total_steps}; the scheduler is active for end - begin = "
-                f"{self.end - self.begin} steps"
+                f"Invalid total_steps: {self.total_steps}; from begin={self.begin} to end={self.end}, by default the "
+                f"training's, there are {self.end - self.begin}"
             )
         highest = per_group("eta_max", self.eta_max, self.optimizer)
         if self.last_step == -1:
             for group, value in zip(self.optimizer.param_groups, highest, strict=True):
                 initial = value / self.div_factor
                 group.update(initial_lr=initial, max_lr=value, min_lr=initial / self.final_div_factor)
+
+    def _take_in_new_groups(self) -> None:
+        refuse_new_groups(self)
 
     def _phases(self) -> list[tuple[float, str, str]]:
         """Last step of each phase, and what it goes from and to."""
@@ -101,13 +104,10 @@ class OneCycleParamScheduler(_ParamScheduler):
             raise ValueError(
                 f"{type(self).__name__} was to be stepped total_steps={self.total_steps} times, and was once more"
             )
-        start = 0.0
-        for end, origin, target in self._phases():  # noqa: B007
-            if self.last_step <= end:
-                break
-            start, previous = end, start
-        else:  # past the last phase, one step further along it
-            start = previous
+        phases = self._phases()
+        index = next((index for index, phase in enumerate(phases) if self.last_step <= phase[0]), len(phases) - 1)
+        start = phases[index - 1][0] if index else 0.0
+        end, origin, target = phases[index]
         share = (self.last_step - start) / (end - start) if end != start else 1.0
         return [
             self._between(group[f"{origin}_lr"], group[f"{target}_lr"], share) for group in self.optimizer.param_groups

@@ -68,7 +68,7 @@ class ReduceOnPlateauParamScheduler(TorchParamScheduler):
         eps: float = 1e-8,
         **kwargs: Any,
     ):
-        if not kwargs.get("by_epoch", True):
+        if kwargs.get("by_epoch", True) is False:
             raise ValueError(f"Invalid by_epoch: False; {type(self).__name__} looks at metrics, which epochs have")
         for name, value, choices in (
             ("rule", rule, ("less", "greater")),
@@ -126,12 +126,13 @@ class ReduceOnPlateauParamScheduler(TorchParamScheduler):
                 hint = did_you_mean(self.monitor, map(str, metrics)) if metrics else "there are none"
                 raise KeyError(f"metrics has no {self.monitor!r}, which {type(self).__name__} monitors; {hint}")
             metric = metrics[self.monitor]
-        if isinstance(metric, bool) or not isinstance(metric, numbers.Real | Tensor):
+        is_number = isinstance(metric, numbers.Real) and not isinstance(metric, bool)
+        if not is_number and not (isinstance(metric, Tensor) and metric.numel() == 1):
             raise TypeError(f"{type(self).__name__} takes metrics as a dict or a number, got {metric!r}")
         return float(metric)
 
     @classmethod
-    def build_iter_from_epoch(cls, *args: Any, epoch_length: int, **kwargs: Any) -> Any:
+    def build_iter_from_epoch(cls, optimizer: OptimizerLike, *, epoch_length: int, **kwargs: Any) -> Any:
         """Refused: metrics come by the epoch."""
         raise ValueError(
             f"{cls.__name__} cannot be built with convert_to_iter_based=True: the metrics it looks at come by the epoch"

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import itertools
+from array import array
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from copy import deepcopy
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,7 +16,7 @@ from ..builder import build_optim_wrapper
 from ..registry import MODELS, PARAM_SCHEDULERS, check_config, warn_caller
 from ..rules import group_names
 from ..rules.checks import check_whole_number
-from ..wrappers import OptimWrapperDict
+from ..wrappers import OptimWrapper, OptimWrapperDict
 from .base import _ParamScheduler
 from .build import build_param_schedulers
 
@@ -65,7 +67,7 @@ class Span:
     needs_metrics: bool = False
 
 
-@dataclass
+@dataclass(frozen=True)
 class Schedule:
     """Every scheduled value of a training.
 
@@ -80,23 +82,34 @@ class Schedule:
     unit: str
     ticks: int
     epoch_length: int | None
-    curves: list[Curve] = field(default_factory=list)
-    spans: list[Span] = field(default_factory=list)
+    curves: list[Curve]
+    spans: list[Span]
 
 
 class _StandIn(torch.optim.Optimizer):
-    """The settings of some parameter groups, with nothing to step."""
+    """Copies of the settings of some parameter groups, with nothing to step."""
 
     def __init__(self, groups: Sequence[Mapping[str, Any]], defaults: Mapping[str, Any]):
-        settings = [
-            {"params": [torch.zeros(())], **{k: v for k, v in group.items() if k not in ("params", "param_names")}}
-            for group in groups
+        told = [
+            {key: value for key, value in group.items() if key not in ("params", "param_names")} for group in groups
         ]
-        super().__init__(settings, dict(defaults))
+        super().__init__([{"params": [torch.zeros(())], **deepcopy(each)} for each in told], dict(defaults))
         self._opt_called = True  # no scheduler need ask for a step
 
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         """Nothing."""
+
+
+@dataclass(frozen=True)
+class _Driven:
+    """An optimizer of the training, what stands in for it, and the schedulers of that."""
+
+    name: str
+    optimizer: torch.optim.Optimizer
+    #: For each group of the stand-in, the numbers of the optimizer's groups that have its settings.
+    columns: list[tuple[int, ...]]
+    stand_in: _StandIn
+    schedulers: list[_ParamScheduler]
 
 
 def simulate_schedule(
@@ -113,30 +126,19 @@ def simulate_schedule(
 
     Raises:
         KeyError: ``cfg`` lacks ``optim_wrapper`` or ``train_cfg``.
-        TypeError, ValueError: a part of ``cfg`` is wrong, or ``epoch_length`` is needed.
+        TypeError, ValueError: a part of ``cfg`` is wrong, or ``epoch_length`` is needed. Schedulers that exist
+            already are wrong here: they would go on.
     """
     check_config("config", cfg)
     for key in ("optim_wrapper", "train_cfg"):
         if key not in cfg:
             raise KeyError(f"the config has no {key!r}, which its schedule depends on")
     max_epochs, max_iters = _training_length(cfg["train_cfg"], epoch_length)
-    settings = cfg.get("param_scheduler")
-    wrapper = _build_wrapper(cfg, model)
-    by_name = dict(wrapper) if isinstance(wrapper, OptimWrapperDict) else {"": wrapper}
-    separate = isinstance(settings, Mapping) and "type" not in settings
+    with torch.random.fork_rng(devices=[]):  # whoever trains next does not notice
+        wrapper = _build_wrapper(cfg, model)
+    all_driven = _drive(cfg.get("param_scheduler"), wrapper, epoch_length, max_epochs, max_iters)
 
-    driven = []
-    for name, each in by_name.items():
-        own = settings[name] if separate and name else settings  # type: ignore[index]
-        entries = own if isinstance(own, list | tuple) else [] if own is None else [own]
-        groups = each.optimizer.param_groups
-        columns = [(number,) for number in range(len(groups))] if _has_lists(entries) else _alike(groups)
-        stand_in = _StandIn([groups[column[0]] for column in columns], each.defaults)
-        built = build_param_schedulers(own, stand_in, epoch_length, max_epochs, max_iters)
-        assert isinstance(built, list)
-        driven.append((name, each.optimizer, stand_in, columns, built))
-
-    schedulers = list(itertools.chain.from_iterable(built for *_, built in driven))
+    schedulers = [scheduler for driven in all_driven for scheduler in driven.schedulers]
     by_iteration = max_epochs is None or any(not each.by_epoch for each in schedulers)
     if max_epochs is None and any(each.by_epoch for each in schedulers):
         warn_caller("a scheduler by epoch never advances in a training by iterations (train_cfg.max_iters)")
@@ -146,14 +148,15 @@ def simulate_schedule(
     assert ticks is not None
     per_epoch = (epoch_length if by_iteration else 1) if max_epochs is not None else None
 
-    schedule = Schedule("iteration" if by_iteration else "epoch", ticks, per_epoch)
-    for name, optimizer, stand_in, columns, built in driven:
-        values = _run(stand_in, built, ticks, per_epoch)
-        for key in _in_order(values, {each.param_name for each in built}):
-            schedule.curves += _curves(name, key, optimizer, columns, values[key])
-        for each in built:
-            schedule.spans.append(_span(name, each, values, ticks, per_epoch))
-    return schedule
+    curves, spans = [], []
+    for driven in all_driven:
+        values = _run(driven, ticks, per_epoch)
+        scheduled = {"lr", *(each.param_name for each in driven.schedulers)}
+        for key, each in values.items():
+            if key in scheduled or bool((each != each[0]).any()):
+                curves += _curves(driven, key, each)
+        spans += [_span(driven.name, each, values, ticks, per_epoch) for each in driven.schedulers]
+    return Schedule("iteration" if by_iteration else "epoch", ticks, per_epoch, curves, spans)
 
 
 def _training_length(train_cfg: Any, epoch_length: int | None) -> tuple[int | None, int | None]:
@@ -182,84 +185,120 @@ def _build_wrapper(cfg: Mapping[str, Any], model: nn.Module | None) -> Any:
     if model is not None:
         return build_optim_wrapper(model, settings)
     check_config("optim_wrapper", settings)
-    plain = {key: value for key, value in settings.items() if key not in ("constructor", "paramwise_cfg")}
-    if "optimizer" in plain:
+    of_model = ("constructor", "paramwise_cfg", "modules")
+    plain = {key: value for key, value in settings.items() if key not in of_model}
+    entries = {name: each for name, each in plain.items() if isinstance(each, Mapping) and "optimizer" in each}
+    if "optimizer" in plain or not entries:
         return build_optim_wrapper(nn.Linear(1, 1, bias=False), plain)
-    return OptimWrapperDict(
-        **{
-            name: build_optim_wrapper(
-                nn.Linear(1, 1, bias=False), {k: v for k, v in each.items() if k != "paramwise_cfg"}
-            )
-            for name, each in plain.items()
-            if isinstance(each, Mapping)
-        }
+    wrappers = {}
+    for name, each in entries.items():
+        own = {key: value for key, value in each.items() if key not in of_model}
+        wrappers[name] = build_optim_wrapper(nn.Linear(1, 1, bias=False), own)
+    return OptimWrapperDict(**wrappers)
+
+
+def _drive(settings: Any, wrapper: Any, epoch_length: int | None, max_epochs: int | None, max_iters: int | None) -> Any:
+    """A :class:`_Driven` for each optimizer of ``wrapper``."""
+    several = isinstance(wrapper, OptimWrapperDict)
+    stand_ins: dict[str, _StandIn] = {}
+    columns: dict[str, list[tuple[int, ...]]] = {}
+    for name, each in wrapper.items() if several else [("", wrapper)]:
+        own = settings.get(name) if several and isinstance(settings, Mapping) and "type" not in settings else settings
+        groups = each.optimizer.param_groups
+        columns[name] = [(number,) for number in range(len(groups))] if _has_lists(own) else _alike(groups)
+        stand_ins[name] = _StandIn([groups[column[0]] for column in columns[name]], each.defaults)
+    driven = (
+        OptimWrapperDict(**{name: OptimWrapper(each) for name, each in stand_ins.items()}) if several else stand_ins[""]
     )
+    # A training by iterations is one epoch, as in MMEngine.
+    built = build_param_schedulers(_quiet(settings), driven, epoch_length, max_epochs or 1, max_iters)
+    by_name = built if isinstance(built, dict) else {"": built}
+    return [
+        _Driven(name, (wrapper[name] if several else wrapper).optimizer, columns[name], stand_in, by_name[name])
+        for name, stand_in in stand_ins.items()
+    ]
 
 
-def _has_lists(entries: Sequence[Any]) -> bool:
+def _quiet(settings: Any) -> Any:
+    """``settings`` of schedulers that print nothing."""
+    if isinstance(settings, list | tuple):
+        return [_quiet(each) for each in settings]
+    if isinstance(settings, Mapping):
+        if "type" not in settings:
+            return {key: _quiet(each) for key, each in settings.items()}
+        return {key: value for key, value in settings.items() if key != "verbose"}
+    if settings is not None:
+        raise TypeError(f"a schedule is simulated from configs of schedulers, got {type(settings).__name__}")
+    return None
+
+
+def _has_lists(settings: Any) -> bool:
     """Whether a scheduler has an entry for each parameter group, so that none may be left out."""
-    return any(
-        isinstance(entry.get(key), list | tuple)
-        for entry in entries
-        if isinstance(entry, Mapping) and "type" in entry
-        for key in getattr(PARAM_SCHEDULERS.resolve(entry["type"]), "_per_group", ())
-    )
+    for entry in settings if isinstance(settings, list | tuple) else [settings]:
+        if isinstance(entry, Mapping) and "type" in entry:
+            with PARAM_SCHEDULERS.switch_scope_and_registry(entry.get("_scope_")) as scoped:
+                names = getattr(scoped.resolve(entry["type"]), "_per_group", ())
+            if any(isinstance(entry.get(name), list | tuple) for name in names):
+                return True
+    return False
+
+
+def _comparable(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.tolist()
+    return [_comparable(each) for each in value] if isinstance(value, list | tuple) else value
 
 
 def _alike(groups: Sequence[Mapping[str, Any]]) -> list[tuple[int, ...]]:
     """Numbers of the groups, those of the same settings together."""
     alike: dict[str, list[int]] = {}
-    told_apart = ("params", "param_name", "param_names", "layer_id", "group_name")
+    told_apart = ("params", "param_name", "param_names", "group_name")
     for number, group in enumerate(groups):
-        alike.setdefault(repr({k: v for k, v in group.items() if k not in told_apart}), []).append(number)
+        settings = {key: _comparable(value) for key, value in group.items() if key not in told_apart}
+        alike.setdefault(repr(settings), []).append(number)
     return [tuple(numbers) for numbers in alike.values()]
 
 
-def _numbers(group: Mapping[str, Any], keys: Sequence[str]) -> list[float]:
-    return [float(group[key]) if key in group else float(group["betas"][0]) for key in keys]
-
-
-def _run(
-    optimizer: torch.optim.Optimizer, schedulers: Sequence[_ParamScheduler], ticks: int, per_epoch: int | None
-) -> dict[str, Tensor]:
-    """Ticks x groups, for each value."""
-    group = optimizer.param_groups[0]
-    usual = [
-        key for key in ("lr", "momentum", "weight_decay") if key in group or (key == "momentum" and "betas" in group)
-    ]
-    keys = list(dict.fromkeys([*usual, *(each.param_name for each in schedulers)]))
-    by_epoch = [each for each in schedulers if each.by_epoch]
-    by_iteration = [each for each in schedulers if not each.by_epoch]
-    rows = []
+def _run(driven: _Driven, ticks: int, per_epoch: int | None) -> dict[str, Tensor]:
+    """Ticks x groups, for each value that may change."""
+    groups = driven.stand_in.param_groups
+    moved = {"lr"} | {key for each in driven.schedulers for key in (each.param_name, *each._moves_too)}
+    usual = [key for key in ("lr", "momentum", "weight_decay") if key in moved]
+    has = {**groups[0], "momentum": None} if "betas" in groups[0] else groups[0]
+    keys = [key for key in (*usual, *sorted(moved.difference(usual))) if key in has]
+    by_epoch = [each for each in driven.schedulers if each.by_epoch]
+    by_iteration = [each for each in driven.schedulers if not each.by_epoch]
+    rows = array("d")
     for tick in range(ticks):
-        rows.append([_numbers(group, keys) for group in optimizer.param_groups])
+        for key in keys:
+            if key in groups[0]:
+                rows.extend([float(group[key]) for group in groups])
+            else:
+                rows.extend([float(group["betas"][0]) for group in groups])
         for each in by_iteration:
             each.step()
         if per_epoch is not None and (tick + 1) % per_epoch == 0:
             for each in by_epoch:
                 each.step()
-    values = torch.tensor(rows, dtype=torch.float64)
-    return {key: values[:, :, index] for index, key in enumerate(keys)}
+    values = torch.frombuffer(rows, dtype=torch.float64).view(ticks, len(keys), len(groups))
+    return {key: values[:, index] for index, key in enumerate(keys)}
 
 
-def _curves(
-    name: str, key: str, optimizer: torch.optim.Optimizer, columns: Sequence[tuple[int, ...]], values: Tensor
-) -> list[Curve]:
+def _curves(driven: _Driven, key: str, values: Tensor) -> list[Curve]:
     """The columns of ``values``, equal ones as one."""
-    equal: dict[tuple[float, ...], list[int]] = {}
-    for numbers, column in zip(columns, values.T.tolist(), strict=True):
-        equal.setdefault(tuple(column), []).extend(numbers)
+    equal: list[tuple[Tensor, list[int]]] = []
+    for numbers, column in zip(driven.columns, values.T, strict=True):
+        same = next((members for other, members in equal if torch.equal(other, column)), None)
+        if same is None:
+            equal.append((column.contiguous(), list(numbers)))
+        else:
+            same.extend(numbers)
     curves = []
-    for column, members in equal.items():
+    for column, members in equal:
         groups = tuple(sorted(members))
-        names = itertools.chain.from_iterable(group_names(optimizer.param_groups[number]) for number in groups)
-        curves.append(Curve(name, key, groups, tuple(names), torch.tensor(column, dtype=torch.float64)))
+        names = itertools.chain.from_iterable(group_names(driven.optimizer.param_groups[number]) for number in groups)
+        curves.append(Curve(driven.name, key, groups, tuple(names), column))
     return curves
-
-
-def _in_order(values: Mapping[str, Tensor], scheduled: set[str]) -> list[str]:
-    """The keys to show: the learning rate, what is scheduled, and what changes besides."""
-    return [key for key, each in values.items() if key in {"lr", *scheduled} or bool((each != each[0]).any())]
 
 
 def _span(
