@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -376,3 +378,23 @@ class TestMistakes:
         monkeypatch.setattr("fusedopt.demo.compare.compare", interrupt)
         assert main(["compare", str(config)]) == 130
         assert capsys.readouterr().err == "fusedopt: interrupted\n"
+
+
+@pytest.mark.slow
+def test_the_commands_in_the_docs_run(tmp_path, monkeypatch, capsys):
+    """Those of docs/engine.md, in their order, in two epochs or fewer; what is printed is what the page shows."""
+    needs_demo_extra()
+    text = (CONFIGS.parent / "docs" / "engine.md").read_text().partition("## On the command line")[2]
+    commands, shown = (re.search(rf"```{kind}\n(.*?)```", text, re.DOTALL)[1] for kind in ("bash", "console"))
+    (tmp_path / "configs").symlink_to(CONFIGS)
+    monkeypatch.chdir(tmp_path)
+    torch.set_num_threads(1)
+    for line in commands.splitlines():
+        shorter = line.replace("max_epochs=5", "max_epochs=1").replace("--epochs 2", "--epochs 1 --threads 1")
+        if line.endswith("--resume"):
+            shorter += " --cfg-options train_cfg.max_epochs=2"
+        assert main(shlex.split(shorter)[1:]) == 0, line
+    assert (tmp_path / "runs" / "first" / "epoch_2.pth").is_file() and (tmp_path / "curve.png").is_file()
+    capsys.readouterr()
+    command, answer = shown.splitlines()
+    assert mistake(capsys, *shlex.split(command)[2:]) == f"{answer}\n"
