@@ -312,11 +312,11 @@ class MomentumSchedulerMixin:
         super()._follow()  # type: ignore[misc]
         if self.use_betas:
             for group in self.optimizer.param_groups:
-                first, *others = group["betas"]
-                if isinstance(first, Tensor):
-                    first.fill_(group["momentum"])
+                betas = group["betas"]
+                if type(betas[0]) is not float and isinstance(betas[0], Tensor):
+                    betas[0].fill_(group["momentum"])
                 else:
-                    group["betas"] = (group["momentum"], *others)
+                    group["betas"] = (group["momentum"], *betas[1:])
 
 
 def per_group(name: str, value: Any, optimizer: OptimizerLike) -> list[Any]:
