@@ -554,72 +554,105 @@ class TestFailures:
         assert not (tmp_path / "ran").exists()
 
 
-KILLED_CONFIG = """
-import sys
+KILLED = """
+import io, os, signal, sys
+from pathlib import Path
+
+import torch
+
 sys.path.insert(0, {tests!r})
 from engine_cases import by_iterations, config, loader, state_of
-from fusedopt.engine import Runner
-import torch
+from fusedopt.engine import Hook, Runner
+
+folder, iteration, place, calls = sys.argv[1], int(sys.argv[2]), sys.argv[3], int(sys.argv[4])
+
+
+class Progress(Hook):
+    def before_train_iter(self, runner, batch_idx, data_batch=None):
+        print(runner.iter, flush=True)
+
+
+def dying(owner, name, before_dying=lambda *args: None):
+    original = getattr(owner, name)
+
+    def call(*args, **kwargs):
+        global calls
+        if runner.iter >= iteration:
+            calls -= 1
+            if calls < 0:
+                before_dying(*args)
+                os.kill(os.getpid(), signal.SIGKILL)
+        return original(*args, **kwargs)
+
+    setattr(owner, name, call)
+
+
+def half(checkpoint, file, save=torch.save):
+    buffer = io.BytesIO()
+    save(checkpoint, buffer)
+    file.write(buffer.getvalue()[: buffer.tell() // 2])
+    file.flush()
+
 
 torch.set_num_threads(1)
 changes = by_iterations(
-    train_cfg=dict(by_epoch=False, max_iters=300, val_interval=50),
+    train_cfg=dict(by_epoch=False, max_iters=600, val_interval=50),
     default_hooks=dict(
-        checkpoint=dict(type='CheckpointHook', by_epoch=False, interval=2, max_keep_ckpts=2, save_best='auto')),
+        checkpoint=dict(type="CheckpointHook", by_epoch=False, interval=2, max_keep_ckpts=2, save_best="auto")),
     optim_wrapper=dict(
-        optimizer=dict(type='FusedAdamW', lr=1e-3), clip_grad=dict(max_norm=1.0), accumulative_counts=3),
+        optimizer=dict(type="FusedAdamW", lr=1e-3), clip_grad=dict(max_norm=1.0), accumulative_counts=3),
 )
 if {by_epoch}:
     changes.update(
-        train_cfg=dict(by_epoch=True, max_epochs=60), train_dataloader=loader(40, 8, shuffle=True),
-        param_scheduler=dict(type='ReduceOnPlateauLR', monitor='accuracy', rule='greater', patience=3))
-runner = Runner.from_cfg(config(sys.argv[1], resume=True, **changes))
-print('ready', flush=True)
+        train_cfg=dict(by_epoch=True, max_epochs=120), train_dataloader=loader(40, 8, shuffle=True),
+        param_scheduler=dict(type="ReduceOnPlateauLR", monitor="accuracy", rule="greater", patience=3))
+runner = Runner.from_cfg(config(folder, resume=True, custom_hooks=[Progress()], **changes))
+if place == "save":
+    dying(torch, "save", half)
+elif place == "unlink":
+    dying(Path, "unlink")
+elif place:
+    dying(os, place)
 runner.train()
-torch.save(state_of(runner), sys.argv[1] + '/final.pt')
+torch.save(state_of(runner), folder + "/final.pt")
 """
+#: Where a process kills itself while it saves: in the middle of the file, before it is on the disk, before it has its
+#: name, before an older one is removed.
+PLACES = ("save", "fsync", "replace", "unlink")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("by_epoch", [False, True])
 def test_a_process_killed_at_any_moment_leaves_a_checkpoint_to_resume_from(tmp_path, by_epoch):
-    """Killed 20 times, in half of them within a moment after a file began to be written."""
+    """Killed 20 times: half of them at a random moment, and half while it saves."""
     script = tmp_path / "training.py"
-    script.write_text(KILLED_CONFIG.format(tests=str(Path(__file__).parent), by_epoch=by_epoch))
+    script.write_text(KILLED.format(tests=str(Path(__file__).parent), by_epoch=by_epoch))
 
-    def start(folder: Path) -> subprocess.Popen[str]:
-        process = subprocess.Popen(
-            [sys.executable, str(script), str(folder)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-        )
-        assert process.stdout is not None and process.stdout.readline() == "ready\n", process.communicate()[1]
-        return process
+    def start(folder: Path, *death: object) -> subprocess.Popen[str]:
+        command = [sys.executable, str(script), str(folder), *map(str, death or (0, "", 0))]
+        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
-    straight = start(tmp_path / "straight")
-    started = time.monotonic()
-    _, errors = straight.communicate(timeout=300)
-    assert straight.returncode == 0, errors
-    duration = time.monotonic() - started
-
-    folder, during_a_write, progress = tmp_path / "killed", 0, set()
     generator = random.Random(0)
+    folder, resumed_at = tmp_path / "killed", []
     for kill in range(20):
-        process = start(folder)
-        deadline = time.monotonic() + generator.uniform(0, duration / 20)
-        while time.monotonic() < deadline and process.poll() is None:
-            time.sleep(0.001)
-        if kill % 2:
-            while process.poll() is None and not list(folder.glob(f"*{UNFINISHED}")):
-                pass
-        assert process.poll() is None, "it came to its end before it was killed 20 times"
-        process.send_signal(signal.SIGKILL)
-        process.communicate()
-        during_a_write += bool(list(folder.glob(f"*{UNFINISHED}")))
-        if (folder / "last_checkpoint").exists():
-            progress.add((folder / "last_checkpoint").read_text())
-    process = start(folder)
-    _, errors = process.communicate(timeout=300)
-    assert process.returncode == 0, errors
-    assert during_a_write >= 3 and len(progress) >= 5, (during_a_write, progress)
+        iteration = 20 * kill + generator.randrange(20)
+        place = PLACES[kill // 2 % len(PLACES)] if kill % 2 else ""
+        with start(folder, iteration, place, generator.randrange(4)) as process:
+            assert process.stdout is not None
+            for number, line in enumerate(process.stdout):
+                if number == 0:
+                    resumed_at.append(int(line))
+                if not place and int(line) >= iteration:
+                    time.sleep(generator.uniform(0, 0.005))
+                    process.kill()
+                    break
+            _, errors = process.communicate(timeout=300)
+        assert process.returncode == -signal.SIGKILL, errors
+    assert resumed_at == sorted(resumed_at) and resumed_at[-1] > 200
+    for each in (folder, tmp_path / "straight"):
+        with start(each) as process:
+            _, errors = process.communicate(timeout=300)
+        assert process.returncode == 0, errors
     final, expected = (torch.load(each / "final.pt", weights_only=False) for each in (folder, tmp_path / "straight"))
     assert_same(final, expected)
     assert {path.name for path in folder.glob("*.pth")} == {path.name for path in (tmp_path / "straight").glob("*.pth")}
