@@ -278,13 +278,14 @@ def _load_config(arguments: argparse.Namespace) -> Config:
     if os.getcwd() not in map(os.path.abspath, sys.path):
         sys.path.insert(0, os.getcwd())
     options = parse_options(arguments.cfg_options)
-    config = Config.fromfile(arguments.config)
-    known = {*config, *inspect.signature(Runner).parameters}
+    config = Config.fromfile(arguments.config, import_custom_modules=False)
+    known = {"custom_imports", *config, *inspect.signature(Runner).parameters}
     for option in options:
         if option.partition(".")[0] not in known:
             hint = did_you_mean(option.partition(".")[0], known)
             raise ConfigError(f"--cfg-options {option}: there is no such setting; {hint}")
     config.merge_from_dict(options)
+    config.import_custom_modules()
     return config
 
 

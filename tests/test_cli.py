@@ -169,14 +169,11 @@ class TestTrain:
     def test_modules_of_the_current_folder_can_be_imported(self, config, tmp_path, monkeypatch):
         needs_demo_extra()
         (tmp_path / "own_models.py").write_text("from fusedopt.demo import DigitsResNet as OwnNet\n")
-        config.write_text(
-            VALID.replace("fusedopt.demo.DigitsResNet", "own_models.OwnNet")
-            + "custom_imports = dict(imports=['own_models'])\ntrain_cfg.update(max_epochs=1)\n"
-        )
+        config.write_text(VALID.replace("fusedopt.demo.DigitsResNet", "own_models.OwnNet").replace("=3", "=1"))
         monkeypatch.setattr(sys, "path", [path for path in sys.path if path != ""])
         monkeypatch.chdir(tmp_path)
-        assert main(["train", "config.py"]) == 0
-        sys.modules.pop("own_models")
+        assert main(["train", "config.py", "--cfg-options", "custom_imports.imports=[own_models]"]) == 0
+        assert sys.modules.pop("own_models").__file__ == str(tmp_path / "own_models.py")
 
     @pytest.mark.slow
     def test_two_processes(self, config, tmp_path):

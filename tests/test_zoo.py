@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import itertools
 import json
 import sys
@@ -18,6 +19,11 @@ from fusedopt.cli import main
 from fusedopt.engine import Config, Runner
 from fusedopt.engine.validation import check_names
 from fusedopt.schedulers import simulate_schedule
+
+with contextlib.suppress(ImportError), warnings.catch_warnings():
+    # Where another test has loaded a part of MMEngine, configs load the rest. What it warns of then is not ours.
+    warnings.simplefilter("ignore")
+    import mmengine.runner  # noqa: F401
 
 pytest.importorskip("sklearn", reason="scikit-learn is not installed: pip install 'fusedopt[demo]'")
 
@@ -145,10 +151,8 @@ class TestUnderMMEngine:
 
     @pytest.fixture(autouse=True)
     def mmengine(self, monkeypatch):
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            pytest.importorskip("mmengine", reason="mmengine is not installed: pip install 'fusedopt[mmengine]'")
-            from mmengine import registry, runner  # noqa: F401  the runner registers what it needs
+        pytest.importorskip("mmengine", reason="mmengine is not installed: pip install 'fusedopt[mmengine]'")
+        from mmengine import registry
         from torch.optim import optimizer
 
         from fusedopt import integrations

@@ -265,8 +265,8 @@ def compare(config: Config, *, device: torch.device | None = None, listener: Lis
     """Train the model of a config with the stock optimizer and with its fused twin.
 
     The two trainings take turns, iteration by iteration, in this process, so that whatever else the machine does
-    meets both. Weights, batches and dropout are the same; which of the two goes first changes after every step.
-    torch's global random number generator is seeded.
+    meets both. Weights, batches and dropout are the same; which of the two goes first changes after every step. There
+    is one validation, at the end. torch's global random number generator is seeded.
 
     Args:
         config: as a :class:`fusedopt.engine.Runner` takes it, for a training by epochs with one optimizer; it may name

@@ -163,9 +163,36 @@ class Config(ConfigDict):
             MissingExtraError: PyYAML is not installed.
         """
         config = cls(_load(Path(filename), ()), filename=filename)
-        if import_custom_modules and config.get("custom_imports"):
-            _import_modules(config)
+        if import_custom_modules:
+            config.import_custom_modules()
         return config
+
+    def import_custom_modules(self) -> None:
+        """Import what ``custom_imports`` asks for: ``dict(imports=[...], allow_failed_imports=False)``.
+
+        Raises:
+            ConfigError: a module cannot be imported, or what is asked for is of the wrong kind.
+        """
+        if not self.get("custom_imports"):
+            return
+        with naming(self, "custom_imports"):
+            check_config("custom_imports", self["custom_imports"])
+            settings = dict(self["custom_imports"])
+            names = settings.pop("imports", [])
+            may_fail = settings.pop("allow_failed_imports", False)
+            for key in settings:
+                raise ValueError(f"unknown key {key!r}; {did_you_mean(key, ('imports', 'allow_failed_imports'))}")
+            names = [names] if isinstance(names, str) else names
+            if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+                raise TypeError(f"imports must be a list of module names, got {names!r}")
+        for name in names:
+            try:
+                importlib.import_module(name)
+            except ImportError as error:
+                if not may_fail:
+                    message = f"cannot import {name!r}: {error} (folders in PYTHONPATH are searched, too)"
+                    raise _error(self.filename, "custom_imports", message) from error
+                warn_caller(f"{self.filename}: custom_imports: {name!r} is left out: {error}")
 
     def merge_from_dict(self, options: Mapping[str, Any], allow_list_keys: bool = True) -> None:
         """Change what ``options`` names, as the ``--cfg-options`` of a command line; on an error nothing changes.
@@ -417,28 +444,6 @@ def _merged(base: Any, new: Any, where: str, filename: str | Path | None, allow_
             raise _error(filename, f"{where}.{key}", f"expected an index below {len(items)}, the length of the list")
         items[int(key)] = over(items[int(key)], key)
     return type(base)(items)
-
-
-def _import_modules(config: Config) -> None:
-    """Import what ``custom_imports`` asks for."""
-    with naming(config, "custom_imports"):
-        check_config("custom_imports", config["custom_imports"])
-        settings = dict(config["custom_imports"])
-        names = settings.pop("imports", [])
-        may_fail = settings.pop("allow_failed_imports", False)
-        for key in settings:
-            raise ValueError(f"unknown key {key!r}; {did_you_mean(key, ('imports', 'allow_failed_imports'))}")
-        names = [names] if isinstance(names, str) else names
-        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-            raise TypeError(f"imports must be a list of module names, got {names!r}")
-    for name in names:
-        try:
-            importlib.import_module(name)
-        except ImportError as error:
-            if not may_fail:
-                message = f"cannot import {name!r}: {error} (folders in PYTHONPATH are searched, too)"
-                raise _error(config.filename, "custom_imports", message) from error
-            warn_caller(f"{config.filename}: custom_imports: {name!r} is left out: {error}")
 
 
 def _import_path(value: Any) -> str | None:
