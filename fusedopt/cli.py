@@ -313,6 +313,8 @@ def _train(arguments: argparse.Namespace) -> int:
             f"train {arguments.config} --launcher pytorch"
         )
     check_names(config)
+    if not isinstance(config.work_dir, str):
+        raise UsageError(f"{arguments.config}: work_dir must be a path, got {config.work_dir!r}")
     try:
         Path(config.work_dir).mkdir(parents=True, exist_ok=True)
     except OSError as error:

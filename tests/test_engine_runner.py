@@ -401,6 +401,9 @@ def test_losses_that_are_none(losses, error, message):
         (dict(model="PointNet"), TypeError, "model must be a dict, got str"),
         (dict(param_scheduler=dict(type="CosineLR")), KeyError, "did you mean"),
         (dict(env_cfg=dict(cudnn_bench=True)), ValueError, "did you mean 'cudnn_benchmark'?"),
+        (dict(resume="maybe"), TypeError, "resume must be True or False, got 'maybe'"),
+        (dict(log_level="LOUD"), ValueError, "Invalid log_level: 'LOUD'"),
+        (dict(env_cfg=dict(device="gpu")), ValueError, "Invalid env_cfg.device: 'gpu'; Expected one of cpu, cuda"),
         (dict(log_processor=dict(window=3)), ValueError, "did you mean 'window_size'?"),
         (dict(randomness=dict(seed=-1)), ValueError, "Invalid randomness.seed: -1"),
         (dict(randomness=dict(sead=1)), ValueError, "randomness has the unknown key 'sead'; did you mean 'seed'?"),
@@ -538,3 +541,14 @@ class TestConfigFiles:
         before = (tmp_path / "points.py").read_text()
         Runner.from_cfg(cfg).train()
         assert (tmp_path / "points.py").read_text() == before
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a CUDA device is there")
+def test_a_gpu_that_is_not_there_is_named(tmp_path):
+    with pytest.raises(ValueError, match=r"Invalid env_cfg\.device: 'cuda:1'; torch finds no usable CUDA device here"):
+        Runner.from_cfg(config(tmp_path, env_cfg=dict(device="cuda:1")))
+
+
+def test_a_folder_that_is_no_path_is_named(tmp_path):
+    with pytest.raises(TypeError, match="work_dir must be a path, got 3"):
+        Runner.from_cfg({**config(tmp_path), "work_dir": 3})

@@ -55,13 +55,16 @@ def build_logger(work_dir: str, timestamp: str, level: int | str) -> logging.Log
         level: as for ``logging.Logger``.
 
     Raises:
-        ValueError: an unknown level.
+        TypeError, ValueError: an unknown level.
     """
     logger = logging.Logger("fusedopt")
+    try:
+        logger.setLevel(level)
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"Invalid log_level: {level!r}; expected 'INFO' and the like, or a number") from error
     if is_main_process():
         logger.addHandler(_Console())
         logger.addHandler(_File(Path(work_dir) / f"{timestamp}.log"))
-        logger.setLevel(level)
     else:
         logger.addHandler(logging.NullHandler())
     return logger

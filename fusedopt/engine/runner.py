@@ -154,7 +154,15 @@ class Runner:
             raise ValueError("auto_scale_lr is not offered; write the learning rate of your batch size into the config")
 
         self.cfg = {} if cfg is None else cfg
-        self._start_environment(launcher, env_cfg)
+        if not isinstance(work_dir, str | Path):
+            raise TypeError(f"work_dir must be a path, got {work_dir!r}")
+        if not isinstance(resume, bool):
+            raise TypeError(f"resume must be True or False, got {resume!r}")
+        with self._naming("launcher"):
+            self.launcher = launcher
+            distributed.launch(launcher, **(env_cfg or {}).get("dist_cfg") or {})
+        with self._naming("env_cfg"):
+            self._set_environment(env_cfg)
         randomness = dict(randomness or {})
         _check_keys("randomness", randomness, ("seed", "diff_rank_seed", "deterministic"))
         self.set_randomness(**randomness)
@@ -279,18 +287,21 @@ class Runner:
         """Where there is a :class:`Config`, its file and ``key`` begin the message of an error."""
         return naming(self.cfg, key) if isinstance(self.cfg, Config) else contextlib.nullcontext()
 
-    def _start_environment(self, launcher: str, env_cfg: Mapping[str, Any] | None) -> None:
+    def _set_environment(self, env_cfg: Mapping[str, Any] | None) -> None:
         settings = dict(env_cfg or {})
         _check_keys("env_cfg", settings, _ENVIRONMENT_KEYS)
-        self.launcher = launcher
-        distributed.launch(launcher, **settings.get("dist_cfg") or {})
         if settings.get("cudnn_benchmark"):
             torch.backends.cudnn.benchmark = True
         self._start_method = (settings.get("mp_cfg") or {}).get("mp_start_method")
         default = "cpu"
         if torch.cuda.is_available():
             default = f"cuda:{torch.cuda.current_device()}"
-        self.device = torch.device(settings.get("device") or default)
+        try:
+            self.device = torch.device(settings.get("device") or default)
+        except RuntimeError as error:
+            raise ValueError(f"Invalid env_cfg.device: {settings['device']!r}; {error}") from error
+        if self.device.type == "cuda" and not torch.cuda.is_available():
+            raise ValueError(f"Invalid env_cfg.device: {settings['device']!r}; torch finds no usable CUDA device here")
 
     def set_randomness(
         self, seed: int | None = None, diff_rank_seed: bool = False, deterministic: bool = False
