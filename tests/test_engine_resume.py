@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import errno
 import os
 import random
@@ -11,7 +12,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -30,7 +31,7 @@ from engine_cases import (
 )
 from torch.utils.data import DataLoader
 
-from fusedopt.engine import CheckpointError, CheckpointHook, Hook, Runner
+from fusedopt.engine import BaseMetric, CheckpointError, CheckpointHook, Config, Hook, Runner
 from fusedopt.engine.checkpoint import UNFINISHED, read_checkpoint, write_checkpoint
 from fusedopt.registry import HOOKS
 
@@ -492,12 +493,89 @@ class TestFailures:
             (dict(state_dict=dict(weight="none")), "epoch_2.pth has no weights"),
             (dict(optimizer=dict(state={}, param_groups=[])), "epoch_2.pth cannot be resumed from: "),
             (dict(accumulation=dict(generator=1)), "is of other optimizers: generator instead of one"),
+            (dict(accumulation={"": None}), "accumulation is not as it was written: {'': None}"),
+            (dict(processes=[{}]), "processes[0] is not as it was written: {}"),
+            (
+                dict(processes=[dict(random={}, pass_random={}, gradients={}, buffers={})]),
+                "processes[0]['random'] is not as it was written: {}",
+            ),
+            (dict(processes=[dict(random={}, pass_random={}, gradients=None, buffers={})]), "processes[0] is not as"),
             (dict(message_hub=dict(log_scalars=[])), "epoch_2.pth cannot be resumed from: "),
         ],
     )
     def test_a_foreign_checkpoint_changes_nothing(self, tmp_path, changes, message):
         self.foreign(tmp_path, **changes)
         self.refused(tmp_path, re.escape(message))
+
+    @pytest.mark.parametrize(
+        ("first", "second"),
+        [("FusedSGD", "FusedAdamW"), ("AdamW", "SGD"), ("FusedAdam", "FusedAdamW"), ("SGD", "AdamW")],
+    )
+    def test_the_checkpoint_of_another_optimizer(self, tmp_path, first, second):
+        train(config(tmp_path, optim_wrapper=dict(optimizer=dict(type=first, lr=0.01))))
+        runner = Runner.from_cfg(
+            config(tmp_path, optim_wrapper=dict(optimizer=dict(type=second, lr=0.01)), resume=True)
+        )
+        before = state_of(runner)
+        names = [name.removeprefix("Fused") for name in (first, second)]
+        with pytest.raises(
+            CheckpointError, match=rf"of other optimizers: .*'{names[0]}'}} instead of .*'{names[1]}'}}"
+        ):
+            runner.load_or_resume()
+        assert_same(state_of(runner), before)
+
+    def test_a_weight_that_is_no_tensor(self, tmp_path):
+        weights = dict(Runner.from_cfg(config(tmp_path)).bare_model.state_dict())
+        name = next(reversed(weights))
+        self.foreign(tmp_path, state_dict={**weights, name: 3})
+        self.refused(tmp_path, re.escape(f"is not that of the model: {name} has a int instead of shape"))
+
+    def test_where_no_folder_can_be(self, tmp_path):
+        (tmp_path / "file").write_bytes(b"")
+        hook = dict(type="CheckpointHook", interval=1, out_dir=tmp_path / "file")
+        with pytest.raises(CheckpointError, match=r"epoch_1\.pth cannot be written"):
+            train(config(tmp_path, default_hooks=dict(checkpoint=hook)))
+
+    def test_a_disk_that_became_read_only(self, tmp_path, monkeypatch):
+        def refuse(*_, **__):
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+        monkeypatch.setattr(os, "fsync", refuse)
+        monkeypatch.setattr(Path, "unlink", refuse)
+        with pytest.raises(CheckpointError, match=r"cannot be written, and is what it was before: .*Read-only"):
+            write_checkpoint(dict(value=1), tmp_path / "file.pth")
+
+    def test_file_and_folder_are_brought_to_the_disk(self, tmp_path, monkeypatch):
+        synced = []
+        monkeypatch.setattr(os, "fsync", lambda number: synced.append(os.readlink(f"/proc/self/fd/{number}")))
+        write_checkpoint(dict(value=1), tmp_path / "file.pth")
+        assert synced == [str(tmp_path / f"file.pth{UNFINISHED}"), str(tmp_path)]
+
+    @pytest.mark.parametrize("value", [collections.defaultdict(int, a=1), Config(dict(a=1))])
+    def test_dicts_of_other_kinds_are_not_written(self, tmp_path, value):
+        with pytest.raises(CheckpointError, match=rf"checkpoint\['mine'\] \({type(value).__name__}\) is neither"):
+            write_checkpoint(dict(mine=value), tmp_path / "file.pth")
+        write_checkpoint(dict(mine=collections.Counter([1, 1])), tmp_path / "file.pth")
+        assert read_checkpoint(tmp_path / "file.pth")["mine"] == {1: 2}
+
+    def test_what_the_hub_took_from_a_checkpoint_is_undone(self, tmp_path):
+        class Picky(Hook):
+            def after_load_checkpoint(self, runner, checkpoint):
+                assert runner.message_hub.get_info("iter")
+                raise ValueError("not this one")
+
+        train(config(tmp_path))
+        runner = Runner.from_cfg(config(tmp_path, resume=True, custom_hooks=[Picky()]))
+        before = runner.message_hub.state_dict()
+        with pytest.raises(CheckpointError, match="not this one"):
+            runner.load_or_resume()
+        assert runner.message_hub.state_dict() == before
+
+    def test_without_a_training_there_is_nothing_to_save(self, tmp_path):
+        cfg = config(tmp_path)
+        without = {key: cfg[key] for key in cfg if not key.startswith(("train", "optim", "param"))}
+        with pytest.raises(RuntimeError, match="no training whose checkpoint"):
+            Runner.from_cfg(without).save_checkpoint(tmp_path, "file.pth")
 
     def test_the_checkpoint_of_another_kind_of_training(self, tmp_path):
         train(config(tmp_path))
@@ -671,3 +749,88 @@ def test_a_training_on_a_gpu_resumes_with_its_generator(name, device, tmp_path):
     cfg = config(tmp_path, **changes, model=dict(type="PointNet", dropout=0.5), env_cfg=dict(device=device))
     resumed = assert_resumes(cfg, interrupted_at, tmp_path)
     assert next(resumed.model.parameters()).is_cuda
+
+
+class Renamed(torch.nn.Module):
+    """A layer of version 2, whose weight had another name in version 1."""
+
+    _version = 2
+    versions: ClassVar[list] = []
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(2))
+
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, *args):
+        self.versions.append(local_metadata.get("version"))
+        if prefix + "old" in state_dict:
+            state_dict[prefix + "weight"] = state_dict.pop(prefix + "old")
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
+
+
+@pytest.mark.parametrize("hooks", [[], [dict(type="EMAHook")]])
+def test_modules_know_the_versions_of_their_weights(tmp_path, hooks):
+    def model():
+        made = PointNet()
+        made.renamed = Renamed()
+        return made
+
+    train(config(tmp_path, model=model(), custom_hooks=hooks, model_wrapper_cfg=None))
+    Renamed.versions.clear()
+    Runner.from_cfg(config(tmp_path, model=model(), resume=True, custom_hooks=hooks)).load_or_resume()
+    assert set(Renamed.versions) == {2}
+    Renamed.versions.clear()
+    Runner.from_cfg(config(tmp_path / "other", model=model(), load_from=tmp_path / "epoch_4.pth")).load_or_resume()
+    assert set(Renamed.versions) == {2}
+
+
+def test_weights_under_old_names_are_for_the_model_to_take(tmp_path):
+    made = PointNet()
+    made.renamed = Renamed()
+    weights = {name.replace("renamed.weight", "renamed.old"): value for name, value in made.state_dict().items()}
+    weights["renamed.old"] = torch.ones(2)
+    torch.save(weights, tmp_path / "old.pth")
+    runner = Runner.from_cfg(config(tmp_path, model=made, load_from=tmp_path / "old.pth"))
+    runner.load_or_resume()
+    assert torch.equal(made.renamed.weight, torch.ones(2))
+
+
+def test_averaged_weights_without_their_hook_are_a_warning(tmp_path, capsys):
+    train(config(tmp_path, custom_hooks=[dict(type="EMAHook")]))
+    Runner.from_cfg(config(tmp_path, resume=True)).load_or_resume()
+    assert "has the averaged weights of an EMAHook" in capsys.readouterr().out
+
+
+def test_everything_is_closed_although_something_cannot_be(tmp_path):
+    class Stuck(Hook):
+        closed: ClassVar[list] = []
+
+        def close(self):
+            self.closed.append(self)
+            raise OSError("stuck")
+
+        def before_train(self, runner):
+            raise ValueError("the real one")
+
+    hooks = [Stuck(), Stuck()]
+    with pytest.raises(OSError, match="stuck") as caught:
+        train(config(tmp_path), *hooks)
+    errors = []
+    error = caught.value
+    while error is not None:
+        errors.append(str(error))
+        error = error.__context__
+    assert errors == ["stuck", "stuck", "the real one"] and Stuck.closed == hooks
+
+
+def test_the_best_metric_must_be_a_number(tmp_path):
+    class Parts(BaseMetric):
+        def process(self, data_batch, data_samples):
+            self.results.append(0.0)
+
+        def compute_metrics(self, results):
+            return {"parts": {"a": 1.0}}
+
+    hook = dict(type="CheckpointHook", interval=1, save_best="auto", rule="greater")
+    with pytest.raises(TypeError, match="save_best='parts' is a dict, not a number"):
+        train(config(tmp_path, val_evaluator=Parts(), default_hooks=dict(checkpoint=hook)))

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import re
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
@@ -26,6 +29,8 @@ LAST_CHECKPOINT = "last_checkpoint"
 #: Ending of a file that is being written; one that is left over belongs to a process that was killed.
 UNFINISHED = ".unfinished"
 
+_ESCAPES = re.compile(r"\x1b\[[\d;]*m")
+
 _PLAIN = (str, bytes, int, float, complex, bool, type(None), torch.dtype, torch.device, torch.Size)
 
 
@@ -36,11 +41,14 @@ class CheckpointError(RuntimeError):
 def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
     """Call ``write`` with a file that becomes ``path`` when all of it is on the disk, and never before.
 
+    The folder is made where it is not there.
+
     Raises:
         CheckpointError: it cannot be written; what was at ``path`` before is still there.
     """
     unfinished = path.with_name(path.name + UNFINISHED)
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with open(unfinished, "wb") as file:
             write(file)
             file.flush()
@@ -52,19 +60,20 @@ def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
         finally:
             os.close(folder)
     except BaseException as error:
-        unfinished.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # on a disk that became read-only
+            unfinished.unlink(missing_ok=True)
         if isinstance(error, (OSError, RuntimeError)):  # torch's writer raises a RuntimeError on a full disk
             raise CheckpointError(f"{path} cannot be written, and is what it was before: {error}") from error
         raise
 
 
 def unloadable_parts(value: Any, name: str) -> Iterator[str]:
-    """The parts of ``value`` that ``torch.load(weights_only=True)`` would refuse."""
-    if isinstance(value, Mapping):
+    """The parts of ``value`` that ``torch.load(weights_only=True)`` refuses."""
+    if type(value) in (dict, OrderedDict, Counter):
         for key, item in value.items():
             yield from unloadable_parts(key, f"the key {key!r} of {name}")
             yield from unloadable_parts(item, f"{name}[{key!r}]")
-    elif isinstance(value, (list, tuple, set)) and not hasattr(value, "_fields"):
+    elif type(value) in (list, tuple, set):
         for index, item in enumerate(value):
             yield from unloadable_parts(item, f"{name}[{index}]")
     elif type(value) not in (*_PLAIN, *torch.serialization.get_safe_globals()) and not isinstance(value, Tensor):
@@ -103,7 +112,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # whatever comes out of a file that may hold anything
-        reason = str(error).strip().partition("\n")[0]
+        reason = _ESCAPES.sub("", str(error)).strip().partition("\n")[0]
         raise CheckpointError(
             f"{path}: truncated, not written by torch.save, or holding more than tensors and plain values "
             f"({type(error).__name__}: {reason})"
@@ -131,17 +140,20 @@ def find_latest_checkpoint(work_dir: str | Path) -> Path | None:
 def check_fit(state_dict: Mapping[str, Any], model: nn.Module) -> list[str]:
     """What keeps ``state_dict`` from being that of ``model``, a clause for each kind of difference."""
     own = model.state_dict()
-    shapes = {name: tuple(value.shape) for name, value in state_dict.items() if isinstance(value, Tensor)}
     reshaped = [
-        f"{name} has shape {shapes[name]} instead of {tuple(value.shape)}"
+        f"{name} has {_shape(state_dict[name])} instead of {_shape(value)}"
         for name, value in own.items()
-        if name in shapes and isinstance(value, Tensor) and shapes[name] != tuple(value.shape)
+        if name in state_dict and isinstance(value, Tensor) and _shape(state_dict[name]) != _shape(value)
     ]
     missing = [name for name in own if name not in state_dict]
     unknown = [name for name in state_dict if name not in own]
     clauses = [f"it lacks {_some(missing)}"] if missing else []
     clauses += [f"it has {_some(unknown)}, which the model has not"] if unknown else []
     return clauses + ([_some(reshaped)] if reshaped else [])
+
+
+def _shape(value: Any) -> str:
+    return f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
 
 
 def _some(names: list[str], most: int = 5) -> str:

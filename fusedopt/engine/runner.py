@@ -503,14 +503,13 @@ class Runner:
 
     @contextlib.contextmanager
     def _running(self) -> Iterator[None]:
-        try:
+        with contextlib.ExitStack() as stack:  # which closes all, although one cannot be closed
+            stack.callback(self.visualizer.close)
+            for hook in reversed(self._hooks):
+                stack.callback(hook.close)
             self.call_hook("before_run")
             yield
             self.call_hook("after_run")
-        finally:
-            for hook in self._hooks:
-                hook.close()
-            self.visualizer.close()
 
     def _dump_config(self) -> None:
         """Save the config beside the checkpoints, under the name of its file."""
@@ -543,12 +542,14 @@ class Runner:
 
         Raises:
             CheckpointError: it cannot be written. What was there before still is.
+            RuntimeError: the config has no training.
         """
+        if self.train_loop is None:
+            raise RuntimeError("there is no training whose checkpoint could be saved")
         checkpoint = training_state(self, save_optimizer, save_param_scheduler, meta)
         self.call_hook("before_save_checkpoint", checkpoint=checkpoint)
         path = Path(out_dir) / filename
         if distributed.is_main_process():
-            path.parent.mkdir(parents=True, exist_ok=True)
             write_checkpoint(checkpoint, path)
         return path
 

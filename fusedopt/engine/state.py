@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import time
+from collections import OrderedDict
 from collections.abc import Iterator, Mapping
+from copy import copy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
+from torch.nn.modules.utils import consume_prefix_in_state_dict_if_present
 
 from ..version import __version__
 from ..wrappers import OptimWrapper, OptimWrapperDict
@@ -16,13 +19,14 @@ from . import distributed
 from .checkpoint import CheckpointError, check_fit
 from .config import Config
 from .data import moved, reseed
+from .hooks.ema import EMAHook
 
 if TYPE_CHECKING:
     from .runner import Runner
 
 __all__ = ["check_training", "check_weights", "load_training", "load_weights", "training_state"]
 
-_META_KEYS = ("epoch", "iter", "position", "validation_due", "seed", "by_epoch", "epoch_length")
+_META_KEYS = ("epoch", "iter", "position", "validation_due", "seed", "by_epoch", "epoch_length", "optimizers")
 _UNITS = {True: "epochs", False: "iterations"}
 
 
@@ -40,19 +44,21 @@ def training_state(
     loop = runner.train_loop
     assert loop is not None
     assert runner.optim_wrapper is not None
+    weights = runner.bare_model.state_dict()
     checkpoint: dict[str, Any] = {
         "meta": {
             **loop.progress(),
             "by_epoch": loop.by_epoch,
             "epoch_length": len(loop.dataloader),
             "seed": runner.seed,
+            "optimizers": _optimizer_names(runner),
             "experiment_name": runner.experiment_name,
             "time": time.strftime("%Y%m%d_%H%M%S"),
             "cfg": runner.cfg.pretty_text if isinstance(runner.cfg, Config) else "",
             "fusedopt_version": __version__,
             **(meta or {}),
         },
-        "state_dict": moved(runner.bare_model.state_dict(), "cpu"),
+        "state_dict": _with_versions(moved(weights, "cpu"), weights),
         "message_hub": moved(runner.message_hub.state_dict(), "cpu"),
     }
     if save_optimizer:
@@ -75,17 +81,20 @@ def check_weights(runner: Runner, filename: str | Path, checkpoint: dict[str, An
     weights = checkpoint["state_dict"]
     if not isinstance(weights, Mapping) or not any(isinstance(value, Tensor) for value in weights.values()):
         raise CheckpointError(f"{filename} has no weights: no tensors in its 'state_dict', or in all of it")
-    checkpoint["state_dict"] = {str(name).removeprefix("module."): value for name, value in weights.items()}
-    differences = check_fit(checkpoint["state_dict"], runner.bare_model)
-    if differences and (strict or not _fitting(runner.bare_model, checkpoint)):
+    taken = _with_versions({str(name): value for name, value in weights.items()}, weights)
+    consume_prefix_in_state_dict_if_present(taken, "module.")
+    checkpoint["state_dict"] = taken
+    differences = check_fit(taken, runner.bare_model)
+    own = runner.bare_model.state_dict()
+    if differences and (strict or not any(name in own for name in _loadable(runner.bare_model, taken))):
         raise CheckpointError(f"{filename} is not that of the model: {'; '.join(differences)}")
     if differences:
         runner.logger.warning(f"{filename} is not that of the model: {'; '.join(differences)}")
 
 
 def load_weights(runner: Runner, checkpoint: Mapping[str, Any]) -> None:
-    """Load those weights that fit the model."""
-    runner.bare_model.load_state_dict(_fitting(runner.bare_model, checkpoint), strict=False)
+    """Load the weights, but for those whose shape does not fit the model."""
+    runner.bare_model.load_state_dict(_loadable(runner.bare_model, checkpoint["state_dict"]), strict=False)
 
 
 def check_training(runner: Runner, filename: str | Path, checkpoint: dict[str, Any]) -> None:
@@ -113,7 +122,15 @@ def check_training(runner: Runner, filename: str | Path, checkpoint: dict[str, A
     if set(checkpoint["accumulation"]) != set(names):
         found, expected = (", ".join(filter(None, each)) or "one" for each in (checkpoint["accumulation"], names))
         raise CheckpointError(f"{filename} is of other optimizers: {found} instead of {expected}")
+    if meta["optimizers"] != (own := _optimizer_names(runner)):
+        raise CheckpointError(f"{filename} is of other optimizers: {meta['optimizers']} instead of {own}")
+    _check_kinds(filename, checkpoint)
     check_weights(runner, filename, checkpoint, strict=True)
+    if "ema_state_dict" in checkpoint and not any(isinstance(hook, EMAHook) for hook in runner.hooks):
+        runner.logger.warning(
+            f"{filename} has the averaged weights of an EMAHook: without one the training goes on from these, and not "
+            "from the model's own"
+        )
     if meta["epoch_length"] != len(loop.dataloader):
         runner.logger.warning(
             f"{filename} is of a training with {meta['epoch_length']} batches in an epoch, this one has "
@@ -121,11 +138,29 @@ def check_training(runner: Runner, filename: str | Path, checkpoint: dict[str, A
         )
 
 
+def _check_kinds(filename: str | Path, checkpoint: Mapping[str, Any]) -> None:
+    """Raise CheckpointError where what is put into place at the very end is not of the right kind."""
+    wanted: dict[str, tuple[Any, dict[str, Any]]] = {
+        "meta['position']": (checkpoint["meta"]["position"], {"passes": int, "batches": int}),
+        "accumulation": (checkpoint["accumulation"], dict.fromkeys(checkpoint["accumulation"], int)),
+    }
+    for rank, process in enumerate(checkpoint["processes"]):
+        parts = dict.fromkeys(("random", "pass_random", "gradients", "buffers"), Mapping)
+        wanted[f"processes[{rank}]"] = process, parts
+        for key in ("random", "pass_random"):
+            states = process.get(key) if isinstance(process, Mapping) else None
+            wanted[f"processes[{rank}][{key!r}]"] = states, {"python": tuple, "torch": Tensor}
+    for name, (value, kinds) in wanted.items():
+        if not isinstance(value, Mapping) or any(not isinstance(value.get(key), kind) for key, kind in kinds.items()):
+            raise CheckpointError(f"{filename} cannot be resumed from: {name} is not as it was written: {value!r:.80}")
+
+
 def load_training(runner: Runner, filename: str | Path, checkpoint: dict[str, Any]) -> None:
     """Take up a training from a checkpoint that :func:`check_training` let pass.
 
     Raises:
-        CheckpointError: a part of it cannot be loaded. Nothing has been loaded then.
+        CheckpointError: a part of it cannot be loaded. Nothing has been loaded then, but by the hooks that come before
+            one that refuses.
     """
     loop, wrapper = runner.train_loop, runner.optim_wrapper
     assert loop is not None
@@ -137,10 +172,12 @@ def load_training(runner: Runner, filename: str | Path, checkpoint: dict[str, An
         runner.message_hub.load_state_dict(checkpoint["message_hub"])
         runner.call_hook("after_load_checkpoint", checkpoint=checkpoint)
     load_weights(runner, checkpoint)
-    for name, each in _wrappers(runner).items():
-        each._inner_count = checkpoint["accumulation"][name]
     meta, processes = checkpoint["meta"], checkpoint["processes"]
     mine = processes[runner.rank] if len(processes) == runner.world_size else None
+    for name, each in _wrappers(runner).items():
+        each._inner_count = checkpoint["accumulation"][name]
+        if mine is None:  # and with it the gradients of an accumulation that is not complete
+            each._inner_count -= each._inner_count % each._accumulative_counts
     loop.resume(meta, mine)
     if mine is None:
         runner.logger.warning(
@@ -149,7 +186,8 @@ def load_training(runner: Runner, filename: str | Path, checkpoint: dict[str, An
         )
     else:
         model = runner.bare_model
-        model.load_state_dict(mine["buffers"], strict=False)
+        if mine["buffers"]:
+            model.load_state_dict(_with_versions(mine["buffers"], checkpoint["state_dict"]), strict=False)
         for name, param in model.named_parameters():
             if name in mine["gradients"]:
                 param.grad = mine["gradients"][name].to(param.device)
@@ -198,13 +236,32 @@ def _buffers(model: nn.Module) -> dict[str, Any]:
     return {name: value for name, value in model.state_dict().items() if name not in params}
 
 
-def _fitting(model: nn.Module, checkpoint: Mapping[str, Any]) -> dict[str, Any]:
+def _with_versions(state_dict: Mapping[str, Any], source: Mapping[str, Any]) -> OrderedDict[str, Any]:
+    """``state_dict`` with what torch notes beside that of ``source``: the versions of its modules."""
+    noted: Any = OrderedDict(state_dict)
+    if hasattr(source, "_metadata"):
+        noted._metadata = copy(source._metadata)
+    return noted
+
+
+def _loadable(model: nn.Module, state_dict: Mapping[str, Any]) -> OrderedDict[str, Any]:
+    """What of ``state_dict`` can be handed to the model, which may know old names of its own."""
     own = model.state_dict()
-    return {
+    fitting = {
         name: value
-        for name, value in checkpoint["state_dict"].items()
-        if name in own and getattr(own[name], "shape", None) == getattr(value, "shape", None)
+        for name, value in state_dict.items()
+        if name not in own or getattr(own[name], "shape", None) == getattr(value, "shape", None)
     }
+    return _with_versions(fitting, state_dict)
+
+
+def _optimizer_names(runner: Runner) -> dict[str, str]:
+    """The class of each optimizer, by the name of its wrapper; the fused twin of a class counts as that class."""
+    names = {}
+    for name, wrapper in _wrappers(runner).items():
+        optimizer = getattr(wrapper.optimizer, "optim", wrapper.optimizer)  # that of a ZeroRedundancyOptimizer
+        names[name] = type(optimizer).__name__.removeprefix("Fused")
+    return names
 
 
 def _scheduler_states(param_schedulers: Any) -> Any:

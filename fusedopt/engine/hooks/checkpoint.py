@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
 
 from ...registry import HOOKS
 from ...rules.checks import check_whole_number, did_you_mean
@@ -193,7 +196,10 @@ class CheckpointHook(Hook):
         for metric, rule in self.rules.items():
             if metric not in metrics:
                 raise KeyError(f"save_best={metric!r} is not among the metrics; {did_you_mean(metric, metrics)}")
-            self._save_if_best(runner, metric, float(metrics[metric]), rule)
+            score = metrics[metric]
+            if not isinstance(score, (numbers.Real, Tensor)):
+                raise TypeError(f"save_best={metric!r} is a {type(score).__name__}, not a number")
+            self._save_if_best(runner, metric, float(score), rule)
 
     def _save_if_best(self, runner: Runner, metric: str, score: float, rule: str) -> None:
         hub = runner.message_hub

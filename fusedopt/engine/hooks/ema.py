@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
+from copy import copy
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
@@ -163,12 +164,14 @@ class EMAHook(Hook):
             )
         average = self._refreshed(runner)
         own = checkpoint["state_dict"]
-        state = {
-            name: value.cpu() if isinstance(value, Tensor) else value for name, value in average.state_dict().items()
-        }
+        # Copies and updates, because state dicts carry the versions of modules as an attribute.
+        state = copy(average.state_dict())
+        state.update({name: value.cpu() for name, value in state.items() if isinstance(value, Tensor)})
         names = [name for name in own if _PREFIX + name in state]
-        checkpoint["state_dict"] = {**own, **{name: state[_PREFIX + name] for name in names}}
-        checkpoint["ema_state_dict"] = {**state, **{_PREFIX + name: own[name] for name in names}}
+        checkpoint["state_dict"] = averaged = copy(own)
+        averaged.update({name: state[_PREFIX + name] for name in names})
+        state.update({_PREFIX + name: own[name] for name in names})
+        checkpoint["ema_state_dict"] = state
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict[str, Any]) -> None:
         """Where training is resumed, take both sets of weights back. Weights that are only loaded begin a new average.
@@ -187,9 +190,12 @@ class EMAHook(Hook):
             average.steps.zero_()
             return
         state = checkpoint["ema_state_dict"]
-        own = {name.removeprefix(_PREFIX): value for name, value in state.items() if name.startswith(_PREFIX)}
+        own = copy(weights)
+        own.clear()
+        own.update({name.removeprefix(_PREFIX): value for name, value in state.items() if name.startswith(_PREFIX)})
         self._check_fit(runner, "ema_state_dict", own, model, True)
-        state = {**state, **{_PREFIX + name: value for name, value in weights.items()}}
+        state = copy(state)
+        state.update({_PREFIX + name: value for name, value in weights.items()})
         self._check_fit(runner, "ema_state_dict", state, average, self.strict_load)
         average.load_state_dict(state, strict=False)
         checkpoint["state_dict"] = own
