@@ -164,6 +164,25 @@ def test_a_resumed_training_is_the_uninterrupted_one(name, tmp_path):
         assert_resumes(cfg, interrupted_at, tmp_path)
 
 
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")  # where there are few cores
+@pytest.mark.parametrize(("workers", "batches"), [(2, 5), (4, 3)])
+def test_persistent_workers_without_a_batch_in_the_rest_of_the_epoch(workers, batches, tmp_path):
+    data = {**loader(8 * batches, 8, shuffle=True), "num_workers": workers, "persistent_workers": True}
+    cfg = config(
+        tmp_path,
+        validates=False,
+        train_cfg=dict(by_epoch=True, max_epochs=3),
+        train_dataloader=data,
+        default_hooks=dict(checkpoint=dict(type="CheckpointHook", by_epoch=False, interval=1)),
+    )
+    straight = train(cfg)
+    for iteration in (batches - 1, batches):
+        start = tmp_path / f"iter_{iteration}.pth"
+        resumed = train({**cfg, "work_dir": str(tmp_path / start.stem), "resume": True, "load_from": start})
+        assert min(recorded(resumed).losses) == iteration
+        assert_same(state_of(resumed), state_of(straight))
+
+
 def test_a_loader_of_the_users_own_resumes_too(tmp_path):
     """torch's sampler draws its seed from the generator of the training; what was trained on is loaded once more."""
     for generator in (None, torch.Generator().manual_seed(3)):

@@ -171,12 +171,15 @@ class _SeededCollate:
 
     def start_worker(self, worker: int) -> None:
         """The ``worker_init_fn`` of the loader."""
-        self.batch += worker
-        self._seed_generators()
+        self._move_on(worker, worker)
         if self.worker_init is not None:
             self.worker_init(worker)
 
-    def _seed_generators(self) -> None:
+    def _move_on(self, batches: int, worker: int) -> None:
+        """Seed the generators for the next batch of a worker, in this pass or, where none is left for it, the next."""
+        self.batch += batches
+        if self.length is not None and self.batch >= self.length:  # a persistent worker goes on with the next pass
+            self.epoch, self.batch = self.epoch + 1, worker
         place = f"{self.seed}, {self.rank}, {self.epoch}, {self.batch}"
         seed_everything(random.Random(place).getrandbits(32))
 
@@ -184,10 +187,7 @@ class _SeededCollate:
         batch = self.collate(samples)
         worker = get_worker_info()
         if worker is not None:
-            self.batch += worker.num_workers
-            if self.length is not None and self.batch >= self.length:  # a persistent worker goes on with the next pass
-                self.epoch, self.batch = self.epoch + 1, worker.id
-            self._seed_generators()
+            self._move_on(worker.num_workers, worker.id)
         return batch
 
 
