@@ -141,6 +141,16 @@ VARIANTS: dict[str, tuple[dict[str, Any], int]] = {
         by_iterations(train_dataloader={**loader(40, 8, True, sampler="InfiniteSampler"), "num_workers": 2}),
         13,
     ),
+    "by iteration over finite data, with a batch sampler": (
+        by_iterations(
+            train_dataloader={
+                **loader(40, 8, shuffle=True),
+                "batch_sampler": dict(type="torch.utils.data.BatchSampler", drop_last=False),
+            },
+            default_hooks=BY_ITERATION,
+        ),
+        14,
+    ),
     "no seed": (dict(randomness={}, default_hooks=BY_ITERATION), 14),
     "BatchNorm": (dict(model=dict(type="PointNet", batch_norm=True), default_hooks=BY_ITERATION), 14),
 }
@@ -304,11 +314,34 @@ def test_a_work_dir_may_be_moved(tmp_path):
     assert_same(state_of(train(config(tmp_path / "after", resume=True))), state_of(straight))
 
 
-def test_another_seed_gives_way_to_that_of_the_checkpoint(tmp_path, capsys):
-    straight = train(config(tmp_path / "straight"))
+class OwnSampler(torch.utils.data.Sampler):
+    """One order of the seed, in all epochs."""
+
+    def __init__(self, dataset, seed):
+        self.dataset, self.seed = dataset, seed
+
+    def __iter__(self):
+        return iter(torch.randperm(len(self), generator=torch.Generator().manual_seed(self.seed)).tolist())
+
+    def __len__(self):
+        return len(self.dataset)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        dict(),
+        dict(sampler=dict(type=OwnSampler)),
+        dict(batch_sampler=dict(type="torch.utils.data.BatchSampler", drop_last=False)),
+    ],
+    ids=["sampler", "sampler of one's own", "sampler of a batch sampler"],
+)
+def test_another_seed_gives_way_to_that_of_the_checkpoint(changes, tmp_path, capsys):
+    data = {**loader(40, 8, shuffle=True), **changes}
+    straight = train(config(tmp_path / "straight", train_dataloader=data))
     with pytest.raises(Interrupted):
-        train(config(tmp_path / "resumed"), Interrupt(12))
-    resumed = train(config(tmp_path / "resumed", resume=True, randomness=dict(seed=7)))
+        train(config(tmp_path / "resumed", train_dataloader=data), Interrupt(12))
+    resumed = train(config(tmp_path / "resumed", train_dataloader=data, resume=True, randomness=dict(seed=7)))
     assert "has the seed 0, which is used instead of 7" in capsys.readouterr().out
     assert_same(state_of(resumed), state_of(straight))
 

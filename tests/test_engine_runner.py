@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from engine_cases import PointNet, Points, by_iterations, config, loader, recorded, scalars, train
-from torch.utils.data import DataLoader
+from torch.utils.data import BatchSampler, DataLoader
 
 from fusedopt import FusedAdamW, OptimWrapper
 from fusedopt.engine import (
@@ -50,7 +50,8 @@ def test_training_by_iterations(tmp_path):
     assert [line["step"] for line in scalars(tmp_path) if "accuracy" in line] == [5, 10, 15, 20]
 
 
-def test_data_start_anew_in_another_order_when_they_end(tmp_path):
+@pytest.mark.parametrize("changes", [{}, dict(batch_sampler=dict(type=BatchSampler, drop_last=False))])
+def test_data_start_anew_in_another_order_when_they_end(changes, tmp_path):
     seen: list[torch.Tensor] = []
 
     class Watch(Hook):
@@ -58,7 +59,8 @@ def test_data_start_anew_in_another_order_when_they_end(tmp_path):
             seen.append(data_batch["labels"])
             assert batch_idx == runner.iter
 
-    finite = by_iterations(train_dataloader=loader(40, 8, shuffle=True), train_cfg=dict(by_epoch=False, max_iters=12))
+    data = {**loader(40, 8, shuffle=True), **changes}
+    finite = by_iterations(train_dataloader=data, train_cfg=dict(by_epoch=False, max_iters=12))
     train(config(tmp_path, validates=False, **finite), Watch())
     first, second, rest = torch.cat(seen[:5]), torch.cat(seen[5:10]), seen[10:]
     assert len(rest) == 2
@@ -380,6 +382,16 @@ def test_losses_that_are_none(losses, error, message):
         ),
         (
             dict(train_dataloader=loader(40, 8, True, "InfiniteSampler")),
+            ValueError,
+            "an epoch of an InfiniteSampler never ends",
+        ),
+        (
+            dict(
+                train_dataloader={
+                    **loader(40, 8, True, "InfiniteSampler"),
+                    "batch_sampler": dict(type=BatchSampler, drop_last=False),
+                }
+            ),
             ValueError,
             "an epoch of an InfiniteSampler never ends",
         ),

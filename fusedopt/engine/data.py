@@ -17,7 +17,17 @@ from ..registry import DATA_SAMPLERS, DATASETS, FUNCTIONS, check_config
 from .distributed import broadcast, rank, world_size
 from .random_states import seed_everything
 
-__all__ = ["DefaultSampler", "InfiniteSampler", "build_dataloader", "iterate", "moved", "pseudo_collate", "reseed"]
+__all__ = [
+    "DefaultSampler",
+    "InfiniteSampler",
+    "build_dataloader",
+    "iterate",
+    "moved",
+    "pseudo_collate",
+    "reseed",
+    "sampler_of",
+    "set_epoch",
+]
 
 
 class _ShardedSampler(Sampler[int]):
@@ -260,9 +270,21 @@ def build_dataloader(
         )
     except TypeError as error:
         raise TypeError(f"dataloader: {error}") from error
-    if not isinstance(sampler, InfiniteSampler):
+    if not isinstance(sampler_of(loader), InfiniteSampler):
         collate.length = len(loader)
     return loader
+
+
+def sampler_of(loader: DataLoader) -> Any:
+    """What draws the samples of a loader: the sampler of its batch sampler, if that has one, or its own."""
+    return getattr(loader.batch_sampler, "sampler", loader.sampler)
+
+
+def set_epoch(loader: DataLoader, epoch: int) -> None:
+    """Tell the sampler of ``loader`` the number of the next pass, if it asks for it."""
+    tell = getattr(sampler_of(loader), "set_epoch", None)
+    if tell is not None:
+        tell(epoch)
 
 
 def iterate(loader: DataLoader, epoch: int, first: int) -> Iterator[Any]:
@@ -275,9 +297,9 @@ def iterate(loader: DataLoader, epoch: int, first: int) -> Iterator[Any]:
         epoch: number of the pass.
         first: number of the first batch wanted.
     """
-    skip_samples = getattr(loader.sampler, "skip_samples", None)
+    skip_samples = getattr(sampler_of(loader), "skip_samples", None)
     if first and skip_samples is not None and type(loader.batch_sampler) in (BatchSampler, type(None)):
-        skip_samples(first * (loader.batch_size or 1))
+        skip_samples(first * getattr(loader.batch_sampler, "batch_size", 1))
         loaded = first
     else:
         loaded = 0
@@ -303,6 +325,7 @@ def moved(data: Any, device: torch.device | str, non_blocking: bool = False) -> 
 
 def reseed(loader: DataLoader, old: int, new: int) -> None:
     """Give a loader of :func:`build_dataloader` another seed, where it has the ``old`` one."""
-    for part in (loader.sampler, loader.collate_fn):
-        if isinstance(part, (_ShardedSampler, _SeededCollate)) and part.seed == old:
-            part.seed = new
+    if isinstance(loader.collate_fn, _SeededCollate):
+        for part in (sampler_of(loader), loader.collate_fn):
+            if getattr(part, "seed", None) == old:
+                part.seed = new

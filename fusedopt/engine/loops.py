@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader
 
 from ..registry import LOOPS
 from ..rules.checks import check_whole_number
-from .data import InfiniteSampler, iterate
+from .data import InfiniteSampler, iterate, sampler_of, set_epoch
 from .evaluator import Evaluator
 from .random_states import isolated_random_states, random_states, set_random_states
 
@@ -169,7 +169,7 @@ class EpochBasedTrainLoop(TrainLoop):
     def __init__(
         self, runner: Runner, dataloader: DataLoader, max_epochs: int, val_begin: int = 1, val_interval: int = 1
     ):
-        if isinstance(dataloader.sampler, InfiniteSampler):
+        if isinstance(sampler_of(dataloader), InfiniteSampler):
             raise ValueError(
                 "an epoch of an InfiniteSampler never ends; use DefaultSampler, or train by iterations: "
                 "train_cfg=dict(by_epoch=False, max_iters=...)"
@@ -237,9 +237,7 @@ class IterBasedTrainLoop(TrainLoop):
 
     def _endless(self) -> Iterator[Any]:
         while True:
-            set_epoch = getattr(self.dataloader.sampler, "set_epoch", None)
-            if set_epoch is not None:
-                set_epoch(self._passes)
+            set_epoch(self.dataloader, self._passes)
             yield from self._pass()
 
 
