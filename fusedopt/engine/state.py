@@ -19,7 +19,6 @@ from . import distributed
 from .checkpoint import CheckpointError, check_fit
 from .config import Config
 from .data import moved, reseed
-from .hooks.ema import EMAHook
 
 if TYPE_CHECKING:
     from .runner import Runner
@@ -126,11 +125,6 @@ def check_training(runner: Runner, filename: str | Path, checkpoint: dict[str, A
         raise CheckpointError(f"{filename} is of other optimizers: {meta['optimizers']} instead of {own}")
     _check_kinds(filename, checkpoint)
     check_weights(runner, filename, checkpoint, strict=True)
-    if "ema_state_dict" in checkpoint and not any(isinstance(hook, EMAHook) for hook in runner.hooks):
-        runner.logger.warning(
-            f"{filename} has the averaged weights of an EMAHook: without one the training goes on from these, and not "
-            "from the model's own"
-        )
     if meta["epoch_length"] != len(loop.dataloader):
         runner.logger.warning(
             f"{filename} is of a training with {meta['epoch_length']} batches in an epoch, this one has "
@@ -171,6 +165,11 @@ def load_training(runner: Runner, filename: str | Path, checkpoint: dict[str, An
             _load_schedulers(runner.param_schedulers, checkpoint["param_schedulers"])
         runner.message_hub.load_state_dict(checkpoint["message_hub"])
         runner.call_hook("after_load_checkpoint", checkpoint=checkpoint)
+    if "ema_state_dict" in checkpoint:  # EMAHook would have taken it out
+        runner.logger.warning(
+            f"{filename} has the averaged weights of an EMAHook: without one the training goes on from these, and not "
+            "from the model's own"
+        )
     load_weights(runner, checkpoint)
     meta, processes = checkpoint["meta"], checkpoint["processes"]
     mine = processes[runner.rank] if len(processes) == runner.world_size else None

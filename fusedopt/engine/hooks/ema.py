@@ -189,7 +189,7 @@ class EMAHook(Hook):
                 self._check_fit(runner, "state_dict", weights, model, True)
             average.steps.zero_()
             return
-        state = checkpoint["ema_state_dict"]
+        state = checkpoint.pop("ema_state_dict")
         own = copy(weights)
         own.clear()
         own.update({name.removeprefix(_PREFIX): value for name, value in state.items() if name.startswith(_PREFIX)})
