@@ -8,7 +8,7 @@ import sys
 
 import pytest
 import torch
-from engine_cases import Points, by_iterations, config, loader, recorded, scalars, train
+from engine_cases import PointNet, Points, by_iterations, config, loader, recorded, scalars, train
 
 from fusedopt.engine import (
     EmptyCacheHook,
@@ -280,6 +280,23 @@ class TestLearningRates:
         assert set(recorded(runner).lrs) == {0.01} and runner.param_schedulers is None
 
 
+def terminal(monkeypatch) -> io.StringIO:
+    """Stands for the terminal from now on."""
+    written = io.StringIO()
+    monkeypatch.setattr(written, "isatty", lambda: True, raising=False)
+    monkeypatch.setattr(sys, "stdout", written)
+    return written
+
+
+def rich_terminal(monkeypatch, columns: int = 160) -> io.StringIO:
+    """One on which rich shows a progress bar."""
+    pytest.importorskip("rich", reason="rich is not installed: pip install 'fusedopt[engine]'")
+    monkeypatch.setattr("rich._console", None)  # it reads the environment when it is made
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", str(columns))
+    return terminal(monkeypatch)
+
+
 class TestLogging:
     @pytest.mark.parametrize(
         ("settings", "iterations"),
@@ -326,55 +343,51 @@ class TestLogging:
         assert names == {"scalars.json", f"{runner.timestamp}.log"}
 
     def test_a_terminal_shows_a_progress_bar(self, tmp_path, monkeypatch):
-        pytest.importorskip("rich", reason="rich is not installed: pip install 'fusedopt[engine]'")
-
-        class Terminal(io.StringIO):
-            def isatty(self):
-                return True
-
-        terminal = Terminal()
-        monkeypatch.setattr(sys, "stdout", terminal)
-        monkeypatch.setenv("TERM", "xterm")
-        monkeypatch.setenv("COLUMNS", "160")
+        shown_on = rich_terminal(monkeypatch)
         train(config(tmp_path, log_level="INFO"))
-        shown = terminal.getvalue()
+        shown = shown_on.getvalue()
         assert "train" in shown and "20/20" in shown and "loss: " in shown and "grad_norm: " in shown
         assert "Epoch(val) [4][3/3]  accuracy: " in shown and "Epoch(train)" not in shown
         assert shown.endswith("\x1b[?25h") or "\x1b[?25h" in shown, "the cursor is shown again"
         (log,) = tmp_path.glob("*.log")
         assert log.read_text().count("Epoch(train)") == 8
 
+    @pytest.mark.parametrize("columns", [60, 80, 100, 120])
+    def test_a_narrow_terminal_wraps_what_is_logged_and_keeps_the_bar(self, columns, tmp_path, monkeypatch):
+        class Brackets(PointNet):
+            """Losses whose names would be markup."""
+
+            def forward(self, inputs, labels, mode="tensor"):
+                outputs = super().forward(inputs, labels, mode)
+                return {"loss[/b]": outputs["loss"], "loss[red]": outputs["loss"]} if mode == "loss" else outputs
+
+        shown_on = rich_terminal(monkeypatch, columns)
+        hooks = dict(logger=dict(type="LoggerHook", interval=5))
+        train(config(tmp_path, validates=False, model=dict(type=Brackets), default_hooks=hooks))
+        lines = re.sub(r"\x1b\[[^a-zA-Z]*[a-zA-Z]", "", shown_on.getvalue()).splitlines()
+        assert max(map(len, lines)) <= columns
+        last = max(index for index, line in enumerate(lines) if re.match(f"train {'━' * 20} 20/20 eta: 0:00:00 ", line))
+        status = " ".join(" ".join(lines[last:]).split())
+        assert all(f"{name}: " in status for name in ("lr", "loss", "loss[/b]", "loss[red]", "grad_norm", "time"))
+
     def test_an_interrupted_training_leaves_a_clean_terminal(self, tmp_path, monkeypatch):
-        pytest.importorskip("rich", reason="rich is not installed: pip install 'fusedopt[engine]'")
-
-        class Terminal(io.StringIO):
-            def isatty(self):
-                return True
-
         class Interrupt(Hook):
             def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None):
                 raise KeyboardInterrupt
 
-        terminal = Terminal()
-        monkeypatch.setattr(sys, "stdout", terminal)
-        monkeypatch.setenv("TERM", "xterm")
+        shown_on = rich_terminal(monkeypatch)
         with pytest.raises(KeyboardInterrupt):
             train(config(tmp_path), Interrupt())
-        assert terminal.getvalue().rindex("\x1b[?25h") > terminal.getvalue().rindex("\x1b[?25l")
-        assert sys.stdout is terminal
+        assert shown_on.getvalue().rindex("\x1b[?25h") > shown_on.getvalue().rindex("\x1b[?25l")
+        assert sys.stdout is shown_on
 
     def test_without_rich_a_terminal_gets_lines(self, tmp_path, monkeypatch):
-        class Terminal(io.StringIO):
-            def isatty(self):
-                return True
-
-        terminal = Terminal()
-        monkeypatch.setattr(sys, "stdout", terminal)
+        shown_on = terminal(monkeypatch)
         for name in [name for name in sys.modules if name.partition(".")[0] == "rich"]:
             monkeypatch.delitem(sys.modules, name)
         monkeypatch.setitem(sys.modules, "rich", None)
         train(config(tmp_path, log_level="INFO"))
-        assert terminal.getvalue().count("Epoch(train)") == 8 and "\x1b" not in terminal.getvalue()
+        assert shown_on.getvalue().count("Epoch(train)") == 8 and "\x1b" not in shown_on.getvalue()
 
     def test_tensorboard(self, tmp_path):
         pytest.importorskip("tensorboard", reason="tensorboard is not installed: pip install 'fusedopt[engine]'")

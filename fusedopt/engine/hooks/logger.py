@@ -118,7 +118,7 @@ class LoggerHook(Hook):
         eta = str(datetime.timedelta(seconds=int(runner.message_hub.get_info("eta", 0))))
         text = _formatted(scalars)
         if self._bar is not None:
-            self._bar.tell(mode, f"{eta}  {text}")
+            self._bar.tell(mode, f"eta: {eta}  {text}")
         place = _place(runner, mode, batch_idx + 1)
         runner.logger.info(f"{place}  eta: {eta}  {text}", extra={"on_progress_bar": self._bar is not None})
 
@@ -199,12 +199,13 @@ class _ProgressBar:
     """
 
     def __init__(self) -> None:
-        progress = require("rich.progress", "engine")
+        progress, column = require("rich.progress", "engine"), require("rich.table", "engine").Column
+        # On a narrow terminal the status wraps; the rest keeps its width.
         self._progress = progress.Progress(
-            progress.TextColumn("{task.description}"),
-            progress.BarColumn(bar_width=20),
-            progress.MofNCompleteColumn(),
-            progress.TextColumn("{task.fields[status]}"),
+            progress.TextColumn("{task.description}", markup=False),
+            progress.BarColumn(bar_width=20, table_column=column(no_wrap=True, min_width=20)),
+            progress.MofNCompleteColumn(table_column=column(no_wrap=True)),
+            progress.TextColumn("{task.fields[status]}", markup=False, table_column=column(no_wrap=False)),
         )
         self._tasks: dict[str, Any] = {}
         self._progress.start()
