@@ -307,6 +307,22 @@ def test_a_failure_closes_what_is_open_and_leaves_a_later_run_possible(tmp_path)
     assert closed == ["close", "after_run", "close"]
 
 
+def test_an_interrupted_validation_does_not_count_in_the_next_one(tmp_path):
+    class Fragile(Hook):
+        fails = True
+
+        def after_val_iter(self, runner, batch_idx, data_batch=None, outputs=None):
+            if self.fails and batch_idx == 1:
+                raise KeyboardInterrupt
+
+    hook = Fragile()
+    runner = Runner.from_cfg(config(tmp_path, custom_hooks=[hook]))
+    with pytest.raises(KeyboardInterrupt):
+        runner.val()
+    hook.fails = False
+    assert runner.val()["count"] == 20
+
+
 def test_a_hook_ends_the_training(tmp_path):
     class Stop(Hook):
         def after_train_epoch(self, runner):

@@ -85,6 +85,11 @@ class Evaluator:
         for metric in self.metrics:
             metric.dataset_meta = dataset_meta
 
+    def begin(self) -> None:
+        """Forget the results of an evaluation that was interrupted."""
+        for metric in self.metrics:
+            metric.results = []
+
     def process(self, data_samples: Sequence[Any], data_batch: Any = None) -> None:
         """Show one batch to every metric."""
         for metric in self.metrics:

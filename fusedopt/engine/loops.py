@@ -275,6 +275,7 @@ class _EvaluationLoop:
             call_hook(f"before_{mode}")
             call_hook(f"before_{mode}_epoch")
             self.runner.model.eval()
+            self.evaluator.begin()
             for batch_idx, data_batch in enumerate(iterate(self.dataloader, 0, 0)):
                 self.run_iter(batch_idx, data_batch)
             metrics = self.evaluator.evaluate(len(self.dataloader.dataset))  # type: ignore[arg-type]
