@@ -17,6 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fusedopt import OptimWrapper, build_optim_wrapper
+from fusedopt.engine import CheckpointError
 from fusedopt.engine.config import Config, ConfigDict, ConfigError, naming, parse_options
 from fusedopt.extras import MissingExtraError
 from fusedopt.registry import OPTIMIZERS
@@ -178,7 +179,8 @@ class TestPythonFile:
         [
             pytest.param("a = 1\nb = dict(\n", r"config\.py:2: syntax error: '\(' was never closed", id="syntax"),
             pytest.param("a = '\0'", r"config\.py:1: syntax error: .*null byte", id="null_byte"),
-            pytest.param("return 1", r"config\.py:1: .*'return' outside function", id="compile"),
+            pytest.param("\nreturn 1", r"config\.py:2: syntax error: 'return' outside function$", id="compile"),
+            pytest.param("x = 1\nimport sys\nsys.exit(3)", r"config\.py:3: SystemExit: 3$", id="exit"),
             pytest.param("x = 1\ny = z\n", r"config\.py:2: NameError: name 'z' is not defined", id="runtime"),
             pytest.param("def f():\n    return 1 / 0\n\nf()\n", r"config\.py:2: ZeroDivisionError", id="in_function"),
             pytest.param(
@@ -215,6 +217,11 @@ class TestPythonFile:
         with pytest.raises(ConfigError, match=message) as caught:
             Config.fromfile(path)
         assert "\n" not in str(caught.value)
+
+    def test_a_byte_order_mark_is_no_part_of_it(self, tmp_path):
+        for name, text in (("a.py", "x = 1\n"), ("a.json", '{"x": 1}')):
+            (tmp_path / name).write_text(text, encoding="utf-8-sig")
+            assert Config.fromfile(tmp_path / name) == {"x": 1}
 
     def test_a_cycle_names_the_chain(self, write, tmp_path):
         write(b="_base_ = ['c.py']", c="_base_ = 'sub/../a.py'")
@@ -263,6 +270,21 @@ class TestJsonAndYaml:
             ("c__json", "[1]", r"c\.json: a config is a mapping of keys to values, got list"),
             ("c__json", '{"_base_": "base.py"}', r"c\.json: _base_: a \.json file runs no code, so .*base\.py"),
             ("c__json", '{"_base_": "base.json", "x": {{_base_.no}}}', r"c\.json: .*_base_\.no.*: .* has no 'no'"),
+            ("c__json", '{"a": ' + "[" * 100_000 + "]" * 100_000 + "}", r"c\.json: the file is nested too deeply"),
+            ("c__json", '{"a": ' + '{"a": ' * 400 + "1" + "}" * 401, r"c\.json: the file is nested too deeply"),
+            *(
+                (
+                    f"c__{suffix}",
+                    source,
+                    rf"c\.{suffix}: \{{\{{_base_\.x\}}\}}: is a value of its own, no part of a string",
+                )
+                for suffix, source in (
+                    ("json", '{"_base_": "base.json", "a": "run {{ _base_.x }}"}'),
+                    ("yaml", "_base_: base.json\na: run {{ _base_.x }}"),
+                    ("yaml", "_base_: base.json\na: ['run {{_base_.x}}']"),
+                    ("yaml", '_base_: base.json\na: "{{_base_.x}} run"'),
+                )
+            ),
             ("c__yaml", "a: 1\nb: [", r"c\.yaml:\d: syntax error: "),
             ("c__yaml", "a: !!python/object/apply:os.getcwd []", r"c\.yaml:1: syntax error: could not determine"),
             ("c__yaml", "", r"c\.yaml: a config is a mapping of keys to values, got NoneType"),
@@ -270,7 +292,7 @@ class TestJsonAndYaml:
     )
     def test_errors_name_the_file_and_the_place(self, write, name, source, message):
         pytest.importorskip("yaml")
-        write(base="raise SystemExit\n", base__json="{}")
+        write(base="raise SystemExit\n", base__json='{"x": 1}')
         with pytest.raises(ConfigError, match=message) as caught:
             Config.fromfile(write(**{name: source}))
         assert "\n" not in str(caught.value)
@@ -310,6 +332,8 @@ class TestCustomImports:
             ("['os']", "custom_imports must be a dict, got list"),
             ("dict(import_='os')", "unknown key 'import_'; did you mean 'imports'"),
             ("dict(imports=[3])", r"imports must be a list of module names, got \[3\]"),
+            ("dict(imports=[''])", "imports must be a list of whole module names; '' is none"),
+            ("dict(imports=['.x'])", "imports must be a list of whole module names; '.x' is none"),
         ],
     )
     def test_errors(self, write, value, message):
@@ -497,13 +521,17 @@ class TestDump:
 
 
 class TestNaming:
-    @pytest.mark.parametrize("kind", [KeyError, TypeError, ValueError, ImportError, OSError])
+    @pytest.mark.parametrize("kind", [KeyError, IndexError, TypeError, ValueError, ImportError, OSError, RuntimeError])
     @pytest.mark.parametrize("message", ["no\n such", "model: no such"])
     def test_errors_of_building_become_one_line(self, kind, message):
         with pytest.raises(ConfigError, match=r"^c\.py: model: no such$"), naming(Config(filename="c.py"), "model"):
             raise kind(message)
 
-    @pytest.mark.parametrize("kind", [MissingExtraError, ConfigError, RuntimeError])
+    def test_an_error_without_a_message_is_told_by_its_kind(self):
+        with pytest.raises(ConfigError, match=r"^model: NotImplementedError$"), naming({}, "model"):
+            raise NotImplementedError
+
+    @pytest.mark.parametrize("kind", [MissingExtraError, ConfigError, CheckpointError, AttributeError])
     def test_others_pass(self, kind):
         with pytest.raises(kind, match=r"^this$"), naming({}, "model"):
             raise kind("this")

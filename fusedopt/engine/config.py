@@ -18,10 +18,10 @@ from pathlib import Path
 from types import BuiltinFunctionType, FunctionType, ModuleType
 from typing import Any, NoReturn
 
-from ..backends import BackendUnavailable
 from ..extras import MissingExtraError, require
 from ..registry import check_config, warn_caller
 from ..rules import did_you_mean
+from .checkpoint import CheckpointError
 
 __all__ = ["Config", "ConfigDict", "ConfigError", "naming", "parse_options"]
 
@@ -162,7 +162,10 @@ class Config(ConfigDict):
                 same key; a dict meets something else; or a module cannot be imported.
             MissingExtraError: PyYAML is not installed.
         """
-        config = cls(_load(Path(filename), ()), filename=filename)
+        try:
+            config = cls(_load(Path(filename), ()), filename=filename)
+        except RecursionError as error:
+            raise _error(filename, "", "the file is nested too deeply") from error
         if import_custom_modules:
             config.import_custom_modules()
         return config
@@ -185,6 +188,9 @@ class Config(ConfigDict):
             names = [names] if isinstance(names, str) else names
             if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
                 raise TypeError(f"imports must be a list of module names, got {names!r}")
+            for name in names:
+                if not name or name.startswith("."):
+                    raise ValueError(f"imports must be a list of whole module names; {name!r} is none")
         for name in names:
             try:
                 importlib.import_module(name)
@@ -263,11 +269,12 @@ def naming(config: Mapping[str, Any], key: str = "") -> Iterator[None]:
     """Turn the errors of building what ``config`` describes into one line that names its file and ``key``."""
     try:
         yield
-    except (MissingExtraError, ConfigError):
+    except (CheckpointError, ConfigError, MissingExtraError):
         raise
-    except (BackendUnavailable, ImportError, KeyError, OSError, TypeError, ValueError) as error:
+    except (ImportError, LookupError, OSError, RuntimeError, TypeError, ValueError) as error:
         # str() of a KeyError quotes its message.
         message = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
+        message = message or type(error).__name__
         raise _error(getattr(config, "filename", None), key, message.removeprefix(f"{key}: ")) from error
 
 
@@ -278,7 +285,7 @@ def _load(path: Path, children: Sequence[Path]) -> dict[str, Any]:
         chain = " -> ".join(map(str, (*children, path)))
         raise _error(children[0], _BASE, f"the file inherits from itself: {chain}")
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
         if children:
@@ -315,23 +322,27 @@ def _with_file_names(text: str, path: Path) -> str:
 
 
 _BASE_VALUE = re.compile(r"""(['"]?)\{\{\s*_base_\.([\w.]+)\s*\}\}\1""")
-#: What it becomes in a Python file. The space tells it from what a user would write, wherever it comes out.
-_BASE_EXPRESSION = r"_base_ .\2"
+#: What it becomes. The spaces tell it from what a user would write, wherever it comes out.
+_BASE_EXPRESSION = r"_base_   .\2"
 
 
 def _parse(text: str, path: Path) -> ast.Module:
     try:
         tree = ast.parse(_BASE_VALUE.sub(_BASE_EXPRESSION, text), str(path))
     except (SyntaxError, ValueError) as error:  # ValueError: a null byte
-        line = getattr(error, "lineno", None) or 1
-        raise ConfigError(f"{path}:{line}: syntax error: {getattr(error, 'msg', error)}") from error
+        raise _syntax_error(path, error) from error
     for node in ast.walk(tree):
-        if isinstance(node, ast.Constant) and isinstance(node.value, str) and "_base_ ." in node.value:
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and "_base_   ." in node.value:
             raise ConfigError(
                 f"{path}:{node.lineno}: {{{{_base_. ...}}}} is a value of its own, no part of a string; there write "
                 "f'... {_base_. ...}'"
             )
     return tree
+
+
+def _syntax_error(path: Path, error: Exception) -> ConfigError:
+    line = getattr(error, "lineno", None) or 1
+    return ConfigError(f"{path}:{line}: syntax error: {getattr(error, 'msg', error)}")
 
 
 def _sets_base(node: ast.stmt) -> bool:
@@ -364,10 +375,14 @@ def _run(tree: ast.Module, path: Path, bases: ConfigDict) -> dict[str, Any]:
     """Run a Python config file; return its settings."""
     namespace: dict[str, Any] = {"__file__": str(path), "__name__": path.stem, _BASE: bases}
     try:
-        exec(compile(tree, str(path), "exec", dont_inherit=True), namespace)
-    except Exception as error:
+        code = compile(tree, str(path), "exec", dont_inherit=True)
+    except SyntaxError as error:  # such as a `return`, which only compiling refuses
+        raise _syntax_error(path, error) from error
+    try:
+        exec(code, namespace)
+    except (Exception, SystemExit) as error:
         lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
-        line = lines[-1] if lines else getattr(error, "lineno", None) or 1
+        line = lines[-1] if lines else 1
         raise _error(f"{path}:{line}", type(error).__name__, str(error)) from error
     if namespace[_BASE] is not bases:
         raise _error(path, _BASE, "must be set on a line of its own, outside of any block")
@@ -376,10 +391,17 @@ def _run(tree: ast.Module, path: Path, bases: ConfigDict) -> dict[str, Any]:
     }
 
 
+_STRING_OR_BASE_VALUE = re.compile(r"""("(?:[^"\\]|\\.)*")|\{\{\s*_base_\.[\w.]+\s*\}\}""")
+_BASE_STRING = re.compile(r"\{\{\s*_base_\.([\w.]+)\s*\}\}|_base_   \.([\w.]+)")
+
+
 def _parse_data(text: str, path: Path) -> dict[str, Any]:
     """What a JSON or YAML file holds."""
-    text = _BASE_VALUE.sub(r'"{{_base_.\2}}"', text)  # a string, which is replaced when the rest is read
-    yaml = None if path.suffix == ".json" else require("yaml", "engine")
+    # What stands for base values becomes strings, which are replaced when the rest is read.
+    if path.suffix == ".json":
+        yaml, text = None, _STRING_OR_BASE_VALUE.sub(lambda match: match[1] or f'"{match[0]}"', text)
+    else:
+        yaml, text = require("yaml", "engine"), _BASE_VALUE.sub(_BASE_EXPRESSION, text)
     try:
         data = json.loads(text) if yaml is None else yaml.safe_load(text)
     except Exception as error:
@@ -401,13 +423,16 @@ def _with_base_values(value: Any, bases: ConfigDict, path: Path) -> Any:
         return {key: _with_base_values(item, bases, path) for key, item in value.items()}
     if isinstance(value, list):
         return [_with_base_values(item, bases, path) for item in value]
-    named = _BASE_VALUE.fullmatch(value) if isinstance(value, str) else None
+    named = _BASE_STRING.search(value) if isinstance(value, str) else None
     if named is None:
         return value
+    name = named[1] or named[2]
+    if named[0] != value:
+        raise _error(path, f"{{{{_base_.{name}}}}}", "is a value of its own, no part of a string")
     found: Any = bases
-    for key in named[2].split("."):
+    for key in name.split("."):
         if not isinstance(found, ConfigDict) or key not in found:
-            raise _error(path, value, f"what it inherits has no {key!r}")
+            raise _error(path, f"{{{{_base_.{name}}}}}", f"what it inherits has no {key!r}")
         found = found[key]
     return found
 
