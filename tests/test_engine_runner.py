@@ -429,6 +429,20 @@ def test_losses_that_are_none(losses, error, message):
         (dict(model="PointNet"), TypeError, "model must be a dict, got str"),
         (dict(param_scheduler=dict(type="CosineLR")), KeyError, "did you mean"),
         (dict(env_cfg=dict(cudnn_bench=True)), ValueError, "did you mean 'cudnn_benchmark'?"),
+        (dict(env_cfg=3), TypeError, "env_cfg must be a dict, got int"),
+        (dict(env_cfg=dict(dist_cfg=3)), TypeError, "env_cfg.dist_cfg must be a dict, got int"),
+        (dict(env_cfg=dict(mp_cfg=3)), TypeError, "env_cfg.mp_cfg must be a dict, got int"),
+        (dict(auto_scale_lr=3), TypeError, "auto_scale_lr must be a dict, got int"),
+        (dict(randomness=3), TypeError, "randomness must be a dict, got int"),
+        (dict(log_processor=3), TypeError, "log_processor must be a dict, got int"),
+        (dict(visualizer=3), TypeError, "visualizer must be a dict, got int"),
+        (dict(visualizer=dict(vis_backends="x")), TypeError, "vis_backends must be a list of backends"),
+        (dict(val_evaluator=3), TypeError, "val_evaluator must be a dict, got int"),
+        (dict(val_evaluator=[dict(type="HitRate"), "x"]), TypeError, "val_evaluator must be a dict, got str"),
+        (dict(experiment_name=3), TypeError, "experiment_name must be a string or None, got 3"),
+        (dict(load_from=3), TypeError, "load_from must be a path or None, got 3"),
+        (dict(train_dataloader={**loader(40, 8, True), "sampler": 3}), TypeError, "sampler must be a dict, got int"),
+        (dict(val_dataloader=dict(dataset="Points")), TypeError, "dataset must be a dict, got str"),
         (dict(resume="maybe"), TypeError, "resume must be True or False, got 'maybe'"),
         (dict(log_level="LOUD"), ValueError, "Invalid log_level: 'LOUD'"),
         (dict(env_cfg=dict(device="gpu")), ValueError, "Invalid env_cfg.device: 'gpu'; Expected one of cpu, cuda"),
@@ -448,8 +462,10 @@ def test_losses_that_are_none(losses, error, message):
 def test_a_wrong_config_fails_before_anything_runs(tmp_path, monkeypatch, changes, error, message):
     for name in ("RANK", "WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
+    monkeypatch.chdir(tmp_path)
     with pytest.raises(error, match=re.escape(message)):
-        Runner.from_cfg(config(tmp_path, **changes))
+        Runner.from_cfg(config(tmp_path / "work", **changes))
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_what_mmengine_configs_have_besides_is_accepted(tmp_path):
@@ -475,6 +491,12 @@ def test_a_key_that_is_nearly_the_runners_is_a_warning(tmp_path):
         UserWarning, match="'param_schedular', which the Runner does not use; did you mean 'param_scheduler"
     ):
         Runner.from_cfg(cfg)
+
+
+def test_it_is_one_beside_the_right_key_too(tmp_path):
+    """As where a config inherits the right one."""
+    with pytest.warns(UserWarning, match="'val_dataloder', .* did you mean 'val_dataloader'"):
+        Runner.from_cfg(config(tmp_path, val_dataloder=dict(batch_size=3)))
 
 
 @pytest.mark.parametrize("key", ["model", "work_dir"])
@@ -564,6 +586,17 @@ class TestConfigFiles:
         Runner.from_cfg(cfg).train()
         assert "The config is not saved beside the checkpoints" in capsys.readouterr().out
 
+    def test_a_folder_of_its_name_is_said(self, cfg, tmp_path, capsys):
+        (tmp_path / "work" / "points.py").mkdir(parents=True)
+        cfg.train_cfg.max_epochs = 2
+        Runner.from_cfg(cfg).train()
+        assert "The config is not saved beside the checkpoints" in capsys.readouterr().out
+
+    def test_a_work_dir_that_cannot_be_made(self, cfg, tmp_path):
+        (tmp_path / "work").write_text("")
+        with pytest.raises(ConfigError, match=r"points\.py: work_dir: .*exists"):
+            Runner.from_cfg(cfg)
+
     def test_the_users_own_file_is_not_overwritten(self, cfg, tmp_path):
         cfg.work_dir = str(tmp_path)
         before = (tmp_path / "points.py").read_text()
@@ -578,5 +611,6 @@ def test_a_gpu_that_is_not_there_is_named(tmp_path):
 
 
 def test_a_folder_that_is_no_path_is_named(tmp_path):
-    with pytest.raises(TypeError, match="work_dir must be a path, got 3"):
-        Runner.from_cfg({**config(tmp_path), "work_dir": 3})
+    for wrong in (3, ""):
+        with pytest.raises(TypeError, match=f"work_dir must be a path, got {wrong!r}"):
+            Runner.from_cfg({**config(tmp_path), "work_dir": wrong})

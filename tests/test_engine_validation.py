@@ -67,6 +67,13 @@ def test_a_config_without_mistakes():
     check_names(dict(optim_wrapper=multi, param_scheduler=schedulers))
 
 
+def test_some_sections_alone():
+    config = dict(model=dict(type="No"), param_scheduler=dict(type="LinearLR"))
+    check_names(config, "optim_wrapper", "param_scheduler")
+    with pytest.raises(ConfigError, match=r"^model\.type: "):
+        check_names(config)
+
+
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
@@ -98,6 +105,8 @@ def test_a_config_without_mistakes():
         ("default_hooks.logger.intervall", 3, "LoggerHook takes no such argument; did you mean 'interval'"),
         ("custom_hooks.1.type", "fusedopt.engine.EmptyHook", "is not in the hook registry"),
         ("visualizer.type", "Visualiser", "did you mean 'Visualizer'"),
+        ("train_cfg.type", "EpochBasedLoop", "did you mean 'EpochBasedTrainLoop'"),
+        ("val_cfg.type", "ValLop", "did you mean 'ValLoop'"),
     ],
 )
 def test_an_error_names_the_file_and_the_key(key, value, message):
@@ -117,5 +126,9 @@ def test_the_optimizers_and_schedulers_of_several():
     with pytest.raises(ConfigError, match=r"^optim_wrapper\.disc\.optimizer\.type: 'Adan' .* did you mean 'Adam'"):
         check_names(config)
     config["optim_wrapper"]["disc"]["optimizer"]["type"] = "Adam"
+    config["optim_wrapper"]["gen"]["type"] = "AmpOptimWraper"
+    with pytest.raises(ConfigError, match=r"^optim_wrapper\.gen\.type: .* did you mean 'AmpOptimWrapper'"):
+        check_names(config)
+    del config["optim_wrapper"]["gen"]["type"]
     with pytest.raises(ConfigError, match=r"^param_scheduler\.disc\.0\.step: StepLR takes no such argument"):
         check_names(config)

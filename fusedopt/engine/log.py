@@ -40,6 +40,7 @@ class _File(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
             with open(self.path, "a") as file:
                 file.write(self.format(record) + "\n")
         except Exception:

@@ -56,10 +56,15 @@ def _check_together(**settings: Any) -> bool:
     return not missing
 
 
-def _check_keys(name: str, settings: Mapping[str, Any], known: Sequence[str]) -> None:
-    for key in settings:
-        if key not in known:
+def _section(name: str, value: Mapping[str, Any] | None, known: Sequence[str] = ()) -> dict[str, Any]:
+    """A copy of the dict ``value``, or an empty one for None; the keys are checked where ``known`` are given."""
+    if value is None:
+        return {}
+    check_config(name, value)
+    for key in value:
+        if known and key not in known:
             raise ValueError(f"{name} has the unknown key {key!r}; {did_you_mean(key, known)}")
+    return dict(value)
 
 
 class Runner:
@@ -150,24 +155,28 @@ class Runner:
         tests = _check_together(test_dataloader=test_dataloader, test_cfg=test_cfg, test_evaluator=test_evaluator)
         if param_scheduler is not None and not trains:
             raise ValueError("param_scheduler is given, and there is no optim_wrapper whose settings it could change")
-        if auto_scale_lr is not None and auto_scale_lr.get("enable", False):
+        if _section("auto_scale_lr", auto_scale_lr).get("enable", False):
             raise ValueError("auto_scale_lr is not offered; write the learning rate of your batch size into the config")
 
         self.cfg = {} if cfg is None else cfg
-        if not isinstance(work_dir, str | Path):
+        if not isinstance(work_dir, str | Path) or not work_dir:
             raise TypeError(f"work_dir must be a path, got {work_dir!r}")
+        if load_from is not None and not isinstance(load_from, str | Path):
+            raise TypeError(f"load_from must be a path or None, got {load_from!r}")
+        if experiment_name is not None and not isinstance(experiment_name, str):
+            raise TypeError(f"experiment_name must be a string or None, got {experiment_name!r}")
         if not isinstance(resume, bool):
             raise TypeError(f"resume must be True or False, got {resume!r}")
+        with self._naming("env_cfg"):
+            environment = _section("env_cfg", env_cfg, _ENVIRONMENT_KEYS)
+            dist_cfg = _section("env_cfg.dist_cfg", environment.get("dist_cfg"))
         with self._naming("launcher"):
             self.launcher = launcher
-            distributed.launch(launcher, **(env_cfg or {}).get("dist_cfg") or {})
+            distributed.launch(launcher, **dist_cfg)
         with self._naming("env_cfg"):
-            self._set_environment(env_cfg)
-        randomness = dict(randomness or {})
-        _check_keys("randomness", randomness, ("seed", "diff_rank_seed", "deterministic"))
-        self.set_randomness(**randomness)
+            self._set_environment(environment)
+        self.set_randomness(**_section("randomness", randomness, ("seed", "diff_rank_seed", "deterministic")))
         self.work_dir = str(Path(work_dir).resolve())
-        Path(self.work_dir).mkdir(parents=True, exist_ok=True)
         self.timestamp = distributed.broadcast(time.strftime("%Y%m%d_%H%M%S"))
         filename = cfg.filename if isinstance(cfg, Config) else None
         name = experiment_name or (Path(filename).stem if filename else "")
@@ -205,6 +214,8 @@ class Runner:
             self.register_default_hooks(default_hooks)
         with self._naming("custom_hooks"):
             self.register_custom_hooks(custom_hooks or ())
+        with self._naming("work_dir"):
+            Path(self.work_dir).mkdir(parents=True, exist_ok=True)
 
     @classmethod
     def from_cfg(cls, cfg: Mapping[str, Any]) -> Runner:
@@ -218,15 +229,20 @@ class Runner:
             TypeError, ValueError: as for the class.
         """
         check_config("cfg", cfg)
-        known = set(inspect.signature(cls).parameters) - {"cfg"}
+        known = cls.config_keys()
         for key in ("model", "work_dir"):
             if key not in cfg:
                 raise KeyError(f"the config of a Runner needs the key {key!r}; it has {', '.join(map(repr, cfg))}")
         for key in set(cfg) - known:
-            close = difflib.get_close_matches(key, known - set(cfg), 1, cutoff=0.9)
+            close = difflib.get_close_matches(key, known, 1, cutoff=0.9)
             if close:
                 warn_caller(f"the config has {key!r}, which the Runner does not use; did you mean {close[0]!r}?")
         return cls(**{key: cfg[key] for key in cfg if key in known}, cfg=cfg)
+
+    @classmethod
+    def config_keys(cls) -> set[str]:
+        """The keys of a config that :meth:`from_cfg` uses."""
+        return set(inspect.signature(cls).parameters) - {"cfg"}
 
     @property
     def iter(self) -> int:
@@ -287,12 +303,10 @@ class Runner:
         """Where there is a :class:`Config`, its file and ``key`` begin the message of an error."""
         return naming(self.cfg, key) if isinstance(self.cfg, Config) else contextlib.nullcontext()
 
-    def _set_environment(self, env_cfg: Mapping[str, Any] | None) -> None:
-        settings = dict(env_cfg or {})
-        _check_keys("env_cfg", settings, _ENVIRONMENT_KEYS)
+    def _set_environment(self, settings: Mapping[str, Any]) -> None:
         if settings.get("cudnn_benchmark"):
             torch.backends.cudnn.benchmark = True
-        self._start_method = (settings.get("mp_cfg") or {}).get("mp_start_method")
+        self._start_method = _section("env_cfg.mp_cfg", settings.get("mp_cfg")).get("mp_start_method")
         default = "cpu"
         if torch.cuda.is_available():
             default = f"cuda:{torch.cuda.current_device()}"
@@ -325,15 +339,17 @@ class Runner:
         seed_everything((seed + self.rank) % 2**32 if diff_rank_seed else seed)
 
     def _build_message_hub(self, log_processor: Mapping[str, Any] | None) -> tuple[MessageHub, bool | None]:
-        settings = dict(log_processor or {})
-        _check_keys("log_processor", settings, ("type", "by_epoch", "window_size"))
+        settings = _section("log_processor", log_processor, ("type", "by_epoch", "window_size"))
         return MessageHub(settings.get("window_size", 10)), settings.get("by_epoch")
 
     def _build_visualizer(self, visualizer: Visualizer | Mapping[str, Any] | None) -> Visualizer:
         if isinstance(visualizer, Visualizer):
             return visualizer
-        save_dir = str(Path(self.work_dir) / "vis_data")
-        return VISUALIZERS.build({"type": "Visualizer", **(visualizer or {})}, save_dir=save_dir)
+        settings = {"type": "Visualizer", **_section("visualizer", visualizer)}
+        backends = settings.get("vis_backends")
+        if isinstance(backends, str) or not isinstance(backends, Sequence | None):
+            raise TypeError(f"vis_backends must be a list of backends and their configs, got {backends!r}")
+        return VISUALIZERS.build(settings, save_dir=str(Path(self.work_dir) / "vis_data"))
 
     def _build_model(
         self,
@@ -362,12 +378,19 @@ class Runner:
             dataloader: the config.
             shuffle: whether it shuffles, where the config does not say.
         """
+        if isinstance(dataloader, Mapping):
+            for part in ("dataset", "sampler", "batch_sampler"):
+                if isinstance(dataloader.get(part), bool | float | int | str):
+                    check_config(part, dataloader[part])
         return build_dataloader(dataloader, self.seed, shuffle, self._start_method)
 
     def _build_evaluation_loop(self, mode: str, dataloader: Any, evaluator: Any, cfg: Any) -> Any:
         with self._naming(f"{mode}_dataloader"):
             loader = self.build_dataloader(dataloader)
         with self._naming(f"{mode}_evaluator"):
+            for metric in evaluator if isinstance(evaluator, list | tuple) else [evaluator]:
+                if not hasattr(metric, "process"):
+                    check_config(f"{mode}_evaluator", metric)
             judge = evaluator if isinstance(evaluator, Evaluator) else Evaluator(evaluator)
         with self._naming(f"{mode}_cfg"):
             check_config(f"{mode}_cfg", cfg)
@@ -520,7 +543,7 @@ class Runner:
             return
         try:
             self.cfg.dump(path)
-        except ConfigError as error:
+        except (ConfigError, OSError) as error:
             self.logger.warning(f"The config is not saved beside the checkpoints: {error}")
 
     def save_checkpoint(

@@ -10,6 +10,7 @@ from ..registry import (
     DATASETS,
     FUNCTIONS,
     HOOKS,
+    LOOPS,
     METRICS,
     MODELS,
     OPTIM_WRAPPER_CONSTRUCTORS,
@@ -32,6 +33,7 @@ _SECTIONS: dict[str, tuple[Registry, set[str] | None]] = {
     "optim_wrapper": (OPTIM_WRAPPERS, None),
     "optim_wrapper.constructor": (OPTIM_WRAPPER_CONSTRUCTORS, None),
     "optim_wrapper.optimizer": (OPTIMIZERS, set()),
+    "optim_wrapper.*": (OPTIM_WRAPPERS, None),
     "optim_wrapper.*.optimizer": (OPTIMIZERS, set()),
     "param_scheduler": (PARAM_SCHEDULERS, {"convert_to_iter_based", "epoch_length"}),
     "param_scheduler.*": (PARAM_SCHEDULERS, {"convert_to_iter_based", "epoch_length"}),
@@ -46,6 +48,7 @@ _SECTIONS: dict[str, tuple[Registry, set[str] | None]] = {
             ("collate_fn", FUNCTIONS, None),
         )
     },
+    **{f"{mode}_cfg": (LOOPS, None) for mode in ("train", "val", "test")},
     **{f"{mode}_evaluator{rest}": (METRICS, set()) for mode in ("val", "test") for rest in ("", ".*")},
     "default_hooks.*": (HOOKS, {"priority"}),
     "custom_hooks.*": (HOOKS, {"priority"}),
@@ -53,17 +56,21 @@ _SECTIONS: dict[str, tuple[Registry, set[str] | None]] = {
 }
 
 
-def check_names(config: Mapping[str, Any]) -> None:
+def check_names(config: Mapping[str, Any], *keys: str) -> None:
     """Check the ``type`` of each section of a config, and that what it names takes the section's other keys.
 
     Args:
         config: as :meth:`fusedopt.engine.Runner.from_cfg` takes it.
+        keys: top-level keys to check; all by default.
 
     Raises:
         ConfigError: something is not registered, or takes no such argument; the message names the file and the key.
     """
     for pattern, (registry, extra) in _SECTIONS.items():
-        for key, section in _sections(config, pattern.split(".")):
+        path = pattern.split(".")
+        for key, section in _sections(config, path) if not keys or path[0] in keys else ():
+            if pattern == "optim_wrapper.*" and not (isinstance(section, Mapping) and "optimizer" in section):
+                continue  # no entry of several: the optimizer, or a setting that has a type, such as clip_grad
             if registry is OPTIM_WRAPPER_CONSTRUCTORS and isinstance(section, str):
                 with naming(config, key):
                     registry.resolve(section)
