@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import inspect
+import contextlib
 import os
 import sys
 import traceback
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from .extras import MissingExtraError, require
 
@@ -32,21 +33,17 @@ class _Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
 
 
-def _positive_int(text: str) -> int:
-    try:
-        value = int(text)
-    except ValueError:
-        value = 0
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
-    return value
+def _whole_number(least: int = 1) -> Callable[[str], int]:
+    def parse(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            value = least - 1
+        if value < least:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above {least - 1}")
+        return value
 
-
-def _rounds(text: str) -> int:
-    value = _positive_int(text)
-    if value < 2:
-        raise argparse.ArgumentTypeError("a median with its spread takes 2 rounds or more")
-    return value
+    return parse
 
 
 def _build_parser() -> argparse.ArgumentParser:
@@ -109,12 +106,12 @@ def _build_parser() -> argparse.ArgumentParser:
     )
     compare.add_argument("--out", metavar="DIR", type=Path, help="where to save (default: work_dirs/<config name>)")
     compare.add_argument(
-        "--epochs", metavar="N", type=_positive_int, help="passes over the data (default: the config's)"
+        "--epochs", metavar="N", type=_whole_number(), help="passes over the data (default: the config's)"
     )
     compare.add_argument(
         "--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto, the default, is CUDA when there"
     )
-    compare.add_argument("--threads", metavar="N", type=_positive_int, help="CPU threads (default: torch's choice)")
+    compare.add_argument("--threads", metavar="N", type=_whole_number(), help="CPU threads (default: torch's choice)")
     compare.set_defaults(run=_compare)
 
     plot = commands.add_parser(
@@ -130,12 +127,12 @@ def _build_parser() -> argparse.ArgumentParser:
         metavar="FILE",
         type=Path,
         default=Path("schedule.png"),
-        help="picture to write; the suffix tells the format (default: schedule.png)",
+        help="picture to write; the suffix tells the format, without one it is .png (default: schedule.png)",
     )
     plot.add_argument(
         "--epoch-length",
         metavar="N",
-        type=_positive_int,
+        type=_whole_number(),
         help="iterations in an epoch (default: those of the config's train_dataloader)",
     )
     plot.add_argument("--log", action="store_true", help="logarithmic axis")
@@ -168,9 +165,11 @@ def _build_parser() -> argparse.ArgumentParser:
         action="append",
         help="may be repeated, or 'all' that can run here (default: fusedopt and torch's, not compiled)",
     )
-    bench.add_argument("--rounds", metavar="N", type=_rounds, default=25, help="paired rounds (default: 25, least: 2)")
+    bench.add_argument(
+        "--rounds", metavar="N", type=_whole_number(2), default=25, help="paired rounds (default: 25, least: 2)"
+    )
     bench.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default: cpu")
-    bench.add_argument("--threads", metavar="N", type=_positive_int, help="CPU threads (default: torch's choice)")
+    bench.add_argument("--threads", metavar="N", type=_whole_number(), help="CPU threads (default: torch's choice)")
     bench.add_argument("--warm", action="store_true", help="do not flush the caches between rounds")
     bench.set_defaults(run=_bench)
 
@@ -279,7 +278,7 @@ def _load_config(arguments: argparse.Namespace) -> Config:
         sys.path.insert(0, os.getcwd())
     options = parse_options(arguments.cfg_options)
     config = Config.fromfile(arguments.config, import_custom_modules=False)
-    known = {"custom_imports", *config, *inspect.signature(Runner).parameters}
+    known = {"custom_imports", *config, *Runner.config_keys()}
     for option in options:
         if option.partition(".")[0] not in known:
             hint = did_you_mean(option.partition(".")[0], known)
@@ -301,7 +300,8 @@ def _train(arguments: argparse.Namespace) -> int:
             config.optim_wrapper = enable_amp(config.get("optim_wrapper", {}))
     if arguments.work_dir is not None:
         config.work_dir = arguments.work_dir
-    config.setdefault("work_dir", str(Path("work_dirs") / arguments.config.stem))
+    if config.get("work_dir") is None:
+        config.work_dir = str(Path("work_dirs") / arguments.config.stem)
     if arguments.resume is not None:
         config.resume = True
         config.load_from = None if arguments.resume is _NEWEST else arguments.resume
@@ -313,12 +313,6 @@ def _train(arguments: argparse.Namespace) -> int:
             f"train {arguments.config} --launcher pytorch"
         )
     check_names(config)
-    if not isinstance(config.work_dir, str):
-        raise UsageError(f"{arguments.config}: work_dir must be a path, got {config.work_dir!r}")
-    try:
-        Path(config.work_dir).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UsageError(f"work_dir {config.work_dir}: {error.strerror}") from error
     with naming(config):
         runner = Runner.from_cfg(config)
         if runner.train_loop is None:
@@ -333,8 +327,9 @@ def _plot_schedule(arguments: argparse.Namespace) -> int:
     from .schedulers import plot_schedule, simulate_schedule
 
     require("matplotlib", "plot")
+    out = arguments.out if arguments.out.suffix else arguments.out.with_name(f"{arguments.out.name}.png")
     config = _load_config(arguments)
-    check_names(config)
+    check_names(config, "optim_wrapper", "param_scheduler")  # the model and the data need not be there
     epoch_length = arguments.epoch_length or _epoch_length(config)
     try:
         with naming(config):
@@ -345,11 +340,11 @@ def _plot_schedule(arguments: argparse.Namespace) -> int:
         raise
     figure = plot_schedule(schedule, title=str(arguments.config), log=arguments.log)
     try:
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(arguments.out, dpi=130)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(out, dpi=130)
     except (OSError, ValueError) as error:
-        raise UsageError(f"--out {arguments.out}: cannot save: {getattr(error, 'strerror', None) or error}") from error
-    print(f"Saved {arguments.out}: {schedule.ticks} {schedule.unit}s, schedulers: {len(schedule.spans)}")
+        raise UsageError(f"--out {out}: cannot save: {getattr(error, 'strerror', None) or error}") from error
+    print(f"Saved {out}: {schedule.ticks} {schedule.unit}s, schedulers: {len(schedule.spans)}")
     return 0
 
 
@@ -383,20 +378,21 @@ def _compare(arguments: argparse.Namespace) -> int:
     device = torch.device("cuda" if has_cuda and arguments.device != "cpu" else "cpu")
     if arguments.threads is not None:
         torch.set_num_threads(arguments.threads)
-    out = arguments.out or Path("work_dirs") / arguments.config.stem
-    if out.exists() and not out.is_dir():
-        raise UsageError(f"--out {out}: not a directory")
 
     config = _load_config(arguments)
     if arguments.epochs is not None:
         config.merge_from_dict({"train_cfg.max_epochs": arguments.epochs})
+    out = arguments.out or Path("work_dirs") / arguments.config.stem
+    try:
+        out.mkdir(parents=True, exist_ok=True)  # now rather than after the training
+    except OSError as error:
+        raise UsageError(f"--out {out}: cannot make the folder: {error.strerror}") from error
 
     console = Console()
     with show_progress(console) as listener:
         comparison = compare(config, device=device, listener=listener)
     print_comparison(comparison, console)
     try:
-        out.mkdir(parents=True, exist_ok=True)
         save_json(comparison, out / "comparison.json")
         save_figure(comparison, out / "comparison.png")
     except OSError as error:
@@ -420,7 +416,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.print_help()
         return 0
     try:
-        return arguments.run(arguments)
+        with _short_warnings():
+            return arguments.run(arguments)
     except KeyboardInterrupt:
         print("fusedopt: interrupted", file=sys.stderr)
         return 130
@@ -432,6 +429,24 @@ def main(argv: Sequence[str] | None = None) -> int:
         else:
             print(f"fusedopt: {error}", file=sys.stderr)
         return 2
+
+
+@contextlib.contextmanager
+def _short_warnings() -> Iterator[None]:
+    """Show warnings as one line, without the line of Python that they are from."""
+    show = warnings.showwarning
+
+    def show_line(message: Warning | str, category: type[Warning], *place: Any, **file: Any) -> None:
+        if issubclass(category, UserWarning):
+            print(f"fusedopt: warning: {' '.join(str(message).split())}", file=sys.stderr)
+        else:
+            show(message, category, *place, **file)
+
+    warnings.showwarning = show_line
+    try:
+        yield
+    finally:
+        warnings.showwarning = show
 
 
 def _is_mistake(error: Exception) -> bool:

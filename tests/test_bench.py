@@ -1171,9 +1171,9 @@ class TestCommand:
     @pytest.mark.parametrize(
         ("argv", "message"),
         [
-            (["--rounds", "1"], "argument --rounds: a median with its spread takes 2 rounds or more"),
-            (["--rounds", "0"], "argument --rounds: '0' is not a whole number above 0"),
-            (["--rounds", "many"], "argument --rounds: 'many' is not a whole number above 0"),
+            (["--rounds", "1"], "argument --rounds: '1' is not a whole number above 1"),
+            (["--rounds", "0"], "argument --rounds: '0' is not a whole number above 1"),
+            (["--rounds", "many"], "argument --rounds: 'many' is not a whole number above 1"),
             (["--threads", "0"], "argument --threads: '0' is not a whole number above 0"),
             (["--device", "gpu"], "argument --device: invalid choice: 'gpu'"),
             (["--contender"], "argument --contender: expected one argument"),

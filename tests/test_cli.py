@@ -8,6 +8,7 @@ import re
 import shlex
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from types import ModuleType
 
@@ -15,6 +16,7 @@ import pytest
 import torch
 
 from fusedopt.cli import main
+from fusedopt.registry import MODELS
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 
@@ -166,6 +168,44 @@ class TestTrain:
         assert main(["train", str(config), "--work-dir", str(tmp_path / "other")]) == 0
         assert (tmp_path / "other" / "epoch_1.pth").is_file()
 
+    def test_a_work_dir_of_none_is_that_by_default(self, config, tmp_path, monkeypatch):
+        needs_demo_extra()
+        monkeypatch.chdir(tmp_path)
+        assert main(["train", "config.py", "--cfg-options", "train_cfg.max_epochs=1", "work_dir=None"]) == 0
+        assert (tmp_path / "work_dirs" / "config" / "epoch_1.pth").is_file()
+
+    def test_resuming_from_the_newest_forgets_load_from(self, config, tmp_path, capsys):
+        needs_demo_extra()
+        config.write_text(VALID.replace("max_epochs=3", "max_epochs=1") + "load_from = 'nowhere.pth'\n")
+        assert main(["train", str(config), "--resume", "--work-dir", str(tmp_path / "out")]) == 0
+        assert "There is no checkpoint in" in capsys.readouterr().out
+        assert (tmp_path / "out" / "epoch_1.pth").is_file()
+
+    def test_a_warning_is_one_line(self, config, tmp_path, capsys):
+        needs_demo_extra()
+        config.write_text(VALID.replace("max_epochs=3", "max_epochs=1") + "val_dataloder = None\n")
+        with warnings.catch_warnings():
+            warnings.simplefilter("always")
+            shown = warnings.showwarning
+            assert main(["train", str(config), "--work-dir", str(tmp_path / "out")]) == 0
+            assert warnings.showwarning is shown
+        assert capsys.readouterr().err == (
+            "fusedopt: warning: the config has 'val_dataloder', which the Runner does not use; did you mean "
+            "'val_dataloader'?\n"
+        )
+
+    def test_modules_named_on_the_command_line_register_what_the_config_names(self, config, tmp_path, monkeypatch):
+        needs_demo_extra()
+        (tmp_path / "registering.py").write_text(
+            "from fusedopt.demo import DigitsResNet\nfrom fusedopt.registry import MODELS\n"
+            "MODELS.register_module(name='NetOfTheCommandLine', module=DigitsResNet)\n"
+        )
+        config.write_text(VALID.replace("fusedopt.demo.DigitsResNet", "NetOfTheCommandLine").replace("=3", "=1"))
+        monkeypatch.setattr(MODELS, "_modules", dict(MODELS._modules))
+        monkeypatch.chdir(tmp_path)
+        assert main(["train", "config.py", "--cfg-options", "custom_imports.imports=registering"]) == 0
+        assert sys.modules.pop("registering")
+
     def test_modules_of_the_current_folder_can_be_imported(self, config, tmp_path, monkeypatch):
         needs_demo_extra()
         (tmp_path / "own_models.py").write_text("from fusedopt.demo import DigitsResNet as OwnNet\n")
@@ -218,6 +258,30 @@ class TestPlotSchedule:
         by_iteration = ["--cfg-options", "param_scheduler.by_epoch=False"]
         assert "--epoch-length" in mistake(capsys, *arguments, *by_iteration)
 
+    @pytest.mark.filterwarnings("ignore:model 'ResNet' is not registered")
+    def test_a_config_of_another_package(self, config, tmp_path, capsys):
+        """Its model, data, metrics and hooks are not registered here."""
+        needs_demo_extra()
+        config.write_text(
+            "model = dict(type='ResNet', depth=50)\n"
+            "train_dataloader = dict(batch_size=32, dataset=dict(type='ImageNet'))\n"
+            "val_evaluator = dict(type='Accuracy')\ncustom_hooks = [dict(type='PreciseBN')]\n"
+            "train_cfg = dict(by_epoch=True, max_epochs=4)\noptim_wrapper = dict(optimizer=dict(type='SGD', lr=0.1))\n"
+            "param_scheduler = dict(type='CosineAnnealingLR', convert_to_iter_based=True)\n"
+        )
+        arguments = ["plot-schedule", str(config), "-o", str(tmp_path / "curve.png")]
+        assert "epoch_length, the number of iterations in an epoch: give --epoch-length" in mistake(capsys, *arguments)
+        assert main([*arguments, "--epoch-length", "10"]) == 0
+        assert "40 iterations, schedulers: 1" in capsys.readouterr().out
+        unknown = ["--cfg-options", "optim_wrapper.optimizer.type=SDG"]
+        assert "optim_wrapper.optimizer.type: 'SDG'" in mistake(capsys, *arguments, *unknown)
+
+    def test_a_name_without_a_suffix_gets_one(self, config, tmp_path, capsys):
+        needs_demo_extra()
+        assert main(["plot-schedule", str(config), "-o", str(tmp_path / "curve")]) == 0
+        assert capsys.readouterr().out.startswith(f"Saved {tmp_path / 'curve.png'}: ")
+        assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
+
     def test_a_format_that_there_is_not(self, config, tmp_path, capsys):
         needs_demo_extra()
         assert "Format 'xyz' is not supported" in mistake(capsys, "plot-schedule", config, "-o", tmp_path / "curve.xyz")
@@ -246,7 +310,9 @@ class TestMistakes:
         ("source", "message"),
         [
             pytest.param("model = dict()\noptim_wrapper = dict(\n", "config.py:2: syntax error", id="syntax"),
-            pytest.param("model = dict()\noptim_wrapper = dict()", "no `optim_wrapper.optimizer`", id="no_optimizer"),
+            pytest.param(
+                "model = dict()\noptim_wrapper = dict()", "optim_wrapper.optimizer must be a dict", id="no_optimizer"
+            ),
             pytest.param("_base_ = 'gone.py'", "config.py: _base_: cannot read", id="no_base"),
             pytest.param("_base_ = 'config.py'", "config.py: _base_: the file inherits from itself", id="cycle"),
             pytest.param(VALID.replace("SGD", "SDG"), "did you mean 'SGD'?", id="unknown_optimizer"),
@@ -287,6 +353,10 @@ class TestMistakes:
             ("train_dataloader.dataset.size=3", "train_dataloader.dataset.size: DigitsDataset takes no such argument"),
             ("train_cfg.max_epoch=3", "train_cfg"),
             ("default_hooks.logger.type=Loger", "default_hooks.logger.type: 'Loger' is not in the hook registry"),
+            ("model.channels=(4,-1)", "model: "),
+            ("train_dataloader.dataset.seed=x", "train_dataloader: "),
+            ("load_from=3", "load_from must be a path or None, got 3"),
+            ("cfg=3", "--cfg-options cfg: there is no such setting"),
             ("mdoel.channels=3", "--cfg-options mdoel.channels: there is no such setting; did you mean 'model'?"),
             ("model.channels", "--cfg-options model.channels: expected KEY=VALUE"),
         ],
@@ -295,7 +365,8 @@ class TestMistakes:
         needs_demo_extra()
         error = mistake(capsys, "train", config, "--work-dir", tmp_path / "out", "--cfg-options", option)
         assert message in error
-        assert option.startswith("mdoel") or option == "model.channels" or error.startswith(f"fusedopt: {config}: ")
+        assert not (tmp_path / "out").exists()
+        assert message.startswith("--cfg-options") or error.startswith(f"fusedopt: {config}: ")
 
     def test_nothing_to_train(self, config, capsys, tmp_path):
         needs_demo_extra()
@@ -308,9 +379,14 @@ class TestMistakes:
         message = f"{config}: optim_wrapper: mixed precision can be switched on for an OptimWrapper"
         assert message in mistake(capsys, "train", config, "--amp", "--work-dir", tmp_path)
 
-    def test_a_work_dir_that_cannot_be(self, config, capsys):
+    @pytest.mark.parametrize(
+        ("folder", "message"), [("config.py", "work_dir: .*exists"), ("", "work_dir must be a path")]
+    )
+    def test_a_work_dir_that_cannot_be(self, config, capsys, monkeypatch, folder, message):
         needs_demo_extra()
-        assert "work_dir" in mistake(capsys, "train", config, "--work-dir", config)
+        monkeypatch.chdir(config.parent)
+        assert re.search(message, mistake(capsys, "train", config, "--work-dir", folder))
+        assert list(config.parent.iterdir()) == [config]
 
     def test_checkpoints(self, config, capsys, tmp_path):
         needs_demo_extra()
@@ -329,9 +405,12 @@ class TestMistakes:
         monkeypatch.delenv("RANK", raising=False)
         assert "torchrun --nproc-per-node 2" in mistake(capsys, "train", config, "--launcher", "pytorch")
 
-    def test_out_is_a_file(self, config, capsys):
+    def test_out_is_a_file(self, config, capsys, monkeypatch):
         needs_demo_extra()
-        assert "not a directory" in mistake(capsys, "compare", config, "--out", config)
+        trained = []
+        monkeypatch.setattr("fusedopt.demo.compare.compare", trained.append)
+        assert f"--out {config}: cannot make the folder: File" in mistake(capsys, "compare", config, "--out", config)
+        assert not trained
 
     def test_no_cuda(self, config, capsys, monkeypatch):
         needs_demo_extra()

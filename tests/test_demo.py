@@ -8,6 +8,7 @@ import json
 import math
 import statistics
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
@@ -25,9 +26,11 @@ from rich.console import Console
 
 from fusedopt.bench import memory
 from fusedopt.bench.memory import PeakMemory
+from fusedopt.demo import DigitsResNet
 from fusedopt.demo.compare import LOSS_TOLERANCE, Comparison, Run, compare
 from fusedopt.demo.data import DigitsDataset, load_digits
 from fusedopt.demo.report import print_comparison, save_figure, save_json, show_progress
+from fusedopt.engine import Hook
 from fusedopt.engine.config import Config, ConfigError
 
 FOLDER = Path(__file__).parents[1] / "configs"
@@ -230,9 +233,9 @@ class TestCompare:
                 r"optim_wrapper\.optimizer\.type: 'AdamV' .* did you mean 'Adam",
             ),
             ("optimizer=dict(lr=1)", "", r"no `optim_wrapper\.optimizer\.type`"),
-            ("type='OptimWrapper'", "", r"no `optim_wrapper\.optimizer`; expected optim_wrapper\.optimizer = dict"),
-            ("type='OptimWrapper'", "del model", "no `model`; expected model = dict"),
-            ("type='OptimWrapper'", "del optim_wrapper", "no `optim_wrapper`; expected optim_wrapper = dict"),
+            ("type='OptimWrapper'", "", r"optim_wrapper\.optimizer must be a dict, got NoneType"),
+            ("type='OptimWrapper'", "del model", "model must be a dict, got NoneType"),
+            ("type='OptimWrapper'", "del optim_wrapper", "optim_wrapper must be a dict, got NoneType"),
             ("type='OptimWrapper'", "model = 3", "model must be a dict, got int"),
             ("type='OptimWrapper'", "optim_wrapper = dict(optimizer=3),", "optim_wrapper is a tuple .* comma"),
             ("optimizer=dict(type='RMSprop', lr=1)", "", "'RMSprop' has no fused twin .* SGD, FusedSGD, Adam"),
@@ -254,6 +257,10 @@ class TestCompare:
             ),
             (SGD, "train_cfg = dict(by_epoch=False, max_iters=30)", "compare trains by epochs"),
             (SGD, "del train_cfg, param_scheduler", "train_cfg"),
+            (SGD, "env_cfg = 3", "env_cfg must be a dict, got int"),
+            (SGD, "randomness = 3", "randomness must be a dict, got int"),
+            (SGD, "model = dict(_delete_=True, type='DigitsResNet', channels=(4, -1))", r"model: .*negative dimension"),
+            (SGD, "model = dict(_delete_=True, type='fusedopt.demo.DigitsResNet', channels=())", r"small\.py: model: "),
         ],
     )
     def test_config_errors_name_the_file_and_the_matter(self, small_config, wrapper, more, message):
@@ -280,6 +287,54 @@ class TestCompare:
         comparison = compare(config)
         for run in (comparison.stock, comparison.fused):
             assert run.metrics["loss"] == pytest.approx(validation_loss(model), rel=1e-5)
+
+    def test_a_model_without_a_loss(self, small_config):
+        config = small_config(SGD)
+        config.model = dict(type=Lossless)
+        with pytest.raises(ConfigError, match=r"small\.py: compare needs train_step to return a loss"):
+            compare(config)
+
+    def test_hooks_see_both_trainings_take_turns(self, small_config):
+        """The epochs are counted, the first of a turn changes after every step, and hooks are closed at the end."""
+        Witness.seen.clear()
+        config = small_config("accumulative_counts=2, optimizer=dict(type='SGD', lr=0.1)")
+        config.train_cfg.max_epochs = 2
+        config.param_scheduler = None
+        config.train_dataloader.batch_size = 500
+        config.custom_hooks = [dict(type=Witness)]
+        compare(config)
+        stock, fused = "SGD", "FusedSGD"
+        one, other = [stock, fused], [fused, stock]
+        assert [entry for entry in Witness.seen if entry[0] == "epoch"] == [
+            ("epoch", name, number) for number in (0, 1) for name in one
+        ]
+        # Two batches an epoch are one step.
+        assert [name for kind, name, _ in Witness.seen if kind == "iter"] == one * 2 + other * 2
+        assert [name for kind, name, _ in Witness.seen if kind == "close"] == one
+
+
+class Lossless(DigitsResNet):
+    def train_step(self, data, optim_wrapper):
+        super().train_step(data, optim_wrapper)
+        return {"cross_entropy": torch.zeros(())}
+
+
+class Witness(Hook):
+    """Notes the epochs and iterations of both trainings, and when it is closed."""
+
+    seen: ClassVar[list[tuple[str, str, int]]] = []
+
+    def before_run(self, runner):
+        self.name = type(runner.optim_wrapper.optimizer).__name__
+
+    def before_train_epoch(self, runner):
+        self.seen.append(("epoch", self.name, runner.epoch))
+
+    def before_train_iter(self, runner, batch_idx, data_batch=None):
+        self.seen.append(("iter", self.name, runner.iter))
+
+    def close(self):
+        self.seen.append(("close", self.name, 0))
 
 
 class TestReport:

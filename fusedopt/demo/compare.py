@@ -169,17 +169,6 @@ def _quantile(values: list[float], share: float) -> float:
     return torch.tensor(values, dtype=torch.float64).quantile(share).item()
 
 
-def _required(config: Mapping[str, Any], name: str) -> Mapping[str, Any]:
-    """The section ``name`` of a config, dots in it leading into dicts."""
-    section: Any = config
-    for key in name.split("."):
-        if key not in section:
-            raise KeyError(f"no `{name}`; expected {name} = dict(...)")
-        section = section[key]
-    check_config(name, section)
-    return section
-
-
 def _variants(cfg: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """The ``optim_wrapper`` config with the stock and with the fused optimizer, whichever of the two it names."""
     settings = dict(cfg["optimizer"])
@@ -219,23 +208,25 @@ def _environment(device: torch.device) -> dict[str, Any]:
 @contextlib.contextmanager
 def _runners(config: Config, device: torch.device) -> Iterator[tuple[Runner, Runner]]:
     """The trainings with the stock optimizer and with its fused twin; they write no files."""
-    randomness = config.get("randomness") or {}
     with tempfile.TemporaryDirectory() as folder:
-        common = {
-            **config,
-            "work_dir": folder,
-            "resume": False,
-            "log_level": "ERROR",
-            "env_cfg": {**(config.get("env_cfg") or {}), "device": str(device)},
-            "randomness": {**randomness, "seed": randomness.get("seed") or 0},
-            "default_hooks": dict.fromkeys(("runtime_info", "timer", "logger", "checkpoint")),
-            "launcher": "none",
-        }
         with naming(config):
-            _required(config, "model")
-            _required(config, "optim_wrapper")
-            _required(config, "optim_wrapper.optimizer")
+            check_config("model", config.get("model"))
+            check_config("optim_wrapper", config.get("optim_wrapper"))
+            check_config("optim_wrapper.optimizer", config["optim_wrapper"].get("optimizer"))
+            env_cfg, randomness = (config.get(key) or {} for key in ("env_cfg", "randomness"))
+            check_config("env_cfg", env_cfg)
+            check_config("randomness", randomness)
             check_names(config)
+            common = {
+                **config,
+                "work_dir": folder,
+                "resume": False,
+                "log_level": "ERROR",
+                "env_cfg": {**env_cfg, "device": str(device)},
+                "randomness": {**randomness, "seed": randomness.get("seed") or 0},
+                "default_hooks": dict.fromkeys(("runtime_info", "timer", "logger", "checkpoint")),
+                "launcher": "none",
+            }
             stock, fused = (
                 Runner.from_cfg(Config({**common, "optim_wrapper": variant}, filename=config.filename))
                 for variant in _variants(config["optim_wrapper"])
@@ -266,7 +257,8 @@ def compare(config: Config, *, device: torch.device | None = None, listener: Lis
 
     The two trainings take turns, iteration by iteration, in this process, so that whatever else the machine does
     meets both. Weights, batches and dropout are the same; which of the two goes first changes after every step. There
-    is one validation, at the end. torch's global random number generator is seeded.
+    is one validation, at the end; a hook that stops a training has no effect. torch's global random number generator
+    is seeded.
 
     Args:
         config: as a :class:`fusedopt.engine.Runner` takes it, for a training by epochs with one optimizer; it may name

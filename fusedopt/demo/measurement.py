@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 
 from ..bench.memory import PeakMemory
+from ..engine.config import naming
 from ..engine.hooks import Hook
 from ..engine.runner import Runner
 
@@ -58,7 +59,9 @@ class OptimizerMeasurement(Hook):
     ) -> None:
         """Stop the clock."""
         self._unfinished_step_seconds += self._now() - self._started
-        assert outputs is not None
+        if not isinstance(outputs, Mapping) or "loss" not in outputs:
+            with naming(runner.cfg):
+                raise ValueError("compare needs train_step to return a loss, under the key 'loss'")
         self.losses.append(outputs["loss"].item())
         if self.made_step:
             self.step_seconds.append(self._unfinished_step_seconds)

@@ -124,7 +124,7 @@ def _plot_losses(axes: Axes, comparison: Comparison) -> None:
             label=_label(run),
         )
     axes.set(title="Training loss: every iteration, and the mean of each epoch", xlabel="iteration", yscale="log")
-    axes.set_ylabel("cross entropy")
+    axes.set_ylabel("loss")
     axes.legend(frameon=False)
 
 
