@@ -29,18 +29,19 @@ def _resolved(cfg: Mapping[str, Any]) -> dict[str, Any]:
     return {**found(OPTIM_WRAPPERS, cfg), **own}
 
 
-class LearningRateDecayOptimWrapperConstructor(constructors.LearningRateDecayOptimWrapperConstructor):
-    """As in fusedopt, with MMEngine's wrappers."""
+class _Resolved:
+    """Before a constructor of fusedopt's among the bases: makes that one build MMEngine's wrappers."""
 
     def __init__(self, optim_wrapper_cfg: Mapping[str, Any], paramwise_cfg: Mapping[str, Any] | None = None):
-        super().__init__(_resolved({"type": "OptimWrapper", **optim_wrapper_cfg}), paramwise_cfg)
+        super().__init__(_resolved({"type": "OptimWrapper", **optim_wrapper_cfg}), paramwise_cfg)  # type: ignore[call-arg]
 
 
-class LearningRateDecayOptimizerConstructor(constructors.LearningRateDecayOptimizerConstructor):
+class LearningRateDecayOptimWrapperConstructor(_Resolved, constructors.LearningRateDecayOptimWrapperConstructor):
     """As in fusedopt, with MMEngine's wrappers."""
 
-    def __init__(self, optim_wrapper_cfg: Mapping[str, Any], paramwise_cfg: Mapping[str, Any] | None = None):
-        super().__init__(_resolved({"type": "OptimWrapper", **optim_wrapper_cfg}), paramwise_cfg)
+
+class LearningRateDecayOptimizerConstructor(_Resolved, constructors.LearningRateDecayOptimizerConstructor):
+    """As in fusedopt, with MMEngine's wrappers."""
 
 
 class MultiOptimWrapperConstructor(constructors.MultiOptimWrapperConstructor):
