@@ -18,8 +18,9 @@ from sklearn.neighbors import KNeighborsClassifier
 from torch import Tensor
 from torch.nn import functional
 
+from fusedopt.demo import DigitsGAN
 from fusedopt.demo.data import load_digits
-from fusedopt.engine import Config, Runner
+from fusedopt.engine import Config, ConfigError, Runner
 
 CONFIG = Path(__file__).resolve().parent.parent / "configs" / "gan_digits.py"
 
@@ -52,11 +53,16 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("work_dirs/gan_digits"), help="folder for what is saved")
     arguments = parser.parse_args()
     torch.set_num_threads(1)  # more only wait for each other on images of 8 x 8
-    config = Config.fromfile(arguments.config)
-    config.work_dir = str(arguments.out)
-    if arguments.epochs is not None:
-        config.merge_from_dict({"train_cfg.max_epochs": arguments.epochs})
-    runner = Runner.from_cfg(config)
+    try:
+        config = Config.fromfile(arguments.config)
+        config.work_dir = str(arguments.out)
+        if arguments.epochs is not None:
+            config.merge_from_dict({"train_cfg.max_epochs": arguments.epochs})
+        runner = Runner.from_cfg(config)
+    except ConfigError as error:
+        parser.exit(2, f"{parser.prog}: {error}\n")
+    if not isinstance(runner.model, DigitsGAN) or runner.train_loop is None:
+        parser.exit(2, f"{parser.prog}: {arguments.config}: not the training of a DigitsGAN\n")
     start = time.perf_counter()
     model = runner.train()
     seconds = time.perf_counter() - start

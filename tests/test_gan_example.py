@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -112,3 +113,19 @@ def test_a_short_training_saves_a_picture(tmp_path):
     assert "44 steps of the discriminator, 22 of the generator" in result.stdout
     assert (tmp_path / "epoch_1.pth").is_file()
     assert (tmp_path / "samples.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["nowhere.py"], "nowhere.py: cannot read the config file"),
+        (["--epochs", "0"], "train_cfg: Invalid train_cfg.max_epochs: 0"),
+        ([str(REPOSITORY / "configs" / "digits_resnet.py")], "not the training of a DigitsGAN"),
+    ],
+)
+def test_a_mistake_is_one_line(tmp_path, arguments, message, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["gan_digits.py", *arguments, "--out", str(tmp_path / "out")])
+    with pytest.raises(SystemExit) as exit:
+        runpy.run_path(str(REPOSITORY / "examples" / "gan_digits.py"), run_name="__main__")
+    error = capsys.readouterr().err
+    assert exit.value.code == 2 and message in error and error.count("\n") == 1
