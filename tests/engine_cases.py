@@ -152,7 +152,13 @@ def recorded(runner: Runner) -> Recorder:
 
 
 def scalars(work_dir: Path | str) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (Path(work_dir) / "vis_data" / "scalars.json").read_text().splitlines()]
+    """The lines of the file, which must be JSON: Python's own would take NaN too."""
+
+    def refuse(constant: str) -> None:
+        raise ValueError(f"{constant} is no JSON")
+
+    lines = (Path(work_dir) / "vis_data" / "scalars.json").read_text().splitlines()
+    return [json.loads(line, parse_constant=refuse) for line in lines]
 
 
 def state_of(runner: Runner) -> dict[str, Any]:

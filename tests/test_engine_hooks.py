@@ -331,6 +331,56 @@ class TestLogging:
         assert ["grad_norm" in line for line in lines[:4]] == [False, False, False, True]
         assert len(runner.message_hub.get_scalar("train/grad_norm").data) == 5
 
+    @pytest.mark.parametrize("optimizer", ["FusedSGD", "SGD"])
+    @pytest.mark.parametrize("by_name", [False, True])
+    def test_the_norm_of_a_skipped_step_does_not_count(self, optimizer, by_name, tmp_path):
+        class Norms(Hook):
+            def __init__(self):
+                self.made = []
+
+            def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None):
+                wrapper = runner.optim_wrapper["head"] if by_name else runner.optim_wrapper
+                self.made.append(None if wrapper.step_was_skipped else float(wrapper.grad_norm))
+
+        skipped = (0, 4, 5, 6, 9)
+
+        class Player(PointNet):
+            calls = 0
+
+            def train_step(self, data, optim_wrapper):
+                return super().train_step(data, optim_wrapper["head"] if by_name else optim_wrapper)
+
+            def forward(self, inputs, labels, mode="tensor"):
+                self.calls += 1
+                loss = super().forward(inputs, labels, mode)["loss"]
+                return dict(loss=loss * float("inf") if self.calls - 1 in skipped else loss)
+
+        wrapper = dict(
+            type="AmpOptimWrapper", dtype="bfloat16", optimizer=dict(type=optimizer, lr=0.1),
+            clip_grad=dict(max_norm=1.0),
+        )  # fmt: skip
+        if by_name:
+            both = dict(modules=["backbone", "head"])
+            wrapper = dict(constructor="MultiOptimWrapperConstructor", head={**wrapper, **both})
+        changes = dict(model=dict(type=Player), optim_wrapper=wrapper, param_scheduler=None, validates=False)
+        norms = Norms()
+        hooks = dict(logger=dict(type="LoggerHook", interval=1), checkpoint=None)
+        train(config(tmp_path, default_hooks=hooks, log_processor=dict(window_size=3), **changes), norms)
+        assert [index for index, norm in enumerate(norms.made) if norm is None] == list(skipped)
+        for line in scalars(tmp_path):
+            window = [norm for norm in norms.made[max(line["step"] - 3, 0) : line["step"]] if norm is not None]
+            expected = pytest.approx(sum(window) / len(window)) if window else None
+            assert line.get("head.grad_norm" if by_name else "grad_norm") == expected
+
+    def test_what_is_not_finite_is_null(self, tmp_path):
+        class Lost(PointNet):
+            def forward(self, inputs, labels, mode="tensor"):
+                outputs = super().forward(inputs, labels, mode)
+                return dict(loss=outputs["loss"] * float("nan")) if mode == "loss" else outputs
+
+        train(config(tmp_path, model=dict(type=Lost), validates=False))
+        assert all(line["loss"] is None and line["grad_norm"] is None and line["lr"] > 0 for line in scalars(tmp_path))
+
     def test_metrics_by_iteration(self, tmp_path):
         hooks = dict(logger=dict(type="LoggerHook", log_metric_by_epoch=False))
         train(config(tmp_path, default_hooks=hooks))
@@ -413,6 +463,16 @@ class TestMessageHub:
         assert buffer.current() == 3.0 and buffer.data == [1.0, 2.0, 3.0] and buffer.mean() == 2.0
         hub.update_scalar("train/loss", 4.0)
         assert buffer.data == [2.0, 3.0, 4.0]
+
+    def test_what_is_left_out_keeps_its_place(self):
+        hub, other = MessageHub(window_size=3), MessageHub(window_size=3)
+        for number in (1.0, 2.0, 3.0):
+            hub.update_scalar("train/grad_norm", torch.tensor(number), unless=torch.tensor(number == 2))
+        other.load_state_dict(hub.state_dict())
+        for each in (hub, other):
+            assert each.get_scalar("train/grad_norm").data == [1.0, 3.0]
+            each.update_scalar("train/grad_norm", 4.0)
+            assert each.get_scalar("train/grad_norm").data == [3.0, 4.0]
 
     def test_state(self):
         hub, other = MessageHub(), MessageHub()

@@ -215,14 +215,15 @@ def test_a_training_in_mixed_precision_with_accumulation(tmp_path):
     assert len(recorded(runner).losses) == 20
 
 
-def test_the_gradient_norm_and_the_losses_are_read_when_they_are_logged_only(tmp_path, monkeypatch):
+@pytest.mark.parametrize("mixed_precision", [{}, dict(type="AmpOptimWrapper", dtype="bfloat16")])
+def test_the_gradient_norm_and_the_losses_are_read_when_they_are_logged_only(mixed_precision, tmp_path, monkeypatch):
     """On a GPU, every read is a wait for the device."""
     reads = []
     for name in ("item", "tolist", "__float__", "__bool__", "__int__", "cpu"):
         original = getattr(torch.Tensor, name)
 
         def counting(tensor, *args, original=original, name=name, **kwargs):
-            if tensor.is_floating_point():
+            if tensor.is_floating_point() or tensor.dtype == torch.bool:
                 reads.append((name, runner.iter))
             return original(tensor, *args, **kwargs)
 
@@ -231,6 +232,7 @@ def test_the_gradient_norm_and_the_losses_are_read_when_they_are_logged_only(tmp
         default_hooks=dict(logger=dict(type="LoggerHook", interval=5), checkpoint=None),
         train_cfg=dict(by_epoch=True, max_epochs=1),
         param_scheduler=dict(type="LinearLR", by_epoch=False, end=5),
+        optim_wrapper=dict(optimizer=dict(type="FusedAdamW"), clip_grad=dict(max_norm=1.0), **mixed_precision),
     )
     runner = Runner.from_cfg(config(tmp_path, validates=False, **changes))
     assert reads == [], "building a Runner reads no tensor"

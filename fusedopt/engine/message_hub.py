@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -22,33 +22,55 @@ class HistoryBuffer:
 
     Args:
         size: how many values are kept.
+        values: the first ones, with None for one that is left out.
     """
 
-    def __init__(self, size: int):
-        self._values: deque[float | Tensor] = deque(maxlen=size)
+    def __init__(self, size: int, values: Iterable[float | None] = ()):
+        # A number, None, or what is still on the device: the value, and maybe whether it is left out.
+        self._values: deque[float | tuple[Tensor, ...] | None] = deque(maxlen=size)
+        self._values.extend(None if value is None else float(value) for value in values)
 
-    def update(self, value: float | Tensor) -> None:
+    def update(self, value: float | Tensor, unless: Tensor | None = None) -> None:
         """Add a number, or a tensor of one element.
 
+        Args:
+            value: the number.
+            unless: a bool of one element: whether the value, a tensor then, is left out when it is read.
+
         Raises:
-            TypeError, ValueError: it is neither.
+            TypeError, ValueError: ``value`` is neither.
         """
-        if isinstance(value, Tensor) and value.numel() != 1:
+        if not isinstance(value, Tensor):
+            self._values.append(float(value))
+        elif value.numel() != 1:
             raise ValueError(f"a tensor of one element is expected, got shape {tuple(value.shape)}")
-        self._values.append(value.detach() if isinstance(value, Tensor) else float(value))
+        else:
+            self._values.append((value.detach(),) if unless is None else (value.detach(), unless))
+
+    @property
+    def slots(self) -> list[float | None]:
+        """The values, oldest first, with None for one that is left out."""
+        pending = [tensor for entry in self._values if isinstance(entry, tuple) for tensor in entry]
+        tensors = [tensor.reshape(()).to(pending[0].device, torch.float64) for tensor in pending]
+        read = iter(torch.stack(tensors).tolist() if tensors else ())
+        slots: list[float | None] = []
+        for entry in self._values:
+            if isinstance(entry, tuple):
+                number, *left_out = [next(read) for _ in entry]
+                slots.append(None if any(left_out) else number)
+            else:
+                slots.append(entry)
+        self._values = deque(slots, self._values.maxlen)
+        return slots
 
     @property
     def data(self) -> list[float]:
-        """The values, oldest first."""
-        tensors = [value.reshape(()).double() for value in self._values if isinstance(value, Tensor)]
-        read = iter(torch.stack(tensors).tolist() if tensors else ())
-        numbers = [next(read) if isinstance(value, Tensor) else value for value in self._values]
-        self._values = deque(numbers, self._values.maxlen)
-        return numbers
+        """The values, oldest first, without those that are left out."""
+        return [value for value in self.slots if value is not None]
 
     def current(self) -> float:
         """The last value."""
-        return float(self._values[-1])
+        return self.data[-1]
 
     def mean(self) -> float:
         """The mean of the values that are kept."""
@@ -72,15 +94,22 @@ class MessageHub:
         self.log_scalars: dict[str, HistoryBuffer] = {}
         self.runtime_info: dict[str, Any] = {}
 
-    def update_scalar(self, key: str, value: float | Tensor) -> None:
+    def update_scalar(self, key: str, value: float | Tensor, unless: Tensor | None = None) -> None:
         """Add a value to a scalar.
 
+        Args:
+            key: name of the scalar.
+            value: a number, or a tensor of one element.
+            unless: as for :meth:`HistoryBuffer.update`.
+
         Raises:
-            ValueError: it is neither a number nor a tensor of one element.
+            ValueError: ``value`` is neither a number nor a tensor of one element.
         """
-        buffer = self.log_scalars.get(key, HistoryBuffer(self.window_size))
+        buffer = self.log_scalars.get(key)
+        if buffer is None:
+            buffer = HistoryBuffer(self.window_size)
         try:
-            buffer.update(value)
+            buffer.update(value, unless)
         except (TypeError, ValueError) as error:
             raise ValueError(f"{key!r} is logged as a number: {error}") from error
         self.log_scalars[key] = buffer
@@ -107,15 +136,11 @@ class MessageHub:
         """Values and information, without what a checkpoint cannot hold; it waits for the device."""
         infos = self.runtime_info
         return {
-            "log_scalars": {key: buffer.data for key, buffer in self.log_scalars.items()},
+            "log_scalars": {key: buffer.slots for key, buffer in self.log_scalars.items()},
             "runtime_info": {key: infos[key] for key in infos if not any(unloadable_parts(infos[key], key))},
         }
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Load what :meth:`state_dict` returned."""
-        buffers = {}
-        for key, values in state_dict["log_scalars"].items():
-            buffers[key] = HistoryBuffer(self.window_size)
-            for value in values:
-                buffers[key].update(value)
+        buffers = {key: HistoryBuffer(self.window_size, values) for key, values in state_dict["log_scalars"].items()}
         self.log_scalars, self.runtime_info = buffers, dict(state_dict["runtime_info"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import abc
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -44,14 +45,17 @@ class BaseVisBackend(abc.ABC):
 class LocalVisBackend(BaseVisBackend):
     """Scalars as lines of JSON in ``scalars.json``, images as PNG files in ``vis_image``.
 
-    A resumed training appends to the scalars: of two lines of one step the later one counts.
+    A resumed training appends to the scalars: of two lines of one step and of the same names the later one counts.
+    JSON has no infinity: a number that is not finite is ``null``.
     """
 
     def add_scalars(self, scalars: Mapping[str, float], step: int) -> None:
         """Append a line."""
+        finite = {name: value if math.isfinite(value) else None for name, value in scalars.items()}
+        line = json.dumps({**finite, "step": step}, allow_nan=False)
         self.save_dir.mkdir(parents=True, exist_ok=True)
         with open(self.save_dir / "scalars.json", "a") as file:
-            file.write(json.dumps({**scalars, "step": step}) + "\n")
+            file.write(line + "\n")
 
     def add_image(self, name: str, image: Any, step: int) -> None:
         """Write ``<name>_<step>.png``; slashes in the name become underscores."""

@@ -166,7 +166,8 @@ def _read_scalars(runner: Runner, mode: str, names: Sequence[str] | None = None)
         if prefix != mode or (names is not None and name not in names):
             continue
         is_last = name.rpartition(".")[2] in ("lr", "base_lr") or (mode != "train" and name not in _TIMES)
-        scalars[name] = buffer.current() if is_last else buffer.mean()
+        if buffer.data:  # what was left out may be all there was
+            scalars[name] = buffer.current() if is_last else buffer.mean()
     return scalars
 
 

@@ -25,6 +25,7 @@ class RuntimeInfoHook(Hook):
 
     def __init__(self) -> None:
         self._steps: Any = None
+        self._stage_before: Any = None
 
     def before_run(self, runner: Runner) -> None:
         """Note what does not change."""
@@ -60,18 +61,22 @@ class RuntimeInfoHook(Hook):
     def after_train_iter(
         self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: dict[str, Any] | None = None
     ) -> None:
-        """Note the losses and, where a step was made, the gradient norm; all stay on the device."""
+        """Note the losses and, where a step was made, the gradient norm; all stay on the device.
+
+        The norm of a step that was skipped, which is not finite, is left out when it is read.
+        """
         hub, wrapper = runner.message_hub, runner.optim_wrapper
         assert wrapper is not None
         for name, value in (outputs or {}).items():
             hub.update_scalar(f"train/{name}", value)
-        steps, norms = wrapper.step_count, wrapper.grad_norm
+        steps, norms, skipped = wrapper.step_count, wrapper.grad_norm, wrapper.step_was_skipped
         if isinstance(norms, Mapping):
+            assert isinstance(skipped, Mapping)
             for name, norm in norms.items():
                 if norm is not None and steps[name] != self._steps[name]:
-                    hub.update_scalar(f"train/{name}.grad_norm", norm)
+                    hub.update_scalar(f"train/{name}.grad_norm", norm, unless=skipped[name])
         elif norms is not None and steps != self._steps:
-            hub.update_scalar("train/grad_norm", norms)
+            hub.update_scalar("train/grad_norm", norms, unless=skipped)
 
     def before_val(self, runner: Runner) -> None:
         """Note the stage."""
