@@ -218,6 +218,9 @@ class TestPythonFile:
             Config.fromfile(path)
         assert "\n" not in str(caught.value)
 
+    def test_text_may_be_about_what_is_inherited(self, write):
+        assert Config.fromfile(write(config='"""What _base_ . x is."""\nx = "_base_ .y"\n')) == {"x": "_base_ .y"}
+
     def test_a_byte_order_mark_is_no_part_of_it(self, tmp_path):
         for name, text in (("a.py", "x = 1\n"), ("a.json", '{"x": 1}')):
             (tmp_path / name).write_text(text, encoding="utf-8-sig")
