@@ -360,6 +360,7 @@ def test_the_data_preprocessor(tmp_path):
             7.0,
             dict(loss=7.0, loss_a=3.0, loss_b=4.0),
         ),
+        (dict(loss_aux=torch.tensor(2.0), loss=torch.tensor(1.0)), 3.0, dict(loss=1.0, loss_aux=2.0)),
     ],
 )
 def test_losses_are_added_up(losses, total, logged):

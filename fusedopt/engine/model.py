@@ -60,11 +60,7 @@ class BaseModel(nn.Module, abc.ABC):
 
     def train_step(self, data: Any, optim_wrapper: OptimWrapper) -> dict[str, Tensor]:
         """One iteration of training; returns what is logged."""
-        with optim_wrapper.optim_context(self):
-            losses = _run_forward(self, self.data_preprocessor(data, True), mode="loss")
-        loss, log_vars = self.parse_losses(losses)
-        optim_wrapper.update_params(loss)
-        return log_vars
+        return _train_step(self, self, data, optim_wrapper)
 
     def val_step(self, data: Any) -> list[Any]:
         """The predictions for a batch."""
@@ -75,7 +71,7 @@ class BaseModel(nn.Module, abc.ABC):
         return self.val_step(data)
 
     def parse_losses(self, losses: Mapping[str, Tensor | Sequence[Tensor]]) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss, and what is logged: it, and the mean of each entry.
+        """The loss, and what is logged: the mean of each entry, and the loss as ``loss`` where no entry has that name.
 
         Raises:
             TypeError: an entry is neither a tensor nor a list of tensors, or ``losses`` is no dict.
@@ -95,8 +91,7 @@ class BaseModel(nn.Module, abc.ABC):
         if not parts:
             raise ValueError(f"no name of {', '.join(map(repr, log_vars)) or 'no losses'} contains 'loss'")
         loss = _total(parts)
-        logged = {"loss": loss, **{name: value for name, value in log_vars.items() if name != "loss"}}
-        return loss, {name: value.detach() for name, value in logged.items()}
+        return loss, {name: value.detach() for name, value in {"loss": loss, **log_vars}.items()}
 
 
 def _total(parts: list[Tensor]) -> Tensor:
@@ -110,6 +105,15 @@ def _run_forward(model: nn.Module, data: Any, mode: str) -> Any:
     if isinstance(data, (list, tuple)):
         return model(*data, mode=mode)
     raise TypeError(f"a batch must be a dict, a list or a tuple, got {type(data).__name__}")
+
+
+def _train_step(model: BaseModel, wrapped: nn.Module, data: Any, optim_wrapper: OptimWrapper) -> dict[str, Tensor]:
+    """One iteration of training ``model``, whose forward pass is that of ``wrapped``."""
+    with optim_wrapper.optim_context(wrapped):
+        losses = _run_forward(wrapped, model.data_preprocessor(data, True), mode="loss")
+    loss, log_vars = model.parse_losses(losses)
+    optim_wrapper.update_params(loss)
+    return log_vars
 
 
 @MODEL_WRAPPERS.register_module()
@@ -137,11 +141,7 @@ class MMDistributedDataParallel(nn.parallel.DistributedDataParallel):
 
     def train_step(self, data: Any, optim_wrapper: OptimWrapper) -> dict[str, Tensor]:
         """As :meth:`BaseModel.train_step`, with the gradients averaged over all processes."""
-        with optim_wrapper.optim_context(self):
-            losses = _run_forward(self, self.module.data_preprocessor(data, True), mode="loss")
-        loss, log_vars = self.module.parse_losses(losses)
-        optim_wrapper.update_params(loss)
-        return log_vars
+        return _train_step(self.module, self, data, optim_wrapper)
 
     def val_step(self, data: Any) -> list[Any]:
         """As :meth:`BaseModel.val_step`."""
