@@ -98,6 +98,16 @@ def test_one_seed_gives_one_training_whether_it_validates_or_not(tmp_path):
     assert first.metrics == again.metrics
 
 
+def test_a_validation_may_share_the_generator_of_the_training_data(tmp_path):
+    def losses(validates):
+        generator = torch.Generator().manual_seed(3)
+        data = DataLoader(Points(40), batch_size=8, shuffle=True, generator=generator)
+        changes = dict(val_dataloader=DataLoader(Points(20), batch_size=8, generator=generator)) if validates else {}
+        return recorded(train(config(tmp_path, validates=validates, train_dataloader=data, **changes))).losses
+
+    assert losses(validates=True) == losses(validates=False)
+
+
 def test_without_a_seed_each_training_has_its_own(tmp_path):
     seeds = {Runner.from_cfg(config(tmp_path, randomness={})).seed for _ in range(3)}
     assert len(seeds) == 3

@@ -270,7 +270,7 @@ class _EvaluationLoop:
 
     def run(self) -> dict[str, Any]:
         """Go through the data once; returns the metrics."""
-        with isolated_random_states():
+        with isolated_random_states(self.dataloader.generator):
             call_hook, mode = self.runner.call_hook, self.mode
             call_hook(f"before_{mode}")
             call_hook(f"before_{mode}_epoch")

@@ -67,10 +67,14 @@ def set_random_states(states: Mapping[str, Any], generator: torch.Generator | No
 
 
 @contextlib.contextmanager
-def isolated_random_states() -> Iterator[None]:
-    """Restore all generators at the end, so that what happens inside does not change what is drawn after it."""
-    states = random_states()
+def isolated_random_states(generator: torch.Generator | None = None) -> Iterator[None]:
+    """Restore all generators at the end, so that what happens inside does not change what is drawn after it.
+
+    Args:
+        generator: as for :func:`random_states`.
+    """
+    states = random_states(generator)
     try:
         yield
     finally:
-        set_random_states(states)
+        set_random_states(states, generator)
