@@ -166,7 +166,6 @@ def test_the_order_of_hooks_in_the_log_is_that_of_the_registration(tmp_path):
     their = TheirRunner.from_cfg({**cfg, "experiment_name": f"engine_{next(numbers)}"})
     for one, other in zip(mine.hooks, their.hooks, strict=True):
         assert type(one).__name__ == type(other).__name__
-        assert set(one.get_triggered_stages()) <= set(Hook.stages)
 
 
 @pytest.mark.parametrize("shuffle", [False, True])

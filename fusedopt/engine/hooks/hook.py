@@ -6,8 +6,6 @@ from collections.abc import Mapping, Sequence
 from enum import IntEnum
 from typing import TYPE_CHECKING, Any
 
-from torch.utils.data import DataLoader
-
 from ...rules.checks import did_you_mean
 
 if TYPE_CHECKING:
@@ -208,10 +206,6 @@ class Hook:
         """Whether the iteration that ends is a multiple of ``n``, counted from ``start``; never for ``n <= 0``."""
         return _is_multiple(runner.iter + 1 - start, n)
 
-    def end_of_epoch(self, dataloader: DataLoader, batch_idx: int) -> bool:
-        """Whether this is the last batch of ``dataloader``."""
-        return batch_idx + 1 == len(dataloader)
-
     def is_last_train_epoch(self, runner: Runner) -> bool:
         """Whether this is the last epoch."""
         return runner.epoch + 1 == runner.max_epochs
@@ -219,19 +213,6 @@ class Hook:
     def is_last_train_iter(self, runner: Runner) -> bool:
         """Whether this is the last iteration."""
         return runner.iter + 1 == runner.max_iters
-
-    def get_triggered_stages(self) -> list[str]:
-        """The stages in which this hook acts, in the order of a run."""
-        own = type(self)
-
-        def acts_in(stage: str) -> bool:
-            if getattr(own, stage) is not getattr(Hook, stage):
-                return True
-            when, _, kind = stage.partition("_")
-            general = f"_{when}_{kind.rpartition('_')[2]}"  # before_val_iter leads to _before_iter
-            return hasattr(Hook, general) and getattr(own, general) is not getattr(Hook, general)
-
-        return [stage for stage in self.stages if acts_in(stage)]
 
 
 def _is_multiple(count: int, n: int) -> bool:
