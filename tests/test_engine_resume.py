@@ -31,7 +31,7 @@ from engine_cases import (
 )
 from torch.utils.data import DataLoader
 
-from fusedopt.engine import BaseMetric, CheckpointError, CheckpointHook, Config, Hook, Runner
+from fusedopt.engine import BaseMetric, CheckpointError, CheckpointHook, Config, DefaultSampler, Hook, Runner
 from fusedopt.engine.checkpoint import UNFINISHED, read_checkpoint, write_checkpoint
 from fusedopt.registry import HOOKS
 
@@ -210,6 +210,18 @@ def test_a_loader_of_the_users_own_resumes_too(tmp_path):
         resumed = train({**cfg(), "work_dir": str(folder / "resumed"), "resume": True}, Noise())
         assert min(recorded(resumed).losses) == 12
         assert_same(state_of(resumed), state_of(straight))
+
+
+def test_workers_of_a_loader_of_the_users_own_draw_what_they_drew(tmp_path):
+    def cfg(folder):
+        points = PythonNoise(40)
+        data = DataLoader(points, batch_size=8, sampler=DefaultSampler(points, seed=3), num_workers=2)
+        return config(tmp_path / folder, validates=False, train_dataloader=data, default_hooks=BY_ITERATION)
+
+    straight = train(cfg("straight"))
+    resumed = train({**cfg("resumed"), "resume": True, "load_from": tmp_path / "straight" / "iter_12.pth"})
+    assert min(recorded(resumed).losses) == 12
+    assert_same(state_of(resumed), state_of(straight))
 
 
 def test_several_optimizers_that_take_turns_resume_between_their_steps(tmp_path):

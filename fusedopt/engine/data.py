@@ -290,7 +290,8 @@ def set_epoch(loader: DataLoader, epoch: int) -> None:
 def iterate(loader: DataLoader, epoch: int, first: int) -> Iterator[Any]:
     """The batches of a pass over ``loader`` from number ``first`` on.
 
-    Those before are not loaded, if the sampler has ``skip_samples``; otherwise they are loaded and thrown away.
+    Those before are not loaded, if the sampler has ``skip_samples`` and what workers draw does not depend on them;
+    otherwise they are loaded and thrown away.
 
     Args:
         loader: the data loader.
@@ -298,7 +299,9 @@ def iterate(loader: DataLoader, epoch: int, first: int) -> Iterator[Any]:
         first: number of the first batch wanted.
     """
     skip_samples = getattr(sampler_of(loader), "skip_samples", None)
-    if first and skip_samples is not None and type(loader.batch_sampler) in (BatchSampler, type(None)):
+    independent = isinstance(loader.collate_fn, _SeededCollate) or not loader.num_workers
+    in_order = type(loader.batch_sampler) in (BatchSampler, type(None))
+    if first and skip_samples is not None and independent and in_order:
         skip_samples(first * getattr(loader.batch_sampler, "batch_size", 1))
         loaded = first
     else:
