@@ -763,6 +763,18 @@ def test_the_state_of_another_kind_is_refused(name, state_of, message) -> None:
     assert scheduler.state_dict() == before
 
 
+def test_a_state_of_the_optimizer_without_the_scheduler_is_told() -> None:
+    saved = FusedAdamW(parameter_groups(1), lr=0.1).state_dict()
+    optimizer = FusedAdamW(parameter_groups(1), lr=0.1)
+    scheduler = schedulers.StepMomentum(optimizer, step_size=2)
+    optimizer.load_state_dict(saved)
+    optimizer.step()
+    before = copy.deepcopy(scheduler.state_dict())
+    with pytest.raises(KeyError, match=r"has no 'momentum' any more: .* saved without this StepMomentum"):
+        scheduler.step()
+    assert scheduler.state_dict() == before
+
+
 def test_the_state_for_other_groups_is_refused() -> None:
     with pytest.raises(ValueError, match="base_values for 2 parameter groups; this StepLR drives 1"):
         build("StepLR", sgd(1)).load_state_dict(build("StepLR", sgd(2)).state_dict())

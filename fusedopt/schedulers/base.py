@@ -139,8 +139,14 @@ class _ParamScheduler:
         """Go on by one step; call it after the optimizer's."""
         if self._global_step == 0:
             _warn_unless_stepped(self.optimizer)
-        if len(self.optimizer.param_groups) != len(self.base_values):
+        groups = self.optimizer.param_groups
+        if len(groups) != len(self.base_values):
             self._take_in_new_groups()
+        if self.param_name not in groups[0]:
+            raise KeyError(
+                f"param_groups[0] has no {self.param_name!r} any more: the state loaded into the optimizer was saved "
+                f"without this {type(self).__name__}; build it after loading"
+            )
         self._global_step += 1
         if self.begin <= self._global_step < self.end:
             self.last_step += 1
