@@ -117,7 +117,7 @@ class BaseAveragedModel(nn.Module):
         elif steps % self.interval == 0:
             self._average(pairing.averages, steps)
         for group in groups:
-            torch._foreach_copy_(group.averaged, group.source)
+            group.copy()
         self.steps.add_(1)
         self._counted = self.steps, self.steps._version, steps + 1
 
@@ -130,7 +130,7 @@ class BaseAveragedModel(nn.Module):
         """
         pairing = self._pair(model)
         for group in pairing.averages + pairing.copies:
-            torch._foreach_copy_(group.averaged, group.source)
+            group.copy()
 
     @torch.no_grad()
     def copy_buffers(self, model: nn.Module) -> None:
@@ -140,7 +140,7 @@ class BaseAveragedModel(nn.Module):
             ValueError: as :meth:`update_parameters`.
         """
         for group in self._pair(model).copies:
-            torch._foreach_copy_(group.averaged, group.source)
+            group.copy()
 
     @contextlib.contextmanager
     def applied_to(self, model: nn.Module) -> Iterator[nn.Module]:

@@ -28,6 +28,10 @@ class Group:
         self.source: list[Tensor] = []
         self._staged: list[Tensor] | None = None
 
+    def copy(self) -> None:
+        """Copy the source to the average."""
+        torch._foreach_copy_(self.averaged, self.source)
+
     def fetch(self) -> list[Tensor]:
         """The source on the average's device; from another one it is copied, to memory that is kept for it."""
         if self.source[0].device == self.averaged[0].device:

@@ -19,6 +19,7 @@ __all__ = [
     "check_whole_number",
     "did_you_mean",
     "group_names",
+    "is_number",
     "parameter_name",
     "parse_dtype",
 ]
@@ -70,6 +71,13 @@ def parse_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
     if dtype not in names:
         raise ValueError(f"Invalid dtype: {dtype!r}; {did_you_mean(str(dtype), names)}")
     return names[dtype]
+
+
+def is_number(value: Any) -> bool:
+    """Whether ``value`` is a number or a 1-element tensor; True and False are no numbers."""
+    if isinstance(value, Tensor):
+        return value.numel() == 1
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
 
 
 def check_whole_number(name: str, value: Any, minimum: int | None = None) -> int:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..registry import warn_caller
-from ..rules.checks import check_whole_number, did_you_mean
+from ..rules.checks import check_whole_number, did_you_mean, is_number
 from ..wrappers import BaseOptimWrapper, OptimWrapperDict
 from ..wrappers.base import DRIVEN
 
@@ -110,8 +110,7 @@ class _ParamScheduler:
                 hint = did_you_mean(self.param_name, [key for key in group if key not in ("params", "param_names")])
                 raise KeyError(f"param_groups[{index}] has no {self.param_name!r}; {hint}")
             value = group[self.param_name]
-            is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
-            if not is_number and not (isinstance(value, Tensor) and value.numel() == 1):
+            if not is_number(value):
                 raise TypeError(
                     f"param_groups[{index}][{self.param_name!r}] is a {type(value).__name__}; a scheduler moves "
                     "numbers and 1-element tensors"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import numbers
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,7 +9,7 @@ from torch import Tensor
 from torch.optim import lr_scheduler
 
 from ..registry import PARAM_SCHEDULERS
-from ..rules.checks import check_number, check_whole_number, did_you_mean
+from ..rules.checks import check_number, check_whole_number, did_you_mean, is_number
 from .base import LRSchedulerMixin, MomentumSchedulerMixin, OptimizerLike
 from .from_torch import TorchParamScheduler
 
@@ -126,8 +125,7 @@ class ReduceOnPlateauParamScheduler(TorchParamScheduler):
                 hint = did_you_mean(self.monitor, map(str, metrics)) if metrics else "there are none"
                 raise KeyError(f"metrics has no {self.monitor!r}, which {type(self).__name__} monitors; {hint}")
             metric = metrics[self.monitor]
-        is_number = isinstance(metric, numbers.Real) and not isinstance(metric, bool)
-        if not is_number and not (isinstance(metric, Tensor) and metric.numel() == 1):
+        if not is_number(metric):
             raise TypeError(f"{type(self).__name__} takes metrics as a dict or a number, got {metric!r}")
         return float(metric)
 
