@@ -275,12 +275,9 @@ def compare(config: Config, *, device: torch.device | None = None, listener: Lis
         measurements = [OptimizerMeasurement() for _ in runners]
         for runner, measurement in zip(runners, measurements, strict=True):
             runner.register_hook(measurement)
-        _train(runners, measurements, listener)
-        stock, fused = map(_measured, runners, measurements)
-        for runner in runners:
-            runner.call_hook("after_run")
-            for hook in runner.hooks:
-                hook.close()
+        with runners[1].running(), runners[0].running():
+            _train(runners, measurements, listener)
+            stock, fused = map(_measured, runners, measurements)
         return Comparison(
             config=config.filename or "config",
             epochs=runners[0].max_epochs,
@@ -298,7 +295,6 @@ def _train(runners: tuple[Runner, Runner], measurements: list[OptimizerMeasureme
         for runner in runners:
             runner.call_hook(name)
 
-    call_hooks("before_run")
     for runner in runners:
         assert runner.optim_wrapper is not None
         runner.optim_wrapper.initialize_count_status(runner.model, 0, runner.max_iters)

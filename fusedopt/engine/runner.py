@@ -492,7 +492,7 @@ class Runner:
             raise RuntimeError("there is nothing to train with: train_dataloader, train_cfg and optim_wrapper are None")
         if self.val_loop is not None and not hasattr(self.bare_model, "val_step"):
             raise TypeError(f"{type(self.bare_model).__name__} has no val_step; derive it from BaseModel")
-        with self._running():
+        with self.running():
             self.optim_wrapper.initialize_count_status(self.model, self.iter, self.max_iters)
             self.load_or_resume()
             self._dump_config()
@@ -520,12 +520,13 @@ class Runner:
     def _evaluate(self, loop: ValLoop | TestLoop | None, mode: str) -> dict[str, Any]:
         if loop is None:
             raise RuntimeError(f"there is no {mode}: {mode}_dataloader, {mode}_cfg and {mode}_evaluator are None")
-        with self._running():
+        with self.running():
             self.load_or_resume()
             return loop.run()
 
     @contextlib.contextmanager
-    def _running(self) -> Iterator[None]:
+    def running(self) -> Iterator[None]:
+        """``with runner.running():`` the hooks' ``before_run`` and ``after_run``; everything is closed at the end."""
         with contextlib.ExitStack() as stack:  # which closes all, although one cannot be closed
             stack.callback(self.visualizer.close)
             for hook in reversed(self._hooks):
