@@ -14,7 +14,7 @@ BENCH_OUT ?= work_dirs/bench
 BENCH := pytest benchmarks --benchmark-enable --benchmark-quiet -q --benchmark-json=$(BENCH_OUT)/bench.json
 REPORT := python -m benchmarks.report $(BENCH_OUT)/bench.json --out $(BENCH_OUT)
 
-.PHONY: setup demo test test-quick lint format bench bench-full bench-gate sanitize clean
+.PHONY: setup demo test test-quick test-ptx lint format bench bench-full bench-gate sanitize clean
 
 setup: $(VENV)/.built
 
@@ -40,6 +40,11 @@ test: setup
 
 test-quick: setup
 	$(TEST_ENV) pytest -m 'not slow'
+
+# The kernels' PTX, nvcc's and Triton's, in the interpreter: all tests of a backend. docs/ptx.md.
+test-ptx: setup
+	$(TEST_ENV) FUSEDOPT_PTX=nvcc pytest -q -m ptx
+	$(TEST_ENV) FUSEDOPT_PTX=triton pytest -q -m ptx
 
 lint: setup
 	ruff check .

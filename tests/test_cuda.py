@@ -19,6 +19,8 @@ from cases import (
     HAS_EMULATOR,
     INF,
     OPTIONS,
+    PTX,
+    PTX_BACKENDS,
     RAGGED,
     SMALL,
     bits,
@@ -28,6 +30,7 @@ from cases import (
     module,
     parameters,
     set_gradients,
+    use_ptx,
 )
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -50,6 +53,16 @@ CLIPS: dict[str, dict[str, Any] | None] = {
 }
 each_clip = pytest.mark.parametrize("clip", CLIPS)
 each_emulated = pytest.mark.parametrize("backend", ["emulated", "emulated-pair"])
+
+
+@pytest.fixture(
+    autouse=True,
+    params=["host", *(pytest.param(name, marks=pytest.mark.ptx) for name in PTX_BACKENDS if PTX == "nvcc")],
+)
+def _code(request: pytest.FixtureRequest) -> None:
+    """The kernels as host code, or their PTX in the interpreter."""
+    if request.param != "host":
+        use_ptx(request.param)
 
 
 def make(

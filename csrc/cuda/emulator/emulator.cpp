@@ -204,6 +204,17 @@ void run_blocks(uint32_t blocks, const std::function<void()>& kernel) {
   }
 }
 
+void run_ptx(void* kernel, uint32_t blocks, bool early, const std::vector<ptx::Argument>& arguments) {
+  const std::string name = ptx_name(kernel);
+  for (const auto& module : settings().ptx) {
+    if (!module->has_kernel(name)) continue;
+    const bool starts_early = early && module->architecture >= 90;
+    ptx::run(*module, name, {blocks, kWarps, 0, starts_early, settings().order}, arguments);
+    return;
+  }
+  throw ptx::Error("the PTX holds no kernel " + name);
+}
+
 void run_or_record(std::function<void()> launch) {
   if (recording) {
     recording->launches.push_back(std::move(launch));

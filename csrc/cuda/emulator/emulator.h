@@ -13,6 +13,7 @@
 
 #include <string>
 
+#include "../../ptx/machine.h"
 #include "../launchers.h"
 #include "control.h"
 
@@ -104,9 +105,20 @@ void run_blocks(uint32_t blocks, const std::function<void()>& kernel);
 template <class... Parameters>
 void load_kernel(void (*)(Parameters...)) {}
 
+// Runs a kernel's PTX, which settings() hold.
+void run_ptx(void* kernel, uint32_t blocks, bool early, const std::vector<ptx::Argument>& arguments);
+// A part of a kernel's name in PTX that no other has.
+std::string ptx_name(void* kernel);
+
 template <class... Parameters>
-void launch(void (*kernel)(Parameters...), uint32_t blocks, const Place&, bool, const Parameters&... arguments) {
-  run_or_record([=] { run_blocks(blocks, [&] { kernel(arguments...); }); });
+void launch(void (*kernel)(Parameters...), uint32_t blocks, const Place&, bool early, const Parameters&... arguments) {
+  run_or_record([=] {
+    if (settings().ptx.empty()) {
+      run_blocks(blocks, [&] { kernel(arguments...); });
+    } else {
+      run_ptx(reinterpret_cast<void*>(kernel), blocks, early, {ptx::Argument{&arguments, sizeof(arguments)}...});
+    }
+  });
 }
 
 }  // namespace fusedopt::cuda::emulated
