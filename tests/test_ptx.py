@@ -205,5 +205,5 @@ def test_triton_s_code_passes_the_tests_of_a_backend() -> None:
 @needs_interpreter
 @needs_triton
 @pytest.mark.slow
-def test_faults_planted_in_triton_s_code_are_noticed() -> None:
+def test_triton_s_tunings_and_faults_planted_in_its_code() -> None:
     in_a_process_of_its_own("tests/triton_ptx_controls.py")

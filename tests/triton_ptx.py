@@ -34,6 +34,7 @@ class PtxDriver:
         self.utils = self
         self.change: Callable[[str], str] | None = None
         self.planted = False
+        self.order = 0  # of programs and warps: 0 as numbered, else drawn from this seed
 
     def plant(self, change: Callable[[str], str] | None) -> None:
         """Apply a change to the PTX of kernels from now on; ``planted`` tells whether it has changed any."""
@@ -81,7 +82,7 @@ class PtxDriver:
                 for kind, value in zip(kinds, arguments, strict=True)
                 if kind != "constexpr"
             ]
-            launch = {"blocks": grid, "warps": metadata.num_warps, "shared": metadata.shared}
+            launch = {"blocks": grid, "warps": metadata.num_warps, "shared": metadata.shared, "order": self.order}
             code().run(metadata.name, packed + SCRATCH, **launch)
 
         return run

@@ -1,4 +1,4 @@
-"""Negative controls for Triton's PTX, for test_ptx.py: to be run with FUSEDOPT_PTX=triton."""
+"""Triton's PTX: tunings, orders, and negative controls, for test_ptx.py: to be run with FUSEDOPT_PTX=triton."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from cases import PTX, bits, parameters, set_gradients
 from triton_ptx import TritonPtxBackend, driver
 
 import fusedopt
+from fusedopt.backends.triton import _TUNINGS, Tuning
 
 assert PTX == "triton", "run by test_ptx.py, in a process of its own"
 SHAPES = [(7,), (2, 2051)]
@@ -28,6 +29,7 @@ def steps(backend: str, **extra: object) -> list[bytes]:
 def _as_compiled() -> Iterator[None]:
     yield
     driver.plant(None)
+    driver.order = 0
 
 
 def contract(text: str) -> str:
@@ -43,8 +45,17 @@ def half_a_mask(text: str) -> str:
     return re.sub(r"(shfl\.sync\.bfly\.b32\s+[^;]*), -1;", r"\1, 65535;", text)
 
 
-def test_as_compiled() -> None:
+@pytest.mark.parametrize("tuning", _TUNINGS, ids=lambda tuning: f"{tuning.block}/{tuning.warps}")
+def test_as_compiled_with_every_tuning(tuning: Tuning, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(TritonPtxBackend, "tuning", tuning)
     assert steps(TritonPtxBackend.name) == steps("native")
+
+
+@pytest.mark.parametrize("clip", [None, {"max_norm": 0.5}], ids=["bare", "norm"])
+def test_any_order_of_programs_and_warps_gives_the_same_bits(clip: dict[str, float] | None) -> None:
+    expected = steps(TritonPtxBackend.name, clip_grad=clip)
+    for driver.order in (1, 2):
+        assert steps(TritonPtxBackend.name, clip_grad=clip) == expected
 
 
 @pytest.mark.parametrize(

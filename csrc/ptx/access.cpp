@@ -78,8 +78,10 @@ void Block::count_access(Warp& warp, const Instruction& instruction, size_t byte
     sectors[lane] = (addresses[lane] + static_cast<uint64_t>(instruction.offset)) / kSector;
   }
   std::sort(sectors, sectors + kLanes);
+  const uint64_t touched = static_cast<uint64_t>(std::unique(sectors, sectors + kLanes) - sectors);
   ++accesses.requests;
-  accesses.sectors += static_cast<uint64_t>(std::unique(sectors, sectors + kLanes) - sectors);
+  accesses.sectors += touched;
+  accesses.most = std::max(accesses.most, touched);
 }
 
 // Fences and atomics order what other blocks see: a fence and a later atomic of the thread release what came before the

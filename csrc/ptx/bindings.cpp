@@ -43,7 +43,7 @@ void define_ptx(py::module_& m) {
         for (const auto& [name, counts] : ptx::counts()) {
           py::dict accesses;
           for (const auto& [kind, found] : counts.accesses) {
-            accesses[py::str(kind)] = py::make_tuple(found.requests, found.sectors);
+            accesses[py::str(kind)] = py::make_tuple(found.requests, found.sectors, found.most);
           }
           py::dict one;
           one["launches"] = counts.launches;
@@ -55,7 +55,7 @@ void define_ptx(py::module_& m) {
         }
         return all;
       },
-      "What has run, by kernel; of accesses by full warps, (requests, sectors of 32 bytes).");
+      "What has run, by kernel; of accesses by full warps, (requests, 32-byte sectors, most sectors of one).");
   ptx_module.def("reset_counts", [] { ptx::counts().clear(); });
 }
 

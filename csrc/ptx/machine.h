@@ -17,9 +17,9 @@ struct Launch {
   uint64_t order = 0;  // of blocks and warps: 0 as numbered, else drawn from this seed
 };
 
-// Accesses of one kind by full warps, and the 32-byte sectors that they touched.
+// Accesses of one kind by full warps, and the 32-byte sectors that they touched: all together, and the most of one.
 struct Accesses {
-  uint64_t requests = 0, sectors = 0;
+  uint64_t requests = 0, sectors = 0, most = 0;
 };
 
 // What has run so far, by kernel.
