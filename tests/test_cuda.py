@@ -24,6 +24,7 @@ from cases import (
     RAGGED,
     SMALL,
     bits,
+    bits_but_for_nan,
     each_dtype,
     each_option,
     global_norm,
@@ -59,10 +60,11 @@ each_emulated = pytest.mark.parametrize("backend", ["emulated", "emulated-pair"]
     autouse=True,
     params=["host", *(pytest.param(name, marks=pytest.mark.ptx) for name in PTX_BACKENDS if PTX == "nvcc")],
 )
-def _code(request: pytest.FixtureRequest) -> None:
-    """The kernels as host code, or their PTX in the interpreter."""
+def _code(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernels as host code, or their PTX in the interpreter; a NaN that a GPU makes has another payload."""
     if request.param != "host":
         use_ptx(request.param)
+        monkeypatch.setitem(globals(), "bits", bits_but_for_nan)
 
 
 def make(
