@@ -14,15 +14,15 @@
 namespace fusedopt::device {
 namespace {
 
-constexpr size_t kUnit = 64;  // of comparing tables; uploads are multiples of it
+constexpr size_t kUnit = 64;   // of comparing tables; uploads are multiples of it
+constexpr size_t kLine = 128;  // of a device's cache
 
-size_t rounded(size_t bytes) { return (bytes + kUnit - 1) / kUnit * kUnit; }
-
-// Reserves room for `count` of T at the end of a buffer that is `size` bytes long, and tells where.
+// Reserves room for `count` of T at the end of a buffer that is `size` bytes long, and tells where. What kernels write
+// shares no cache line with what they only read.
 template <class T>
 size_t section(size_t& size, size_t count) {
   const size_t at = size;
-  size = rounded(size + count * sizeof(T));
+  size = (size + count * sizeof(T) + kLine - 1) / kLine * kLine;
   return at;
 }
 
