@@ -249,8 +249,16 @@ bool Executor::prepare(const Work& work, int ordinal, const Place& place) {
   return true;
 }
 
+// Gives the tables the turn of the pass that is launched next; see Note [Tickets]. The tables of a captured step begin
+// each replay with a control of zeros.
+void Executor::take_turn(const Work& work) {
+  tables_.turn = work.capturing ? 0 : turn_;
+  if (!work.capturing) turn_ ^= 1;
+}
+
 void Executor::statistics(const Work& work, const StepSettings& s, const Report& report, double* total) {
   statistics_ = {};
+  take_turn(work);
   statistics_.tables = tables_;
   statistics_.norm = s.norm;
   statistics_.rule = work.rule;
@@ -306,6 +314,7 @@ void Executor::load(const Work& work, const StepSettings& s) {
 }
 
 void Executor::update(const Work& work, const StepSettings& s, const Report& report) {
+  if (s.mode() == Mode::kBare) take_turn(work);
   for_each_update(work, s, report, [&](const UpdateArguments& a, const Row& like) {
     // In graphs, starting early needs a newer driver.
     launcher_.update(place_, a, like, a.after_statistics && !work.capturing);

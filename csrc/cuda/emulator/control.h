@@ -12,7 +12,8 @@ namespace fusedopt::cuda::emulated {
 struct Settings {
   uint64_t order = 0;  // of blocks and threads: 0 as numbered, else drawn from this seed
   bool slow_double = false;
-  bool dry = false;  // count launches, but run nothing
+  bool dry = false;   // count launches, but run nothing
+  uint32_t lost = 0;  // blocks that are left out of every launch of more
 };
 Settings& settings();
 // Launches recorded instead of run, as a stream does that captures a CUDA graph.
