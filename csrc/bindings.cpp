@@ -64,11 +64,12 @@ void define_emulator(py::module_& m) {
   e.def("launch_count", &emulated::launch_count, "Launches so far, uploads of tables included.");
   e.def(
       "configure",
-      [](uint64_t order, bool slow_double, bool dry) {
-        emulated::settings() = {order, slow_double, dry, std::move(emulated::settings().ptx)};
+      [](uint64_t order, bool slow_double, bool dry, uint32_t lost) {
+        emulated::settings() = {order, slow_double, dry, lost, std::move(emulated::settings().ptx)};
       },
-      py::arg("order") = 0, py::arg("slow_double") = false, py::arg("dry") = false,
-      "Run blocks and threads in another order (a seed), as on a GPU with slow double arithmetic, or not at all.");
+      py::arg("order") = 0, py::arg("slow_double") = false, py::arg("dry") = false, py::arg("lost") = 0,
+      "Run blocks and threads in another order (a seed), as on a GPU with slow double arithmetic, or not at all; leave "
+      "out the last blocks of each launch of more.");
   e.def(
       "use_ptx",
       [](const std::vector<std::shared_ptr<ptx::Module>>& modules) {

@@ -97,6 +97,17 @@ __device__ __forceinline__ void wait_for_previous_kernel() {
 #endif
 }
 
+// Adds 1 to a counter that wraps at `count`, and tells what it was. What any block did before its own call is visible
+// after this one.
+__device__ __forceinline__ uint32_t draw_ticket(uint32_t* counter, uint32_t count) {
+  uint32_t before;
+  asm volatile("atom.acq_rel.gpu.global.inc.u32 %0, [%1], %2;"
+               : "=r"(before)
+               : "l"(__cvta_generic_to_global(counter)), "r"(count - 1)
+               : "memory");
+  return before;
+}
+
 // A block's shared memory, one object per kernel; not initialized.
 template <class T>
 __device__ __forceinline__ T& block_shared() {

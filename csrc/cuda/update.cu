@@ -269,11 +269,8 @@ __global__ void __launch_bounds__(kThreads, 4) update_kernel(const __grid_consta
   }
   if (a.after_statistics) return;
 
-  if (!is_last_block(tables.control, a.tickets, &shared.flag)) return;
-  if (threadIdx.x == 0) {
-    tables.control->ticket = 0;
-    if (a.report.found_inf) *a.report.found_inf = shared.skip ? 1.0f : 0.0f;
-  }
+  if (!is_last_block(tables, a.tickets, &shared.flag)) return;
+  if (threadIdx.x == 0 && a.report.found_inf) *a.report.found_inf = shared.skip ? 1.0f : 0.0f;
   if (shared.skip) return;
   for (uint32_t r = threadIdx.x; r < tables.row_count; r += kThreads) {
     if (tables.grads[r]) count_step(tables.rows[r], next_step(tables.rows[r]));

@@ -196,6 +196,7 @@ void run_blocks(uint32_t blocks, const std::function<void()>& kernel) {
     std::shuffle(order.begin(), order.end(), random);
     std::shuffle(thread_order.begin(), thread_order.end(), random);
   }
+  if (settings().lost < blocks) order.resize(blocks - settings().lost);
   machine.kernel = &kernel;
   gridDim.x = blocks;
   for (uint32_t block : order) {

@@ -65,9 +65,9 @@ inline unsigned __reduce_or_sync(unsigned, unsigned value) {
   for (int lane = 0; lane < 32; ++lane) value |= static_cast<unsigned>(values[lane]);
   return value;
 }
-inline uint32_t atomicAdd(uint32_t* to, uint32_t value) {
-  const uint32_t before = *to;
-  *to += value;
+inline uint32_t draw_ticket(uint32_t* counter, uint32_t count) {
+  const uint32_t before = *counter;
+  *counter = before >= count - 1 ? 0 : before + 1;
   return before;
 }
 inline uint32_t atomicOr(uint32_t* to, uint32_t value) {
@@ -75,7 +75,6 @@ inline uint32_t atomicOr(uint32_t* to, uint32_t value) {
   *to |= value;
   return before;
 }
-inline void __threadfence() {}
 template <class T>
 T __ldcg(const T* at) {
   return *at;
