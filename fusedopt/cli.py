@@ -184,6 +184,11 @@ def _build_parser() -> argparse.ArgumentParser:
         action="store_true",
         help="also compile and tune the Triton kernels for each GPU, and show how long that took",
     )
+    info.add_argument(
+        "--selftest",
+        action="store_true",
+        help="also run the self-test of all kernels on each GPU; exits with 1 when one is not as it should be",
+    )
     info.set_defaults(run=_info)
     return parser
 
@@ -259,11 +264,15 @@ def _bench(arguments: argparse.Namespace) -> int:
 
 
 def _info(arguments: argparse.Namespace) -> int:
-    from .info import info, warm_up
+    from .info import info, self_test, warm_up
 
     print(info())
     if arguments.warmup:
         print(f"\n{warm_up()}")
+    if arguments.selftest:
+        table, good = self_test()
+        print(f"\n{table}")
+        return 0 if good else 1
     return 0
 
 

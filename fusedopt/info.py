@@ -5,16 +5,17 @@ from __future__ import annotations
 import os
 import platform
 import sys
+from collections.abc import Iterable
 
 import torch
 
-from .backends import BACKENDS, VARIABLE, TritonBackend, triton
+from .backends import BACKENDS, VARIABLE, Backend, TritonBackend, selftest, triton
 from .backends.native import load_native_module
 from .rules import RULES
 from .version import __version__
 from .wrappers.summary import aligned
 
-__all__ = ["info", "warm_up"]
+__all__ = ["info", "self_test", "warm_up"]
 
 
 def _processor() -> str:
@@ -56,7 +57,34 @@ def info() -> str:
             rows.append((f"backend {name} on {device}", "available" if unavailable is None else unavailable))
     if os.environ.get(VARIABLE):
         rows.append((VARIABLE, f"{os.environ[VARIABLE]}: taken in place of 'auto'"))
+    if os.environ.get(selftest.VARIABLE):
+        rows.append((selftest.VARIABLE, f"the self-test is {'on' if selftest.switched_on() else 'off'}"))
     return aligned(rows)
+
+
+def self_test(
+    devices: Iterable[torch.device] | None = None, backends: Iterable[type[Backend]] | None = None
+) -> tuple[str, bool]:
+    """The table of the self-test, and whether everything in it is as it should be.
+
+    Args:
+        devices: where it runs; all GPUs by default.
+        backends: what runs there; by default all whose kernels have to prove themselves.
+    """
+    gpus = _devices()[1:] if devices is None else list(devices)
+    if not gpus:
+        return "self-test: there is no GPU here, and what runs on a CPU needs none", True
+    rows, good = [], True
+    for device in gpus:
+        tried = [backend for backend in BACKENDS.values() if backend.must_prove_itself(device)]
+        for backend in tried if backends is None else backends:
+            if (reason := backend.unavailable(device)) is not None:
+                rows.append((f"{backend.name} on {device}", f"not tried: {reason}"))
+                continue
+            for rule, dtype, mode, problem in selftest.table(backend, device):
+                good = good and problem is None
+                rows.append((f"{backend.name} on {device}: {rule}, {dtype}, {mode}", problem or "ok"))
+    return aligned(rows), good
 
 
 def warm_up() -> str:

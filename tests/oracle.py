@@ -1,7 +1,8 @@
 """The update formulas in float64, written from the papers and torch's documentation, and the error bound of a step.
 
 A step is checked from the state it really started from, so errors do not add up over steps and the bound is tight:
-half a unit in the last place of the stored dtype, plus a few roundings of the compute dtype.
+half a unit in the last place of the stored dtype, plus a few roundings of the compute dtype. The self-test of the
+package has the same bound: it is defined in fusedopt/rules/bounds.py.
 """
 
 from __future__ import annotations
@@ -12,10 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-#: Roundings of the compute dtype that one result may have picked up on its way.
-ROUNDINGS = 6
-#: The same where gradients were multiplied with a clip coefficient: its norm is a sum in another order than numpy's.
-CLIPPED_ROUNDINGS = 64
+from fusedopt.rules.bounds import CLIPPED_ROUNDINGS, ROUNDINGS, error_bound
 
 
 @dataclasses.dataclass
@@ -81,19 +79,10 @@ def as_double(tensor: torch.Tensor) -> np.ndarray:
     return tensor.detach().cpu().double().numpy().copy()
 
 
-def ulp(values: np.ndarray, dtype: torch.dtype) -> np.ndarray:
-    """The distance between neighbouring numbers of ``dtype`` at each value."""
-    info = torch.finfo(dtype)
-    exponent = np.floor(np.log2(np.maximum(np.abs(values), info.tiny)))
-    return info.eps * np.exp2(exponent)
-
-
 def assert_matches(name: str, stored: torch.Tensor, want: Value, compute: torch.dtype, roundings: int) -> None:
     """Assert that ``stored`` is ``want`` rounded once to its dtype, up to a few roundings of the compute dtype."""
-    info = torch.finfo(compute)
-    bound = (
-        0.5 * ulp(want.exact, stored.dtype) + roundings * info.eps * want.magnitude + roundings * info.tiny * info.eps
-    )
+    exact, magnitude = (torch.as_tensor(v, dtype=torch.float64, device="cpu") for v in (want.exact, want.magnitude))
+    bound = error_bound(exact, magnitude, stored.dtype, compute, roundings).numpy()
     error = np.abs(as_double(stored) - want.exact)
     limit = torch.finfo(stored.dtype).max
     ok = (error <= bound) | ((np.abs(want.exact) >= limit) & ~np.isfinite(as_double(stored)))

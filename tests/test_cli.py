@@ -78,11 +78,16 @@ def test_info_prints_what_info_returns(capsys, monkeypatch):
     module = ModuleType("fusedopt.info")
     module.info = lambda: "all about it"  # type: ignore[attr-defined]
     module.warm_up = lambda: "how long it took"  # type: ignore[attr-defined]
+    module.self_test = lambda: ("what differs", False)  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "fusedopt.info", module)
     assert main(["info"]) == 0
     assert capsys.readouterr().out == "all about it\n"
     assert main(["info", "--warmup"]) == 0
     assert capsys.readouterr().out == "all about it\n\nhow long it took\n"
+    assert main(["info", "--selftest"]) == 1
+    assert capsys.readouterr().out == "all about it\n\nwhat differs\n"
+    module.self_test = lambda: ("nothing differs", True)  # type: ignore[attr-defined]
+    assert main(["info", "--selftest"]) == 0
 
 
 def test_info_shows_the_backend_of_the_environment(monkeypatch):

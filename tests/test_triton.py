@@ -591,6 +591,31 @@ def test_powers_are_right_to_the_last_digit(beta: float) -> None:
     assert np.allclose(found.numpy()[~normal], 0, atol=1e-279)
 
 
+@triton.jit
+def live_kernel(groups, results, BLOCK: tl.constexpr):
+    i = tl.arange(0, BLOCK)
+    group = groups.to(tl.int64) + i * kernels.GROUP_SIZE
+    tl.store(results + i, kernels.hyper(group, 0, i < BLOCK - 1))
+
+
+@triton.jit
+def low_digits(address, dtype, mask):
+    """In place of what lies at an address."""
+    return tl.where(mask, (address & 255).to(tl.float64), 0.0)
+
+
+@pytest.mark.parametrize("address", [7, 2**47 + 7, 2**63 + 7, 2**64 - 249])
+def test_a_hyperparameter_may_lie_at_any_address(address: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "number", low_digits)
+    words = kernels.GROUP_SIZE.value // 8
+    groups = torch.zeros(4, words, dtype=torch.int64)
+    groups[:, kernels.GROUP_VALUE.value] = torch.tensor([0.5, 1.5, 2.5, 3.5], dtype=torch.float64).view(torch.int64)
+    groups[1, kernels.GROUP_LIVE.value] = address - 2**64 if address >= 2**63 else address
+    found = torch.full((4,), math.nan, dtype=torch.float64)
+    live_kernel[(1,)](groups, found, BLOCK=4)
+    assert found.tolist() == [0.5, 7.0, 2.5, 0.0], "the last is masked"
+
+
 CODES = {
     torch.float32: kernels.F32,
     torch.float64: kernels.F64,

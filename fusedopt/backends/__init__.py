@@ -10,6 +10,7 @@ from collections.abc import Iterable
 import torch
 
 from ..rules import Rule, did_you_mean
+from . import selftest
 from .base import Backend, BackendUnavailable, StepReport, StepRequest
 from .native import NativeBackend
 from .reference import ReferenceBackend
@@ -64,30 +65,54 @@ def _backend_asked_for(name: str) -> tuple[str, str]:
     return wanted, f"backend {wanted!r} (from {VARIABLE} in the environment)"
 
 
-def create_backend(name: str, rule: Rule, devices: Iterable[torch.device]) -> Backend:
+def create_backend(
+    name: str,
+    rule: Rule,
+    devices: Iterable[torch.device],
+    dtypes: Iterable[torch.dtype] = (),
+    present: Backend | None = None,
+) -> Backend:
     """The backend called ``name`` for parameters on ``devices``; 'auto' takes the first that can serve them all.
 
-    In place of 'auto', the environment may name one for the whole process: ``FUSEDOPT_BACKEND=triton``.
+    In place of 'auto', the environment may name one for the whole process: ``FUSEDOPT_BACKEND=triton``. What runs on a
+    GPU passes a self-test first, in each of ``dtypes``; see :mod:`fusedopt.backends.selftest`.
+
+    Args:
+        name: of a backend, or 'auto'.
+        rule: the optimizer's maths.
+        devices: where its parameters are.
+        dtypes: of its parameters.
+        present: the backend it has; it is returned where there is no reason for another.
 
     Raises:
         BackendUnavailable: the named backend cannot serve; the message says why.
         ValueError: there is no backend of that name.
     """
     name, asked = _backend_asked_for(name)
-    devices = set(devices)
+    devices, dtypes = frozenset(devices), frozenset(dtypes)
+    say_why = any(device.type != "cpu" for device in devices)
     passed_over: dict[str, str] = {}
     for candidate in BACKENDS.values() if name == "auto" else (BACKENDS[name],):
         reasons = [reason for device in devices if (reason := candidate.unavailable(device))]
         if not reasons and (reason := candidate.unavailable_together(devices)):
             reasons = [reason]
         if not reasons:
-            if passed_over and any(device.type != "cpu" for device in devices):
+            problem, postponed = selftest.judge(candidate, rule, devices, dtypes)
+            if problem is not None:
+                reasons, say_why = [problem], True
+        if not reasons:
+            if passed_over and say_why:
                 # A reason that several have is given once.
                 whose: dict[str, list[str]] = {}
                 for who, why in passed_over.items():
                     whose.setdefault(why, []).append(who)
                 told = (f"{' and '.join(who)}: {why}" for why, who in whose.items())
                 _note_fallback(candidate.name, "; ".join(told))
-            return candidate(rule, devices)
+            chosen = present if type(present) is candidate else candidate(rule, devices)
+            assert chosen is not None
+            chosen.unproved = postponed
+            if any(candidate.must_prove_itself(device) for device in devices):
+                chosen.chosen_for = devices, dtypes
+            return chosen
         passed_over[candidate.name] = reasons[0]
     raise BackendUnavailable(f"{asked} is not available: {passed_over[name]}")

@@ -83,6 +83,11 @@ class Backend(abc.ABC):
 
     name: ClassVar[str]
 
+    #: Where the parameters were, and of which dtypes, when it was chosen, as far as it had to prove itself for them.
+    chosen_for: tuple[frozenset[torch.device], frozenset[torch.dtype]] | None = None
+    #: Whether some of its self-test is still to be made.
+    unproved = False
+
     def __init__(self, rule: Rule, devices: Iterable[torch.device] = ()):
         self.rule = rule
 
@@ -95,6 +100,16 @@ class Backend(abc.ABC):
     def unavailable_together(cls, devices: Iterable[torch.device]) -> str | None:
         """Why this backend cannot serve one optimizer with tensors on all these devices, or None when it can."""
         return None
+
+    @classmethod
+    def must_prove_itself(cls, device: torch.device) -> bool:
+        """Whether 'auto' takes it for ``device`` only after a self-test there, as the kernels of GPUs."""
+        return device.type != "cpu"
+
+    @classmethod
+    def for_trial(cls, rule: Rule, device: torch.device) -> Backend:
+        """One for the steps of a self-test."""
+        return cls(rule, {device})
 
     @abc.abstractmethod
     def step(

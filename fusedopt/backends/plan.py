@@ -76,6 +76,10 @@ class PlanBackend(Backend):
             check_parameter(name, param)
             if param.device.type != self._device_type:
                 raise BackendUnavailable(f"{name} is on {param.device}, others on {self._device_type}")
+            if self.chosen_for is not None:
+                devices, dtypes = self.chosen_for
+                if param.device not in devices or param.dtype not in dtypes:
+                    raise BackendUnavailable(f"{name} is {param.dtype} on {param.device}, which it was not chosen for")
             if state_missing is None:  # nothing that could be mended
                 raise RuntimeError(f"{name} {reason}")
             if param.grad is None:  # another thread has dropped it since

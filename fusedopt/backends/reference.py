@@ -35,6 +35,10 @@ class ReferenceBackend(Backend):
     def unavailable(cls, device: torch.device) -> str | None:
         return None
 
+    @classmethod
+    def must_prove_itself(cls, device: torch.device) -> bool:
+        return False
+
     @torch.no_grad()
     def step(
         self, param_groups: list[dict[str, Any]], state: dict[Tensor, dict[str, Any]], request: StepRequest

@@ -8,7 +8,7 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -85,9 +85,10 @@ class Launcher:
         rule: whose kernels.
         device_type: ``'cuda'`` (of NVIDIA or AMD), ``'xpu'``, or ``'cpu'`` for the interpreter.
         tuning: of the update; None finds it out, once per device and dtypes, with the first step that needs it.
+        measure: whether it may be measured then; else the first of them serves where none is known.
     """
 
-    def __init__(self, rule: Rule, device_type: str, tuning: Tuning | None = None):
+    def __init__(self, rule: Rule, device_type: str, tuning: Tuning | None = None, measure: bool = True):
         import triton
 
         from . import triton_kernels
@@ -95,6 +96,7 @@ class Launcher:
         self.rule = rule
         self.device_type = device_type
         self.tuning = tuning
+        self.measure = measure
         self.interpreted = interpreting()
         self._settings: dict[tuple[Any, ...], dict[str, Any]] = {}  # of updates that can be launched
         self._driver = triton.runtime.driver
@@ -221,7 +223,7 @@ class Launcher:
         key = (getattr(torch, self.device_type).get_device_name(device), self.rule.name, dtypes)
         if key not in _chosen:
             tuning = self._kept_tuning(key)
-            if tuning is None and not self.capturing(device):
+            if tuning is None and self.measure and not self.capturing(device):
                 tuning = self._measure(torch.device(self.device_type, device), dtypes)
                 if tuning is not None:
                     self._keep_tuning(key, tuning)
@@ -333,8 +335,16 @@ class TritonBackend(PlanBackend):
 
     name = "triton"
 
+    def __init__(self, rule: Rule, devices: Iterable[torch.device] = (), measure: bool = True):
+        self._measure = measure
+        super().__init__(rule, devices)
+
+    @classmethod
+    def for_trial(cls, rule: Rule, device: torch.device) -> TritonBackend:
+        return cls(rule, {device}, measure=False)
+
     def _make_plan(self) -> Any:
-        return _make_plan(Launcher(self.rule, self._device_type))
+        return _make_plan(Launcher(self.rule, self._device_type, measure=self._measure))
 
     @classmethod
     def unavailable(cls, device: torch.device) -> str | None:

@@ -207,12 +207,18 @@ def power(base, exponent):
 
 
 @triton.jit
+def any_address(addresses):
+    """Whether one is not 0. (As numbers those from 2^63 on are negative, so that their maximum may be 0.)"""
+    return tl.max((addresses != 0).to(tl.int32), axis=0) != 0
+
+
+@triton.jit
 def hyper(group, i: tl.constexpr, mask):
     """Hyperparameter ``i`` of the group of each row: a number in the table, or in a tensor."""
     words = group.to(tl.pointer_type(tl.int64))
     value = tl.load(words + (GROUP_VALUE + i), mask=mask, other=0).to(tl.float64, bitcast=True)
     live = tl.load(words + (GROUP_LIVE + i), mask=mask, other=0)
-    if tl.max(live, axis=0) != 0:
+    if any_address(live):
         dtype = tl.load(group.to(tl.pointer_type(tl.uint8)) + (GROUP_LIVE_DTYPE + i), mask=mask, other=0)
         value = tl.where(live != 0, number(live, dtype, live != 0), value)
     return value

@@ -124,10 +124,12 @@ class FusedOptimizer(torch.optim.Optimizer):
         return self._get_engine().name
 
     def _get_engine(self) -> Backend:
-        if self._engine is None:
-            devices = {param.device for group in self.param_groups for param in group["params"]}
-            self._engine = create_backend(self.backend, self.rule, devices)
-        return self._engine
+        engine = self._engine
+        if engine is None or engine.unproved:
+            params = [param for group in self.param_groups for param in group["params"]]
+            devices, dtypes = {param.device for param in params}, {param.dtype for param in params}
+            engine = self._engine = create_backend(self.backend, self.rule, devices, dtypes, engine)
+        return engine
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, as ``torch.optim.Optimizer.add_param_group``, checking its settings and parameters first.

@@ -62,6 +62,11 @@ class Adam(Rule):
         StateColumn("exp_avg_sq"),
         StateColumn("max_exp_avg_sq", needed=lambda group: bool(group["amsgrad"])),
     )
+    trials = (
+        {"lr": 0.1, "weight_decay": 0.1},
+        {"lr": 0.1, "weight_decay": 0.1, "decoupled_weight_decay": True},
+        {"lr": 0.1, "amsgrad": True, "maximize": True},
+    )
 
     def update(
         self, group: Mapping[str, Any], param: Tensor, grad: Tensor, state: Mapping[str, Tensor], step: int

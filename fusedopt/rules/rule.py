@@ -69,12 +69,15 @@ class Rule(abc.ABC):
         hyperparameters: the frozen dataclass of its settings.
         columns: its state, in the order the kernels use.
         hides_step: True when torch keeps no ``step`` for this rule; it is then left out of ``state_dict()``.
+        trials: settings with which the kernels prove themselves on a GPU; together they use every column. See
+            fusedopt/backends/selftest.py: parameters and gradients have one sign there, and nothing must cancel.
     """
 
     name: ClassVar[str]
     hyperparameters: ClassVar[type[Hyperparameters]]
     columns: ClassVar[tuple[StateColumn, ...]]
     hides_step: ClassVar[bool] = False
+    trials: ClassVar[tuple[Mapping[str, Any], ...]] = ({"lr": 0.1},)
 
     @abc.abstractmethod
     def update(

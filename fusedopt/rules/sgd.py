@@ -60,6 +60,11 @@ class SGD(Rule):
     hyperparameters = SGDHyperparameters
     columns = (StateColumn("momentum_buffer", needed=lambda group: _may_be_used(group["momentum"])),)
     hides_step = True
+    trials = (
+        {"lr": 0.1, "momentum": 0.9, "dampening": 0.1, "weight_decay": 0.1},
+        {"lr": 0.1, "momentum": 0.9, "nesterov": True},
+        {"lr": 0.1, "maximize": True},
+    )
 
     def update(
         self, group: Mapping[str, Any], param: Tensor, grad: Tensor, state: Mapping[str, Tensor], step: int
