@@ -690,14 +690,21 @@ class Twins:
     does so.
     """
 
-    def __init__(self, option: str, clip: str = "bare", dtype: torch.dtype = torch.float32, **live: Any):
+    def __init__(
+        self,
+        option: str,
+        clip: str = "bare",
+        dtype: torch.dtype = torch.float32,
+        shapes: list[tuple[int, ...]] = SMALL,
+        **live: Any,
+    ):
         self.bounds = [torch.tensor(0.5), torch.tensor(0.5)]
         self.optimizers, self.params = [], []
         for bound in self.bounds:
             settings = CLIPS[clip]
             if clip == "norm":
                 settings = {"max_norm": bound}
-            optimizer, params = make(option, "emulated", SMALL, dtype, clip_grad=settings, **copy.deepcopy(live))
+            optimizer, params = make(option, "emulated", shapes, dtype, clip_grad=settings, **copy.deepcopy(live))
             self.optimizers.append(optimizer)
             self.params.append(params)
         self.replayed, self.eager = self.optimizers
@@ -933,6 +940,22 @@ def test_a_graph_holds_uploads_of_its_tables_and_the_two_kernels() -> None:
     for _ in range(2):
         assert len(twins.capture().graph) == 4, "tables, chunk map, statistics, update"
     assert launches_of(twins.replayed.step) == 2, "the usual tables are as they were"
+
+
+@each_clip
+def test_a_graph_of_many_parameters_holds_several_uploads(clip: str) -> None:
+    """Their tables are larger than the arguments of one launch; each replay writes all of them anew."""
+    twins = Twins("adamw", clip, shapes=[(17 + index % 5,) for index in range(400)])
+    twins.warm_up()
+    few = Twins("adamw", clip)
+    few.warm_up()
+    captures = [twins.capture(), twins.capture()]
+    assert len(captures[0].graph) == len(few.capture().graph) + 1, "32000 bytes, and the rest of the tables"
+    for seed in range(4):
+        twins.set_gradients(seed)
+        captures[seed % 2].replay()
+        twins.eager.step()
+        twins.assert_alike()
 
 
 @each_clip

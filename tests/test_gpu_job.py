@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -626,3 +627,11 @@ class TestScript:
         code, text = run_job({**fake, "FAKE_HANG": "1", "FUSEDOPT_GPU_BUDGET": "13"})
         assert code == 1
         assert "tests: timed out after" in text
+
+
+def test_of_torch_s_warnings_one_is_no_error() -> None:
+    """torch gives it once in a process that asks for errors where the host waits, as the GPU tests do."""
+    whole = "Synchronization debug mode is a prototype feature and does not yet detect all synchronizing operations"
+    warnings.warn(whole, UserWarning, stacklevel=1)
+    with pytest.raises(UserWarning, match="another"):
+        warnings.warn("another", UserWarning, stacklevel=1)
