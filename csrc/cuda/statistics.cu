@@ -245,7 +245,7 @@ __global__ void __launch_bounds__(kThreads, 4) statistics_kernel(const __grid_co
       constexpr bool tells = Sum<K>::template kTells<float>;
       Sum<K> sum;
       bool exact = true;
-      if (tells && slow_double() && grad.dtype != DType::kFloat64) {
+      if (tells && a.slow_double && grad.dtype != DType::kFloat64) {
         sum = add_chunk<false, K>(grad, a.norm.p);
         total = reduce_block(sum.value, shared.scratch, Combine<K>());
         if (threadIdx.x == 0) shared.flag = total - total != 0.0 || (K == NormKind::kTwo && total < kUnderflow);
@@ -292,7 +292,8 @@ __global__ void __launch_bounds__(kThreads, 4)
 }
 
 template <NormKind K>
-void launch_statistics(const Place& place, const StatisticsArguments& a) {
+void launch_statistics(const Place& place, StatisticsArguments a) {
+  a.slow_double = slow_double(place.device);
   launch(statistics_kernel<K>, a.tables.chunk_count ? a.tables.chunk_count : 1, place, false, a);
 }
 
