@@ -81,16 +81,17 @@ __device__ __forceinline__ void add_aligned_vectors(const Gradient& grad, double
 #pragma unroll
     for (int u = 0; u < kUnroll<K>; ++u) {
       const uint32_t at = v + u * kThreads;
-      if (at < vectors) load_words(raw[u], first + 16 * static_cast<int64_t>(at), alignment);
+      if (at < vectors) load_words<4>(raw[u], first + 16 * static_cast<int64_t>(at), alignment);
     }
 #pragma unroll
     for (int u = 0; u < kUnroll<K>; ++u) {
       if constexpr (kHalves) {
-        float x[4];
-        unpack_halves(x, raw[u], 0, grad.dtype);
-        sum.template add_all<kExact>(x, p);
-        unpack_halves(x, raw[u], 1, grad.dtype);
-        sum.template add_all<kExact>(x, p);
+#pragma unroll
+        for (int part = 0; part < 2; ++part) {
+          float x[4];
+          unpack_halves(x, raw[u] + 2 * part, grad.dtype);
+          sum.template add_all<kExact>(x, p);
+        }
       } else {
         T x[lanes];
         __builtin_memcpy(x, raw[u], 16);
