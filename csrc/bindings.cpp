@@ -115,6 +115,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("cuda_problem", &cuda::problem, "Why CUDA cannot be used, or None.");
   m.def("cuda_problem_on", &cuda::problem_on, py::arg("device"), "Why the kernels cannot run on this GPU, or None.");
   m.def("device_chunk_elements", &device::chunk_elements, py::arg("total"), "Elements of a chunk, of so many in all.");
+  m.def("has_slow_double", &device::has_slow_double, py::arg("capability"),
+        "Whether NVIDIA's GPUs of a compute capability, such as 86, add norms up in float first.");
   define_launching(m);
 #if defined(FUSEDOPT_EMULATOR)
   define_ptx(m);

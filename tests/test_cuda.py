@@ -272,6 +272,11 @@ def test_slow_double_norm_is_exact_where_float_overflows_or_underflows(
     assert float(slow.last_step.grad_norm) == pytest.approx(global_norm([param], norm_type), rel=1e-12)
 
 
+def test_double_is_slow_on_gpus_not_made_for_computing_centers() -> None:
+    slow = [known for known in (80, 86, 87, 88, 89, 90, 100, 103, 110, 120, 121) if module.has_slow_double(known)]  # type: ignore[union-attr]
+    assert slow == [86, 87, 88, 89, 103, 110, 120, 121]
+
+
 def test_slow_double_norm_of_one_chunk_that_overflows_among_others() -> None:
     values = torch.randn(20_000)
     values[9000] = 1e25

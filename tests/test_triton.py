@@ -827,11 +827,16 @@ def test_every_hyperparameter_is_taken_for_what_it_is(rule: str) -> None:
     assert len({param for param, _ in results[0]}) == len(params), "each made a difference"
 
 
-def test_slow_doubles_are_on_the_devices_of_the_cuda_kernels() -> None:
-    header = (Path(fusedopt.__file__).parents[1] / "csrc" / "cuda" / "portable.h").read_text()
-    equal, least = (re.findall(rf"__CUDA_ARCH__ {sign} (\d+)0", header) for sign in ("==", ">="))
-    assert tuple(map(int, equal)) == backend._SLOW_DOUBLE
-    assert backend._SLOW_DOUBLE_FROM in map(int, least)
+@pytest.mark.parametrize("capability", [(8, 0), (8, 6), (9, 0), (10, 3)])
+def test_slow_doubles_are_on_the_devices_of_the_cuda_kernels(
+    capability: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    major, minor = capability
+    device = SimpleNamespace(major=major, minor=minor)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: device)
+    monkeypatch.setattr(torch.version, "hip", None)
+    slow = backend._has_slow_double.__wrapped__(0)
+    assert slow == module.has_slow_double(10 * major + minor) == (capability in [(8, 6), (10, 3)])  # type: ignore[union-attr]
 
 
 def test_every_rule_has_kernels() -> None:

@@ -81,16 +81,17 @@ __device__ __forceinline__ void add_aligned_vectors(const Gradient& grad, double
 #pragma unroll
     for (int u = 0; u < kUnroll<K>; ++u) {
       const uint32_t at = v + u * kThreads;
-      if (at < vectors) load_words(raw[u], first + 16 * static_cast<int64_t>(at), alignment);
+      if (at < vectors) load_words<4>(raw[u], first + 16 * static_cast<int64_t>(at), alignment);
     }
 #pragma unroll
     for (int u = 0; u < kUnroll<K>; ++u) {
       if constexpr (kHalves) {
-        float x[4];
-        unpack_halves(x, raw[u], 0, grad.dtype);
-        sum.template add_all<kExact>(x, p);
-        unpack_halves(x, raw[u], 1, grad.dtype);
-        sum.template add_all<kExact>(x, p);
+#pragma unroll
+        for (int part = 0; part < 2; ++part) {
+          float x[4];
+          unpack_halves(x, raw[u] + 2 * part, grad.dtype);
+          sum.template add_all<kExact>(x, p);
+        }
       } else {
         T x[lanes];
         __builtin_memcpy(x, raw[u], 16);
@@ -245,7 +246,7 @@ __global__ void __launch_bounds__(kThreads, 4) statistics_kernel(const __grid_co
       constexpr bool tells = Sum<K>::template kTells<float>;
       Sum<K> sum;
       bool exact = true;
-      if (tells && slow_double() && grad.dtype != DType::kFloat64) {
+      if (tells && a.slow_double && grad.dtype != DType::kFloat64) {
         sum = add_chunk<false, K>(grad, a.norm.p);
         total = reduce_block(sum.value, shared.scratch, Combine<K>());
         if (threadIdx.x == 0) shared.flag = total - total != 0.0 || (K == NormKind::kTwo && total < kUnderflow);
@@ -292,7 +293,8 @@ __global__ void __launch_bounds__(kThreads, 4)
 }
 
 template <NormKind K>
-void launch_statistics(const Place& place, const StatisticsArguments& a) {
+void launch_statistics(const Place& place, StatisticsArguments a) {
+  a.slow_double = slow_double(place.device);
   launch(statistics_kernel<K>, a.tables.chunk_count ? a.tables.chunk_count : 1, place, false, a);
 }
 

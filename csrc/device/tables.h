@@ -7,6 +7,13 @@
 
 namespace fusedopt::device {
 
+// Whether the double arithmetic of NVIDIA's GPUs of a compute capability (86 for 8.6) is so slow, 1/32 or 1/64 of
+// float, that a norm is first added up in short runs in float. It is slow on all but those made for computing centers.
+inline bool has_slow_double(int capability) {
+  return capability == 86 || capability == 87 || capability == 88 || capability == 89 || capability == 103 ||
+         capability >= 110;
+}
+
 // Columns of a row, in the order of kernels.
 constexpr int kParam = 0, kGrad = 1, kState = 2, kColumns = kState + kMaxStates;
 
@@ -119,7 +126,8 @@ struct StatisticsArguments {
   Operand scale, found_inf;  // the divisor of the gradients, and what was found elsewhere
   Operand max_norm;
   Report report;
-  double* total;  // with several devices: receives the sum and whether all is finite, and nothing is concluded
+  double* total;     // with several devices: receives the sum and whether all is finite, and nothing is concluded
+  bool slow_double;  // filled in where it is launched: see has_slow_double()
 };
 
 struct UpdateArguments {

@@ -89,7 +89,7 @@ T* in_global_memory(T* address) {
   return address;
 }
 
-inline bool slow_double() { return settings().slow_double; }
+inline bool slow_double(int) { return settings().slow_double; }
 
 void* shared_memory(size_t bytes);
 template <class T>
