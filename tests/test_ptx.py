@@ -138,7 +138,7 @@ def next_slot(text: str) -> str:
 #: (name, source, change, what is said; None when the bits tell)
 CONTROLS: list[tuple[str, str, Callable[[str], str], str | None]] = [
     ("partials through the L1", "statistics", lambda text: text.replace("ld.global.cg", "ld.global"), "the L1 cache"),
-    ("no fence", "statistics", without(r"membar\.gl;"), "has not (released|acquired)"),
+    ("a relaxed ticket", "statistics", lambda text: text.replace("atom.acq_rel.gpu", "atom"), "has not released it"),
     ("no wait", "update", without(r"griddepcontrol\.wait;"), "before the kernel before is through"),
     ("no first barrier", "update", without(r"bar\.sync\s+0;", 1), "since the last barrier|was never written"),
     ("no barrier", "update", without(r"bar\.sync\s+0;"), "since the last barrier|was never written"),

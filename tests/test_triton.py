@@ -67,8 +67,8 @@ class Watched(backend.Launcher):
     slow: ClassVar[bool] = False
     dry: ClassVar[bool] = False  # launches are counted, not run
 
-    def __init__(self, *args: Any):
-        super().__init__(*args)
+    def __init__(self, *args: Any, **options: Any):
+        super().__init__(*args, **options)
         self.slow_double = lambda device: Watched.slow
 
     def capturing(self, device: int) -> bool:
@@ -220,7 +220,7 @@ def test_with_equal_coefficients_clipping_gives_the_same_bits(option: str, norm_
 
 @pytest.mark.parametrize("tuning", backend._TUNINGS, ids=lambda tuning: f"{tuning.block}-{tuning.warps}")
 def test_every_tuning_gives_the_same_bits(tuning: backend.Tuning, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(backend, "Launcher", lambda rule, device: Watched(rule, device, tuning))
+    monkeypatch.setattr(backend, "Launcher", lambda rule, device, **_: Watched(rule, device, tuning))
     pair = twins("adamw", lambda: parameters([(2048,), (2048 + 777,), (3, 700)]))
     for optimizer, params in pair:
         set_gradients(params, 0)

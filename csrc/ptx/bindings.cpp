@@ -31,7 +31,7 @@ void define_ptx(py::module_& m) {
              uint32_t blocks, int warps, size_t shared, bool early, uint64_t order) {
             std::vector<ptx::Argument> given;
             for (const std::string& bytes : arguments) given.push_back({bytes.data(), bytes.size()});
-            ptx::run(module, name, {blocks, warps, shared, early, order}, given);
+            ptx::run(module, name, {blocks, warps, shared, early, order, 0}, given);
           },
           py::arg("name"), py::arg("arguments"), py::kw_only(), py::arg("blocks") = 1, py::arg("warps") = 1,
           py::arg("shared") = 0, py::arg("early") = false, py::arg("order") = 0,

@@ -75,8 +75,8 @@ const std::map<std::string, Pattern>& patterns() {
       {"rcp", {Opcode::kReciprocal, 1, kFloating, {"rn", "approx", "ftz"}}},
       {"sqrt", {Opcode::kSquareRoot, 1, kFloating, {"rn"}}},
       {"rsqrt", {Opcode::kApproximateInverseSquareRoot, 1, kFloating, {"approx", "ftz"}}},
-      {"min", {Opcode::kMinimum, 2, kInteger, {}}},
-      {"max", {Opcode::kMaximum, 2, kInteger, {}}},
+      {"min", {Opcode::kMinimum, 2, kInteger | kFloating, {"NaN"}}},
+      {"max", {Opcode::kMaximum, 2, kInteger | kFloating, {"NaN"}}},
       {"neg", {Opcode::kNegate, 1, kInteger | kFloating, {}}},
       {"abs", {Opcode::kAbsolute, 1, kInteger | kFloating | kHalf, {"ftz"}}},
       {"and", {Opcode::kAnd, 2, kInteger | kPredicates, {}}},
@@ -353,6 +353,7 @@ class Decoder {
       require(name == "rcp" || out_.type.is_float(4), "unknown instruction: an approximation of this type");
       return;
     }
+    if (name == "min" || name == "max") return require(has("NaN"), "hands no NaN on");
     static const std::vector<std::string> exact = {"mov", "selp", "neg", "abs", "cvt"};
     if (std::find(exact.begin(), exact.end(), name) != exact.end()) return;
     require(has("rn") && !has("ftz"), "is not rounded to the nearest, explicitly");

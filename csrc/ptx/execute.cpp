@@ -1,5 +1,6 @@
 // What each instruction does to the lanes of a warp.
 #include <algorithm>
+#include <cmath>
 
 #include "block.h"
 #include "numbers.h"
@@ -66,6 +67,13 @@ bool compare(const Instruction& instruction, uint64_t a, uint64_t b) {
   }
   if (type.kind == Kind::kSigned) return compare(instruction.comparison, integer(a, type), integer(b, type));
   return compare(instruction.comparison, cut(a, type), cut(b, type));
+}
+
+// The smaller of two floats; NaN if one is, and -0 is less than +0.
+template <class T>
+T smaller(T x, T y) {
+  if (x != x || y != y) return x + y;
+  return x < y || (x == y && std::signbit(static_cast<double>(x))) ? x : y;
 }
 
 // prmt: four bytes of eight, each chosen by four bits; the highest of these spreads the byte's sign instead.
@@ -292,11 +300,16 @@ bool Block::calculate(Warp& warp, const Instruction& instruction, uint32_t lanes
       with_numbers(type, each, [](auto x, auto, auto) { return decltype(x)(__builtin_sqrt(x)); });
       return true;
     case Opcode::kMinimum:
-      with_integers(type, each, [](auto x, auto y, auto) { return std::min(x, y); });
+    case Opcode::kMaximum: {
+      const bool least = instruction.opcode == Opcode::kMinimum;
+      auto choose = [least](auto x, auto y, auto) { return least ? smaller(x, y) : -smaller(-x, -y); };
+      if (type.kind == Kind::kFloat) {
+        with_numbers(type, each, choose);
+      } else {
+        with_integers(type, each, [least](auto x, auto y, auto) { return least ? std::min(x, y) : std::max(x, y); });
+      }
       return true;
-    case Opcode::kMaximum:
-      with_integers(type, each, [](auto x, auto y, auto) { return std::max(x, y); });
-      return true;
+    }
     case Opcode::kNegate: {
       const uint64_t sign = type.kind == Kind::kFloat ? 1ull << (8 * type.bytes - 1) : 0;
       each([=](uint64_t x, uint64_t, uint64_t) { return cut(sign ? x ^ sign : 0 - x, type); });

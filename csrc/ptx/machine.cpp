@@ -99,6 +99,7 @@ void run(const Module& module, const std::string& name, const Launch& launch, co
   std::vector<uint32_t> order(launch.blocks);
   std::iota(order.begin(), order.end(), 0u);
   if (launch.order) std::shuffle(order.begin(), order.end(), random);
+  if (launch.lost < launch.blocks) order.resize(launch.blocks - launch.lost);
   Block block(module, kernel, launch, now.global, now.shared, now.registers, counts);
   for (uint32_t number : order) block.run(number, random);
 }

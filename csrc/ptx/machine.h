@@ -15,6 +15,7 @@ struct Launch {
   size_t dynamic_shared = 0;
   bool early = false;  // launched to start while the kernel before runs (programmatic stream serialization)
   uint64_t order = 0;  // of blocks and warps: 0 as numbered, else drawn from this seed
+  uint32_t lost = 0;   // blocks that never run, to see what becomes of a launch that is cut off
 };
 
 // Accesses of one kind by full warps, and the 32-byte sectors that they touched: all together, and the most of one.

@@ -210,7 +210,7 @@ void run_ptx(void* kernel, uint32_t blocks, bool early, const std::vector<ptx::A
   for (const auto& module : settings().ptx) {
     if (!module->has_kernel(name)) continue;
     const bool starts_early = early && module->architecture >= 90;
-    ptx::run(*module, name, {blocks, kWarps, 0, starts_early, settings().order}, arguments);
+    ptx::run(*module, name, {blocks, kWarps, 0, starts_early, settings().order, settings().lost}, arguments);
     return;
   }
   throw ptx::Error("the PTX holds no kernel " + name);
