@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import os
 import random
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 
-__all__ = ["isolated_random_states", "random_states", "seed_everything", "set_random_states"]
+__all__ = ["fix_cublas_workspace", "isolated_random_states", "random_states", "seed_everything", "set_random_states"]
+
+_CUBLAS = "CUBLAS_WORKSPACE_CONFIG"
+_CUBLAS_FIXED = (":4096:8", ":16:8")  # of torch.use_deterministic_algorithms
 
 
 def _numpy_random() -> Any:
@@ -19,6 +23,26 @@ def _numpy_random() -> Any:
         return importlib.import_module("numpy.random")
     except ModuleNotFoundError:
         return None
+
+
+def fix_cublas_workspace(cuda_was_in_use: bool) -> None:
+    """Give cuBLAS workspaces of a fixed size, without which torch's deterministic algorithms refuse to multiply.
+
+    cuBLAS reads the setting when it starts, so it cannot be given to a process that has used CUDA already.
+
+    Raises:
+        ValueError: it is too late, or the environment has a setting with which results vary.
+    """
+    if torch.version.hip is not None:
+        return
+    found = os.environ.get(_CUBLAS)
+    first, second = _CUBLAS_FIXED
+    wanted = f"randomness.deterministic=True on a GPU needs {_CUBLAS}={first} (or {second}) in the environment"
+    if found is None and cuda_was_in_use:
+        raise ValueError(f"{wanted}, and this process has used CUDA before: set it where the process starts")
+    if found is not None and found not in _CUBLAS_FIXED:
+        raise ValueError(f"{wanted}, which has {found!r}")
+    os.environ.setdefault(_CUBLAS, first)
 
 
 def seed_everything(seed: int) -> None:

@@ -29,7 +29,7 @@ from .hooks.hook import Hook, get_priority
 from .log import build_logger
 from .loops import TestLoop, TrainLoop, ValLoop
 from .message_hub import MessageHub
-from .random_states import seed_everything
+from .random_states import fix_cublas_workspace, seed_everything
 from .state import check_training, check_weights, load_training, load_weights, training_state
 from .visualizer import Visualizer
 
@@ -170,6 +170,7 @@ class Runner:
         with self._naming("env_cfg"):
             environment = _section("env_cfg", env_cfg, _ENVIRONMENT_KEYS)
             dist_cfg = _section("env_cfg.dist_cfg", environment.get("dist_cfg"))
+        self._cuda_was_in_use = torch.cuda.is_initialized()
         with self._naming("launcher"):
             self.launcher = launcher
             distributed.launch(launcher, **dist_cfg)
@@ -325,7 +326,11 @@ class Runner:
         Args:
             seed: from 0 to 2**32 - 1; random by default, and the same in all processes.
             diff_rank_seed: add the number of the process.
-            deterministic: whether torch is to use deterministic algorithms only.
+            deterministic: whether torch is to use deterministic algorithms only. For a GPU, this also sets
+                ``CUBLAS_WORKSPACE_CONFIG`` where the environment has none.
+
+        Raises:
+            ValueError: ``seed`` is out of range, or cuBLAS cannot be made deterministic any more.
         """
         self.seed_is_given = seed is not None
         if seed is None:
@@ -334,6 +339,8 @@ class Runner:
             raise ValueError(f"Invalid randomness.seed: {seed!r}; expected an int from 0 to 2**32 - 1, or None")
         self.seed = seed
         if deterministic:
+            if self.device.type == "cuda":
+                fix_cublas_workspace(self._cuda_was_in_use)
             torch.backends.cudnn.benchmark = False
             torch.use_deterministic_algorithms(True)
         seed_everything((seed + self.rank) % 2**32 if diff_rank_seed else seed)
