@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -111,6 +112,83 @@ def test_a_validation_may_share_the_generator_of_the_training_data(tmp_path):
 def test_without_a_seed_each_training_has_its_own(tmp_path):
     seeds = {Runner.from_cfg(config(tmp_path, randomness={})).seed for _ in range(3)}
     assert len(seeds) == 3
+
+
+class TestDeterministicOnAGpu:
+    """cuBLAS reads its workspace's size when it starts, and torch multiplies only with a fixed one."""
+
+    @pytest.fixture(autouse=True)
+    def _gpu(self, monkeypatch):
+        monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")  # so that what is there now is put back
+        monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
+        self.used = self.asked = False
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "is_initialized", lambda: self.used)
+
+        def current_device():
+            self.used = True  # by the Runner
+            return 0
+
+        monkeypatch.setattr(torch.cuda, "current_device", current_device)
+        monkeypatch.setattr(torch, "use_deterministic_algorithms", lambda mode: setattr(self, "asked", mode))
+
+    def start(self, **env_cfg):
+        """A Runner up to its randomness; what comes after needs a real GPU."""
+        runner = Runner.__new__(Runner)
+        runner._cuda_was_in_use = torch.cuda.is_initialized()
+        runner._set_environment(env_cfg)
+        runner.set_randomness(seed=0, deterministic=True)
+
+    def test_the_runner_sets_it(self):
+        self.start()
+        assert self.asked
+        assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+
+    @pytest.mark.parametrize("value", [":4096:8", ":16:8"])
+    def test_a_fixed_one_is_kept_however_late(self, value, monkeypatch):
+        monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", value)
+        self.used = True
+        self.start()
+        assert self.asked
+        assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == value
+
+    def test_another_is_an_error(self, monkeypatch):
+        monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":0:0")
+        with pytest.raises(ValueError, match=r"CUBLAS_WORKSPACE_CONFIG=:4096:8 \(or :16:8\) .*, which has ':0:0'"):
+            self.start()
+        assert not self.asked
+
+    def test_where_cuda_was_used_before_it_is_too_late(self):
+        self.used = True
+        with pytest.raises(ValueError, match=r"randomness\.deterministic=True .* used CUDA before: set it where"):
+            self.start()
+        assert not self.asked
+        assert "CUBLAS_WORKSPACE_CONFIG" not in os.environ
+
+    def test_on_a_cpu_it_does_not_matter(self):
+        self.used = True
+        self.start(device="cpu")
+        assert self.asked
+        assert "CUBLAS_WORKSPACE_CONFIG" not in os.environ
+
+    def test_on_amds_gpus_it_does_not_matter(self, monkeypatch):
+        monkeypatch.setattr(torch.version, "hip", "7.0")
+        self.used = True
+        self.start()
+        assert self.asked
+        assert "CUBLAS_WORKSPACE_CONFIG" not in os.environ
+
+    def test_cuda_is_asked_before_the_runner_uses_it(self, tmp_path):
+        class Stop(Exception):
+            pass
+
+        class Stopped(Runner):
+            def set_randomness(self, **settings):
+                raise Stop(self._cuda_was_in_use)
+
+        with pytest.raises(Stop, match="False"):
+            Stopped.from_cfg(config(tmp_path))
+        assert self.used
 
 
 @pytest.mark.parametrize("workers", [0, 2])

@@ -6,6 +6,7 @@ only this backend has. What the compiler makes of the kernels is looked at witho
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import importlib.util
@@ -15,6 +16,7 @@ import os
 import re
 import subprocess
 import sys
+import weakref
 from collections.abc import Callable, Iterator
 from decimal import Context, Decimal
 from pathlib import Path
@@ -850,6 +852,10 @@ def test_every_rule_has_kernels() -> None:
 # --- Tuning ------------------------------------------------------------------------------------------------------
 
 
+class Interrupted(Exception):
+    """Something that no measurement expects."""
+
+
 class Device:
     """Stands for a GPU on which tunings take so long; ``tried`` has those that were measured."""
 
@@ -857,11 +863,14 @@ class Device:
         self.tried: list[backend.Tuning] = []
         self.name, self.capturing, self.memory = "a GPU", False, 1 << 40
         self.asked_for: list[int] = []
+        self.alive: weakref.WeakSet[Any] = weakref.WeakSet()
+        self.given_back: list[int] = []  # how much was still in use then
         self.times: dict[backend.Tuning, Any] = {tuning: 1.0 + number for number, tuning in enumerate(backend._TUNINGS)}
         monkeypatch.setattr(backend, "_chosen", {})
         monkeypatch.setattr(backend, "scratch_step", self.scratch_step)
         monkeypatch.setattr(triton.testing, "do_bench", self.do_bench)
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: self.name)
+        monkeypatch.setattr(torch.cuda, "empty_cache", lambda: self.given_back.append(len(self.alive)))
         monkeypatch.setenv("TRITON_CACHE_DIR", str(cache))
 
     def scratch_step(self, launcher: Any, device: torch.device, dtypes: tuple[int, ...], elements: int) -> Any:
@@ -869,13 +878,18 @@ class Device:
         self.asked_for.append(elements)
         if elements > self.memory:
             raise torch.OutOfMemoryError
-        return lambda: None
+
+        def step() -> None:
+            pass
+
+        self.alive.add(step)
+        return step
 
     def do_bench(self, update: Any, **how: Any) -> float:
         self.tried.append(update.__self__.tuning)
         time = self.times[self.tried[-1]]
         if isinstance(time, Exception):
-            raise time
+            raise copy.copy(time)  # one that stays would keep alive what was at work
         return time
 
     def tuning(
@@ -966,6 +980,33 @@ def test_without_memory_to_try_the_first_serves(device: Device) -> None:
 def test_a_tuning_that_cannot_run_is_passed_over(error: Exception, device: Device) -> None:
     device.times[backend._TUNINGS[0]] = error
     assert device.tuning() == backend._TUNINGS[1]
+
+
+@pytest.mark.parametrize("ends", ["well", "a tuning cannot run", "without memory", "interrupted"])
+def test_the_memory_of_a_measurement_is_given_back(ends: str, device: Device) -> None:
+    if ends == "a tuning cannot run":
+        device.times[backend._TUNINGS[4]] = triton.runtime.errors.OutOfResources(9, 1, "registers")
+    elif ends == "without memory":
+        device.memory = 0
+    elif ends == "interrupted":
+        device.times[backend._TUNINGS[1]] = Interrupted()
+    with pytest.raises(Interrupted) if ends == "interrupted" else contextlib.nullcontext():
+        device.tuning()
+    assert len(device.given_back) == 1
+    if ends != "interrupted":  # whose traceback is still there
+        assert device.given_back == [0], "after everything was let go"
+
+
+def test_where_nothing_was_measured_the_allocator_is_left_alone(device: Device) -> None:
+    device.capturing = True
+    device.tuning()
+    assert device.given_back == [], "a capture may be using it"
+    device.capturing = False
+    device.tuning()
+    device.tuning()
+    device.restart()
+    device.tuning()
+    assert len(device.given_back) == 1
 
 
 def test_a_file_that_cannot_be_written_is_no_error(device: Device, monkeypatch: pytest.MonkeyPatch) -> None:

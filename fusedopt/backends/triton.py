@@ -83,10 +83,12 @@ class Launcher:
         rule: whose kernels.
         device_type: ``'cuda'`` (of NVIDIA or AMD), ``'xpu'``, or ``'cpu'`` for the interpreter.
         tuning: of the update; None finds it out, once per device and dtypes, with the first step that needs it.
-        measure: whether it may be measured then; else the first of them serves where none is known.
     """
 
-    def __init__(self, rule: Rule, device_type: str, tuning: Tuning | None = None, measure: bool = True):
+    #: Whether tunings may be measured; else the first of them serves where the best is not known.
+    may_measure = True
+
+    def __init__(self, rule: Rule, device_type: str, tuning: Tuning | None = None):
         import triton
 
         from . import triton_kernels
@@ -94,7 +96,6 @@ class Launcher:
         self.rule = rule
         self.device_type = device_type
         self.tuning = tuning
-        self.measure = measure
         self.interpreted = interpreting()
         self._settings: dict[tuple[Any, ...], dict[str, Any]] = {}  # of updates that can be launched
         self._driver = triton.runtime.driver
@@ -221,7 +222,7 @@ class Launcher:
         key = (getattr(torch, self.device_type).get_device_name(device), self.rule.name, dtypes)
         if key not in _chosen:
             tuning = self._kept_tuning(key)
-            if tuning is None and self.measure and not self.capturing(device):
+            if tuning is None and self.may_measure and not self.capturing(device):
                 tuning = self._measure(torch.device(self.device_type, device), dtypes)
                 if tuning is not None:
                     self._keep_tuning(key, tuning)
@@ -235,14 +236,19 @@ class Launcher:
         from triton.runtime.errors import TritonError
 
         times: dict[Tuning, float] = {}
-        for elements in _TUNING_ELEMENTS:
-            for tuning in _TUNINGS:
-                # Out of memory, or out of what a program may use.
-                with contextlib.suppress(RuntimeError, TritonError):
-                    times[tuning] = self._time(tuning, device, dtypes, elements)
-            if times:
-                return min(times, key=times.__getitem__)
-        return None
+        try:
+            for elements in _TUNING_ELEMENTS:
+                for tuning in _TUNINGS:
+                    # Out of memory, or out of what a program may use.
+                    with contextlib.suppress(RuntimeError, TritonError):
+                        times[tuning] = self._time(tuning, device, dtypes, elements)
+                if times:
+                    return min(times, key=times.__getitem__)
+            return None
+        finally:
+            # It took a gigabyte or more, which torch's allocator would keep, in blocks that fit nobody else. This gives
+            # back all that is free, so that the next iteration allocates anew; never in a capture, where none is timed.
+            getattr(torch, self.device_type).empty_cache()
 
     def _time(self, tuning: Tuning, device: torch.device, dtypes: tuple[int, ...], elements: int) -> float:
         """Milliseconds that an update takes."""
@@ -333,16 +339,18 @@ class TritonBackend(PlanBackend):
 
     name = "triton"
 
-    def __init__(self, rule: Rule, devices: Iterable[torch.device] = (), measure: bool = True):
-        self._measure = measure
+    def __init__(self, rule: Rule, devices: Iterable[torch.device] = (), may_measure: bool = True):
+        self._may_measure = may_measure
         super().__init__(rule, devices)
 
     @classmethod
     def for_trial(cls, rule: Rule, device: torch.device) -> TritonBackend:
-        return cls(rule, {device}, measure=False)
+        return cls(rule, {device}, may_measure=False)
 
     def _make_plan(self) -> Any:
-        return _make_plan(Launcher(self.rule, self._device_type, measure=self._measure))
+        launcher = Launcher(self.rule, self._device_type)
+        launcher.may_measure = self._may_measure
+        return _make_plan(launcher)
 
     @classmethod
     def unavailable(cls, device: torch.device) -> str | None:
