@@ -1,7 +1,6 @@
 """What runs first on a GPU: a few steps of each rule with each combination of dtypes, in each mode of the kernels.
 
-`.ci/gpu` runs these before all else, each launch waited for, and looks no further when one fails. Without a GPU they run
-emulated.
+`.ci/gpu` runs these before all else, each launch waited for, and ends when one fails. Without a GPU they run emulated.
 """
 
 from __future__ import annotations
