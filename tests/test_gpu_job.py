@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -354,6 +355,15 @@ class TestShares:
         assert text.count("3 passed") == 3
         xml = (tmp_path / "all.xml").read_text()
         assert [xml.count(f'value="{index}/3"') for index in range(3)] == [3, 3, 3]
+
+    def test_they_can_be_dealt_in_turns(self, tmp_path: Path) -> None:
+        environment = {"FUSEDOPT_SHARD_DEAL": "1", "BAD": "4"}
+        code, text, tests = self.run(tmp_path, **environment)
+        assert code == 1, text
+        assert (tests.passed, tests.ran) == (8, 9)
+        xml = (tmp_path / "all.xml").read_text()
+        shares = re.findall(r'name="test_number\[(\d)\]".*?value="(\d)/3"', xml)
+        assert sorted(shares) == [(str(number), str(number % 3)) for number in range(9)]
 
     def test_a_failure_is_everyone_s(self, tmp_path: Path) -> None:
         code, text, tests = self.run(tmp_path, BAD="4")
