@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(abspath $(VENV))/bin
 SOURCES := $(shell find csrc -type f) CMakeLists.txt setup.py
-CXX_SOURCES := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu')
+CXX_SOURCES := $(shell find csrc benchmarks -name '*.h' -o -name '*.cpp' -o -name '*.cu')
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt
 export PATH := $(BIN):$(PATH)
 # Idle OpenMP threads sleep instead of spinning, so tests do not slow down on a busy machine.
@@ -14,7 +14,7 @@ BENCH_OUT ?= work_dirs/bench
 BENCH := pytest benchmarks --benchmark-enable --benchmark-quiet -q --benchmark-json=$(BENCH_OUT)/bench.json
 REPORT := python -m benchmarks.report $(BENCH_OUT)/bench.json --out $(BENCH_OUT)
 
-.PHONY: setup demo test test-quick lint format bench bench-full bench-gate sanitize clean
+.PHONY: setup demo test test-quick test-ptx lint format bench bench-full bench-gate sanitize clean
 
 setup: $(VENV)/.built
 
@@ -40,6 +40,11 @@ test: setup
 
 test-quick: setup
 	$(TEST_ENV) pytest -m 'not slow'
+
+# The kernels' PTX, nvcc's and Triton's, in the interpreter: all tests of a backend. docs/ptx.md.
+test-ptx: setup
+	$(TEST_ENV) FUSEDOPT_PTX=nvcc pytest -q -m ptx
+	$(TEST_ENV) FUSEDOPT_PTX=triton pytest -q -m ptx
 
 lint: setup
 	ruff check .

@@ -1,7 +1,8 @@
 """Runs pytest in several processes at once, each with a share of the tests, and merges what they report.
 
-For the tests of the Triton backend in .ci/gpu: Triton compiles every variant of a kernel on its first use, which keeps
-one processor busy for a second or so, and the others may as well have work of their own.
+For the tests in .ci/gpu, each of which leaves most of a GPU idle, and all processors but one. Triton compiles every
+variant of a kernel on its first use, which takes a second or so, so a share is a run of neighbours, which need the same
+kernels. With --deal the tests are dealt in turns instead, which shares long ones out more evenly.
 
 In the processes this is a plugin of pytest, which keeps their share of the tests.
 """
@@ -21,7 +22,7 @@ from typing import Any
 import pytest
 from gpu_report import merge_junit
 
-SHARE = "FUSEDOPT_SHARD"
+SHARE, DEAL = "FUSEDOPT_SHARD", "FUSEDOPT_SHARD_DEAL"
 #: Processes, each with torch and a CUDA context, are not started by the dozen.
 MOST = 8
 #: Seconds to report what was found, after an interrupt; .ci/gpu kills everyone in ten.
@@ -30,10 +31,12 @@ GRACE = 7
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config: Any, items: list[Any]) -> None:
-    """Keep a run of neighbours, which need the same kernels, of the tests that -m and -k have left."""
+    """Keep a share of the tests that -m and -k have left."""
     index, count = map(int, os.environ[SHARE].split("/"))
-    kept = items[index * len(items) // count : (index + 1) * len(items) // count]
-    config.hook.pytest_deselected(items=[item for item in items if item not in kept])
+    run = slice(index * len(items) // count, (index + 1) * len(items) // count)
+    kept = items[slice(index, None, count) if os.environ.get(DEAL) else run]
+    names = {item.nodeid for item in kept}
+    config.hook.pytest_deselected(items=[item for item in items if item.nodeid not in names])
     items[:] = kept
 
 
@@ -77,10 +80,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Everything after ``--`` is for pytest."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--processes", type=int, help="default: one for two processors, and at most 8")
+    parser.add_argument("--deal", action="store_true", help="deal tests in turns, rather than runs of neighbours")
     parser.add_argument("--xml", type=Path, required=True, help="where the merged JUnit XML goes")
     parser.add_argument("arguments", nargs="*", help="pytest's")
     options = parser.parse_args(argv)
     count = options.processes or max(1, min(MOST, len(os.sched_getaffinity(0)) // 2))
+    if options.deal:
+        os.environ[DEAL] = "1"
     return run(count, options.xml, options.arguments)
 
 

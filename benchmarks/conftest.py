@@ -101,7 +101,7 @@ class Lab:
             extra_memory=result.extra_memory[contender],
         )
         if case.device == "cuda":
-            benchmark.extra_info["host"] = times.host
+            benchmark.extra_info.update(host=times.host, queued=times.queued)
         CLOCK.replay(benchmark, times.total)
 
 
@@ -147,6 +147,6 @@ def pytest_benchmark_update_json(config: pytest.Config, benchmarks: list[Any], o
             del record[key]
         record["stats"] = {"data": [float(f"{seconds:.5g}") for seconds in record["stats"]["data"]]}
         info = record["extra_info"]
-        for key in ("bandwidth", "host", "optimizer_seconds"):
+        for key in ("bandwidth", "host", "queued", "optimizer_seconds"):
             if key in info:
                 info[key] = [float(f"{value:.5g}") for value in info[key]]

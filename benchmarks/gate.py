@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 import fusedopt
-from fusedopt.bench import CONTENDERS, Case, Result, run
+from fusedopt.bench import CONTENDERS, DTYPES, Case, Result, run
 from fusedopt.bench.contenders import OURS
 from fusedopt.bench.measure import BandwidthProbe, CacheFlush, Times, paired_ratio
 from fusedopt.bench.tables import markdown, times
@@ -84,7 +84,7 @@ class Gate:
         pairs = {"ratio": (self.their_times.total, ours)} if ours else {}
         if self.bandwidth:
             moved = self.case.parameters * self.case.bytes_per_parameter
-            pairs["bandwidth"] = [moved / rate for rate in self.bandwidth], ours
+            pairs["bandwidth"] = [moved / rate for rate in self.bandwidth], self.our_times.work
         if self.steps:
             pairs["host_us"] = self.steps, [1e-6] * len(self.steps)
         found = {}
@@ -117,6 +117,7 @@ class Gate:
         for times_, name in ((self.our_times, self.ours), (self.their_times, self.rival)):
             times_.total += result.times[name].total
             times_.host += result.times[name].host
+            times_.queued += result.times[name].queued
         self.bandwidth += result.bandwidth
         if "host_us" in self.limits:
             self.steps += step_times(self.case, self.ours)
@@ -131,6 +132,8 @@ class Gate:
             "rival_seconds": self.their_times.total,
             "host_seconds": self.our_times.host,
             "rival_host_seconds": self.their_times.host,
+            "queued_seconds": self.our_times.queued,
+            "rival_queued_seconds": self.their_times.queued,
         }
         return {
             "case": self.case.name,
@@ -199,7 +202,14 @@ def check_contender(what: str, name: Any) -> None:
         raise GateError(f"{what} is {name!r}; {did_you_mean(str(name), CONTENDERS)}")
 
 
-def load(path: Path, device: str, only: Sequence[str] = (), without: Sequence[str] = ()) -> tuple[list[Gate], int, int]:
+def load(
+    path: Path,
+    device: str,
+    only: Sequence[str] = (),
+    without: Sequence[str] = (),
+    about: Sequence[str] = (),
+    dtypes: Sequence[str] = (),
+) -> tuple[list[Gate], int, int]:
     """The gates of a device, the rounds of a go, and how many further goes there may be.
 
     Args:
@@ -207,6 +217,8 @@ def load(path: Path, device: str, only: Sequence[str] = (), without: Sequence[st
         device: ``'cpu'`` or ``'cuda'``.
         only: keys of the file, when not all are wanted.
         without: contenders whose gates are left out.
+        about: contenders whose gates are wanted, when not all are.
+        dtypes: of the cases, when not all are wanted.
 
     Raises:
         GateError: the file is wrong.
@@ -222,14 +234,19 @@ def load(path: Path, device: str, only: Sequence[str] = (), without: Sequence[st
         raise GateError(f"{path}: [settings] has no {error}") from error
     if rounds < LEAST_ROUNDS:
         raise GateError(f"gates.toml: rounds is {rounds}; a median needs {LEAST_ROUNDS}")
-    for name in without:
-        check_contender("--without", name)
+    for option, names in (("--without", without), ("--about", about)):
+        for name in names:
+            check_contender(option, name)
     floors = content.get(device, {})
     gates = {name: parse_gates(name, value, parse_case(name, device), rival) for name, value in floors.items()}
     for name in only:
         if name not in gates:
             raise GateError(f"no floor for {name!r} on {device}; there is one for {', '.join(gates)}")
     wanted = [gate for name in gates if not only or name in only for gate in gates[name]]
+    if dtypes:
+        wanted = [gate for gate in wanted if gate.case.dtype in dtypes]
+    if about:
+        wanted = [gate for gate in wanted if {gate.ours, gate.rival} & set(about)]
     return [gate for gate in wanted if not {gate.ours, gate.rival} & set(without)], rounds, retries
 
 
@@ -358,6 +375,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--threads", type=int, help="CPU threads (default: torch's choice)")
     parser.add_argument("--case", action="append", help="only this case (may be repeated)")
     parser.add_argument("--without", action="append", help="no gates about this contender (may be repeated)")
+    parser.add_argument("--about", action="append", help="only gates about this contender (may be repeated)")
+    parser.add_argument("--dtype", action="append", choices=DTYPES, help="only cases of this dtype (may be repeated)")
     parser.add_argument("--gates", type=Path, default=GATES, help="the file of floors (default: gates.toml)")
     parser.add_argument("--out", type=Path, help="also write the table there")
     parser.add_argument("--json", type=Path, help="also write there, after each go, all that was measured")
@@ -373,7 +392,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if arguments.device == "cuda" and not torch.cuda.is_available():
             raise GateError("torch finds no usable CUDA device here")
-        gates, rounds, retries = load(arguments.gates, arguments.device, arguments.case or (), arguments.without or ())
+        chosen = (getattr(arguments, name) or () for name in ("case", "without", "about", "dtype"))
+        gates, rounds, retries = load(arguments.gates, arguments.device, *chosen)
         if not gates:
             raise GateError("no gates to check")
         check(gates, rounds, retries, lambda text: print(text, flush=True), arguments.keep_going, keep)

@@ -66,7 +66,7 @@ class Report:
             info, seconds = record["extra_info"], record["stats"]["data"]
             if info["kind"] == "step":
                 result = steps.setdefault(record["group"], Result(Case(**info["case"])))
-                result.times[info["contender"]] = Times(seconds, info.get("host", seconds))
+                result.times[info["contender"]] = Times(seconds, info.get("host", seconds), info.get("queued", []))
                 result.extra_memory[info["contender"]] = info["extra_memory"]
                 result.bandwidth = info["bandwidth"]
             elif info["kind"] == "training":

@@ -8,6 +8,7 @@
 #include "device/executor.h"
 #if defined(FUSEDOPT_EMULATOR)
 #include "cuda/emulator/control.h"
+#include "ptx/bindings.h"
 #endif
 #include "plan.h"
 #include "python_launcher.h"
@@ -62,9 +63,19 @@ void define_emulator(py::module_& m) {
   e.def("end_capture", &emulated::end_capture, "Stop recording; returns the Graph.");
   e.def("launch_count", &emulated::launch_count, "Launches so far, uploads of tables included.");
   e.def(
-      "configure", [](uint64_t order, bool slow_double, bool dry) { emulated::settings() = {order, slow_double, dry}; },
-      py::arg("order") = 0, py::arg("slow_double") = false, py::arg("dry") = false,
-      "Run blocks and threads in another order (a seed), as on a GPU with slow double arithmetic, or not at all.");
+      "configure",
+      [](uint64_t order, bool slow_double, bool dry, uint32_t lost) {
+        emulated::settings() = {order, slow_double, dry, lost, std::move(emulated::settings().ptx)};
+      },
+      py::arg("order") = 0, py::arg("slow_double") = false, py::arg("dry") = false, py::arg("lost") = 0,
+      "Run blocks and threads in another order (a seed), as on a GPU with slow double arithmetic, or not at all; leave "
+      "out the last blocks of each launch of more.");
+  e.def(
+      "use_ptx",
+      [](const std::vector<std::shared_ptr<ptx::Module>>& modules) {
+        emulated::settings().ptx.assign(modules.begin(), modules.end());
+      },
+      py::arg("modules"), "Run this PTX of the kernels from now on; with an empty list, the host code.");
 }
 #endif
 
@@ -104,8 +115,11 @@ PYBIND11_MODULE(_C, m) {
   m.def("cuda_problem", &cuda::problem, "Why CUDA cannot be used, or None.");
   m.def("cuda_problem_on", &cuda::problem_on, py::arg("device"), "Why the kernels cannot run on this GPU, or None.");
   m.def("device_chunk_elements", &device::chunk_elements, py::arg("total"), "Elements of a chunk, of so many in all.");
+  m.def("has_slow_double", &device::has_slow_double, py::arg("capability"),
+        "Whether NVIDIA's GPUs of a compute capability, such as 86, add norms up in float first.");
   define_launching(m);
 #if defined(FUSEDOPT_EMULATOR)
+  define_ptx(m);
   define_emulator(m);
 #endif
   m.attr("CLIP_EPS") = kClipEps;

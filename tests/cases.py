@@ -7,6 +7,7 @@ import os
 from typing import Any
 
 import numpy as np
+import ptx_code
 import pytest
 import torch
 
@@ -15,8 +16,10 @@ from fusedopt import backends
 from fusedopt.backends import NativeBackend, TritonBackend
 from fusedopt.backends.native import load_native_module
 
+#: What PTX the tests run in the interpreter: FUSEDOPT_PTX is "nvcc", "triton" or not set. See docs/ptx.md.
+PTX = os.environ.get("FUSEDOPT_PTX")
 # One process either interprets Triton's kernels or compiles them; it reads this when it first makes one.
-if not torch.cuda.is_available():
+if not torch.cuda.is_available() and PTX != "triton":
     os.environ["TRITON_INTERPRET"] = "1"
 
 module = load_native_module()[0]
@@ -54,6 +57,17 @@ BACKENDS += ["native-cuda"] if GPU else []
 BACKENDS += ["triton"] if TritonBackend.unavailable(torch.device("cpu")) is None else []
 BACKENDS += ["triton-cuda"] if TritonBackend.unavailable(torch.device("cuda")) is None else []
 BACKENDS += ["reference"]
+
+
+#: PTX that is run in the place of a GPU, if it is asked for: it takes minutes.
+PTX_BACKENDS: list[str] = []
+if PTX == "triton":
+    from triton_ptx import TritonPtxBackend
+
+    backends.BACKENDS[TritonPtxBackend.name] = TritonPtxBackend
+    PTX_BACKENDS = [TritonPtxBackend.name]
+elif PTX == "nvcc" and HAS_EMULATOR:
+    PTX_BACKENDS = [f"nvcc-{arch}" for arch in ptx_code.WANTED if arch in ptx_code.known_architectures()]
 
 
 def on_gpu(backend: str) -> bool:
@@ -94,16 +108,27 @@ SMALL = [(), (0,), (1,), (17,), (3, 5, 7), (513,)]
 
 def shapes_for(backend: str) -> list[tuple[int, ...]]:
     """Shapes with every edge that a backend has. (Interpreted, a chunk takes milliseconds.)"""
-    return {"reference": SMALL, "triton": _ragged(2048)}.get(backend, RAGGED)
+    if backend == "triton" or backend in PTX_BACKENDS:
+        return _ragged(2048)
+    return SMALL if backend == "reference" else RAGGED
 
 
 def backend_name(backend: str) -> str:
-    """The optimizer's ``backend`` argument for an entry of BACKENDS; selects the instruction set on the way."""
+    """The optimizer's ``backend`` argument for an entry of a list; selects the instruction set or PTX on the way."""
+    if backend in PTX_BACKENDS:
+        return use_ptx(backend) if PTX == "nvcc" else backend
     name, _, isa = backend.partition("-")
     if isa and isa != "cuda":
         assert module is not None
         module.use_cpu_isa(isa)
     return name
+
+
+def use_ptx(backend: str) -> str:
+    """Have the emulator run nvcc's PTX until the test ends; the name of its backend."""
+    assert module is not None
+    module.emulator.use_ptx(ptx_code.nvcc_modules(backend.removeprefix("nvcc-")))
+    return EmulatedBackend.name
 
 
 def on_cpu(tensor: torch.Tensor) -> np.ndarray:
@@ -144,6 +169,11 @@ def bits(tensors: Any) -> list[bytes]:
     return [tensor.view(-1).view(torch.uint8).numpy().tobytes() for tensor in plain]
 
 
+def bits_but_for_nan(tensors: Any) -> list[bytes]:
+    """The same, with one payload for every NaN."""
+    return bits(torch.where(tensor.isnan(), torch.nan, tensor) for tensor in tensors)
+
+
 def state_bits(optimizer: torch.optim.Optimizer) -> dict[tuple[int, str], bytes]:
     """The exact contents of ``optimizer.state_dict()['state']``."""
     return {
@@ -154,7 +184,11 @@ def state_bits(optimizer: torch.optim.Optimizer) -> dict[tuple[int, str], bytes]
 
 
 each_backend = pytest.mark.parametrize(
-    "backend", [pytest.param(name, marks=pytest.mark.gpu) if on_gpu(name) else name for name in BACKENDS]
+    "backend",
+    [
+        *(pytest.param(name, marks=pytest.mark.gpu) if on_gpu(name) else name for name in BACKENDS),
+        *(pytest.param(name, marks=pytest.mark.ptx) for name in PTX_BACKENDS),
+    ],
 )
 each_option = pytest.mark.parametrize("option", OPTIONS)
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))

@@ -26,3 +26,4 @@ def _restore_globals(request: pytest.FixtureRequest) -> Iterator[None]:
     if HAS_EMULATOR:
         assert module is not None
         module.emulator.configure()
+        module.emulator.use_ptx([])

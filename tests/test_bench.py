@@ -27,7 +27,7 @@ from fusedopt.bench import CONTENDERS, DTYPES, GROUPINGS, OPTIMIZERS, RECIPES, W
 from fusedopt.bench import measure as measure_module
 from fusedopt.bench.cases import SCALE
 from fusedopt.bench.contenders import OURS, RIVAL, Fused, TorchFused, initial_tensors
-from fusedopt.bench.measure import BandwidthProbe, CacheFlush, Quantiles, Times, interleave, paired_ratio
+from fusedopt.bench.measure import BandwidthProbe, CacheFlush, Quantiles, QueuedTimer, Times, interleave, paired_ratio
 from fusedopt.bench.peers import Apex, Peer
 from fusedopt.bench.run import CHECKED_STEPS, expected
 from fusedopt.bench.tables import case_table, markdown, times
@@ -72,7 +72,7 @@ def _one_thread() -> None:
 @pytest.fixture
 def _unmeasured(monkeypatch: pytest.MonkeyPatch) -> None:
     """``run`` checks the results, and that is all."""
-    monkeypatch.setattr(run_module, "interleave", lambda contenders, *_: {name: Times() for name in contenders})
+    monkeypatch.setattr(run_module, "interleave", lambda contenders, *_, **__: {name: Times() for name in contenders})
     monkeypatch.setattr(run_module, "_extra_memory", lambda contender: None)
 
 
@@ -513,7 +513,8 @@ class TestRun:
         assert len(calls) == 3 + 2
 
     def test_bandwidth_is_what_the_probe_moves(self, monkeypatch):
-        def timed(functions, rounds, prepare, device):
+        def timed(functions, rounds, prepare, device, prepare_queued):
+            assert prepare_queued is None, "that is for a GPU"
             for name in functions:
                 prepare(name)
             seconds = {OURS: [0.01, 0.02], "bandwidth": [0.5, 0.25]}
@@ -880,6 +881,99 @@ class TestInterleave:
             gc.enable()
 
 
+class Gpu:
+    """A device beside a host that is slow to launch, as far as torch.cuda shows it to a timer; times in seconds."""
+
+    CLOCK = 1e9
+
+    def __init__(self) -> None:
+        self.now = self.done = 0.0  # of the host, and when all that is in the queue will be through
+        self.sleeps: list[float] = []
+
+    def launch(self, host: float, device: float) -> None:
+        self.now += host
+        self.done = max(self.done, self.now) + device
+
+    def sleep(self, cycles: int) -> None:
+        self.sleeps.append(cycles / self.CLOCK)
+        self.launch(0, cycles / self.CLOCK)
+
+    def synchronize(self, *_: object) -> None:
+        self.now = max(self.now, self.done)
+
+    def event(self, enable_timing: bool) -> Any:
+        gpu = self
+
+        class Event:
+            def record(self) -> None:
+                self.time = max(gpu.done, gpu.now)
+
+            def query(self) -> bool:
+                return self.time <= gpu.now
+
+            def synchronize(self) -> None:
+                gpu.now = max(gpu.now, self.time)
+
+            def elapsed_time(self, end: Any) -> float:
+                return 1e3 * (end.time - self.time)
+
+        return Event()
+
+
+class TestOnAGpu:
+    """What is timed of work that a host hands to a device."""
+
+    DEVICE = torch.device("cuda")
+
+    @pytest.fixture
+    def gpu(self, monkeypatch: pytest.MonkeyPatch) -> Gpu:
+        gpu = Gpu()
+        monkeypatch.setattr(torch.cuda, "Event", gpu.event)
+        monkeypatch.setattr(torch.cuda, "_sleep", gpu.sleep)
+        monkeypatch.setattr(torch.cuda, "synchronize", gpu.synchronize)
+        return gpu
+
+    def step(self, gpu: Gpu, host: float = 50e-6, device: float = 10e-6, kernels: int = 3) -> None:
+        for _ in range(kernels):
+            gpu.launch(host, device)
+
+    def times(self, gpu: Gpu, **functions: Any) -> dict[str, Times]:
+        flush = functools.partial(gpu.launch, 20e-6, 60e-6)
+        return interleave(functions, 5, lambda _: flush(), self.DEVICE, prepare_queued=lambda _: flush())
+
+    def test_a_step_on_an_idle_device_has_the_host_s_work_in_it_and_a_queued_one_has_not(self, gpu):
+        times = self.times(gpu, ours=lambda: self.step(gpu))["ours"]
+        assert times.total == pytest.approx([3 * 50e-6 + 10e-6] * 5)
+        assert times.queued == pytest.approx([3 * 10e-6] * 5)
+        assert times.work == times.queued
+        assert gpu.sleeps[0] > QueuedTimer.LEAST, "clocks are slower than it assumes"
+
+    def test_a_launch_is_no_part_of_a_copy(self, gpu):
+        times = self.times(gpu, copy=lambda: gpu.launch(10e-6, 500e-6), step=lambda: self.step(gpu))
+        assert times["copy"].queued == pytest.approx([500e-6] * 5)
+
+    def test_a_slow_host_gets_a_longer_start(self, gpu):
+        times = self.times(gpu, slow=lambda: self.step(gpu, host=9e-3), quick=lambda: self.step(gpu))
+        assert times["slow"].queued == pytest.approx([3 * 10e-6] * 5)
+        assert len(set(gpu.sleeps)) > 1
+        assert len(gpu.sleeps) == 2 * 8 + len(set(gpu.sleeps)) - 1, "found out once"
+
+    def test_one_that_waits_for_the_device_is_timed_as_it_is(self, gpu):
+        def waits() -> None:
+            gpu.launch(50e-6, 10e-6)
+            gpu.synchronize()
+            gpu.launch(50e-6, 10e-6)
+
+        times = self.times(gpu, waits=waits)["waits"]
+        assert times.queued == pytest.approx([10e-6 + 50e-6 + 10e-6] * 5, abs=60e-6)
+        assert len(gpu.sleeps) <= 8, "not tried for ever"
+
+    def test_ratios_need_no_queue(self, gpu):
+        times = interleave({"a": lambda: self.step(gpu)}, 5, len, self.DEVICE)["a"]
+        assert not gpu.sleeps and not times.queued
+        assert times.work == times.total
+
+
 class TestStatistics:
     @pytest.mark.parametrize(
         ("values", "quantiles"),
@@ -936,6 +1030,24 @@ class TestStatistics:
         flush()
         assert flush._buffer.nbytes == 8192
         assert torch.equal(flush._buffer, torch.ones(2048))
+
+    def test_flush_can_read_instead(self, monkeypatch):
+        monkeypatch.setattr(measure_module, "_last_level_cache", lambda: 4096)
+        flush = CacheFlush(CPU)
+        versions = []
+        for _ in range(2):
+            flush.read()
+            versions.append((flush._buffer._version, flush._read._version))
+        assert flush._read.nbytes == 8192
+        assert versions[0] == versions[1], "nothing is written"
+
+    def test_bandwidth_is_of_the_device_s_work(self):
+        case = Case("tiny", custom=lambda: {"a": (1000, 1000)})
+        times = Times([0.5] * 3, [0.5] * 3, [0.01] * 3)
+        result = Result(case, {OURS: times}, bandwidth=[6.4e9] * 3)
+        assert result.share_of_bandwidth(OURS) == pytest.approx(0.5)
+        assert result.bytes_per_second(OURS) == pytest.approx(3.2e9)
+        assert result.seconds(OURS).median == 0.5
 
 
 def table_of(text: str) -> tuple[list[str], list[list[str]], list[str]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import sys
 import time
@@ -330,6 +331,34 @@ class TestWhoseTimes:
                 found.setdefault(entry.case.name, {})[entry.rival] = entry.limits["ratio"]
         assert {name.partition("/")[0] for name in found} == {"vit-l", "llama-1b"}
         assert all(limits == {"torch-fused": 1.3, "fusedopt-native": 0.85} for limits in found.values())
+
+    def test_nobody_takes_turns_under_two_names(self) -> None:
+        """On a GPU fusedopt is fusedopt-native."""
+        for _, gates in itertools.groupby(gate.load(gate.GATES, "cuda")[0], key=lambda entry: entry.case.name):
+            names = {name for entry in gates for name in (entry.ours, entry.rival)}
+            assert not {"fusedopt", "fusedopt-native"} <= names
+
+    def test_mixed_dtypes_have_floors_as_bf16(self) -> None:
+        gates = gate.load(gate.GATES, "cuda", dtypes=["bf16", "bf16-grads"])[0]
+        floors: dict[str, list[float]] = {}
+        for entry in gates:
+            floors.setdefault(entry.case.name.removesuffix("/cuda"), []).append(entry.limits["ratio"])
+        assert floors["vit-l/one/adamw/amp-clip/bf16"] == floors["vit-l/one/adamw/amp-clip/bf16-grads"]
+        assert all(name.endswith(("/bf16", "/bf16-grads")) for name in floors)
+
+    def test_those_about_one_contender(self) -> None:
+        everyone, triton, rest = (
+            gate.load(gate.GATES, "cuda", **chosen)[0]
+            for chosen in ({}, {"about": ["fusedopt-triton"]}, {"without": ["fusedopt-triton"]})
+        )
+        assert triton and rest and len(triton) + len(rest) == len(everyone)
+        assert all("fusedopt-triton" in (entry.ours, entry.rival) for entry in triton)
+
+    def test_a_dtype_and_a_contender_can_be_asked_for(self, goes: list[list[str]], tmp_path: Path) -> None:
+        asked = paired("1.5", TRITON, TRITON_NATIVE)
+        assert len(self.check(tmp_path, asked, "--about", "fusedopt-native", "--dtype", "fp32")[1]) == 1
+        assert self.check(tmp_path, asked, "--dtype", "bf16")[0] == 2, "no gates to check"
+        assert self.check(tmp_path, asked, "--about", "fused")[0] == 2
 
     def test_the_gates_of_a_case_share_its_rounds(
         self, goes: list[list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
+from cases import HAS_EMULATOR
 
 import fusedopt.engine  # noqa: F401  what it registers must not be forgotten with what a page does
 from fusedopt.registry import DATASETS, HOOKS, METRICS, MODELS, OPTIM_WRAPPER_CONSTRUCTORS, OPTIMIZERS
@@ -18,6 +19,9 @@ PAGES = [
     DOCS / "averaging.md",
     DOCS / "config.md",
     DOCS / "engine.md",
+    pytest.param(
+        DOCS / "ptx.md", marks=pytest.mark.skipif(not HAS_EMULATOR, reason="built without FUSEDOPT_EMULATOR=1")
+    ),
     DOCS / "schedulers.md",
     *sorted((DOCS / "optimizers").glob("*.md")),
 ]

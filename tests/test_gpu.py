@@ -301,8 +301,8 @@ def test_schedulers_and_averages_do_not_wait(
 class Twins:
     """An optimizer whose steps are captured and replayed, and one that steps eagerly, with numbers as GPU tensors."""
 
-    def __init__(self, **settings: Any):
-        self.params = [on_gpu(SMALL), on_gpu(SMALL)]
+    def __init__(self, shapes: list[tuple[int, ...]] = SMALL, **settings: Any):
+        self.params = [on_gpu(shapes), on_gpu(shapes)]
         self.bounds = [torch.tensor(0.5, device=CUDA) for _ in range(2)]
         self.optimizers = [
             fusedopt.FusedAdamW(
@@ -402,6 +402,26 @@ def test_an_eager_step_between_replays_does_not_disturb_the_graph() -> None:
             for param, grad in zip(params, known, strict=True):
                 param.grad = grad
         assert contents(twins.replayed) == contents(twins.eager)
+
+
+@each_backend
+@pytest.mark.parametrize("clip_grad", [None, CLIP], ids=["bare", "norm"])
+def test_a_graph_of_many_parameters(clip_grad: dict[str, Any] | None) -> None:
+    """Their tables are larger than the arguments of one launch, of the small kind and of the large one."""
+    twins = Twins([(17 + index % 5,) for index in range(400)], clip_grad=clip_grad)
+    graphs = [twins.capture(), twins.capture()]
+    for seed in range(4):
+        twins.set_gradients(seed)
+        graphs[seed % 2].replay()
+        twins.eager.step()
+        assert contents(twins.replayed) == contents(twins.eager)
+        for params, optimizer in zip(twins.params, twins.optimizers, strict=True):  # eagerly, with other tables
+            known = [param.grad for param in params]
+            set_gradients(params, 50 + seed)
+            optimizer.step()
+            for param, grad in zip(params, known, strict=True):
+                param.grad = grad
+    assert contents(twins.replayed) == contents(twins.eager)
 
 
 @each_backend

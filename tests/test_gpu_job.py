@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ def script(name: str) -> Any:
     return module
 
 
+gpu_figures = script("gpu_figures")
 gpu_report = script("gpu_report")
 gpu_shards = script("gpu_shards")
 
@@ -133,12 +135,14 @@ class Folders:
         (self.work / f"{name}.xml").write_text(junit(*(cases or [PASSED])))
         return self.step(name, code)
 
-    def gates(self, code: int, *records: dict[str, Any], complete: bool = True) -> Folders:
-        content = {"complete": complete, "gates": list(records)}
-        (self.out / "results.json").write_text(json.dumps(content))
-        return self.step("gates", code)
+    def gates(self, code: int, *records: dict[str, Any], complete: bool = True, step: str = "gates") -> Folders:
+        content = {"device": "NVIDIA H200", "complete": complete, "gates": list(records)}
+        (self.work / f"{step}.json").write_text(json.dumps(content))
+        return self.step(step, code)
 
-    def report(self) -> tuple[int, str]:
+    def report(self, plot: bool = False) -> tuple[int, str]:
+        if plot:
+            gpu_report.plot(self.work, self.out)
         code = gpu_report.report(self.work, self.out)
         return code, (self.out / "summary.md").read_text()
 
@@ -156,8 +160,8 @@ class TestVerdict:
         assert "NVIDIA H200" in text
         assert "2 passed, 0 failed, 1 skipped" in text
         assert "| memcheck | clean | 1 | 0 | 0 |" in text
-        assert "| fusedopt | 2.3 ms | torch-fused | 1.70 [1.60, 1.80] | 1.5 | 93.0% | 90% |" in text
-        assert "holds" in text
+        row = "| fusedopt : torch-fused | 2.3 ms | 1.70 [1.60, 1.80] (≥ 1.5) | 93.0% (≥ 90%) |  | holds |"
+        assert f"| vit-l/one/adamw/amp-clip {row}" in text
 
     def test_failed_tests_are_named(self, folders: Folders) -> None:
         code, text = folders.tests(1, PASSED, FAILED, FAILED).gates(0, gate_record()).report()
@@ -238,9 +242,13 @@ class TestVerdict:
         assert f"{name}: no GPU: torch finds none" in text
 
     def test_what_was_left_out_is_not_missed(self, folders: Folders) -> None:
-        for name in ("tests", "warmup", "gates", "triton", "sanitizer", "bench"):
-            folders.step(name, "-", "left out by FUSEDOPT_GPU_SKIP")
-        assert folders.report()[0] == gpu_report.GOOD
+        steps = ("smoke", "micro", "tests", "gates", "mixed", "sanitizer", "ncu", "warmup", "triton", "triton-gates")
+        for number, name in enumerate(steps):
+            folders.step(name, "-", "left out by FUSEDOPT_GPU_SKIP" if number % 2 else "not asked for")
+        code, text = folders.report()
+        assert code == gpu_report.GOOD
+        assert f"- not asked for: {', '.join(steps[::2])}\n" in text
+        assert f"- left out by FUSEDOPT_GPU_SKIP: {', '.join(steps[1::2])}\n" in text
 
     def test_nothing_ran(self, tmp_path: Path) -> None:
         assert gpu_report.report(tmp_path, tmp_path) == gpu_report.NOTHING_SAID
@@ -284,7 +292,7 @@ class TestTriton:
     def test_what_its_absence_means(self, folders: Folders, code: int | str, reason: str, verdict: str) -> None:
         result, text = folders.tests(0, PASSED).step("triton", code, reason).report()
         assert result == getattr(gpu_report, verdict)
-        assert "| triton | " in text
+        assert "triton" in text.partition("## Steps")[2]
         assert reason in text
 
     def test_kernels_that_do_not_load_are_no_reason_of_it(self, folders: Folders) -> None:
@@ -306,7 +314,7 @@ class TestTriton:
         code, text = folders.tests(0, PASSED).gates(1, gate_record(), slow).report()
         assert code == gpu_report.TOO_SLOW
         assert "amp-clip/cuda: fusedopt-triton against fusedopt-native: ratio" in text
-        assert "| fusedopt-triton | 2.3 ms | fusedopt-native | 0.70 [0.60, 0.80] | 0.85 |" in text
+        assert "| triton : native | 2.3 ms | 0.70 [0.60, 0.80] (≥ 0.85) |" in text
 
 
 SHARED = """
@@ -419,19 +427,157 @@ class TestSanitizer:
         assert "skipped: compute-sanitizer is not on PATH" in text
 
 
+BANDWIDTH = """\
+{"what": "copy, cudaMemcpyAsync", "elements": 1e6, "bytes": 8, "dtype": "fp32", "milliseconds": 1, \
+"gigabytes_per_second": 4310, "of_copy": 1}
+{"what": "read only", "elements": 1e6, "bytes": 4, "dtype": "fp32", "milliseconds": 1, \
+"gigabytes_per_second": 4741, "of_copy": 1.1}
+"""
+
+
+def bandwidth_lines() -> str:
+    """As the microbenchmark writes them, cut off in the last line."""
+    text = BANDWIDTH
+    for rule in ("adamw", "sgd"):
+        for number, chunk in enumerate((8192, 16384, 32768)):
+            for what, share in (("full", 0.8), ("full, early", 0.9), ("full, early, forwards", 0.85), ("bare", 0.88)):
+                record = {"what": what, "rule": rule, "dtype": "bf16-grads", "chunk": chunk}
+                share += 0.01 * (1 - abs(number - 1))
+                text += json.dumps({**record, "elements": 1e6, "bytes": 32, "of_copy": share}) + "\n"
+    record = {"what": "by hand: per 16Ki", "rule": "adamw", "dtype": "fp32", "of_copy": 0.97}
+    return text + json.dumps({**record, "elements": 1e6, "bytes": 28}) + '\n{"what": "by ha'
+
+
+COUNTERS = """\
+==PROF== Connected to process 4242 (build/gpu/bandwidth-90)
+==PROF== Profiling "statistics_kernel" - 0: 0%....50%....100% - 8 passes
+"ID","Kernel Name","dram__bytes_read.sum","dram__bytes_write.sum",\
+"dram__throughput.avg.pct_of_peak_sustained_elapsed","smsp__average_warps_issue_stalled_barrier_per_issue_active.ratio",\
+"smsp__average_warps_issue_stalled_long_scoreboard_per_issue_active.ratio"
+"","","byte","byte","%","inst","inst"
+"0","statistics_kernel","4,100,000","12,000","91.25","0.5","17.25"
+"1","update_kernel","16200000","11900000","88.1","0.25","21.5"
+"""
+LAUNCHES = """\
+{"what": "statistics", "elements": 1000000, "bytes": 4, "rule": "adamw", "dtype": "fp32", "chunk": 32768}
+{"what": "update", "elements": 1000000, "bytes": 28, "rule": "adamw", "dtype": "fp32", "chunk": 32768}
+"""
+
+
+class TestFigures:
+    """The microbenchmark's and ncu's figures."""
+
+    def test_a_row_per_rule_and_dtypes_at_the_best_chunk(self, folders: Folders) -> None:
+        (folders.work / "bandwidth.jsonl").write_text(bandwidth_lines())
+        code, text = folders.tests(0, PASSED).step("micro").report()
+        assert code == gpu_report.GOOD
+        assert "The copy moves 4310 GB/s" in text
+        assert "- read only: 110.0%" in text
+        assert "the fastest of 1 updates by hand: per 16Ki: 97.0%" in text
+        assert "| full, 8Ki | full, 16Ki | full, 32Ki | best | not early | forwards | statistics | bare |" in text
+        assert "| adamw bf16-grads | 90.0% | 91.0% | 90.0% | 16Ki | 81.0% | 86.0% |  | 89.0% |" in text
+        assert "| sgd bf16-grads |" in text
+        assert (folders.out / "bandwidth.jsonl").read_text() == bandwidth_lines()
+
+    def test_a_microbenchmark_that_fails_is_a_reason(self, folders: Folders) -> None:
+        code, text = folders.tests(0, PASSED).step("micro", 1).report()
+        assert code == gpu_report.NOTHING_SAID
+        assert "- micro: exit code 1" in text
+
+    def test_bytes_per_element_beside_those_to_move(self, folders: Folders) -> None:
+        (folders.work / "ncu.csv").write_text(COUNTERS)
+        (folders.work / "profile.jsonl").write_text(LAUNCHES)
+        code, text = folders.tests(0, PASSED).step("ncu").report()
+        assert code == gpu_report.GOOD
+        assert "| adamw fp32 statistics | 4 | 4.1 | 0.0 | 91 % | long_scoreboard 17.2, barrier 0.5 |" in text
+        assert "| adamw fp32 update | 28 | 16.2 | 11.9 | 88 % | long_scoreboard 21.5, barrier 0.2 |" in text
+
+    @pytest.mark.parametrize("code", [1, 124, "-"])
+    def test_ncu_may_be_refused(self, folders: Folders, code: int | str) -> None:
+        (folders.work / "ncu.csv").write_text("==ERROR== ERR_NVGPUCTRPERM - The user does not have permission\n")
+        result, text = folders.tests(0, PASSED).step("ncu", code, "ncu is not on PATH" * (code == "-")).report()
+        assert result == gpu_report.GOOD
+        assert "ERR_NVGPUCTRPERM" in text
+
+
+class TestArtifacts:
+    """They are few and small, and the summary can be read from the end of a log."""
+
+    def job(self, folders: Folders) -> Folders:
+        names = ["smoke", "tests", "triton"]
+        for name in names:
+            folders.tests(1, PASSED, *[FAILED.replace("bad", "bad" * 30)] * 300, step=name)
+        for name in gpu_report.PASSES:
+            log = RACE if name == "racecheck" else INVALID_READ
+            folders.sanitizer(name, log * 3, 99, PASSED)
+            with (folders.work / f"{name}.log").open("a") as file:
+                file.write("========= padding\n" * 200_000)
+        for name in gpu_report.GATE_STEPS:
+            folders.gates(1, *[gate_record(ratio=0.5 + number / 20) for number in range(16)], step=name)
+        (folders.work / "bandwidth.jsonl").write_text(bandwidth_lines())
+        (folders.work / "ncu.csv").write_text(COUNTERS + " " * 20 * 2**20)
+        (folders.work / "profile.jsonl").write_text(LAUNCHES)
+        return folders.step("micro").step("ncu")
+
+    def test_at_most_eight_of_at_most_sixteen_mebibytes(self, folders: Folders) -> None:
+        self.job(folders).report()
+        (folders.out / "log.txt").write_text("and the log and the picture, which others write")
+        (folders.out / "gates.png").write_bytes(b"")
+        files = sorted(folders.out.rglob("*"))
+        assert len(files) == 8
+        assert all(path.is_file() and path.stat().st_size < 16 * 2**20 for path in files)
+        text = (folders.out / "sanitizer.txt").read_text()
+        assert [text.count(f"== {name}\n") for name in gpu_report.PASSES] == [1] * 4
+        assert len(json.loads((folders.out / "results.json").read_text())["gates"]) == 48
+
+    def test_the_summary_is_short_and_its_beginning_is_what_matters(self, folders: Folders) -> None:
+        code, text = self.job(folders).report()
+        assert code == gpu_report.TESTS_FAILED
+        assert len(text) <= gpu_report.MOST_CHARACTERS < 12_000
+        assert text.index("# GPU job: tests failed") < text.index("- smoke: 300 of 301 failed") < text.index("## Steps")
+        assert "No room here, but among the artifacts: " in text
+
+    def test_floors_of_all_steps_are_in_one_file_and_broken_ones_first(self, folders: Folders) -> None:
+        folders.tests(0, PASSED).gates(0, gate_record("fine/one/adamw/amp-clip/cuda"))
+        folders.gates(1, gate_record("slow/one/adamw/amp-clip/bf16/cuda", ratio=1.1), step="mixed")
+        folders.gates(0, gate_record("other/one/adamw/amp-clip/cuda"), complete=False, step="triton-gates")
+        code, text = folders.report()
+        assert code == gpu_report.TOO_SLOW
+        assert "- mixed: slow/one/adamw/amp-clip/bf16/cuda: fusedopt against torch-fused: ratio" in text
+        assert "- triton-gates: not all were checked" in text
+        assert text.index("| slow/") < text.index("| fine/")
+        content = json.loads((folders.out / "results.json").read_text())
+        assert [gate["step"] for gate in content["gates"]] == ["gates", "mixed", "triton-gates"]
+        assert (content["complete"], content["device"]) == (False, "NVIDIA H200")
+
+
+class TestSmoke:
+    def test_a_failure_is_a_failed_test(self, folders: Folders) -> None:
+        code, text = folders.tests(1, PASSED, FAILED, step="smoke").sanitizer("memcheck", INVALID_READ, 99).report()
+        assert code == gpu_report.TESTS_FAILED
+        assert "- smoke: 1 of 2 failed" in text
+        assert "- memcheck: 1 errors in our kernels" in text
+
+    @pytest.mark.parametrize(("code", "reason", "verdict"), [(5, "", "NO_TESTS"), ("-", "no time", "NOTHING_SAID")])
+    def test_none_that_ran(self, folders: Folders, code: int | str, reason: str, verdict: str) -> None:
+        result, text = folders.tests(0, PASSED).step("smoke", code, reason).report()
+        assert result == getattr(gpu_report, verdict)
+        assert "- smoke: none ran on the GPU" in text
+
+
 class TestPicture:
     def test_it_shows_every_gate(self, folders: Folders) -> None:
         pytest.importorskip("matplotlib")
         host = gate_record("400x64/one/adamw/amp-clip/cuda", limits={"host_us": 60})
         host["host_us"] = {"median": 45.0, "low": 44.0, "high": 46.0}
-        _, text = folders.tests(0, PASSED).gates(0, gate_record(), host).report()
+        _, text = folders.tests(0, PASSED).gates(0, gate_record(), host).report(plot=True)
         assert (folders.out / "gates.png").stat().st_size > 10_000
         assert "![gates](gates.png)" in text
-        assert "| 45.0 µs | 60 µs |" in text
+        assert "| 45.0 µs (≤ 60) |" in text
 
     def test_without_matplotlib_the_reason_is_there(self, folders: Folders, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(gpu_report.importlib.util, "find_spec", lambda name: None)
-        code, text = folders.tests(0, PASSED).gates(0, gate_record()).report()
+        code, text = folders.tests(0, PASSED).gates(0, gate_record()).report(plot=True)
         assert code == gpu_report.GOOD
         assert "did not run: matplotlib is not installed" in text
         assert "gates.png" not in text
@@ -445,11 +591,14 @@ case "$arguments" in
   ".ci/gpu_report.py --environment "*) echo "GPU  made up" >"$3"; echo 90 ;;
   .ci/gpu_report.py*) exec "{python}" "$@" ;;
   csrc/build.py*) [ "$FUSEDOPT_CUDA_ARCHS" = 90 ] && exit "${{FAKE_BUILD:-0}}" ;;
-  "-m pytest -m gpu "*'-k not triton '*)
+  "-m pytest -m gpu "*test_gpu_smoke.py*)
+    echo "smoke: waits ${{CUDA_LAUNCH_BLOCKING-0}}"
+    cp "{smoke}" "${{arguments##*--junit-xml=}}"
+    exit "${{FAKE_SMOKE:-0}}" ;;
+  ".ci/gpu_shards.py --deal "*'-k not triton')
     echo "tests begin"
     ${{FAKE_HANG:+sleep 60}}
-    xml=${{arguments##*--junit-xml=}}
-    cp "{junit}" "$xml"
+    cp "{junit}" "$4"
     exit "${{FAKE_TESTS:-0}}" ;;
   ".ci/gpu_shards.py "*" -m gpu "*" -k triton")
     [ -d "$(dirname "$TRITON_CACHE_DIR")" ] || exit 98
@@ -461,17 +610,37 @@ case "$arguments" in
     xml=${{arguments##*--json }}
     cp "{results}" "${{xml%% *}}"
     exit 0 ;;
-  -c*TritonBackend*) echo "${{FAKE_TRITON-}}" ;;
-  -c*) [[ "$arguments" != *matplotlib* ]] ;;
+  -c*TritonBackend*) echo "${{FAKE_KERNELS-}}"; echo "${{FAKE_TRITON-}}" ;;
   *) exit 99 ;;
 esac
 """
 SANITIZER = """\
 #!/usr/bin/env bash
+tool=$2
+${{FAKE_SLOW:+sleep $FAKE_SLOW}}
+echo "sanitizer: $*"
 while [ "$1" != --log-file ]; do shift; done
 printf '%s\\n' "========= COMPUTE-SANITIZER" "========= ERROR SUMMARY: 0 errors" >"$2"
 while [[ "$1" != --junit-xml=* ]]; do shift; done
 cp "{junit}" "${{1#--junit-xml=}}"
+echo "$tool ends"
+"""
+# What nvcc makes is the microbenchmark, which writes as much as the log may hold where that is asked.
+NVCC = """\
+#!/usr/bin/env bash
+while [ "$1" != -o ]; do shift; done
+printf '%s\\n' '#!/usr/bin/env bash' 'while [ "$1" != --json ]; do shift; done' \
+  '[ -z "$FAKE_FLOOD" ] || head -c 17000000 /dev/zero | tr "\\0" x' \\
+  'cp "{bandwidth}" "$2"; exit "${{FAKE_MICRO:-0}}"' >"$2"
+[ -z "${{FAKE_NVCC-}}" ] && chmod +x "$2"
+"""
+NCU = """\
+#!/usr/bin/env bash
+while [ "$1" != --log-file ]; do shift; done
+cp "{counters}" "$2"
+while [ "$1" != --profile ]; do shift; done
+cp "{launches}" "$3"
+exit "${{FAKE_NCU:-0}}"
 """
 
 
@@ -479,14 +648,21 @@ cp "{junit}" "${{1#--junit-xml=}}"
 def fake(tmp_path: Path) -> dict[str, str]:
     """The environment of a job for which a GPU and tools are made up."""
     (tmp_path / "bin").mkdir()
-    (tmp_path / "junit.xml").write_text(junit(PASSED))
-    (tmp_path / "results.json").write_text(json.dumps({"complete": True, "gates": [gate_record()]}))
-    (tmp_path / "triton.xml").write_text(junit(PASSED, PASSED))
-    files = {name.partition(".")[0]: tmp_path / name for name in ("junit.xml", "triton.xml", "results.json")}
-    names = {**files, "python": sys.executable}
+    files = {
+        "junit": junit(PASSED),
+        "smoke": junit(PASSED),
+        "triton": junit(PASSED, PASSED),
+        "results": json.dumps({"complete": True, "gates": [gate_record()]}),
+        "bandwidth": bandwidth_lines(),
+        "counters": COUNTERS,
+        "launches": LAUNCHES,
+    }
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    names = {"python": sys.executable, **{name: tmp_path / name for name in files}}
     quiet = "#!/usr/bin/env bash\n"
-    scripts = {"python3": PYTHON, "compute-sanitizer": SANITIZER, "nvcc": quiet, "cmake": quiet, "ninja": quiet}
-    for name, text in scripts.items():
+    scripts = {"python3": PYTHON, "compute-sanitizer": SANITIZER, "nvcc": NVCC, "ncu": NCU}
+    for name, text in {**scripts, "cmake": quiet, "ninja": quiet}.items():
         path = tmp_path / "bin" / name
         path.write_text(text.format(**names))
         path.chmod(0o755)
@@ -494,21 +670,29 @@ def fake(tmp_path: Path) -> dict[str, str]:
         **os.environ,
         "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}",
         "FUSEDOPT_ARTIFACTS": str(tmp_path / "artifacts"),
+        "FUSEDOPT_BUILD_DIR": str(tmp_path / "build"),
         "GITHUB_STEP_SUMMARY": str(tmp_path / "step_summary.md"),
     }
 
 
-def run_job(environment: dict[str, str]) -> tuple[int, str]:
-    """Exit code and summary; the log has to hold the summary too."""
-    result = subprocess.run(
-        ["bash", ROOT / ".ci" / "gpu"], env=environment, capture_output=True, text=True, timeout=120, check=False
-    )
+def run_job(environment: dict[str, str], *steps: str) -> tuple[int, str]:
+    """Exit code and summary, which the output ends with; the log is the output."""
+    command = ["bash", ROOT / ".ci" / "gpu", *steps]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
     folder = Path(environment["FUSEDOPT_ARTIFACTS"])
     text = (folder / "summary.md").read_text()
-    assert text in result.stdout, result.stdout + result.stderr
-    assert (folder / "log.txt").read_text() == result.stdout
-    assert len(list(folder.iterdir())) <= 8
+    assert result.stdout.endswith(f"\n{text}"), result.stdout + result.stderr
+    assert (folder / "log.txt").read_text() == result.stdout[-gpu_report.MOST_BYTES :]
+    files = list(folder.iterdir())
+    assert len(files) <= 8
+    assert all(path.is_file() and path.stat().st_size <= 16 * 2**20 for path in files)
     return result.returncode, text
+
+
+def steps_of(text: str) -> list[str]:
+    """The steps that a summary shows, in their order."""
+    rows = text.partition("## Steps")[2].partition("\n\n- ")[0].partition("\n## ")[0]
+    return [line.split("|")[1].strip() for line in rows.splitlines() if line.startswith("| ")][2:]
 
 
 @pytest.mark.skipif(shutil.which("timeout") is None, reason="needs coreutils")
@@ -528,19 +712,124 @@ class TestScript:
     def test_every_step_runs(self, fake: dict[str, str]) -> None:
         code, text = run_job(fake)
         assert code == 0, text
-        for row in ("| build | done |", "| tests | done |", "| gates | done |", "| memcheck | clean | 1 |"):
-            assert row in text
-        assert "| warmup | done |" in text
+        order = ["environment", "micro-build", "build", "smoke", "micro", "tests", "gates", "mixed"]
+        order += ["memcheck", "racecheck", "initcheck", "synccheck", "ncu", "warmup", "triton", "triton-gates", "plot"]
+        found = steps_of(text)
+        assert sorted(found) == sorted(order)
+        assert [name for name in found if name != "micro-build"] == [name for name in order if name != "micro-build"]
+        assert text.count(" | done | ") == len(order)
+        for name in gpu_report.PASSES:
+            assert f"| {name} | clean | 1 | 0 | 0 |" in text
+        assert "| adamw bf16-grads | 90.0% |" in text
+        assert "| adamw fp32 update | 28 |" in text
         assert "warm-up took no time" in text
         assert "| triton | done |" in text
         assert "2 passed, 0 failed" in text.partition("of the Triton backend")[2]
-        junit_xml = Path(fake["FUSEDOPT_ARTIFACTS"]) / "junit.xml"
-        assert gpu_report.read_junit(junit_xml).passed == 3
-        assert "did not run: matplotlib is not installed" in text
+        artifacts = Path(fake["FUSEDOPT_ARTIFACTS"])
+        assert gpu_report.read_junit(artifacts / "junit.xml").passed == 4
+        assert len(json.loads((artifacts / "results.json").read_text())["gates"]) == 3
         assert Path(fake["GITHUB_STEP_SUMMARY"]).read_text() == text
+        log = (artifacts / "log.txt").read_text()
+        assert "smoke: waits 1" in log
+        gates = [line for line in log.splitlines() if line.startswith("gates: ")]
+        assert [line.partition(".json ")[2] for line in gates] == [
+            "--dtype fp32 --without fusedopt-triton",
+            "--dtype bf16 --dtype bf16-grads --without fusedopt-triton",
+            "--about fusedopt-triton",
+        ]
+        assert len(list(artifacts.iterdir())) == 8
+
+    def test_a_failing_smoke_step_is_looked_at_and_ends_it(self, fake: dict[str, str], tmp_path: Path) -> None:
+        (tmp_path / "smoke").write_text(junit(PASSED, FAILED))
+        code, text = run_job({**fake, "FAKE_SMOKE": "1"})
+        assert code == 1
+        assert "- smoke: 1 of 2 failed" in text
+        assert [name for name in steps_of(text) if "build" not in name] == ["environment", "smoke", "memcheck"]
+        log = (Path(fake["FUSEDOPT_ARTIFACTS"]) / "log.txt").read_text()
+        (line,) = [line for line in log.splitlines() if line.startswith("sanitizer: ")]
+        assert "tests/test_gpu_smoke.py" in line
+
+    def test_a_smoke_step_that_crashes_ends_it_too(self, fake: dict[str, str], tmp_path: Path) -> None:
+        (tmp_path / "smoke").write_text("")
+        (tmp_path / "bin" / "compute-sanitizer").unlink()
+        code, text = run_job({**fake, "FAKE_SMOKE": "139"})
+        assert code == 1
+        assert "- smoke: pytest ended with exit code 139" in text
+        assert "\n| tests |" not in text, "a row of the table of steps"
+
+    def test_the_sanitizers_run_at_once(self, fake: dict[str, str]) -> None:
+        code, text = run_job({**fake, "FAKE_SLOW": "1"}, "sanitizer")
+        assert code == 0, text
+        seconds = [int(row.split("|")[3].split()[0]) for row in text.splitlines() if "check | done" in row]
+        assert len(seconds) == 4
+        assert max(seconds) <= 3, "each waits for a second"
+
+    def test_steps_can_be_run_by_name(self, fake: dict[str, str]) -> None:
+        for environment, names in ((fake, ("smoke", "micro")), ({**fake, "FUSEDOPT_GPU_ONLY": "mixed"}, ())):
+            code, text = run_job(environment, *names)
+            assert code == 0, text
+            wanted = [name for name in steps_of(text) if name not in ("environment", "build", "micro-build", "plot")]
+            assert wanted == list(names or ["mixed"])
+            assert "- not asked for: " in text
+        assert "micro-build" not in steps_of(text), "it is up to date"
+
+    @pytest.mark.parametrize("how", ["argument", "FUSEDOPT_GPU_ONLY", "FUSEDOPT_GPU_SKIP"])
+    def test_an_unknown_step_is_refused(self, fake: dict[str, str], how: str) -> None:
+        code, text = run_job(fake, "bench") if how == "argument" else run_job({**fake, how: "gates bench"})
+        assert code == 3
+        assert "there is no step bench; there are: smoke micro tests gates" in text
+
+    @pytest.mark.parametrize("name", ["FAKE_NVCC", "FAKE_MICRO"])
+    def test_without_the_microbenchmark_all_else_runs(self, fake: dict[str, str], name: str) -> None:
+        code, text = run_job({**fake, name: "1"})
+        assert code == 3
+        assert "- micro: " in text
+        assert "| tests | done |" in text
+
+    def test_without_ncu_all_else_runs(self, fake: dict[str, str], tmp_path: Path) -> None:
+        (tmp_path / "bin" / "ncu").unlink()
+        code, text = run_job(fake)
+        assert code == 0, text
+        assert "| ncu | did not run: ncu is not on PATH |" in text or shutil.which("ncu")
+
+    def test_kernels_that_do_not_load_leave_the_tests_to_say_so(self, fake: dict[str, str], tmp_path: Path) -> None:
+        (tmp_path / "junit").write_text(junit())
+        code, text = run_job({**fake, "FAKE_KERNELS": "this build has kernels for sm_80", "FAKE_TESTS": "5"})
+        assert code == 4
+        assert "tests: none ran on the GPU: this build has kernels for sm_80" in text
+        for name in ("smoke", "micro", "gates", "mixed", "memcheck", "synccheck", "ncu", "triton-gates"):
+            assert f"| {name} | did not run: the kernels do not load |" in text
+        assert "| triton | done |" in text
+
+    def test_a_flood_of_output_does_not_make_the_log_too_large(self, fake: dict[str, str]) -> None:
+        code, _ = run_job({**fake, "FAKE_FLOOD": "1"}, "micro")
+        assert code == 0
+
+    def test_what_was_done_is_there_when_it_is_killed(self, fake: dict[str, str]) -> None:
+        command, environment = ["bash", ROOT / ".ci" / "gpu"], {**fake, "FAKE_HANG": "1"}
+        with subprocess.Popen(
+            command, env=environment, stdout=subprocess.PIPE, text=True, start_new_session=True
+        ) as job:
+            assert job.stdout is not None
+            while "tests begin" not in job.stdout.readline():
+                pass
+            os.killpg(job.pid, signal.SIGKILL)
+        artifacts = Path(fake["FUSEDOPT_ARTIFACTS"])
+        text = (artifacts / "summary.md").read_text()
+        assert "Exit code 0 so far." in text
+        assert "| smoke | done |" in text and "| micro | done |" in text
+        assert (artifacts / "bandwidth.jsonl").read_text() == bandwidth_lines()
+
+    def test_the_default_budget_ends_within_570_seconds(self) -> None:
+        """With the last step's grace, the picture's limit and a second or two."""
+        text = (ROOT / ".ci" / "gpu").read_text()
+        budget = int(text.partition("budget=${FUSEDOPT_GPU_BUDGET:-")[2].partition("}")[0])
+        grace = int(text.partition("timeout -s INT -k ")[2].partition(" ")[0])
+        picture = sum(map(int, text.partition("timeout -k ")[2].split()[:2]))
+        assert budget + grace + picture + 5 <= 570
 
     def test_failed_tests_do_not_keep_the_rest_from_running(self, fake: dict[str, str], tmp_path: Path) -> None:
-        (tmp_path / "junit.xml").write_text(junit(FAILED))
+        (tmp_path / "junit").write_text(junit(FAILED))
         code, text = run_job({**fake, "FAKE_TESTS": "1"})
         assert code == 1
         assert "| gates | done |" in text
@@ -548,19 +837,13 @@ class TestScript:
     def test_without_triton_all_else_runs(self, fake: dict[str, str]) -> None:
         code, text = run_job({**fake, "FAKE_TRITON": "triton is not installed (No module named 'triton')"})
         assert code == 0, text
-        assert text.count("did not run: triton is not installed") == 2
+        assert text.count("did not run: triton is not installed") == 3
         assert "| gates | done |" in text
         log = (Path(fake["FUSEDOPT_ARTIFACTS"]) / "log.txt").read_text()
-        assert "--without fusedopt-triton" in log
-
-    def test_with_triton_its_floors_are_checked(self, fake: dict[str, str]) -> None:
-        run_job(fake)
-        log = (Path(fake["FUSEDOPT_ARTIFACTS"]) / "log.txt").read_text()
-        assert "gates: -m benchmarks.gate --device cuda" in log
-        assert "--without" not in log
+        assert "--about" not in log
 
     def test_triton_s_tests_count_as_the_others(self, fake: dict[str, str], tmp_path: Path) -> None:
-        (tmp_path / "triton.xml").write_text(junit(PASSED, FAILED))
+        (tmp_path / "triton").write_text(junit(PASSED, FAILED))
         code, text = run_job({**fake, "FAKE_TRITON_TESTS": "1"})
         assert code == 1
         assert "triton: 1 of 2 failed" in text
@@ -586,13 +869,14 @@ class TestScript:
 
     def test_a_broken_floor(self, fake: dict[str, str], tmp_path: Path) -> None:
         content = {"complete": True, "gates": [gate_record(ratio=1.0)]}
-        (tmp_path / "results.json").write_text(json.dumps(content))
+        (tmp_path / "results").write_text(json.dumps(content))
         assert run_job(fake)[0] == 2
 
     def test_steps_can_be_left_out(self, fake: dict[str, str]) -> None:
-        code, text = run_job({**fake, "FUSEDOPT_GPU_SKIP": "sanitizer gates triton warmup"})
+        names = "gates mixed sanitizer warmup triton triton-gates"
+        code, text = run_job({**fake, "FUSEDOPT_GPU_SKIP": names})
         assert code == 0
-        assert text.count("did not run: left out by FUSEDOPT_GPU_SKIP") == 4
+        assert f"- left out by FUSEDOPT_GPU_SKIP: {', '.join(names.split())}" in text
         assert "Triton backend" not in text
         assert "## Floors" not in text
 
@@ -626,3 +910,11 @@ class TestScript:
         code, text = run_job({**fake, "FAKE_HANG": "1", "FUSEDOPT_GPU_BUDGET": "13"})
         assert code == 1
         assert "tests: timed out after" in text
+
+
+def test_of_torch_s_warnings_one_is_no_error() -> None:
+    """torch gives it once in a process that asks for errors where the host waits, as the GPU tests do."""
+    whole = "Synchronization debug mode is a prototype feature and does not yet detect all synchronizing operations"
+    warnings.warn(whole, UserWarning, stacklevel=1)
+    with pytest.raises(UserWarning, match="another"):
+        warnings.warn("another", UserWarning, stacklevel=1)

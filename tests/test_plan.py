@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from cases import OPTIONS, SMALL, backend_name, bits, each_backend, parameters, set_gradients
+from cases import OPTIONS, SMALL, backend_name, bits, each_backend, module, parameters, set_gradients
 from oracle import CheckedStep
 from torch import nn
 
@@ -446,3 +446,42 @@ def test_a_hyperparameter_that_runs_python_cannot_pull_the_rug() -> None:
     optimizer.param_groups[0]["lr"] = Rate()
     optimizer.step()
     assert len(optimizer.param_groups) == 1
+
+
+class Tables:
+    """Notes where the tables of each launch begin, and does nothing else. See csrc/device/launch.h."""
+
+    def __init__(self) -> None:
+        self.begins: list[dict[str, int]] = []
+
+    def stream(self, device: int) -> int:
+        return 0
+
+    def capturing(self, device: int) -> bool:
+        return False
+
+    def map_chunks(self, tables: Any) -> None:
+        names = ("control", "groups", "grads", "rows", "layouts", "chunks", "scalars", "partials")
+        self.begins.append({name: getattr(tables, name) for name in names})
+
+    def nothing(self, *arguments: Any) -> None:
+        pass
+
+    statistics = conclude = load = update = nothing
+
+
+@pytest.mark.skipif(module is None, reason="there is no compiled module")
+@pytest.mark.parametrize("tensors", [1, 2, 7, 8, 33])
+def test_tables_of_a_device_share_no_cache_line(tensors: int) -> None:
+    launcher = Tables()
+    params = parameters([(3, 5)] * tensors)
+    set_gradients(params, 0)
+    params[0].grad = params[0].grad.t().contiguous().t()  # type: ignore[union-attr]
+    groups = [{"params": params, "lr": 0.1, "momentum": 0, "dampening": 0, "weight_decay": 0}]
+    groups[0] |= {"nesterov": False, "maximize": False}
+    plan = module.StepPlan("sgd", "cpu", launcher=launcher)  # type: ignore[union-attr]
+    plan.step(groups, {}, None, None, False, 0.0, 0.0, False, float("inf"), False)
+    (begins,) = launcher.begins
+    control = begins["control"]
+    assert list(begins.values()) == sorted(set(begins.values())), "in this order, each with room"
+    assert {name: (begin - control) % 128 for name, begin in begins.items()} == dict.fromkeys(begins, 0)

@@ -69,8 +69,8 @@ class Watched(backend.Launcher):
     slow: ClassVar[bool] = False
     dry: ClassVar[bool] = False  # launches are counted, not run
 
-    def __init__(self, *args: Any):
-        super().__init__(*args)
+    def __init__(self, *args: Any, **options: Any):
+        super().__init__(*args, **options)
         self.slow_double = lambda device: Watched.slow
 
     def capturing(self, device: int) -> bool:
@@ -222,7 +222,7 @@ def test_with_equal_coefficients_clipping_gives_the_same_bits(option: str, norm_
 
 @pytest.mark.parametrize("tuning", backend._TUNINGS, ids=lambda tuning: f"{tuning.block}-{tuning.warps}")
 def test_every_tuning_gives_the_same_bits(tuning: backend.Tuning, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(backend, "Launcher", lambda rule, device: Watched(rule, device, tuning))
+    monkeypatch.setattr(backend, "Launcher", lambda rule, device, **_: Watched(rule, device, tuning))
     pair = twins("adamw", lambda: parameters([(2048,), (2048 + 777,), (3, 700)]))
     for optimizer, params in pair:
         set_gradients(params, 0)
@@ -829,11 +829,16 @@ def test_every_hyperparameter_is_taken_for_what_it_is(rule: str) -> None:
     assert len({param for param, _ in results[0]}) == len(params), "each made a difference"
 
 
-def test_slow_doubles_are_on_the_devices_of_the_cuda_kernels() -> None:
-    header = (Path(fusedopt.__file__).parents[1] / "csrc" / "cuda" / "portable.h").read_text()
-    equal, least = (re.findall(rf"__CUDA_ARCH__ {sign} (\d+)0", header) for sign in ("==", ">="))
-    assert tuple(map(int, equal)) == backend._SLOW_DOUBLE
-    assert backend._SLOW_DOUBLE_FROM in map(int, least)
+@pytest.mark.parametrize("capability", [(8, 0), (8, 6), (9, 0), (10, 3)])
+def test_slow_doubles_are_on_the_devices_of_the_cuda_kernels(
+    capability: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    major, minor = capability
+    device = SimpleNamespace(major=major, minor=minor)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: device)
+    monkeypatch.setattr(torch.version, "hip", None)
+    slow = backend._has_slow_double.__wrapped__(0)
+    assert slow == module.has_slow_double(10 * major + minor) == (capability in [(8, 6), (10, 3)])  # type: ignore[union-attr]
 
 
 def test_every_rule_has_kernels() -> None:

@@ -1,10 +1,11 @@
 // Loads and stores of columns on a device: up to 16 bytes at a time where columns are flat, else one element.
 //
 // Note [Dtypes at run time]
-// A kernel per combination of dtypes would be hundreds. A step is bound by memory by a wide margin (an H200 has time
-// for about 190 instructions per element of AdamW, which takes about 50), so kernels take the dtype of each column from
-// its row. Threads of a block always agree on it. What matters is that no load waits for another: all columns are
-// loaded as raw bits first, and converted after.
+// A kernel per combination of dtypes would be hundreds. A step is bound by memory by a wide margin: an H200 has time
+// for about 190 instructions per element of AdamW in float32, and for half as many in 16 bits. The loops take 47 where
+// all columns are float32, 49 where all are bfloat16 or all float16, and 60 to 65 where they are mixed (SASS of sm_90;
+// tests/test_ptxas.py counts). So kernels take the dtype of each column from its row. Threads of a block always agree
+// on it. What matters is that no load waits for another: all columns are loaded as raw bits first, and converted after.
 #pragma once
 #include "portable.h"
 
@@ -16,20 +17,20 @@ __device__ __forceinline__ unsigned alignment_of(const void* address) {
   return low & (0u - low);
 }
 
-// 8 or 16 bytes, from and to an address of any alignment >= 2.
+// 4, 8 or 16 bytes, from and to an address of any alignment >= 2.
 template <int kWords>
-__device__ __forceinline__ void load_words(uint32_t (&to)[kWords], const char* from, unsigned alignment) {
-  static_assert(kWords == 2 || kWords == 4);
+__device__ __forceinline__ void load_words(uint32_t* to, const char* from, unsigned alignment) {
+  static_assert(kWords == 1 || kWords == 2 || kWords == 4);
   if (kWords == 4 && alignment == 16) {
     const uint4 bits = *reinterpret_cast<const uint4*>(from);
-    to[0] = bits.x, to[1] = bits.y, to[kWords - 2] = bits.z, to[kWords - 1] = bits.w;
-  } else if (alignment >= 8) {
+    to[0] = bits.x, to[1] = bits.y, to[2] = bits.z, to[3] = bits.w;
+  } else if (kWords > 1 && alignment >= 8) {
 #pragma unroll
     for (int i = 0; i < kWords; i += 2) {
       const uint2 bits = reinterpret_cast<const uint2*>(from)[i / 2];
       to[i] = bits.x, to[i + 1] = bits.y;
     }
-  } else if (alignment == 4) {
+  } else if (alignment >= 4) {
 #pragma unroll
     for (int i = 0; i < kWords; ++i) to[i] = reinterpret_cast<const uint32_t*>(from)[i];
   } else {
@@ -40,14 +41,14 @@ __device__ __forceinline__ void load_words(uint32_t (&to)[kWords], const char* f
 }
 
 template <int kWords>
-__device__ __forceinline__ void store_words(char* to, const uint32_t (&from)[kWords], unsigned alignment) {
-  static_assert(kWords == 2 || kWords == 4);
+__device__ __forceinline__ void store_words(char* to, const uint32_t* from, unsigned alignment) {
+  static_assert(kWords == 1 || kWords == 2 || kWords == 4);
   if (kWords == 4 && alignment == 16) {
-    *reinterpret_cast<uint4*>(to) = make_uint4(from[0], from[1], from[kWords - 2], from[kWords - 1]);
-  } else if (alignment >= 8) {
+    *reinterpret_cast<uint4*>(to) = make_uint4(from[0], from[1], from[2], from[3]);
+  } else if (kWords > 1 && alignment >= 8) {
 #pragma unroll
     for (int i = 0; i < kWords; i += 2) reinterpret_cast<uint2*>(to)[i / 2] = make_uint2(from[i], from[i + 1]);
-  } else if (alignment == 4) {
+  } else if (alignment >= 4) {
 #pragma unroll
     for (int i = 0; i < kWords; ++i) reinterpret_cast<uint32_t*>(to)[i] = from[i];
   } else {
@@ -60,30 +61,32 @@ __device__ __forceinline__ void store_words(char* to, const uint32_t (&from)[kWo
   }
 }
 
-// The first or the second half of the 16-bit elements in these words, as floats and back.
-template <int kWords>
-__device__ __forceinline__ void unpack_halves(float (&to)[kWords], const uint32_t (&from)[kWords], int half,
-                                              DType dtype) {
+// The 16-bit elements in some words, as floats and back. What kind they are is decided once for all of them.
+template <int kCount>
+__device__ __forceinline__ void unpack_halves(float (&to)[kCount], const uint32_t* from, DType dtype) {
+  auto half = [&](int i) { return static_cast<uint16_t>(from[i / 2] >> 16 * (i % 2)); };
+  if (dtype == DType::kBFloat16) {
 #pragma unroll
-  for (int i = 0; i < kWords; ++i) {
-    const int at = kWords * half + i;
-    const uint16_t bits = static_cast<uint16_t>(from[at / 2] >> 16 * (at % 2));
-    to[i] = dtype == DType::kBFloat16 ? bf16_to_float(bits) : fp16_to_float(bits);
+    for (int i = 0; i < kCount; ++i) to[i] = bf16_to_float(half(i));
+  } else {
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) to[i] = fp16_to_float(half(i));
   }
 }
 
-template <int kWords>
-__device__ __forceinline__ void pack_halves(uint32_t (&to)[kWords], const float (&from)[kWords], int half,
-                                            DType dtype) {
+template <int kCount>
+__device__ __forceinline__ void pack_halves(uint32_t* to, const float (&from)[kCount], DType dtype) {
+  static_assert(kCount % 2 == 0);
+  if (dtype == DType::kBFloat16) {
 #pragma unroll
-  for (int i = 0; i < kWords; i += 2) {
-    uint32_t low, high;
-    if (dtype == DType::kBFloat16) {
-      low = float_to_bf16(from[i]), high = float_to_bf16(from[i + 1]);
-    } else {
-      low = float_to_fp16(from[i]), high = float_to_fp16(from[i + 1]);
+    for (int i = 0; i < kCount; i += 2) {
+      to[i / 2] = float_to_bf16(from[i]) | static_cast<uint32_t>(float_to_bf16(from[i + 1])) << 16;
     }
-    to[(kWords * half + i) / 2] = low | high << 16;
+  } else {
+#pragma unroll
+    for (int i = 0; i < kCount; i += 2) {
+      to[i / 2] = float_to_fp16(from[i]) | static_cast<uint32_t>(float_to_fp16(from[i + 1])) << 16;
+    }
   }
 }
 

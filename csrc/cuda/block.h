@@ -31,13 +31,21 @@ __device__ double reduce_block(double value, double* scratch, const Combine& com
   return value;
 }
 
+// Note [Tickets]
+// Each block of a pass draws a ticket when it is done, and the one that draws the last number finishes the pass.
+// Drawing is one atomic operation that acquires and releases at device scope: with the barriers around it, all that the
+// blocks before have written is visible to every thread of the last one. The counter wraps at the number of blocks, so
+// it is 0 again when all are done, even if the blocks of two passes are mixed. Passes use two tallies in turns, and
+// each clears the other's: should one be left with something in it (by steps on two streams that nobody ordered), then
+// the pass that uses it goes wrong, and the next two are right again. A captured step begins with a cleared control, at
+// each replay.
+
 // Whether this is the last block of a pass to get here. What the others wrote before is then visible; `flag` is shared.
-__device__ __forceinline__ bool is_last_block(Control* control, uint32_t blocks, bool* flag) {
+__device__ __forceinline__ bool is_last_block(const Tables& tables, uint32_t blocks, bool* flag) {
   __syncthreads();
   if (threadIdx.x == 0) {
-    __threadfence();
-    *flag = atomicAdd(&control->ticket, 1u) == blocks - 1;
-    __threadfence();
+    if (blockIdx.x == 0) tables.control->tally[tables.turn ^ 1] = {0, 0};
+    *flag = draw_ticket(&tables.control->tally[tables.turn].ticket, blocks) == blocks - 1;
   }
   __syncthreads();
   return *flag;

@@ -40,6 +40,20 @@ void load_kernel(void (*kernel)(Parameters...)) {
 // The same for one kernel, to see whether the build has any for this device.
 cudaError_t probe(cudaFuncAttributes* attributes);
 
+// What a device's double arithmetic is like: the one that runs, whatever the code was compiled for.
+inline bool slow_double(int device) {
+  constexpr int kDevices = 64;
+  static std::atomic<signed char> known[kDevices];  // 0: not asked yet
+  std::atomic<signed char>& answer = known[device % kDevices];
+  if (!answer) {
+    int major = 0, minor = 0;
+    check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), "read a device's capability");
+    check(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device), "read a device's capability");
+    answer = has_slow_double(10 * major + minor) ? 1 : -1;
+  }
+  return answer > 0;
+}
+
 // Whether a kernel may start early on a device: whether the code that runs there waits, as that for sm_90 and later
 // does. What counts is the architecture it was compiled for, since a driver may have made its code from older PTX.
 template <class... Parameters>
@@ -97,6 +111,17 @@ __device__ __forceinline__ void wait_for_previous_kernel() {
 #endif
 }
 
+// Adds 1 to a counter that wraps at `count`, and tells what it was. What any block did before its own call is visible
+// after this one.
+__device__ __forceinline__ uint32_t draw_ticket(uint32_t* counter, uint32_t count) {
+  uint32_t before;
+  asm volatile("atom.acq_rel.gpu.global.inc.u32 %0, [%1], %2;"
+               : "=r"(before)
+               : "l"(__cvta_generic_to_global(counter)), "r"(count - 1)
+               : "memory");
+  return before;
+}
+
 // A block's shared memory, one object per kernel; not initialized.
 template <class T>
 __device__ __forceinline__ T& block_shared() {
@@ -116,16 +141,6 @@ __device__ __forceinline__ double add_exact_product(double sum, double x, double
 
 // Makes the compiler read shared memory again instead of keeping it in registers.
 __device__ __forceinline__ void forget_memory() { asm volatile("" : : : "memory"); }
-
-// Whether double arithmetic is so slow that a norm is first added up, in short runs, in float.
-__device__ __forceinline__ constexpr bool slow_double() {
-#if __CUDA_ARCH__ == 860 || __CUDA_ARCH__ == 870 || __CUDA_ARCH__ == 890 || __CUDA_ARCH__ == 1030 || \
-    __CUDA_ARCH__ >= 1100
-  return true;
-#else
-  return false;
-#endif
-}
 
 }  // namespace fusedopt::cuda::gpu
 

@@ -81,16 +81,17 @@ __device__ __forceinline__ void add_aligned_vectors(const Gradient& grad, double
 #pragma unroll
     for (int u = 0; u < kUnroll<K>; ++u) {
       const uint32_t at = v + u * kThreads;
-      if (at < vectors) load_words(raw[u], first + 16 * static_cast<int64_t>(at), alignment);
+      if (at < vectors) load_words<4>(raw[u], first + 16 * static_cast<int64_t>(at), alignment);
     }
 #pragma unroll
     for (int u = 0; u < kUnroll<K>; ++u) {
       if constexpr (kHalves) {
-        float x[4];
-        unpack_halves(x, raw[u], 0, grad.dtype);
-        sum.template add_all<kExact>(x, p);
-        unpack_halves(x, raw[u], 1, grad.dtype);
-        sum.template add_all<kExact>(x, p);
+#pragma unroll
+        for (int part = 0; part < 2; ++part) {
+          float x[4];
+          unpack_halves(x, raw[u] + 2 * part, grad.dtype);
+          sum.template add_all<kExact>(x, p);
+        }
       } else {
         T x[lanes];
         __builtin_memcpy(x, raw[u], 16);
@@ -207,10 +208,29 @@ __device__ void draw_conclusions(const StatisticsArguments& a, double total, boo
   }
 }
 
+// A thread's share of all partials: every 256th, in order. Several are under way at a time.
+template <NormKind K>
+__device__ __forceinline__ double add_partials(const Tables& tables) {
+  constexpr uint32_t kAtOnce = 8;
+  double total = 0;
+  for (uint32_t i = threadIdx.x; i < tables.chunk_count; i += kAtOnce * kThreads) {
+    double partial[kAtOnce];
+#pragma unroll
+    for (uint32_t k = 0; k < kAtOnce; ++k) {
+      const uint32_t at = i + k * kThreads;
+      partial[k] = at < tables.chunk_count ? __ldcg(tables.partials + at) : 0;  // 0 changes no sum and no maximum
+    }
+#pragma unroll
+    for (uint32_t k = 0; k < kAtOnce; ++k) total = Combine<K>()(total, partial[k]);
+  }
+  return total;
+}
+
 template <NormKind K>
 __global__ void __launch_bounds__(kThreads, 4) statistics_kernel(const __grid_constant__ StatisticsArguments a) {
   StatisticsShared& shared = block_shared<StatisticsShared>();
   const Tables& tables = a.tables;
+  Tally& tally = tables.control->tally[tables.turn];
   let_next_kernel_start();
   const uint32_t c = blockIdx.x;
   if (c < tables.chunk_count) {
@@ -226,7 +246,7 @@ __global__ void __launch_bounds__(kThreads, 4) statistics_kernel(const __grid_co
       constexpr bool tells = Sum<K>::template kTells<float>;
       Sum<K> sum;
       bool exact = true;
-      if (tells && slow_double() && grad.dtype != DType::kFloat64) {
+      if (tells && a.slow_double && grad.dtype != DType::kFloat64) {
         sum = add_chunk<false, K>(grad, a.norm.p);
         total = reduce_block(sum.value, shared.scratch, Combine<K>());
         if (threadIdx.x == 0) shared.flag = total - total != 0.0 || (K == NormKind::kTwo && total < kUnderflow);
@@ -242,21 +262,16 @@ __global__ void __launch_bounds__(kThreads, 4) statistics_kernel(const __grid_co
     }
     if (threadIdx.x == 0) {
       tables.partials[c] = total;
-      if (nonfinite) atomicOr(&tables.control->nonfinite, 1u);
+      if (nonfinite) atomicOr(&tally.nonfinite, 1u);
     }
   }
 
-  if (!is_last_block(tables.control, gridDim.x, &shared.flag)) return;
-  double total = 0;
-  for (uint32_t i = threadIdx.x; i < tables.chunk_count; i += kThreads) {
-    total = Combine<K>()(total, __ldcg(tables.partials + i));
-  }
-  total = reduce_block(total, shared.scratch, Combine<K>());
-  const bool nonfinite = atomicOr(&tables.control->nonfinite, 0u);
+  if (!is_last_block(tables, gridDim.x, &shared.flag)) return;
+  const double total = reduce_block(add_partials<K>(tables), shared.scratch, Combine<K>());
+  const bool nonfinite = atomicOr(&tally.nonfinite, 0u);
   __syncthreads();
   if (threadIdx.x == 0) {
-    tables.control->ticket = 0;
-    tables.control->nonfinite = 0;
+    tally.nonfinite = 0;
     if (a.total) {
       a.total[0] = total;
       a.total[1] = nonfinite;
@@ -278,7 +293,8 @@ __global__ void __launch_bounds__(kThreads, 4)
 }
 
 template <NormKind K>
-void launch_statistics(const Place& place, const StatisticsArguments& a) {
+void launch_statistics(const Place& place, StatisticsArguments a) {
+  a.slow_double = slow_double(place.device);
   launch(statistics_kernel<K>, a.tables.chunk_count ? a.tables.chunk_count : 1, place, false, a);
 }
 

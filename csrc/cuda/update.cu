@@ -19,9 +19,9 @@ struct Stream {
   __device__ __forceinline__ char* data() const { return in_global_memory(at); }
 };
 
-// How a chunk's columns keep it from being worked on in whole vectors of floats, of 16-bit elements, and in aligned
-// ones.
-constexpr unsigned kNotFlat = 1, kNotNative = 2, kNotHalves = 4, kNotAligned = 8;
+// What decides how a chunk is worked on: what its columns hold, by DType, and what keeps some of them from being
+// accessed in whole vectors.
+constexpr unsigned kFloat32s = 1, kFloat64s = 2, kBFloat16s = 4, kFloat16s = 8, kNotFlat = 16, kNotAligned = 32;
 
 // Note [Registers]
 // What all threads of a block need is in shared memory and read anew for each vector, after a forget_memory(): held in
@@ -40,7 +40,7 @@ struct Job {
   Stream streams[kColumns];
   int64_t offset;
   uint32_t length;
-  unsigned variant, obstacles;
+  unsigned variant, traits;
   bool write_back;
 
   __device__ __forceinline__ T gradient(T g) const { return clamp(g * multiplier, bound); }
@@ -70,49 +70,70 @@ __device__ __forceinline__ void apply(const Job<Rule, T>& job, T (&x)[kColumns][
   }
 }
 
-// Whole vectors of a chunk, in float. With kNative all columns hold floats; else each holds floats or 16-bit elements,
-// and a vector is twice as long: one access for a 16-bit column, two for a float one. With kAligned there is no branch
-// between one load and the next.
-template <unsigned kStates, bool kNative, bool kAligned, class Rule>
+// What the columns of a chunk hold: all the same, or each floats or 16-bit elements.
+enum class Mix { kFloat32, kBFloat16, kFloat16, kAny };
+
+// Elements that a thread works on before it goes on to its next ones. See Note [Vectors].
+template <unsigned kStates, Mix kMix>
+constexpr int kLanes = kMix == Mix::kFloat32 || kMix == Mix::kAny ? kWords<kStates> : 2 * kWords<kStates>;
+
+// Note [Vectors]
+// A thread takes some neighbouring elements of all columns, the next thread those after them, so each access of a warp
+// touches every sector of 32 bytes once. Where all columns hold 16-bit elements, that is 8 of them, 16 bytes of each
+// column, worked on in two parts. Else it is 4: 16 bytes of a column of floats, and 8 of one of 16-bit elements. With
+// kAligned there is no branch on alignment between one load and the next.
+template <unsigned kStates, Mix kMix, bool kAligned, class Rule>
 __device__ __forceinline__ void update_vectors(const Job<Rule, float>& job, uint32_t vectors) {
-  constexpr int words = kWords<kStates>, bytes = 4 * words, parts = kNative ? 1 : 2;
+  constexpr int words = kWords<kStates>, lanes = kLanes<kStates, kMix>, parts = lanes / words;
   const Stream(&streams)[kColumns] = job.streams;
   auto alignment = [&](int c) { return kAligned ? 16u : streams[c].alignment; };
+  auto dtype = [&](int c) {
+    return kMix == Mix::kFloat32    ? DType::kFloat32
+           : kMix == Mix::kBFloat16 ? DType::kBFloat16
+           : kMix == Mix::kFloat16  ? DType::kFloat16
+                                    : streams[c].dtype;
+  };
   for (uint32_t v = threadIdx.x; v < vectors; v += kThreads) {
+    auto place = [&](int c) {
+      const uint32_t bytes = dtype(c) == DType::kFloat32 ? 4 * lanes : 2 * lanes;
+      return streams[c].data() + static_cast<uint64_t>(v) * bytes;
+    };
     uint32_t raw[kColumns][words];
 #pragma unroll
     for (int part = 0; part < parts; ++part) {
-      const int64_t wide = bytes * (static_cast<int64_t>(v) * parts + part), narrow = bytes * static_cast<int64_t>(v);
       forget_memory();
+      if (part == 0) {
 #pragma unroll
-      for (int c = 0; c < kColumns; ++c) {
-        if (!uses<kStates>(c)) continue;
-        const bool floats = kNative || streams[c].dtype == DType::kFloat32;
-        if (floats || part == 0) {
-          load_words(raw[c], streams[c].data() + (floats ? wide : narrow), alignment(c));
+        for (int c = 0; c < kColumns; ++c) {
+          if (!uses<kStates>(c)) continue;
+          if (kMix != Mix::kAny || dtype(c) == DType::kFloat32) {
+            load_words<words>(raw[c], place(c), alignment(c));
+          } else {
+            load_words<words / 2>(raw[c], place(c), alignment(c));
+          }
         }
       }
       float x[kColumns][words];
 #pragma unroll
       for (int c = 0; c < kColumns; ++c) {
         if (!uses<kStates>(c)) continue;
-        if (kNative || streams[c].dtype == DType::kFloat32) {
-          __builtin_memcpy(x[c], raw[c], bytes);
+        if (dtype(c) == DType::kFloat32) {
+          __builtin_memcpy(x[c], raw[c], 4 * words);
         } else {
-          unpack_halves(x[c], raw[c], part, streams[c].dtype);
+          unpack_halves(x[c], raw[c] + part * words / 2, dtype(c));
         }
       }
 #pragma unroll
       for (int i = 0; i < words; ++i) x[kGrad][i] = job.gradient(x[kGrad][i]);
       auto store = [&](int c) {
-        if (kNative || streams[c].dtype == DType::kFloat32) {
+        if (dtype(c) == DType::kFloat32) {
           uint32_t bits[words];
-          __builtin_memcpy(bits, x[c], bytes);
-          store_words(streams[c].data() + wide, bits, alignment(c));
-        } else {
-          pack_halves(raw[c], x[c], part, streams[c].dtype);
-          if (part == 1) store_words(streams[c].data() + narrow, raw[c], alignment(c));
+          __builtin_memcpy(bits, x[c], 4 * words);
+          store_words<words>(place(c), bits, alignment(c));
+          return;
         }
+        pack_halves(raw[c] + part * words / 2, x[c], dtype(c));
+        if (part == parts - 1) store_words<lanes / 2>(place(c), raw[c], alignment(c));
       };
       if (job.write_back) store(kGrad);
       forget_memory();
@@ -154,21 +175,22 @@ template <class Rule, class T, unsigned kStates>
 __device__ __forceinline__ void update_columns(const Job<Rule, T>& job) {
   uint32_t done = 0;
   if constexpr (sizeof(T) == 4) {
-    constexpr uint32_t lanes = kWords<kStates>;
-    if (!(job.obstacles & (kNotFlat | kNotNative))) {
-      if (job.obstacles & kNotAligned) {
-        update_vectors<kStates, true, false>(job, job.length / lanes);
-      } else {
-        update_vectors<kStates, true, true>(job, job.length / lanes);
-      }
+    auto vectors = [&](auto loop, uint32_t lanes) {
+      loop(job, job.length / lanes);
       done = job.length / lanes * lanes;
-    } else if (!(job.obstacles & (kNotFlat | kNotHalves))) {
-      if (job.obstacles & kNotAligned) {
-        update_vectors<kStates, false, false>(job, job.length / (2 * lanes));
-      } else {
-        update_vectors<kStates, false, true>(job, job.length / (2 * lanes));
-      }
-      done = job.length / (2 * lanes) * (2 * lanes);
+    };
+    const unsigned held = job.traits & (kFloat32s | kBFloat16s | kFloat16s | kFloat64s | kNotAligned);
+    if (job.traits & (kNotFlat | kFloat64s)) {
+    } else if (held == kFloat32s) {
+      vectors(update_vectors<kStates, Mix::kFloat32, true, Rule>, kLanes<kStates, Mix::kFloat32>);
+    } else if (held == kBFloat16s) {
+      vectors(update_vectors<kStates, Mix::kBFloat16, true, Rule>, kLanes<kStates, Mix::kBFloat16>);
+    } else if (held == kFloat16s) {
+      vectors(update_vectors<kStates, Mix::kFloat16, true, Rule>, kLanes<kStates, Mix::kFloat16>);
+    } else if (!(held & kNotAligned)) {
+      vectors(update_vectors<kStates, Mix::kAny, true, Rule>, kLanes<kStates, Mix::kAny>);
+    } else {
+      vectors(update_vectors<kStates, Mix::kAny, false, Rule>, kLanes<kStates, Mix::kAny>);
     }
   }
   update_elements<kStates>(job, done);
@@ -201,24 +223,24 @@ __device__ __forceinline__ void update_chunk(const UpdateArguments& a, const Row
   const unsigned states = Rule::columns(scalars.variant);
   if (threadIdx.x < kWarp) {
     const int c = threadIdx.x;
-    unsigned obstacles = 0;
+    unsigned traits = 0;
     if (c < kColumns) {
       const bool used = (0b11 | states << kState) >> c & 1, flat = row.layout[c] < 0;
       const DType dtype = row.dtype[c];
       char* data = c == kGrad ? grad : static_cast<char*>(row.data[c]);
       if (flat) data += offset * element_size(dtype);
       job.streams[c] = {data, flat ? nullptr : a.tables.layouts + row.layout[c], alignment_of(data), dtype};
-      if (used && !flat) obstacles |= kNotFlat;
-      if (used && dtype != DType::kFloat32) obstacles |= kNotNative;
-      if (used && dtype == DType::kFloat64) obstacles |= kNotHalves;
-      if (used && alignment_of(data) < 16) obstacles |= kNotAligned;
+      if (used) traits = 1u << static_cast<unsigned>(dtype);
+      if (used && !flat) traits |= kNotFlat;
+      if (used && alignment_of(data) < 16) traits |= kNotAligned;
     }
-    obstacles = __reduce_or_sync(0xffffffffu, obstacles);
+    traits = __reduce_or_sync(0xffffffffu, traits);
     if (c == 0) {
       job.offset = offset;
       job.length = chunk_length(a.tables, row, offset);
       job.multiplier = T(multiplier), job.bound = T(a.clip_value);
-      job.variant = scalars.variant, job.obstacles = obstacles, job.write_back = a.write_back;
+      job.variant = scalars.variant, job.traits = traits;
+      job.write_back = a.write_back;
     }
   } else if (threadIdx.x < kWarp + sizeof(job.scalars) / sizeof(T)) {
     // Scalars are nothing but numbers of one type.
@@ -269,11 +291,8 @@ __global__ void __launch_bounds__(kThreads, 4) update_kernel(const __grid_consta
   }
   if (a.after_statistics) return;
 
-  if (!is_last_block(tables.control, a.tickets, &shared.flag)) return;
-  if (threadIdx.x == 0) {
-    tables.control->ticket = 0;
-    if (a.report.found_inf) *a.report.found_inf = shared.skip ? 1.0f : 0.0f;
-  }
+  if (!is_last_block(tables, a.tickets, &shared.flag)) return;
+  if (threadIdx.x == 0 && a.report.found_inf) *a.report.found_inf = shared.skip ? 1.0f : 0.0f;
   if (shared.skip) return;
   for (uint32_t r = threadIdx.x; r < tables.row_count; r += kThreads) {
     if (tables.grads[r]) count_step(tables.rows[r], next_step(tables.rows[r]));

@@ -14,15 +14,15 @@
 namespace fusedopt::device {
 namespace {
 
-constexpr size_t kUnit = 64;  // of comparing tables; uploads are multiples of it
+constexpr size_t kUnit = 64;   // of comparing tables; uploads are multiples of it
+constexpr size_t kLine = 128;  // of a device's cache
 
-size_t rounded(size_t bytes) { return (bytes + kUnit - 1) / kUnit * kUnit; }
-
-// Reserves room for `count` of T at the end of a buffer that is `size` bytes long, and tells where.
+// Reserves room for `count` of T at the end of a buffer that is `size` bytes long, and tells where. What kernels write
+// shares no cache line with what they only read.
 template <class T>
 size_t section(size_t& size, size_t count) {
   const size_t at = size;
-  size = rounded(size + count * sizeof(T));
+  size = (size + count * sizeof(T) + kLine - 1) / kLine * kLine;
   return at;
 }
 
@@ -249,8 +249,16 @@ bool Executor::prepare(const Work& work, int ordinal, const Place& place) {
   return true;
 }
 
+// Gives the tables the turn of the pass that is launched next; see Note [Tickets]. The tables of a captured step begin
+// each replay with a control of zeros.
+void Executor::take_turn(const Work& work) {
+  tables_.turn = work.capturing ? 0 : turn_;
+  if (!work.capturing) turn_ ^= 1;
+}
+
 void Executor::statistics(const Work& work, const StepSettings& s, const Report& report, double* total) {
   statistics_ = {};
+  take_turn(work);
   statistics_.tables = tables_;
   statistics_.norm = s.norm;
   statistics_.rule = work.rule;
@@ -306,6 +314,7 @@ void Executor::load(const Work& work, const StepSettings& s) {
 }
 
 void Executor::update(const Work& work, const StepSettings& s, const Report& report) {
+  if (s.mode() == Mode::kBare) take_turn(work);
   for_each_update(work, s, report, [&](const UpdateArguments& a, const Row& like) {
     // In graphs, starting early needs a newer driver.
     launcher_.update(place_, a, like, a.after_statistics && !work.capturing);

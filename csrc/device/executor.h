@@ -54,6 +54,7 @@ class Executor {
   Operand operand(const Number& number);
   static uint64_t kind_of(const TensorRow& row);
   void sort_rows(const Work& work);
+  void take_turn(const Work& work);
   void lay_out(const Work& work);
   void upload(char* base);
   void for_each_update(const Work& work, const StepSettings& settings, const Report& report,
@@ -70,6 +71,7 @@ class Executor {
   const at::Device device_;
   Place place_{};
   Tables tables_{};
+  uint32_t turn_ = 0;  // of the next pass that is not captured
   StatisticsArguments statistics_{};
   std::vector<uint32_t> mine_;      // plan's rows on this device
   std::vector<char> host_, known_;  // the uploaded part of the tables: now, and as it is on the device

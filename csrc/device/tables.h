@@ -7,6 +7,13 @@
 
 namespace fusedopt::device {
 
+// Whether the double arithmetic of NVIDIA's GPUs of a compute capability (86 for 8.6) is so slow, 1/32 or 1/64 of
+// float, that a norm is first added up in short runs in float. It is slow on all but those made for computing centers.
+inline bool has_slow_double(int capability) {
+  return capability == 86 || capability == 87 || capability == 88 || capability == 89 || capability == 103 ||
+         capability >= 110;
+}
+
 // Columns of a row, in the order of kernels.
 constexpr int kParam = 0, kGrad = 1, kState = 2, kColumns = kState + kMaxStates;
 
@@ -15,7 +22,15 @@ constexpr int kParam = 0, kGrad = 1, kState = 2, kColumns = kState + kMaxStates;
 // many make large ones, so that what a block costs beside its elements does not count. The size is a function of the
 // plan's sizes alone, never of the device: a norm is added up chunk by chunk, so with the same kernels it has the same
 // bits on any of them.
-constexpr int64_t kLeastChunk = 2048, kMostChunk = 65536, kWantedChunks = 4096;
+//
+// Why 16384 at most. An H200 runs 528 blocks at a time (132 multiprocessors, 4 blocks each), and the last of them leave
+// part of it idle: half a block's time on average. With 300 million parameters of AdamW (28 bytes each, at 4.3 TB/s
+// 2 ms), chunks of 65536 make 9 rounds of blocks, so that this is 5 % of the update; 16384 make 35, and 1.4 %. What
+// grows instead is the sum over the partials by the last block of a statistics pass: 8 loads in flight in each of 256
+// threads, so about 0.25 us for 2048 chunks: 2 us of those 2 ms, in which a block's own beginning, some 2 us in 50,
+// is covered by the other three. From some 7 billion parameters on a GPU the next size would be no worse. These are
+// estimates, and benchmarks/gpu is to confirm them on a GPU.
+constexpr int64_t kLeastChunk = 2048, kMostChunk = 16384, kWantedChunks = 4096;
 
 inline int64_t chunk_elements(int64_t total) {
   int64_t elements = kLeastChunk;
@@ -61,11 +76,16 @@ struct RowScalars {
   uint32_t variant;
 };
 
+// What the blocks of a pass add up, apart from the norm; all 0 between passes. See Note [Tickets].
+struct Tally {
+  uint32_t ticket;     // blocks that are done
+  uint32_t nonfinite;  // whether a gradient is not finite
+};
+
 struct Control {
-  double multiplier;   // inverse scale times clip coefficient
-  uint32_t skip;       // whether the update is to change nothing
-  uint32_t ticket;     // blocks of the running pass that are done; 0 between passes
-  uint32_t nonfinite;  // whether a gradient of the running pass is not finite; 0 between passes
+  double multiplier;  // inverse scale times clip coefficient
+  uint32_t skip;      // whether the update is to change nothing
+  Tally tally[2];     // passes use them in turns
 };
 
 struct Tables {
@@ -79,6 +99,7 @@ struct Tables {
   Control* control;
   uint32_t row_count, chunk_count;
   int64_t chunk_elements;
+  uint32_t turn;  // which tally the pass uses
 };
 
 // A number that the host knows, or that lies on the device.
@@ -105,7 +126,8 @@ struct StatisticsArguments {
   Operand scale, found_inf;  // the divisor of the gradients, and what was found elsewhere
   Operand max_norm;
   Report report;
-  double* total;  // with several devices: receives the sum and whether all is finite, and nothing is concluded
+  double* total;     // with several devices: receives the sum and whether all is finite, and nothing is concluded
+  bool slow_double;  // filled in where it is launched: see has_slow_double()
 };
 
 struct UpdateArguments {

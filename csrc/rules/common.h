@@ -51,6 +51,14 @@ FUSEDOPT_HD T clamp(T x, T bound) {
   x = -bound > x ? -bound : x;
   return bound < x ? bound : x;
 }
+#if defined(__CUDA_ARCH__)
+// The same in two instructions, not four.
+FUSEDOPT_HD float clamp(float x, float bound) {
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(x) : "f"(x), "f"(-bound));
+  asm("min.NaN.f32 %0, %1, %2;" : "=f"(x) : "f"(x), "f"(bound));
+  return x;
+}
+#endif
 
 // min(1, max_norm / (norm + eps)). A NaN norm gives NaN (std::min and fmin would give 1); an infinite bound only
 // reports, so an infinite norm then gives 1.

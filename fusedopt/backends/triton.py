@@ -24,8 +24,6 @@ _LEAST_TRITON = (3, 6)
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)  # by number, as DType of csrc/tables.h
 _ABSENT = -1
 _PREPARE_ROWS = 128
-# Compute capabilities whose float64 arithmetic is slow, as in csrc/cuda/portable.h.
-_SLOW_DOUBLE, _SLOW_DOUBLE_FROM = (86, 87, 89, 103), 110
 
 
 @functools.cache
@@ -74,8 +72,8 @@ def _has_slow_double(device: int) -> bool:
     properties = torch.cuda.get_device_properties(device)
     if torch.version.hip is not None:
         return not properties.gcnArchName.startswith("gfx9")
-    capability = properties.major * 10 + properties.minor
-    return capability in _SLOW_DOUBLE or capability >= _SLOW_DOUBLE_FROM
+    module, _ = compiled_module()
+    return module.has_slow_double(properties.major * 10 + properties.minor)  # type: ignore[union-attr]
 
 
 class Launcher:

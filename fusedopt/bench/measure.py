@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import random
 import re
@@ -13,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-__all__ = ["BandwidthProbe", "CacheFlush", "Quantiles", "Times", "interleave", "paired_ratio"]
+__all__ = ["BandwidthProbe", "CacheFlush", "Quantiles", "QueuedTimer", "Times", "interleave", "paired_ratio"]
 
 
 def _last_level_cache() -> int:
@@ -32,9 +33,16 @@ class CacheFlush:
     def __init__(self, device: torch.device):
         size = torch.cuda.get_device_properties(device).L2_cache_size if device.type == "cuda" else _last_level_cache()
         self._buffer = torch.zeros(2 * size // 4, device=device)
+        self._read: torch.Tensor | None = None
 
     def __call__(self) -> None:
         self._buffer.add_(1.0)
+
+    def read(self) -> None:
+        """Evict by reading as much memory that nobody writes: then what comes next writes back no lines but its own."""
+        if self._read is None:
+            self._read = torch.zeros_like(self._buffer)
+        self._read.sum()
 
 
 @dataclass
@@ -42,12 +50,19 @@ class Times:
     """Seconds of each round of one contender.
 
     Attributes:
-        total: until the work is done; on a GPU between two CUDA events.
+        total: until the work is done; on a GPU between two CUDA events, the first on an idle device.
         host: until the call returns. The same as ``total`` on a CPU.
+        queued: of the device's work alone, see :class:`QueuedTimer`; empty where that was not asked for.
     """
 
     total: list[float] = field(default_factory=list)
     host: list[float] = field(default_factory=list)
+    queued: list[float] = field(default_factory=list)
+
+    @property
+    def work(self) -> list[float]:
+        """What to compare with the memory's bandwidth: ``queued``, or ``total`` without."""
+        return self.queued or self.total
 
 
 def _time(function: Callable[[], object], device: torch.device) -> tuple[float, float]:
@@ -66,6 +81,42 @@ def _time(function: Callable[[], object], device: torch.device) -> tuple[float, 
     host = time.perf_counter() - start
     end.synchronize()
     return begin.elapsed_time(end) / 1e3, host
+
+
+class QueuedTimer:
+    """Times the work of a GPU without the host's: all of it is in the queue before the device comes to its beginning.
+
+    The device is kept busy meanwhile. That it was busy for long enough is seen when the host is done, from the first
+    event, which must not have been reached; if it has been, the call is repeated behind twice the delay. What waits for
+    the device itself cannot be queued: it is timed as it is, its waiting included.
+    """
+
+    #: Seconds of delay, at first and at most.
+    LEAST, MOST = 1e-3, 0.064
+    #: Above any GPU's clock: a delay is rather too long.
+    _CYCLES_PER_SECOND = 3e9
+
+    def __init__(self, device: torch.device):
+        self._device = device
+        self._delays: dict[str, float] = {}
+
+    def __call__(self, name: str, function: Callable[[], object], prepare: Callable[[], object]) -> float:
+        """Seconds of one call, ``prepare`` left out; ``name`` tells what is known of its host time."""
+        while True:
+            delay = self._delays.get(name, self.LEAST)
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            torch.cuda.synchronize(self._device)
+            if delay:
+                torch.cuda._sleep(int(delay * self._CYCLES_PER_SECOND))
+            prepare()
+            begin.record()
+            function()
+            end.record()
+            queued = not begin.query()
+            end.synchronize()
+            if queued or not delay:
+                return begin.elapsed_time(end) / 1e3
+            self._delays[name] = 2 * delay if delay < self.MOST else 0.0
 
 
 class BandwidthProbe:
@@ -112,6 +163,7 @@ def interleave(
     prepare: Callable[[str], None],
     device: torch.device,
     warmup: int = 3,
+    prepare_queued: Callable[[str], None] | None = None,
 ) -> dict[str, Times]:
     """Times of each function in each round; their order within a round is drawn anew each time.
 
@@ -121,8 +173,11 @@ def interleave(
         prepare: called with the name before each timed call, outside the time.
         device: where the work is done.
         warmup: rounds before that are not counted.
+        prepare_queued: on a GPU, time each function a second time in each round, by a :class:`QueuedTimer`; this is
+            called with the name before.
     """
     times = {name: Times() for name in functions}
+    timer = QueuedTimer(device)
     order = random.Random(0)
     # A collection would be charged to whom it happens to meet, and walks through the caches.
     gc.collect()
@@ -133,6 +188,9 @@ def interleave(
             for name in order.sample(list(functions), len(functions)):
                 prepare(name)
                 total, host = _time(functions[name], device)
+                if prepare_queued is not None:
+                    queued = timer(name, functions[name], functools.partial(prepare_queued, name))
+                    times[name].queued += [queued] * counted
                 if counted:
                     times[name].total.append(total)
                     times[name].host.append(host)

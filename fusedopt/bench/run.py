@@ -41,6 +41,7 @@ class Result:
         left_out: of the others, why: not available here, or a wrong result.
         extra_memory: peak bytes that a step takes beyond what there was before it; None where it cannot be told.
         bandwidth: bytes per second that the memory moved in each round; empty for a case too small to be limited by it.
+            On a GPU it and what it is compared with are of ``Times.queued``.
     """
 
     case: Case
@@ -59,12 +60,12 @@ class Result:
 
     def bytes_per_second(self, name: str) -> float:
         """As if the contender moved what two passes have to move."""
-        return self.case.parameters * self.case.bytes_per_parameter / self.seconds(name).median
+        return self.case.parameters * self.case.bytes_per_parameter / statistics.median(self.times[name].work)
 
     def share_of_bandwidth(self, name: str) -> float:
         """``bytes_per_second`` over what the memory moved in the same round: the median of the rounds."""
         moved = self.case.parameters * self.case.bytes_per_parameter
-        rounds = zip(self.times[name].total, self.bandwidth, strict=True)
+        rounds = zip(self.times[name].work, self.bandwidth, strict=True)
         return statistics.median(moved / seconds / bandwidth for seconds, bandwidth in rounds)
 
 
@@ -173,9 +174,16 @@ def run(
         if flush is not None and not case.warm:
             flush()
 
-    result.times = interleave(functions, rounds, prepare, device)
+    def prepare_queued(name: str) -> None:
+        if name in contenders:
+            contenders[name].prepare()
+        if flush is not None:
+            flush.read()
+
+    queues = device.type == "cuda" and _PROBE in functions
+    result.times = interleave(functions, rounds, prepare, device, prepare_queued=prepare_queued if queues else None)
     if probe is not None and _PROBE in result.times:
-        result.bandwidth = [probe.moved / seconds for seconds in result.times.pop(_PROBE).total]
+        result.bandwidth = [probe.moved / seconds for seconds in result.times.pop(_PROBE).work]
     result.extra_memory = {name: _extra_memory(contender) for name, contender in contenders.items()}
     contenders.clear()
     functions.clear()

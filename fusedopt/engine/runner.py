@@ -176,7 +176,9 @@ class Runner:
             distributed.launch(launcher, **dist_cfg)
         with self._naming("env_cfg"):
             self._set_environment(environment)
-        self.set_randomness(**_section("randomness", randomness, ("seed", "diff_rank_seed", "deterministic")))
+        with self._naming("randomness"):
+            randomness = _section("randomness", randomness, ("seed", "diff_rank_seed", "deterministic"))
+            self.set_randomness(**randomness)
         self.work_dir = str(Path(work_dir).resolve())
         self.timestamp = distributed.broadcast(time.strftime("%Y%m%d_%H%M%S"))
         filename = cfg.filename if isinstance(cfg, Config) else None

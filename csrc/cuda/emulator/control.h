@@ -6,13 +6,18 @@
 #include <memory>
 #include <vector>
 
+#include "../../ptx/module.h"
+
 namespace fusedopt::cuda::emulated {
 
 // What tests may choose.
 struct Settings {
   uint64_t order = 0;  // of blocks and threads: 0 as numbered, else drawn from this seed
   bool slow_double = false;
-  bool dry = false;  // count launches, but run nothing
+  bool dry = false;   // count launches, but run nothing
+  uint32_t lost = 0;  // blocks that are left out of every launch of more
+  // Run this code, nvcc's PTX of the kernels, in place of the host code. See docs/ptx.md.
+  std::vector<std::shared_ptr<const ptx::Module>> ptx;
 };
 Settings& settings();
 // Launches recorded instead of run, as a stream does that captures a CUDA graph.

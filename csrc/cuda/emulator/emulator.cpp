@@ -196,12 +196,24 @@ void run_blocks(uint32_t blocks, const std::function<void()>& kernel) {
     std::shuffle(order.begin(), order.end(), random);
     std::shuffle(thread_order.begin(), thread_order.end(), random);
   }
+  if (settings().lost < blocks) order.resize(blocks - settings().lost);
   machine.kernel = &kernel;
   gridDim.x = blocks;
   for (uint32_t block : order) {
     blockIdx.x = block;
     run_block(thread_order);
   }
+}
+
+void run_ptx(void* kernel, uint32_t blocks, bool early, const std::vector<ptx::Argument>& arguments) {
+  const std::string name = ptx_name(kernel);
+  for (const auto& module : settings().ptx) {
+    if (!module->has_kernel(name)) continue;
+    const bool starts_early = early && module->architecture >= 90;
+    ptx::run(*module, name, {blocks, kWarps, 0, starts_early, settings().order, settings().lost}, arguments);
+    return;
+  }
+  throw ptx::Error("the PTX holds no kernel " + name);
 }
 
 void run_or_record(std::function<void()> launch) {

@@ -13,6 +13,7 @@
 
 #include <string>
 
+#include "../../ptx/machine.h"
 #include "../launchers.h"
 #include "control.h"
 
@@ -64,9 +65,9 @@ inline unsigned __reduce_or_sync(unsigned, unsigned value) {
   for (int lane = 0; lane < 32; ++lane) value |= static_cast<unsigned>(values[lane]);
   return value;
 }
-inline uint32_t atomicAdd(uint32_t* to, uint32_t value) {
-  const uint32_t before = *to;
-  *to += value;
+inline uint32_t draw_ticket(uint32_t* counter, uint32_t count) {
+  const uint32_t before = *counter;
+  *counter = before >= count - 1 ? 0 : before + 1;
   return before;
 }
 inline uint32_t atomicOr(uint32_t* to, uint32_t value) {
@@ -74,7 +75,6 @@ inline uint32_t atomicOr(uint32_t* to, uint32_t value) {
   *to |= value;
   return before;
 }
-inline void __threadfence() {}
 template <class T>
 T __ldcg(const T* at) {
   return *at;
@@ -89,7 +89,7 @@ T* in_global_memory(T* address) {
   return address;
 }
 
-inline bool slow_double() { return settings().slow_double; }
+inline bool slow_double(int) { return settings().slow_double; }
 
 void* shared_memory(size_t bytes);
 template <class T>
@@ -104,9 +104,20 @@ void run_blocks(uint32_t blocks, const std::function<void()>& kernel);
 template <class... Parameters>
 void load_kernel(void (*)(Parameters...)) {}
 
+// Runs a kernel's PTX, which settings() hold.
+void run_ptx(void* kernel, uint32_t blocks, bool early, const std::vector<ptx::Argument>& arguments);
+// A part of a kernel's name in PTX that no other has.
+std::string ptx_name(void* kernel);
+
 template <class... Parameters>
-void launch(void (*kernel)(Parameters...), uint32_t blocks, const Place&, bool, const Parameters&... arguments) {
-  run_or_record([=] { run_blocks(blocks, [&] { kernel(arguments...); }); });
+void launch(void (*kernel)(Parameters...), uint32_t blocks, const Place&, bool early, const Parameters&... arguments) {
+  run_or_record([=] {
+    if (settings().ptx.empty()) {
+      run_blocks(blocks, [&] { kernel(arguments...); });
+    } else {
+      run_ptx(reinterpret_cast<void*>(kernel), blocks, early, {ptx::Argument{&arguments, sizeof(arguments)}...});
+    }
+  });
 }
 
 }  // namespace fusedopt::cuda::emulated
