@@ -13,7 +13,7 @@ import platform
 import re
 import subprocess
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -215,6 +215,14 @@ def judge_pass(step: Step, log: str | None, tests: Tests | None) -> Pass:
     return result
 
 
+def readable(figures: Callable[[], str]) -> str:
+    """Figures, or why they cannot be read: that must not cost the report."""
+    try:
+        return figures()
+    except Exception as error:
+        return f"cannot be read: {type(error).__name__}: {error}"
+
+
 @dataclass
 class Job:
     """All that the steps have left."""
@@ -249,8 +257,9 @@ class Job:
             for path in (work / "environment.txt", work / "warmup.txt")
         )
         tests = {name: read_junit(work / f"{name}.xml") for name in TEST_STEPS}
-        bandwidth = bandwidth_summary(read_lines(work / "bandwidth.jsonl"))
-        counters = counter_table(read_counters(work / "ncu.csv"), read_lines(work / "profile.jsonl"))
+        bandwidth = readable(lambda: bandwidth_summary(read_lines(work / "bandwidth.jsonl")))
+        launches = read_lines(work / "profile.jsonl")
+        counters = readable(lambda: counter_table(read_counters(work / "ncu.csv"), launches))
         counters = counters or why_no_counters(work / "ncu.csv")
         return cls(environment, steps, tests, passes, results, warmup, bandwidth, counters)
 
@@ -383,8 +392,8 @@ def test_list(tests: Tests) -> str:
 def summary(job: Job, pictures: Sequence[str] = (), unfinished: bool = False) -> str:
     """The job as a page: what matters most comes first, and what there is no room for is named."""
     code, reasons = job.judge()
-    lines = [f"# GPU job: {MEANINGS[code]}", "", f"Exit code {code}{' so far' if unfinished else ''}.", ""]
-    lines += [f"- {reason}" for reason in reasons[: 2 * MOST_NAMES]]
+    lines = [f"# GPU job: {MEANINGS[code]}", "", f"Exit code {code}{' so far' if unfinished else ''}."]
+    lines += [""] * bool(reasons) + [f"- {reason}" for reason in reasons[: 2 * MOST_NAMES]]
     if len(reasons) > 2 * MOST_NAMES:
         lines.append(f"- and {len(reasons) - 2 * MOST_NAMES} more")
     if job.environment:

@@ -60,6 +60,7 @@ class Gate:
         bandwidth: bytes per second that the memory moved in each round; empty for a small case.
         steps: seconds until the step returned, by itself and warm; empty where ``host_us`` is not asked for.
         error: why it could not be checked.
+        known: the measures of so many rounds, which take longer to resample than a GPU takes for the rounds.
     """
 
     case: Case
@@ -71,6 +72,7 @@ class Gate:
     bandwidth: list[float] = field(default_factory=list)
     steps: list[float] = field(default_factory=list)
     error: str | None = None
+    known: tuple[int, dict[str, tuple[float, float, float]]] = (0, {})
 
     @property
     def name(self) -> str:
@@ -81,6 +83,8 @@ class Gate:
     def measures(self) -> dict[str, tuple[float, float, float]]:
         """Median and its 95 % interval of all that was measured, by keys of ``LIMITS``."""
         ours = self.our_times.total
+        if self.known[0] == len(ours):
+            return self.known[1]
         pairs = {"ratio": (self.their_times.total, ours)} if ours else {}
         if self.bandwidth:
             moved = self.case.parameters * self.case.bytes_per_parameter
@@ -91,6 +95,7 @@ class Gate:
         for name, (above, below) in pairs.items():
             quantiles, (low, high) = paired_ratio(above, below)
             found[name] = quantiles.median, low, high
+        self.known = len(ours), found
         return found
 
     @property

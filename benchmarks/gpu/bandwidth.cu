@@ -66,7 +66,8 @@ Options parse(int count, char** arguments) {
       options.tensors = static_cast<int>(positive(name, value));
     } else if (is("--runs")) {
       options.runs = static_cast<int>(positive(name, value));
-    } else if (is("--json") && value) {
+    } else if (is("--json")) {
+      if (!value) refuse("--json needs the name of a file");
       options.json = value;
     } else {
       refuse(std::string("what is ") + name + "?");

@@ -36,14 +36,13 @@ def fix_cublas_workspace(cuda_was_in_use: bool) -> None:
     if torch.version.hip is not None:
         return
     found = os.environ.get(_CUBLAS)
-    wanted = (
-        f"deterministic=True on a GPU needs {_CUBLAS}={_CUBLAS_FIXED[0]} (or {_CUBLAS_FIXED[1]}) in the environment"
-    )
+    first, second = _CUBLAS_FIXED
+    wanted = f"randomness.deterministic=True on a GPU needs {_CUBLAS}={first} (or {second}) in the environment"
     if found is None and cuda_was_in_use:
         raise ValueError(f"{wanted}, and this process has used CUDA before: set it where the process starts")
     if found is not None and found not in _CUBLAS_FIXED:
         raise ValueError(f"{wanted}, which has {found!r}")
-    os.environ.setdefault(_CUBLAS, _CUBLAS_FIXED[0])
+    os.environ.setdefault(_CUBLAS, first)
 
 
 def seed_everything(seed: int) -> None:
