@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -33,7 +34,7 @@ import fusedopt
 from fusedopt import backends
 from fusedopt.amp import GradScaler
 from fusedopt.averaging import ExponentialMovingAverage
-from fusedopt.backends import triton
+from fusedopt.backends import selftest, triton
 from fusedopt.info import info
 from fusedopt.rules import RULES
 from fusedopt.schedulers import CosineAnnealingLR, CosineAnnealingMomentum, LambdaLR, LinearLR, StepParamScheduler
@@ -876,3 +877,48 @@ def test_info_names_the_gpu_and_who_serves_it(served_by: str) -> None:
     assert torch.cuda.get_device_name(0) in text
     served = [line for line in text.splitlines() if line.startswith(f"backend {served_by} on cuda:0 ")]
     assert [line.split()[-1] for line in served] == ["available"]
+
+
+# --- The self-test -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rule", RULES)
+@each_dtype
+def test_the_kernels_pass_the_self_test(dtype: torch.dtype, rule: str, served_by: str, record_property: Any) -> None:
+    kind = backends.BACKENDS[served_by]
+    for taken in ("first", "loaded"):
+        begin = time.perf_counter()
+        found = [selftest.try_mode(kind, RULES[rule], CUDA, dtype, mode) for mode in selftest.MODES]
+        milliseconds = 1e3 * (time.perf_counter() - begin)
+        assert found == [None, None, None]
+        record_property(f"selftest_{taken}_ms", round(milliseconds, 1))
+        print(f"self-test of {served_by}, {rule}, {selftest._name(dtype)}, {taken}: {milliseconds:.1f} ms")
+
+
+def test_the_self_test_may_wait_and_leaves_the_device_as_it_was(
+    served_by: str, no_sync: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    params = on_gpu([(3,)])
+    monkeypatch.setattr(selftest, "_found", {})
+    states = torch.cuda.get_rng_state(CUDA)
+    side = torch.cuda.Stream(CUDA)
+    no_sync("error")
+    with torch.cuda.stream(side):
+        optimizer = fusedopt.FusedAdamW(params)
+        assert torch.cuda.current_stream() == side
+    assert torch.cuda.get_sync_debug_mode() == 2
+    no_sync("default")
+    assert torch.equal(torch.cuda.get_rng_state(CUDA), states)
+    assert optimizer.backend_in_use == served_by
+    assert set(selftest._found.values()) == {None}
+
+
+def test_the_self_test_is_not_made_in_a_capture(monkeypatch: pytest.MonkeyPatch) -> None:
+    params = on_gpu([(3,)])
+    monkeypatch.setattr(selftest, "_found", {})
+    torch.cuda.synchronize()
+    with torch.cuda.graph(torch.cuda.CUDAGraph()):
+        optimizer = fusedopt.FusedAdamW(params)
+    assert not selftest._found
+    assert optimizer.backend_in_use == "native"
+    assert set(selftest._found.values()) == {None}
