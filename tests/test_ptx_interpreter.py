@@ -321,6 +321,7 @@ def test_what_is_not_known_is_an_error_with_its_line(statement: str, reason: str
         ("ld.global.u32 %r3, [%rd4+2];", "not aligned to the 4 bytes"),
         ("mov.b64 %rd5, 0;\nld.global.u32 %r3, [%rd5];", "the address is null"),
         ("ld.shared.u32 %r3, [room];", "shared byte 0 was never written"),
+        ("mov.b64 %rd5, -4;\nld.shared.u32 %r3, [%rd5];", "outside of the block's shared memory"),
         ("ld.shared.u32 %r3, [room+64];", "outside of the block's shared memory"),
         ("st.shared.u32 [room], %r1;", "shared byte 0 was written by another thread"),
         (
@@ -355,6 +356,7 @@ PUBLISH = """
 	@%p1 bra $done;
 	setp.ne.u32 %p2, %r2, 0;
 	@%p2 bra $second;
+	{early}
 	st.global.b64 [%rd2+16], 9;
 	{release}
 	bra $done;
@@ -380,12 +382,21 @@ RELAXED = "atom.global.add.u32 %r3, [%rd2], 1;"
     ],
 )
 def test_what_another_block_has_written(release: str, acquire: str, load: str, reason: str | None) -> None:
-    body = PUBLISH.format(release=release, acquire=acquire, load=load)
+    body = PUBLISH.format(early="", release=release, acquire=acquire, load=load)
     if reason is None:
         assert run(body, blocks=2)[1] == 9
     else:
         with pytest.raises(ptx.PtxError, match=reason):
             run(body, blocks=2)
+
+
+@pytest.mark.parametrize(
+    ("early", "release"), [(BOTH, ""), (f"membar.gl; {RELAXED}", ""), ("membar.gl;", RELAXED)], ids=str
+)
+def test_a_release_before_the_store_does_not_release_it(early: str, release: str) -> None:
+    body = PUBLISH.format(early=early, release=release, acquire=BOTH, load="ld.global.cg.b64")
+    with pytest.raises(ptx.PtxError, match="has not released it"):
+        run(body, blocks=2)
 
 
 def test_before_the_kernel_before_is_through() -> None:

@@ -87,7 +87,8 @@ void Block::count_access(Warp& warp, const Instruction& instruction, size_t byte
 // Fences and atomics order what other blocks see: a fence and a later atomic of the thread release what came before the
 // fence; an atomic and a later fence acquire; an atomic may also do either by itself.
 void Block::fence(Warp& warp, int lane) {
-  warp.fence[lane] = epoch_;
+  warp.fenced[lane] = true;
+  warp.fence[lane] = moment(warp, lane);
   if (warp.since_atomic[lane]) global_.acquire(moment(warp, lane));
 }
 
@@ -95,10 +96,8 @@ void Block::atomic(Warp& warp, const Instruction& instruction, int lane) {
   const uint64_t address = warp.lanes_of(instruction.with[0])[lane] + static_cast<uint64_t>(instruction.offset);
   if (instruction.releases) {
     global_.release(moment(warp, lane));
-  } else if (warp.fence[lane] >= 0) {
-    Moment fenced = moment(warp, lane);
-    fenced.epoch = static_cast<uint16_t>(warp.fence[lane]);
-    global_.release(fenced);
+  } else if (warp.fenced[lane]) {
+    global_.release(warp.fence[lane]);
   }
   if (address % 4) fail(instruction, warp, lane, "an atomic of an address that is not aligned");
   if (address < kNullPage) fail(instruction, warp, lane, "the address is null");

@@ -35,7 +35,7 @@ void Block::run(uint32_t number, std::mt19937_64& random) {
     std::fill_n(warp.return_to, kLanes, kNoRegister);
     std::fill_n(warp.state, kLanes, State::kRunning);
     std::fill_n(warp.waited, kLanes, !launch_.early);
-    std::fill_n(warp.fence, kLanes, -1);
+    std::fill_n(warp.fenced, kLanes, false);
     std::fill_n(warp.since_atomic, kLanes, false);
     if (kernel_.block != kNoRegister) std::fill_n(warp.lanes_of(kernel_.block), kLanes, number);
   }

@@ -18,7 +18,8 @@ struct Warp {
   int return_to[kLanes];  // or kNoRegister, outside of a call
   State state[kLanes];
   bool waited[kLanes];        // for the kernel before
-  int fence[kLanes];          // epoch of the last fence, or -1
+  bool fenced[kLanes];        // whether there was a fence
+  Moment fence[kLanes];       // the last one
   bool since_atomic[kLanes];  // whether an atomic came after the last fence
 
   uint64_t* lanes_of(int index) { return registers + static_cast<size_t>(index) * kLanes; }
@@ -51,7 +52,7 @@ class Block {
                 const char* stored);
 
   Moment moment(const Warp& warp, int lane) const {
-    return {number_, static_cast<uint16_t>(warp.number * kLanes + lane), epoch_};
+    return {number_, static_cast<uint16_t>(warp.number * kLanes + lane), epoch_, counts_.instructions};
   }
   [[noreturn]] void fail(const Instruction& instruction, const Warp& warp, int lane, const std::string& what) const;
 

@@ -10,7 +10,7 @@ void SharedMemory::clear(size_t bytes) {
 }
 
 char* SharedMemory::access(uint64_t address, size_t bytes, const Moment& now, const char* stored) {
-  if (address + bytes > bytes_.size()) throw Error("outside of the block's shared memory");
+  if (address > bytes_.size() || bytes > bytes_.size() - address) throw Error("outside of the block's shared memory");
   for (uint64_t at = address; at < address + bytes; ++at) {
     Byte& byte = state_[at];
     const bool written = byte.write_epoch == now.epoch && byte.writer != now.thread;

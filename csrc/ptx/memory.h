@@ -12,9 +12,12 @@ struct Moment {
   uint32_t block = 0;
   uint16_t thread = 0;
   uint16_t epoch = 0;  // barriers of the block so far
+  uint64_t order = 0;  // instructions so far
 
   // Whether what was done at `earlier`, in the same block, is done before this: the thread's own, or before a barrier.
-  bool after(const Moment& earlier) const { return thread == earlier.thread || epoch > earlier.epoch; }
+  bool after(const Moment& earlier) const {
+    return thread == earlier.thread ? order > earlier.order : epoch > earlier.epoch;
+  }
 };
 
 // The shared memory of one block.
