@@ -73,7 +73,7 @@ def _has_slow_double(device: int) -> bool:
     if torch.version.hip is not None:
         return not properties.gcnArchName.startswith("gfx9")
     module, _ = compiled_module()
-    return module.has_slow_double(properties.major * 10 + properties.minor)  # type: ignore[union-attr]
+    return module.has_slow_double(properties.major * 10 + properties.minor)
 
 
 class Launcher:
