@@ -14,14 +14,18 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
-from cases import module
+import sass
+from cases import INF, module
 
 CUDA = Path(__file__).parents[1] / "csrc" / "cuda"
 NVCC = shutil.which(os.environ.get("CUDACXX", "nvcc"))
 SOURCES = ("statistics", "update", "upload")
 ARCHITECTURES = ("80", "90", "100")
+#: Others, whose machine code is made from the PTX of one of those.
+RELATIVES = {"86": "80", "89": "80", "103": "100", "120": "100"}
 # Those of CMakeLists.txt.
 FLAGS = ("-std=c++17", "-O3", "-DNDEBUG", "--fmad=false")
 #: Four blocks of 256 threads on a multiprocessor, see Note [Registers].
@@ -61,8 +65,19 @@ def short_name(mangled: str) -> str:
     return f"{found[1]}<{argument}>" if argument else found[1]
 
 
-def compile_one(source: str, arch: str, folder: Path) -> tuple[str, str]:
-    """(ptxas' report, PTX) of one source."""
+class Output(NamedTuple):
+    """What became of one source for one architecture."""
+
+    report: str  # ptxas'
+    ptx: str
+    cubin: Path
+
+
+Compiled = dict[tuple[str, str], Output]
+
+
+def compile_one(source: str, arch: str, folder: Path) -> Output:
+    """One source for one architecture."""
     assert NVCC is not None
     kept = folder / f"{source}-{arch}"
     kept.mkdir()
@@ -71,25 +86,40 @@ def compile_one(source: str, arch: str, folder: Path) -> tuple[str, str]:
     result = subprocess.run([*command, CUDA / f"{source}.cu"], capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
     (ptx,) = kept.glob("*.ptx")
-    return result.stderr, ptx.read_text()
+    return Output(result.stderr, ptx.read_text(), kept / "out.cubin")
+
+
+def assemble_one(output: Output, arch: str) -> Output:
+    """The same PTX for another architecture."""
+    assert NVCC is not None
+    (ptx,) = output.cubin.parent.glob("*.ptx")
+    cubin = output.cubin.with_suffix(f".{arch}.cubin")
+    ptxas = shutil.which("ptxas", path=f"{Path(NVCC).resolve().parent}{os.pathsep}{os.environ.get('PATH', '')}")
+    command = [str(ptxas), "-O3", f"-arch=sm_{arch}", "-v", "-o", cubin, ptx]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    return output._replace(report=result.stderr, cubin=cubin)
 
 
 @pytest.fixture(scope="module")
-def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], tuple[str, str]]:
-    """Reports and PTX, by source and architecture, of all that this nvcc knows."""
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> Compiled:
+    """By source and architecture, of all that this nvcc knows."""
     assert NVCC is not None
     known = subprocess.run([NVCC, "--list-gpu-arch"], capture_output=True, text=True, check=True).stdout.split()
     folder = tmp_path_factory.mktemp("ptxas")
     jobs = [(source, arch) for arch in ARCHITECTURES for source in SOURCES if f"compute_{arch}" in known]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        return dict(zip(jobs, pool.map(lambda job: compile_one(*job, folder), jobs), strict=True))
+        made = dict(zip(jobs, pool.map(lambda job: compile_one(*job, folder), jobs), strict=True))
+        more = [(s, arch) for arch in RELATIVES for s in SOURCES if f"compute_{arch}" in known and s != "upload"]
+        others = pool.map(lambda job: assemble_one(made[job[0], RELATIVES[job[1]]], job[1]), more)
+        return made | dict(zip(more, others, strict=True))
 
 
-def reports(compiled: dict[tuple[str, str], tuple[str, str]], arch: str) -> dict[str, Kernel]:
+def reports(compiled: Compiled, arch: str) -> dict[str, Kernel]:
     """The kernels of an architecture, by short name."""
     if ("update", arch) not in compiled:
         pytest.skip(f"this nvcc does not know sm_{arch}")
-    found = [parse_report(compiled[source, arch][0]) for source in SOURCES]
+    found = [parse_report(compiled[source, arch].report) for source in SOURCES if (source, arch) in compiled]
     kernels = [(short_name(name), kernel) for report in found for name, kernel in report.items()]
     assert len(dict(kernels)) == len(kernels)
     return dict(kernels)
@@ -124,7 +154,7 @@ def test_the_report_is_read() -> None:
 @pytest.mark.slow
 class TestKernels:
     @pytest.mark.parametrize("arch", ARCHITECTURES)
-    def test_all_are_there(self, compiled: dict[tuple[str, str], tuple[str, str]], arch: str) -> None:
+    def test_all_are_there(self, compiled: Compiled, arch: str) -> None:
         names = set(reports(compiled, arch))
         expected = {f"statistics_kernel<{kind}>" for kind in range(NORMS)} | {"conclude_kernel", "map_kernel"}
         assert expected <= names
@@ -135,21 +165,17 @@ class TestKernels:
             assert {name for name in names if name.startswith("update_kernel")} == rules
         assert set(rest) == {"upload_kernel", "update_kernel"}, "and no others"
 
-    @pytest.mark.parametrize("arch", ARCHITECTURES)
-    def test_registers_suffice_without_spills(
-        self, compiled: dict[tuple[str, str], tuple[str, str]], arch: str
-    ) -> None:
+    @pytest.mark.parametrize("arch", [*ARCHITECTURES, *RELATIVES])
+    def test_registers_suffice_without_spills(self, compiled: Compiled, arch: str) -> None:
         for name, kernel in reports(compiled, arch).items():
             assert kernel.registers <= MOST_REGISTERS, name
             assert (kernel.stack, kernel.spill_stores, kernel.spill_loads) == (0, 0, 0), name
 
     @pytest.mark.parametrize("arch", ARCHITECTURES)
-    def test_streams_move_in_16_bytes_of_global_memory(
-        self, compiled: dict[tuple[str, str], tuple[str, str]], arch: str
-    ) -> None:
+    def test_streams_move_in_16_bytes_of_global_memory(self, compiled: Compiled, arch: str) -> None:
         """An access to what might be shared memory as well is slower, and a sign that the compiler was not told."""
         reports(compiled, arch)
-        updates, statistics = (entries(compiled[source, arch][1]) for source in ("update", "statistics"))
+        updates, statistics = (entries(compiled[source, arch].ptx) for source in ("update", "statistics"))
         for name, body in updates.items():
             assert re.search(r"\bld\.global(\.nc)?\.v4\.[ufb]32", body), name
             assert re.search(r"\bst\.global\.v4\.[ufb]32", body), name
@@ -160,22 +186,45 @@ class TestKernels:
             assert re.findall(r"\b(?:ld|st)\.v[248]\.\w+", body) == [], name
 
     @pytest.mark.parametrize("arch", ARCHITECTURES)
-    def test_the_update_can_start_early_from_sm_90_on(
-        self, compiled: dict[tuple[str, str], tuple[str, str]], arch: str
-    ) -> None:
+    def test_the_update_can_start_early_from_sm_90_on(self, compiled: Compiled, arch: str) -> None:
         reports(compiled, arch)
         early = int(arch) >= 90
-        for name, body in entries(compiled["update", arch][1]).items():
+        for name, body in entries(compiled["update", arch].ptx).items():
             assert ("griddepcontrol.wait" in body) == early, name
-        for name, body in entries(compiled["statistics", arch][1]).items():
+        for name, body in entries(compiled["statistics", arch].ptx).items():
             assert ("griddepcontrol.launch_dependents" in body) == (early and name.startswith("statistics")), name
 
     @pytest.mark.parametrize("arch", ARCHITECTURES)
-    def test_nothing_is_contracted(self, compiled: dict[tuple[str, str], tuple[str, str]], arch: str) -> None:
+    def test_nothing_is_contracted(self, compiled: Compiled, arch: str) -> None:
         """See Note [Same bits everywhere]: fma appears where it was asked for, and never in float."""
         reports(compiled, arch)
-        for body in entries(compiled["update", arch][1]).values():
+        for body in entries(compiled["update", arch].ptx).values():
             assert "fma.rn.f32" not in body
+
+    @pytest.mark.skipif(sass.disassembler() is None, reason="cuobjdump is not here")
+    def test_instructions_per_element(self, compiled: Compiled) -> None:
+        """What Note [Dtypes at run time] says, and as much for SGD with momentum; without write_back_grads."""
+        reports(compiled, "90")
+        functions = sass.disassemble(compiled["update", "90"].cubin)
+        found: dict[tuple[str, str], float] = {}
+        for rule, states, products in (("Adam", 2, 12), ("Sgd", 1, 5)):
+            (code,) = (code for name, code in functions.items() if rule in name)
+            # Elements of a vector, and its conversions from float16. A mixed row has float16 gradients and all else in
+            # float32, and its loads are pairs of which one is done.
+            kinds = {"float32": (4, 0), "bfloat16": (8, 0), "float16": (8, 8 * (states + 2)), "mixed": (4, 4)}
+            for way in (way for ways in sass.loops(code) for way in ways):
+                for kind, (elements, from_fp16) in kinds.items():
+                    loads = (states + 2, states + 2 if kind == "mixed" else 0)
+                    # The gradient's store may be one that is not done.
+                    stores = {(states + 1, 0)} | ({(states + 2, 0)} if kind == "float32" else set())
+                    if (way.products, way.from_fp16) != (products * elements, from_fp16):
+                        continue
+                    if way.loads == loads and way.stores in stores:
+                        found[rule, kind] = min(way.issued / elements, found.get((rule, kind), INF))
+        most = {"float32": (48, 20), "bfloat16": (51, 21), "float16": (51, 21), "mixed": (62, 29)}
+        want = {(rule, kind): most[kind][index] for index, rule in enumerate(("Adam", "Sgd")) for kind in most}
+        assert found.keys() == want.keys()
+        assert {key: value for key, value in found.items() if value > want[key]} == {}
 
 
 def fat_binaries(data: bytes) -> Counter[tuple[str, int]]:
