@@ -183,6 +183,7 @@ class Runner:
         self.experiment_name = "_".join(filter(None, (name, self.timestamp)))
         self.logger = build_logger(self.work_dir, self.timestamp, log_level)
         self.message_hub, self.log_by_epoch = self._build_message_hub(log_processor)
+        self._warned_of: set[str] = set()
         self._hooks: list[Hook] = []
         self._load_from = load_from
         self._resume = resume
@@ -473,6 +474,12 @@ class Runner:
             raise TypeError(f"custom_hooks must be a list of hooks and their configs, got {hooks!r}")
         for hook in hooks:
             self.register_hook(hook)
+
+    def warn_once(self, message: str) -> None:
+        """Log a warning, unless this one was logged before."""
+        if message not in self._warned_of:
+            self._warned_of.add(message)
+            self.logger.warning(message)
 
     def call_hook(self, fn_name: str, **kwargs: Any) -> None:
         """Call the method ``fn_name`` of every hook that has it, with the runner and ``kwargs``."""

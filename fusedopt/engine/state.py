@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 from torch.nn.modules.utils import consume_prefix_in_state_dict_if_present
 
+from ..portable import as_before, portable
 from ..version import __version__
 from ..wrappers import OptimWrapper, OptimWrapperDict
 from . import distributed
@@ -44,9 +45,14 @@ def training_state(
     assert loop is not None
     assert runner.optim_wrapper is not None
     weights = runner.bare_model.state_dict()
+    for name, part in runner.message_hub.unsaved().items():
+        runner.warn_once(
+            f"The information {name!r} of the message hub is not saved, a resumed training is without it: {part} is "
+            "neither a tensor nor a plain value"
+        )
     checkpoint: dict[str, Any] = {
         "meta": {
-            **loop.progress(),
+            **portable(loop.progress()),
             "by_epoch": loop.by_epoch,
             "epoch_length": len(loop.dataloader),
             "seed": runner.seed,
@@ -57,17 +63,17 @@ def training_state(
             "fusedopt_version": __version__,
             **(meta or {}),
         },
-        "state_dict": _with_versions(moved(weights, "cpu"), weights),
+        "state_dict": _with_versions(moved(portable(weights), "cpu"), weights),
         "message_hub": moved(runner.message_hub.state_dict(), "cpu"),
     }
     if save_optimizer:
-        checkpoint["optimizer"] = moved(runner.optim_wrapper.state_dict(), "cpu")
+        checkpoint["optimizer"] = moved(portable(runner.optim_wrapper.state_dict()), "cpu")
         checkpoint["accumulation"] = {name: each.inner_count for name, each in _wrappers(runner).items()}
         checkpoint["processes"] = distributed.gather(
             {
-                **loop.process_state(),
+                **portable(loop.process_state()),
                 "gradients": moved(_gradients(runner.bare_model), "cpu"),
-                "buffers": moved(_buffers(runner.bare_model), "cpu"),
+                "buffers": moved(portable(_buffers(runner.bare_model)), "cpu"),
             }
         )
     if save_param_scheduler and runner.param_schedulers is not None:
@@ -160,7 +166,7 @@ def load_training(runner: Runner, filename: str | Path, checkpoint: dict[str, An
     assert loop is not None
     assert wrapper is not None
     with _restored_on_error(runner, filename):
-        wrapper.load_state_dict(checkpoint["optimizer"])
+        wrapper.load_state_dict(as_before(checkpoint["optimizer"], wrapper.state_dict()))
         if runner.param_schedulers is not None:
             _load_schedulers(runner.param_schedulers, checkpoint["param_schedulers"])
         runner.message_hub.load_state_dict(checkpoint["message_hub"])
@@ -177,7 +183,8 @@ def load_training(runner: Runner, filename: str | Path, checkpoint: dict[str, An
         each._inner_count = checkpoint["accumulation"][name]
         if mine is None:  # and with it the gradients of an accumulation that is not complete
             each._inner_count -= each._inner_count % each._accumulative_counts
-    loop.resume(meta, mine)
+    place = loop.progress()
+    loop.resume({**meta, **as_before({key: meta[key] for key in place if key in meta}, place)}, mine)
     if mine is None:
         runner.logger.warning(
             f"{filename} was written by {len(processes)} processes and is resumed by {runner.world_size}: the data are "
@@ -186,7 +193,9 @@ def load_training(runner: Runner, filename: str | Path, checkpoint: dict[str, An
     else:
         model = runner.bare_model
         if mine["buffers"]:
-            model.load_state_dict(_with_versions(mine["buffers"], checkpoint["state_dict"]), strict=False)
+            model.load_state_dict(
+                _with_versions(_loadable(model, mine["buffers"]), checkpoint["state_dict"]), strict=False
+            )
         for name, param in model.named_parameters():
             if name in mine["gradients"]:
                 param.grad = mine["gradients"][name].to(param.device)
@@ -247,7 +256,7 @@ def _loadable(model: nn.Module, state_dict: Mapping[str, Any]) -> OrderedDict[st
     """What of ``state_dict`` can be handed to the model, which may know old names of its own."""
     own = model.state_dict()
     fitting = {
-        name: value
+        name: as_before(value, own.get(name))
         for name, value in state_dict.items()
         if name not in own or getattr(own[name], "shape", None) == getattr(value, "shape", None)
     }
@@ -267,7 +276,7 @@ def _scheduler_states(param_schedulers: Any) -> Any:
     """The state of each scheduler, in a list, or in a dict of lists for several optimizers."""
     if isinstance(param_schedulers, Mapping):
         return {name: _scheduler_states(listed) for name, listed in param_schedulers.items()}
-    return [moved(scheduler.state_dict(), "cpu") for scheduler in param_schedulers]
+    return [moved(portable(scheduler.state_dict()), "cpu") for scheduler in param_schedulers]
 
 
 def _load_schedulers(param_schedulers: Any, states: Any) -> None:
@@ -287,4 +296,4 @@ def _load_schedulers(param_schedulers: Any, states: Any) -> None:
     if len(param_schedulers) != len(states):
         raise ValueError(f"it has {len(states)} schedulers instead of {len(param_schedulers)}")
     for scheduler, state in zip(param_schedulers, states, strict=True):
-        scheduler.load_state_dict(state)
+        scheduler.load_state_dict(as_before(state, scheduler.state_dict()))

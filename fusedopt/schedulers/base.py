@@ -11,6 +11,7 @@ from typing import Any, ClassVar, NoReturn
 import torch
 from torch import Tensor
 
+from ..portable import as_before
 from ..registry import warn_caller
 from ..rules.checks import check_whole_number, did_you_mean, is_number
 from ..wrappers import BaseOptimWrapper, OptimWrapperDict
@@ -204,7 +205,8 @@ class _ParamScheduler:
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Load what :meth:`state_dict` returned; its settings take the place of those given at construction.
 
-        The values in the parameter groups are loaded with the optimizer.
+        What a file has turned into a plain dict, list or number gets its type back, see Note [Types on the way through
+        a file]. The values in the parameter groups are loaded with the optimizer.
 
         Raises:
             TypeError: it is no dict.
@@ -214,7 +216,7 @@ class _ParamScheduler:
         if not isinstance(state_dict, Mapping):
             raise TypeError(f"state_dict must be a dict, got {type(state_dict).__name__}")
         self._check_state(state_dict)
-        self._restore(dict(state_dict))
+        self._restore(as_before(dict(state_dict), self.state_dict()))
 
     def _restore(self, state: dict[str, Any]) -> None:
         vars(self).update(state)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.optim import lr_scheduler, swa_utils
 
+from ..portable import as_before
 from ..registry import PARAM_SCHEDULERS
 from ..rules.checks import did_you_mean
 from .base import INF, OptimizerLike, _copied, _ParamScheduler, check_same_keys, per_group, refuse_new_groups
@@ -171,7 +172,7 @@ class TorchParamScheduler(_ParamScheduler):
         restored = None
         if torchs is not None:
             restored = self._trial()
-            restored.load_state_dict(dict(torchs))
+            restored.load_state_dict(as_before(dict(torchs), _plain(restored.state_dict())))
             restored.optimizer.groups = self._live
         self._torch = restored
         super()._restore(state)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..portable import as_before
 from .dict import OptimWrapperDict
 from .wrapper import OptimWrapper, _on
 
@@ -103,7 +104,7 @@ class SkipAwareScheduler:
         self._begin()
         if own.pop("some_were_made", False):
             self._made_before = self._made_before - 1
-        self.scheduler.load_state_dict(own)
+        self.scheduler.load_state_dict(as_before(own, self.scheduler.state_dict()))
 
     def __getattr__(self, name: str) -> Any:
         if name == "scheduler":  # not there yet, as while unpickling
