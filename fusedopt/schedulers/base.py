@@ -24,7 +24,6 @@ __all__ = [
     "OptimizerLike",
     "_ParamScheduler",
     "check_same_keys",
-    "per_group",
     "refuse_new_groups",
 ]
 
@@ -155,8 +154,12 @@ class _ParamScheduler:
         self._note_values()
 
     def _advance(self) -> None:
+        self._write(self._get_value())
+
+    def _write(self, values: Sequence[Any]) -> None:
+        """Set the value of each group."""
         key = self.param_name
-        for group, value in zip(self.optimizer.param_groups, self._get_value(), strict=True):
+        for group, value in zip(self.optimizer.param_groups, values, strict=True):
             current = group[key]
             if type(current) is not float and isinstance(current, Tensor):  # the quick question first: groups are many
                 current.fill_(value)  # in place: a captured CUDA graph reads this tensor
@@ -324,23 +327,6 @@ class MomentumSchedulerMixin:
                     betas[0].fill_(group["momentum"])
                 else:
                     group["betas"] = (group["momentum"], *betas[1:])
-
-
-def per_group(name: str, value: Any, optimizer: OptimizerLike) -> list[Any]:
-    """``value`` for each parameter group: itself, or its entries where it is a list.
-
-    A wrapper's ``base_param_settings``, for which a list need not have an entry, takes the last one.
-
-    Raises:
-        ValueError: a list of another length.
-    """
-    groups = len(optimizer.param_groups)
-    if not isinstance(value, list | tuple):
-        return [value] * groups
-    own = len(_optimizer_of(optimizer).param_groups)
-    if len(value) not in (own, groups):
-        raise ValueError(f"{name} has {len(value)} entries; expected one for each of {own} parameter groups")
-    return [*value, *[value[-1]] * (groups - len(value))]
 
 
 def refuse_new_groups(scheduler: _ParamScheduler) -> NoReturn:

@@ -13,7 +13,8 @@ from torch.optim import lr_scheduler, swa_utils
 from ..portable import as_before
 from ..registry import PARAM_SCHEDULERS
 from ..rules.checks import did_you_mean
-from .base import INF, OptimizerLike, _copied, _ParamScheduler, check_same_keys, per_group, refuse_new_groups
+from .base import INF, OptimizerLike, _copied, _ParamScheduler, check_same_keys, refuse_new_groups
+from .groups import per_group
 
 __all__ = ["SWALR", "CosineAnnealingWarmRestarts", "CyclicLR", "LambdaLR", "MultiplicativeLR", "TorchParamScheduler"]
 
@@ -132,7 +133,8 @@ class TorchParamScheduler(_ParamScheduler):
         arguments = dict(self._arguments)
         for name in self._per_group:
             if name in arguments:
-                arguments[name] = per_group(name, arguments[name], self.optimizer)
+                key = "momentum" if name.endswith("momentum") else self.param_name
+                arguments[name] = per_group(name, arguments[name], self.optimizer, key)
         if last_step != -1:
             arguments["last_epoch"] = last_step
         return type(self)._scheduler(_Groups(groups, self.optimizer.defaults), **arguments)
