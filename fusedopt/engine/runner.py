@@ -19,6 +19,7 @@ from .. import schedulers
 from ..builder import build_optim_wrapper
 from ..registry import HOOKS, LOOPS, MODEL_WRAPPERS, MODELS, VISUALIZERS, check_config, warn_caller
 from ..rules.checks import did_you_mean
+from ..undo import unchanged_on_error
 from ..wrappers import OptimWrapper
 from . import distributed
 from .checkpoint import find_latest_checkpoint, read_checkpoint, write_checkpoint
@@ -31,6 +32,7 @@ from .loops import TestLoop, TrainLoop, ValLoop
 from .message_hub import MessageHub
 from .random_states import seed_everything
 from .state import check_training, check_weights, load_training, load_weights, training_state
+from .undoing import leaves_no_trace_on_error
 from .visualizer import Visualizer
 
 __all__ = ["Runner"]
@@ -117,8 +119,11 @@ class Runner:
         KeyError: an unknown ``type``.
         TypeError, ValueError: something is of the wrong kind, out of range, unknown or missing.
         ConfigError: any of these, where ``cfg`` is a :class:`Config`.
+
+    An error leaves models, wrappers and all else that was given, and the random generators, as they were.
     """
 
+    @leaves_no_trace_on_error
     def __init__(
         self,
         model: nn.Module | Mapping[str, Any],
@@ -460,20 +465,22 @@ class Runner:
         """Add the default hooks, with ``hooks`` merged over them by key; None removes one."""
         if hooks is not None:
             check_config("default_hooks", hooks)
-        for hook in {**DEFAULT_HOOKS, **(hooks or {})}.values():
-            if hook is not None:
-                self.register_hook(hook)
+        with unchanged_on_error(self._hooks):
+            for hook in {**DEFAULT_HOOKS, **(hooks or {})}.values():
+                if hook is not None:
+                    self.register_hook(hook)
 
     def register_custom_hooks(self, hooks: Sequence[Hook | Mapping[str, Any]]) -> None:
-        """Add hooks.
+        """Add hooks; all of them, or none where one is refused.
 
         Raises:
             TypeError: ``hooks`` is not a list.
         """
         if isinstance(hooks, (str, Mapping)) or not isinstance(hooks, Sequence):
             raise TypeError(f"custom_hooks must be a list of hooks and their configs, got {hooks!r}")
-        for hook in hooks:
-            self.register_hook(hook)
+        with unchanged_on_error(self._hooks):
+            for hook in hooks:
+                self.register_hook(hook)
 
     def warn_once(self, message: str) -> None:
         """Log a warning, unless this one was logged before."""

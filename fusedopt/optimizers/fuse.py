@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from ..undo import unchanged_on_error
 from .adam import FusedAdam
 from .adamw import FusedAdamW
 from .base import FusedOptimizer
@@ -42,6 +43,7 @@ def fuse(
 
     Raises:
         TypeError: another class, a subclass included (its ``step`` may do something else).
+        TypeError, ValueError: as for :class:`FusedAdam`. ``optimizer`` has not changed then.
     """
     twin_class = FUSED_TWINS.get(type(optimizer))
     if twin_class is None:
@@ -51,13 +53,14 @@ def fuse(
     defaults = {key: value for key, value in optimizer.defaults.items() if key not in ("fused", "foreach")}
     if twin_class is FusedAdamW:
         del defaults["decoupled_weight_decay"]  # no argument there: always True
-    twin = twin_class(
-        optimizer.param_groups,
-        **defaults,
-        clip_grad=clip_grad,
-        write_back_grads=write_back_grads,
-        backend=backend,
-    )
+    with unchanged_on_error(optimizer):
+        twin = twin_class(
+            optimizer.param_groups,
+            **defaults,
+            clip_grad=clip_grad,
+            write_back_grads=write_back_grads,
+            backend=backend,
+        )
     for group, params in layout:
         group["params"] = params
     twin.param_groups = optimizer.param_groups

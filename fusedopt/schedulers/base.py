@@ -14,6 +14,7 @@ from torch import Tensor
 from ..portable import as_before
 from ..registry import warn_caller
 from ..rules.checks import check_whole_number, did_you_mean, is_number
+from ..undo import unchanged_on_error
 from ..wrappers import BaseOptimWrapper, OptimWrapperDict
 from ..wrappers.base import DRIVEN
 
@@ -96,9 +97,10 @@ class _ParamScheduler:
         for index, group in enumerate(optimizer.param_groups):
             if last_step != -1 and self._initial not in group:
                 raise KeyError(f"param_groups[{index}] has no {self._initial!r}, which last_step={last_step} needs")
-        self._prepare()
-        self._note_bases()
-        self._first_step()
+        with unchanged_on_error(optimizer):  # see Note [What fails changes nothing]
+            self._prepare()
+            self._note_bases()
+            self._first_step()
 
     @property
     def _initial(self) -> str:
@@ -293,7 +295,6 @@ class MomentumSchedulerMixin:
 
     def __init__(self, optimizer: OptimizerLike, *args: Any, **kwargs: Any):
         _check_optimizer(optimizer)
-        before = [dict(group) for group in optimizer.param_groups]
         for index, group in enumerate(optimizer.param_groups):
             if "momentum" not in group and "betas" not in group:
                 raise ValueError(
@@ -301,16 +302,11 @@ class MomentumSchedulerMixin:
                     "'momentum' nor 'betas'"
                 )
         self.use_betas = "momentum" not in optimizer.defaults
-        if self.use_betas:
-            for group in optimizer.param_groups:
-                group["momentum"] = _copied(group["betas"][0])
-        try:
+        with unchanged_on_error(optimizer):  # see Note [What fails changes nothing]
+            if self.use_betas:
+                for group in optimizer.param_groups:
+                    group["momentum"] = _copied(group["betas"][0])
             super().__init__(optimizer, "momentum", *args, **kwargs)  # type: ignore[call-arg]
-        except BaseException:
-            for group, settings in zip(optimizer.param_groups, before, strict=True):
-                if "momentum" not in settings:
-                    del group["momentum"]
-            raise
 
     def _take_in_new_groups(self) -> None:
         if self.use_betas:
@@ -395,19 +391,26 @@ def _optimizer_of(driven: OptimizerLike) -> torch.optim.Optimizer:
     return driven.optimizer if isinstance(driven, BaseOptimWrapper) else driven
 
 
+def _is_watched(optimizer: torch.optim.Optimizer) -> bool:
+    handle = _watched.get(optimizer)
+    # A failure may have taken the hook away again.
+    return handle is not None and handle.id in (handle.hooks_dict_ref() or ())
+
+
 def _watch(driven: OptimizerLike) -> None:
     optimizer = _optimizer_of(driven)
-    if optimizer not in _watched and not getattr(optimizer, "_opt_called", False):
+    if not _is_watched(optimizer) and not getattr(optimizer, "_opt_called", False):
         hook = functools.partial(_note_step, weakref.ref(optimizer))
         _watched[optimizer] = optimizer.register_step_post_hook(hook)
 
 
 def _unwatch(driven: OptimizerLike) -> bool:
     """Whether the optimizer was watched until now."""
+    watched = _is_watched(_optimizer_of(driven))
     handle = _watched.pop(_optimizer_of(driven), None)
     if handle is not None:
         handle.remove()
-    return handle is not None
+    return watched
 
 
 def _warn_unless_stepped(driven: OptimizerLike) -> None:

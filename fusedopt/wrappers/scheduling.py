@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..portable import as_before
+from ..undo import unchanged_on_error
 from .dict import OptimWrapperDict
 from .wrapper import OptimWrapper, _on
 
@@ -64,7 +65,8 @@ class SkipAwareScheduler:
         self.optim_wrapper = optim_wrapper
         self.wait = wait
         self._pending: _Flag | None = None
-        self._begin()
+        with unchanged_on_error(optim_wrapper):
+            self._begin()
 
     def _begin(self) -> None:
         self._steps_before = self.optim_wrapper.step_count
