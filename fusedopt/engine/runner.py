@@ -30,6 +30,7 @@ from .hooks.hook import Hook, get_priority
 from .log import build_logger
 from .loops import TestLoop, TrainLoop, ValLoop
 from .message_hub import MessageHub
+from .preflight import warn_of_what_will_not_act
 from .random_states import seed_everything
 from .state import check_training, check_weights, load_training, load_weights, training_state
 from .undoing import leaves_no_trace_on_error
@@ -220,6 +221,7 @@ class Runner:
             self.register_default_hooks(default_hooks)
         with self._naming("custom_hooks"):
             self.register_custom_hooks(custom_hooks or ())
+        warn_of_what_will_not_act(self)
         with self._naming("work_dir"):
             Path(self.work_dir).mkdir(parents=True, exist_ok=True)
 
@@ -466,7 +468,10 @@ class Runner:
         if hooks is not None:
             check_config("default_hooks", hooks)
         with unchanged_on_error(self._hooks):
-            for hook in {**DEFAULT_HOOKS, **(hooks or {})}.values():
+            defaults = dict(DEFAULT_HOOKS)
+            if self.train_loop is not None and not self.train_loop.by_epoch:  # whose epoch is 0 to the end
+                defaults["logger"] = {**defaults["logger"], "log_metric_by_epoch": False}
+            for hook in {**defaults, **(hooks or {})}.values():
                 if hook is not None:
                     self.register_hook(hook)
 

@@ -165,9 +165,9 @@ class FusedOptimizer(torch.optim.Optimizer):
                         if id(tensor) in seen:  # torch warns; two threads would write one parameter here
                             raise ValueError(f"{name} appears twice in its group")
                         seen.add(id(tensor))
-        with unchanged_on_error(*parameter_groups([param_group])):
+        with unchanged_on_error(self.param_groups, *parameter_groups([param_group])):
             super().add_param_group(param_group)
-        self._engine = None
+            self._engine = None
 
     def step(  # type: ignore[override]
         self,

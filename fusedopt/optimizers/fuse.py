@@ -61,13 +61,13 @@ def fuse(
             write_back_grads=write_back_grads,
             backend=backend,
         )
-    for group, params in layout:
-        group["params"] = params
-    twin.param_groups = optimizer.param_groups
-    twin.state = optimizer.state
-    twin._optimizer_step_pre_hooks = optimizer._optimizer_step_pre_hooks
-    twin._optimizer_step_post_hooks = optimizer._optimizer_step_post_hooks
-    if hasattr(optimizer.step, "_wrapped_by_lr_sched"):
-        # The twin's steps are not seen by a scheduler that watches optimizer.step; spare its warning.
-        optimizer._opt_called = True  # type: ignore[attr-defined]
-    return twin
+        for group, params in layout:
+            group["params"] = params
+        twin.param_groups = optimizer.param_groups
+        twin.state = optimizer.state
+        twin._optimizer_step_pre_hooks = optimizer._optimizer_step_pre_hooks
+        twin._optimizer_step_post_hooks = optimizer._optimizer_step_post_hooks
+        if hasattr(optimizer.step, "_wrapped_by_lr_sched"):
+            # The twin's steps are not seen by a scheduler that watches optimizer.step; spare its warning.
+            optimizer._opt_called = True  # type: ignore[attr-defined]
+        return twin

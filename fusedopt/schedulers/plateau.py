@@ -93,6 +93,11 @@ class ReduceOnPlateauParamScheduler(TorchParamScheduler):
             **kwargs,
         )
 
+    @property
+    def patience(self) -> int:
+        """Steps without improvement that do no harm."""
+        return self._torch.patience
+
     def _first_step(self) -> None:
         self._global_step = 0 if self.last_step == -1 else self._global_step + 1
         self._torch = self._make(self._live)
