@@ -32,6 +32,7 @@ from .loops import TestLoop, TrainLoop, ValLoop
 from .message_hub import MessageHub
 from .preflight import warn_of_what_will_not_act
 from .random_states import seed_everything
+from .settings import optimizer_settings, scheduler_settings
 from .state import check_training, check_weights, load_training, load_weights, training_state
 from .undoing import leaves_no_trace_on_error
 from .visualizer import Visualizer
@@ -113,6 +114,9 @@ class Runner:
         experiment_name: by default the name of the config file.
         model_wrapper_cfg: of the wrapper for several processes: ``type`` and its arguments, such as
             ``find_unused_parameters``.
+        resume_overrides: where the config was edited since the checkpoint that is resumed was written, whether its
+            settings of optimizers and schedulers count from there on: those of the checkpoint do otherwise, and a
+            warning lists the edits.
         cfg: the whole config. A :class:`Config` that comes from a file is saved beside the checkpoints, and is named
             in errors.
 
@@ -154,6 +158,7 @@ class Runner:
         randomness: Mapping[str, Any] | None = None,
         experiment_name: str | None = None,
         model_wrapper_cfg: Mapping[str, Any] | None = None,
+        resume_overrides: bool = False,
         cfg: Mapping[str, Any] | None = None,
     ):
         trains = _check_together(train_dataloader=train_dataloader, train_cfg=train_cfg, optim_wrapper=optim_wrapper)
@@ -171,8 +176,9 @@ class Runner:
             raise TypeError(f"load_from must be a path or None, got {load_from!r}")
         if experiment_name is not None and not isinstance(experiment_name, str):
             raise TypeError(f"experiment_name must be a string or None, got {experiment_name!r}")
-        if not isinstance(resume, bool):
-            raise TypeError(f"resume must be True or False, got {resume!r}")
+        for flag, value in (("resume", resume), ("resume_overrides", resume_overrides)):
+            if not isinstance(value, bool):
+                raise TypeError(f"{flag} must be True or False, got {value!r}")
         with self._naming("env_cfg"):
             environment = _section("env_cfg", env_cfg, _ENVIRONMENT_KEYS)
             dist_cfg = _section("env_cfg.dist_cfg", environment.get("dist_cfg"))
@@ -193,6 +199,11 @@ class Runner:
         self._hooks: list[Hook] = []
         self._load_from = load_from
         self._resume = resume
+        self.resume_overrides = resume_overrides
+        # What the config says, and what is in effect instead where a training was resumed, see Note [Settings of a
+        # resumed training].
+        self.settings: dict[str, Any] = {}
+        self.settings_in_effect: Mapping[str, Any] = self.settings
         self._loaded = False
         with self._naming("visualizer"):
             self.visualizer = self._build_visualizer(visualizer)
@@ -215,8 +226,10 @@ class Runner:
                 self.train_loop = self._build_train_loop(train_cfg, loader)
             with self._naming("optim_wrapper"):
                 self.optim_wrapper = self._build_optim_wrapper(optim_wrapper)
+                self.settings.update(optimizer_settings(optim_wrapper))
             with self._naming("param_scheduler"):
                 self.param_schedulers = self._build_param_schedulers(param_scheduler)
+                self.settings.update(scheduler_settings(param_scheduler, self.max_epochs, self.max_iters))
         with self._naming("default_hooks"):
             self.register_default_hooks(default_hooks)
         with self._naming("custom_hooks"):

@@ -20,6 +20,8 @@ from . import distributed
 from .checkpoint import CheckpointError, check_fit
 from .config import Config
 from .data import moved, reseed
+from .overrides import GroupSettings, check_replay, replay_schedules
+from .settings import differing, settings_of_text
 
 if TYPE_CHECKING:
     from .runner import Runner
@@ -57,6 +59,7 @@ def training_state(
             "epoch_length": len(loop.dataloader),
             "seed": runner.seed,
             "optimizers": _optimizer_names(runner),
+            "settings": dict(runner.settings_in_effect),
             "experiment_name": runner.experiment_name,
             "time": time.strftime("%Y%m%d_%H%M%S"),
             "cfg": runner.cfg.pretty_text if isinstance(runner.cfg, Config) else "",
@@ -108,7 +111,7 @@ def check_training(runner: Runner, filename: str | Path, checkpoint: dict[str, A
     assert loop is not None
     kinds: dict[str, Any] = dict.fromkeys(("meta", "state_dict", "message_hub", "optimizer", "accumulation"), Mapping)
     kinds["processes"] = list
-    if runner.param_schedulers is not None:
+    if runner.param_schedulers is not None and not runner.resume_overrides:
         kinds["param_schedulers"] = (Mapping, list)
     missing = [key for key, kind in kinds.items() if not isinstance(checkpoint.get(key), kind)]
     if "meta" not in missing:
@@ -165,12 +168,27 @@ def load_training(runner: Runner, filename: str | Path, checkpoint: dict[str, An
     loop, wrapper = runner.train_loop, runner.optim_wrapper
     assert loop is not None
     assert wrapper is not None
+    before = _settings_before(checkpoint["meta"])
+    edits = None if before is None else differing(before, runner.settings)
+    # Without an edit the schedulers' states do, if the file has them.
+    overrides = runner.resume_overrides and (edits is None or bool(edits) or "param_schedulers" not in checkpoint)
+    if overrides:
+        check_replay(runner, filename)
     with _restored_on_error(runner, filename):
-        wrapper.load_state_dict(as_before(checkpoint["optimizer"], wrapper.state_dict()))
-        if runner.param_schedulers is not None:
-            _load_schedulers(runner.param_schedulers, checkpoint["param_schedulers"])
+        built = GroupSettings(wrapper)
+        state = as_before(checkpoint["optimizer"], wrapper.state_dict())
+        if overrides and any(".loss_scale." in key for key in edits or ()):
+            state = _without_scalers(state)
+        wrapper.load_state_dict(state)
+        if overrides:
+            built.put_back()
+            replay_schedules(runner, checkpoint["meta"])
+        elif runner.param_schedulers is not None:
+            _load_schedulers(runner.param_schedulers, checkpoint.get("param_schedulers"))
         runner.message_hub.load_state_dict(checkpoint["message_hub"])
         runner.call_hook("after_load_checkpoint", checkpoint=checkpoint)
+    _tell_edits(runner, filename, edits or {}, overrides)
+    runner.settings_in_effect = runner.settings if overrides or before is None else before
     if "ema_state_dict" in checkpoint:  # EMAHook would have taken it out
         runner.logger.warning(
             f"{filename} has the averaged weights of an EMAHook: without one the training goes on from these, and not "
@@ -207,6 +225,32 @@ def load_training(runner: Runner, filename: str | Path, checkpoint: dict[str, An
             if each_loop is not None:
                 reseed(each_loop.dataloader, runner.seed, seed)
         runner.seed = seed
+
+
+def _settings_before(meta: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """The settings that a checkpoint was written with; None where that is not known."""
+    noted = meta.get("settings")
+    return noted if isinstance(noted, Mapping) else settings_of_text(meta.get("cfg"), meta)
+
+
+def _tell_edits(runner: Runner, filename: str | Path, edits: Mapping[str, tuple[Any, Any]], overrides: bool) -> None:
+    if not edits:
+        return
+    listed = "; ".join(f"{key} was {old!r} and is {new!r}" for key, (old, new) in edits.items())
+    if overrides:
+        runner.logger.info(f"resume_overrides: the settings of the config count, not those of {filename}: {listed}")
+    else:
+        runner.logger.warning(
+            f"The config was edited since {filename} was written, without effect, as the training goes on with the "
+            f"settings of the file: {listed}. With resume_overrides=True (--resume-overrides) those of the config count"
+        )
+
+
+def _without_scalers(state: Mapping[str, Any]) -> dict[str, Any]:
+    """A wrapper's state, or the states of several, without that of the loss scaler."""
+    if "param_groups" in state:
+        return {key: value for key, value in state.items() if key != "loss_scaler"}
+    return {name: _without_scalers(each) for name, each in state.items()}
 
 
 @contextlib.contextmanager
@@ -294,6 +338,9 @@ def _load_schedulers(param_schedulers: Any, states: Any) -> None:
             _load_schedulers(listed, states[name])
         return
     if len(param_schedulers) != len(states):
-        raise ValueError(f"it has {len(states)} schedulers instead of {len(param_schedulers)}")
+        raise ValueError(
+            f"it has {len(states)} schedulers instead of {len(param_schedulers)}; with resume_overrides=True those of "
+            "the config count"
+        )
     for scheduler, state in zip(param_schedulers, states, strict=True):
         scheduler.load_state_dict(as_before(state, scheduler.state_dict()))
