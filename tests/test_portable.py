@@ -13,7 +13,7 @@ import torch
 from engine_cases import assert_same as assert_same_state
 from engine_cases import config, train
 
-from fusedopt.engine import Hook, Runner
+from fusedopt.engine import EpochBasedTrainLoop, Hook, Runner
 from fusedopt.engine.checkpoint import read_checkpoint, write_checkpoint
 from fusedopt.portable import as_before, portable
 from fusedopt.schedulers import MultiStepLR, _ParamScheduler
@@ -152,6 +152,35 @@ def test_states_of_ones_own_go_on_in_a_run(tmp_path):
         assert_same(one.state_dict(), other.state_dict())
     for name in ("counts", "phase", "best"):
         assert_same(resumed.message_hub.get_info(name), straight.message_hub.get_info(name))
+
+
+def test_a_loop_of_ones_own_keeps_its_types(tmp_path):
+    class Phased(EpochBasedTrainLoop):
+        """Counts batches by their number, and changes its phase with each epoch."""
+
+        phase, counts = Phase.UP, None
+
+        def progress(self):
+            counts = collections.defaultdict(int) if self.counts is None else self.counts
+            return {**super().progress(), "phase": self.phase, "counts": counts}
+
+        def resume(self, meta, process_state):
+            self.phase, self.counts = meta["phase"], meta["counts"]
+            super().resume(meta, process_state)
+
+        def run_epoch(self):
+            super().run_epoch()
+            self.phase = Phase.DOWN if self.phase is Phase.UP else Phase.UP
+            self.counts = self.progress()["counts"]
+            self.counts[self.epoch] += 1
+
+    cfg = config(tmp_path, validates=False, train_cfg=dict(type=Phased, max_epochs=4))
+    straight = train(cfg)
+    resumed = train({**cfg, "resume": True, "load_from": str(tmp_path / "epoch_3.pth")})
+    for name in ("phase", "counts"):
+        assert type(getattr(resumed.train_loop, name)) is type(getattr(straight.train_loop, name))
+    # The file of an epoch is written before the loop is through with it.
+    assert resumed.train_loop.counts == {1: 1, 2: 1, 4: 1}
 
 
 def test_a_setting_of_a_group_keeps_its_type(tmp_path):

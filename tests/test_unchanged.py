@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from engine_cases import HitRate, PointNet, config
 from test_resume_registry import AVERAGES, SCHEDULERS, ours
 from torch import nn
@@ -292,12 +293,16 @@ def test_growth_of_a_scaler_that_torch_refuses() -> None:
     assert optimizer.clip_grad is None
 
 
-@pytest.mark.parametrize("build", ["class", "registry"])
-@pytest.mark.parametrize("name", ["SGD", "AdamW", *sorted(ours(OPTIMIZERS) - {"ZeroRedundancyOptimizer"})])
+FUSED = sorted(ours(OPTIMIZERS) - {"ZeroRedundancyOptimizer"})
+
+
+# torch's class by itself is torch's own.
+@pytest.mark.parametrize(
+    ("name", "build"),
+    [*((name, "class") for name in FUSED), *((name, "registry") for name in (*FUSED, "SGD", "AdamW"))],
+)
 def test_an_optimizer_whose_second_group_is_refused(name: str, build: str) -> None:
     """A retry with other defaults must use those."""
-    if build == "class" and not name.startswith("Fused"):
-        pytest.skip("torch's class by itself is torch's own")
 
     def make(groups: list[dict[str, Any]], lr: float) -> torch.optim.Optimizer:
         if build == "class":
@@ -313,6 +318,24 @@ def test_an_optimizer_whose_second_group_is_refused(name: str, build: str) -> No
     optimizer = make([first, dict(params=params(1))], 0.5)
     assert [group["lr"] for group in optimizer.param_groups] == [0.5, 0.5]
     assert optimizer.param_groups[0] is first, "as in torch, the groups are the caller's"
+
+
+@pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="torch has no gloo backend")
+@pytest.mark.filterwarnings("ignore:.*torch.jit")
+def test_a_sharded_optimizer_whose_second_group_is_refused(tmp_path: Path) -> None:
+    def make(groups: list[dict[str, Any]], lr: float) -> torch.optim.Optimizer:
+        return OPTIMIZERS.build(dict(type="ZeroRedundancyOptimizer", optimizer_type="FusedAdamW", lr=lr), groups)
+
+    dist.init_process_group("gloo", store=dist.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1)
+    try:
+        first = dict(params=tuple(params(1)))
+        before = everything(first)
+        with pytest.raises(ValueError, match=r"Invalid lr: -1\.0"):
+            make([first, dict(params=params(1), lr=-1.0)], 0.1)
+        assert everything(first) == before
+        assert [group["lr"] for group in make([first, dict(params=params(1))], 0.5).param_groups] == [0.5, 0.5]
+    finally:
+        dist.destroy_process_group()
 
 
 def test_a_group_that_cannot_be_added_stays_as_it_was() -> None:
