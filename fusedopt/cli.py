@@ -89,6 +89,12 @@ def _build_parser() -> argparse.ArgumentParser:
         help="go on with a training: that of CHECKPOINT, or of the newest checkpoint in the work folder",
     )
     train.add_argument(
+        "--resume-overrides",
+        action="store_true",
+        help="with --resume: settings of optimizers and schedulers that were edited since count from there on, as if "
+        "they had been so all along; else the checkpoint's do",
+    )
+    train.add_argument(
         "--launcher",
         choices=("none", "pytorch"),
         help="pytorch: one of several processes, which torchrun starts: torchrun --nproc-per-node 2 -m fusedopt train "
@@ -314,6 +320,10 @@ def _train(arguments: argparse.Namespace) -> int:
     if arguments.resume is not None:
         config.resume = True
         config.load_from = None if arguments.resume is _NEWEST else arguments.resume
+    if arguments.resume_overrides:
+        if not config.get("resume"):
+            raise UsageError("--resume-overrides: there is nothing to resume; give --resume too")
+        config.resume_overrides = True
     if arguments.launcher is not None:
         config.launcher = arguments.launcher
     if config.get("launcher") == "pytorch" and "RANK" not in os.environ:

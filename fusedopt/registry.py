@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from .rules.checks import did_you_mean
+from .undo import parameter_groups, unchanged_on_error
 
 __all__ = [
     "DATASETS",
@@ -395,7 +396,8 @@ def _build_optimizer(cfg: Mapping[str, Any], *args: Any, registry: Registry, **k
     if args and isinstance(cfg, Mapping) and "type" in cfg:
         with registry.switch_scope_and_registry(cfg.get("_scope_")) as scoped:
             _check_takes_params(scoped.resolve(cfg["type"]), cfg)
-    return _build_from_cfg(cfg, *args, registry=registry, **kwargs)
+    with unchanged_on_error(*parameter_groups(args[0] if args else None)):
+        return _build_from_cfg(cfg, *args, registry=registry, **kwargs)
 
 
 def _check_takes_params(target: Callable[..., Any], cfg: Mapping[str, Any]) -> None:

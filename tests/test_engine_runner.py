@@ -87,7 +87,8 @@ def test_when_it_validates(tmp_path, train_cfg, validated_after):
         def before_val(self, runner):
             places.append(runner.iter)
 
-    train(config(tmp_path, train_cfg=train_cfg, param_scheduler=None), Watch())
+    hooks = dict(checkpoint=None)
+    train(config(tmp_path, train_cfg=train_cfg, param_scheduler=None, default_hooks=hooks), Watch())
     assert places == validated_after
 
 

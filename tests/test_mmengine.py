@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import collections
 import copy
+import importlib
 import itertools
 import logging
 import pickletools
@@ -29,7 +30,7 @@ with warnings.catch_warnings():
     from mmengine.config import Config, DictAction
     from mmengine.logging import HistoryBuffer, MessageHub
     from mmengine.optim.optimizer import amp_optimizer_wrapper
-    from mmengine.registry import OPTIM_WRAPPERS, OPTIMIZERS
+    from mmengine.registry import OPTIM_WRAPPER_CONSTRUCTORS, OPTIM_WRAPPERS, OPTIMIZERS
     from mmengine.runner import Runner
     from mmengine_digits import CONFIG
 
@@ -580,3 +581,49 @@ class TestConstructors:
         entry = dict(optimizer=dict(type="OwnSGD", lr=0.1))
         wrappers = self.build(dict(constructor="MultiOptimWrapperConstructor", body=entry, head=entry))
         assert {type(each.optimizer).__name__ for each in wrappers.values()} == {"OwnSGD"}
+
+
+class TestNamesOfTheUsersOwn:
+    """What somebody else has registered under our names stays theirs, and that is said."""
+
+    @pytest.fixture(autouse=True)
+    def _constructors(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        constructors = OPTIM_WRAPPER_CONSTRUCTORS
+        monkeypatch.setattr(constructors, "_module_dict", dict(constructors._module_dict))
+
+    @pytest.mark.parametrize(
+        ("registry", "name"),
+        [
+            (OPTIMIZERS, "FusedAdamW"),
+            (OPTIMIZERS, "FusedSGD"),
+            (OPTIM_WRAPPERS, "FusedOptimWrapper"),
+            (OPTIM_WRAPPERS, "FusedAmpOptimWrapper"),
+            (OPTIM_WRAPPER_CONSTRUCTORS, "MultiOptimWrapperConstructor"),
+        ],
+    )
+    def test_it_stays_with_a_warning(self, registry: Any, name: str) -> None:
+        mine = type(name, (torch.optim.AdamW,), {"__module__": "their_package"})
+        registry.register_module(name=name, module=mine, force=True)
+        with pytest.warns(UserWarning, match=rf"'{name}' in MMEngine's .* registry is their_package\.{name}") as caught:
+            importlib.reload(sys.modules[INTEGRATION])
+        assert len(caught) == 1 and registry.get(name) is mine
+        path = str(caught[0].message).split("type=")[1].strip("'")
+        found = registry.get(path)
+        assert found is not None and found.__module__.startswith("fusedopt."), "that leads to ours"
+
+    def test_ours_and_what_an_older_import_left_are_replaced(self) -> None:
+        old = type("FusedAdamW", (fusedopt.FusedAdamW,), {"__module__": "fusedopt.optimizers.adamw"})
+        OPTIMIZERS.register_module(name="FusedAdamW", module=old, force=True)
+        importlib.reload(sys.modules[INTEGRATION])
+        importlib.reload(sys.modules[INTEGRATION])
+        assert OPTIMIZERS.get("FusedAdamW") is fusedopt.FusedAdamW
+
+    def test_replace_takes_the_place_of_the_stock_wrappers_alone(self) -> None:
+        mine = type("OptimWrapper", (mmengine_optim.OptimWrapper,), {"__module__": "their_package"})
+        OPTIM_WRAPPERS.register_module(name="OptimWrapper", module=mine, force=True)
+        with pytest.warns(
+            UserWarning, match=r"'OptimWrapper' in MMEngine's .* is their_package\.OptimWrapper"
+        ) as caught:
+            importlib.import_module(REPLACE)
+        assert len(caught) == 1 and OPTIM_WRAPPERS.get("OptimWrapper") is mine
+        assert OPTIM_WRAPPERS.get("AmpOptimWrapper") is FusedAmpOptimWrapper

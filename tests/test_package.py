@@ -27,7 +27,7 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 #: From the bottom up: a module may import from its own layer and those before it.
 LAYERS = [
     ["version"],
-    ["rules", "registry", "extras"],
+    ["rules", "registry", "extras", "portable", "undo"],
     ["backends"],
     ["optimizers"],
     ["amp"],

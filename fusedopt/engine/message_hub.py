@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..portable import as_before, portable
 from ..rules.checks import check_whole_number
 from .checkpoint import unloadable_parts
 
@@ -134,13 +135,19 @@ class MessageHub:
 
     def state_dict(self) -> dict[str, Any]:
         """Values and information, without what a checkpoint cannot hold; it waits for the device."""
-        infos = self.runtime_info
+        infos = {key: portable(info) for key, info in self.runtime_info.items()}
         return {
             "log_scalars": {key: buffer.slots for key, buffer in self.log_scalars.items()},
             "runtime_info": {key: infos[key] for key in infos if not any(unloadable_parts(infos[key], key))},
         }
 
+    def unsaved(self) -> dict[str, str]:
+        """The information that :meth:`state_dict` leaves out, by name, and why: what a checkpoint cannot hold of it."""
+        parts = {key: next(unloadable_parts(portable(info), key), None) for key, info in self.runtime_info.items()}
+        return {key: part for key, part in parts.items() if part is not None}
+
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Load what :meth:`state_dict` returned."""
+        """Load what :meth:`state_dict` returned; information that is here already keeps its type."""
         buffers = {key: HistoryBuffer(self.window_size, values) for key, values in state_dict["log_scalars"].items()}
-        self.log_scalars, self.runtime_info = buffers, dict(state_dict["runtime_info"])
+        infos = {key: as_before(info, self.runtime_info.get(key)) for key, info in state_dict["runtime_info"].items()}
+        self.log_scalars, self.runtime_info = buffers, infos

@@ -19,6 +19,7 @@ from .. import schedulers
 from ..builder import build_optim_wrapper
 from ..registry import HOOKS, LOOPS, MODEL_WRAPPERS, MODELS, VISUALIZERS, check_config, warn_caller
 from ..rules.checks import did_you_mean
+from ..undo import unchanged_on_error
 from ..wrappers import OptimWrapper
 from . import distributed
 from .checkpoint import find_latest_checkpoint, read_checkpoint, write_checkpoint
@@ -29,8 +30,11 @@ from .hooks.hook import Hook, get_priority
 from .log import build_logger
 from .loops import TestLoop, TrainLoop, ValLoop
 from .message_hub import MessageHub
+from .preflight import warn_of_what_will_not_act
 from .random_states import fix_cublas_workspace, seed_everything
+from .settings import optimizer_settings, scheduler_settings
 from .state import check_training, check_weights, load_training, load_weights, training_state
+from .undoing import leaves_no_trace_on_error
 from .visualizer import Visualizer
 
 __all__ = ["Runner"]
@@ -110,6 +114,9 @@ class Runner:
         experiment_name: by default the name of the config file.
         model_wrapper_cfg: of the wrapper for several processes: ``type`` and its arguments, such as
             ``find_unused_parameters``.
+        resume_overrides: where the config was edited since the checkpoint that is resumed was written, whether its
+            settings of optimizers and schedulers count from there on: those of the checkpoint do otherwise, and a
+            warning lists the edits.
         cfg: the whole config. A :class:`Config` that comes from a file is saved beside the checkpoints, and is named
             in errors.
 
@@ -117,8 +124,11 @@ class Runner:
         KeyError: an unknown ``type``.
         TypeError, ValueError: something is of the wrong kind, out of range, unknown or missing.
         ConfigError: any of these, where ``cfg`` is a :class:`Config`.
+
+    An error leaves models, wrappers and all else that was given, and the random generators, as they were.
     """
 
+    @leaves_no_trace_on_error
     def __init__(
         self,
         model: nn.Module | Mapping[str, Any],
@@ -148,6 +158,7 @@ class Runner:
         randomness: Mapping[str, Any] | None = None,
         experiment_name: str | None = None,
         model_wrapper_cfg: Mapping[str, Any] | None = None,
+        resume_overrides: bool = False,
         cfg: Mapping[str, Any] | None = None,
     ):
         trains = _check_together(train_dataloader=train_dataloader, train_cfg=train_cfg, optim_wrapper=optim_wrapper)
@@ -165,8 +176,9 @@ class Runner:
             raise TypeError(f"load_from must be a path or None, got {load_from!r}")
         if experiment_name is not None and not isinstance(experiment_name, str):
             raise TypeError(f"experiment_name must be a string or None, got {experiment_name!r}")
-        if not isinstance(resume, bool):
-            raise TypeError(f"resume must be True or False, got {resume!r}")
+        for flag, value in (("resume", resume), ("resume_overrides", resume_overrides)):
+            if not isinstance(value, bool):
+                raise TypeError(f"{flag} must be True or False, got {value!r}")
         with self._naming("env_cfg"):
             environment = _section("env_cfg", env_cfg, _ENVIRONMENT_KEYS)
             dist_cfg = _section("env_cfg.dist_cfg", environment.get("dist_cfg"))
@@ -186,9 +198,15 @@ class Runner:
         self.experiment_name = "_".join(filter(None, (name, self.timestamp)))
         self.logger = build_logger(self.work_dir, self.timestamp, log_level)
         self.message_hub, self.log_by_epoch = self._build_message_hub(log_processor)
+        self._warned_of: set[str] = set()
         self._hooks: list[Hook] = []
         self._load_from = load_from
         self._resume = resume
+        self.resume_overrides = resume_overrides
+        # What the config says, and what is in effect instead where a training was resumed, see Note [Settings of a
+        # resumed training].
+        self.settings: dict[str, Any] = {}
+        self.settings_in_effect: Mapping[str, Any] = self.settings
         self._loaded = False
         with self._naming("visualizer"):
             self.visualizer = self._build_visualizer(visualizer)
@@ -211,12 +229,15 @@ class Runner:
                 self.train_loop = self._build_train_loop(train_cfg, loader)
             with self._naming("optim_wrapper"):
                 self.optim_wrapper = self._build_optim_wrapper(optim_wrapper)
+                self.settings.update(optimizer_settings(optim_wrapper))
             with self._naming("param_scheduler"):
                 self.param_schedulers = self._build_param_schedulers(param_scheduler)
+                self.settings.update(scheduler_settings(param_scheduler, self.max_epochs, self.max_iters))
         with self._naming("default_hooks"):
             self.register_default_hooks(default_hooks)
         with self._naming("custom_hooks"):
             self.register_custom_hooks(custom_hooks or ())
+        warn_of_what_will_not_act(self)
         with self._naming("work_dir"):
             Path(self.work_dir).mkdir(parents=True, exist_ok=True)
 
@@ -468,20 +489,31 @@ class Runner:
         """Add the default hooks, with ``hooks`` merged over them by key; None removes one."""
         if hooks is not None:
             check_config("default_hooks", hooks)
-        for hook in {**DEFAULT_HOOKS, **(hooks or {})}.values():
-            if hook is not None:
-                self.register_hook(hook)
+        with unchanged_on_error(self._hooks):
+            defaults = dict(DEFAULT_HOOKS)
+            if self.train_loop is not None and not self.train_loop.by_epoch:  # whose epoch is 0 to the end
+                defaults["logger"] = {**defaults["logger"], "log_metric_by_epoch": False}
+            for hook in {**defaults, **(hooks or {})}.values():
+                if hook is not None:
+                    self.register_hook(hook)
 
     def register_custom_hooks(self, hooks: Sequence[Hook | Mapping[str, Any]]) -> None:
-        """Add hooks.
+        """Add hooks; all of them, or none where one is refused.
 
         Raises:
             TypeError: ``hooks`` is not a list.
         """
         if isinstance(hooks, (str, Mapping)) or not isinstance(hooks, Sequence):
             raise TypeError(f"custom_hooks must be a list of hooks and their configs, got {hooks!r}")
-        for hook in hooks:
-            self.register_hook(hook)
+        with unchanged_on_error(self._hooks):
+            for hook in hooks:
+                self.register_hook(hook)
+
+    def warn_once(self, message: str) -> None:
+        """Log a warning, unless this one was logged before."""
+        if message not in self._warned_of:
+            self._warned_of.add(message)
+            self.logger.warning(message)
 
     def call_hook(self, fn_name: str, **kwargs: Any) -> None:
         """Call the method ``fn_name`` of every hook that has it, with the runner and ``kwargs``."""

@@ -13,12 +13,15 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 from torch.nn.modules.utils import consume_prefix_in_state_dict_if_present
 
+from ..portable import as_before, portable
 from ..version import __version__
 from ..wrappers import OptimWrapper, OptimWrapperDict
 from . import distributed
 from .checkpoint import CheckpointError, check_fit
 from .config import Config
 from .data import moved, reseed
+from .overrides import GroupSettings, check_replay, replay_schedules
+from .settings import differing, settings_of_text
 
 if TYPE_CHECKING:
     from .runner import Runner
@@ -44,30 +47,36 @@ def training_state(
     assert loop is not None
     assert runner.optim_wrapper is not None
     weights = runner.bare_model.state_dict()
+    for name, part in runner.message_hub.unsaved().items():
+        runner.warn_once(
+            f"The information {name!r} of the message hub is not saved, a resumed training is without it: {part} is "
+            "neither a tensor nor a plain value"
+        )
     checkpoint: dict[str, Any] = {
         "meta": {
-            **loop.progress(),
+            **portable(loop.progress()),
             "by_epoch": loop.by_epoch,
             "epoch_length": len(loop.dataloader),
             "seed": runner.seed,
             "optimizers": _optimizer_names(runner),
+            "settings": dict(runner.settings_in_effect),
             "experiment_name": runner.experiment_name,
             "time": time.strftime("%Y%m%d_%H%M%S"),
             "cfg": runner.cfg.pretty_text if isinstance(runner.cfg, Config) else "",
             "fusedopt_version": __version__,
             **(meta or {}),
         },
-        "state_dict": _with_versions(moved(weights, "cpu"), weights),
+        "state_dict": _with_versions(moved(portable(weights), "cpu"), weights),
         "message_hub": moved(runner.message_hub.state_dict(), "cpu"),
     }
     if save_optimizer:
-        checkpoint["optimizer"] = moved(runner.optim_wrapper.state_dict(), "cpu")
+        checkpoint["optimizer"] = moved(portable(runner.optim_wrapper.state_dict()), "cpu")
         checkpoint["accumulation"] = {name: each.inner_count for name, each in _wrappers(runner).items()}
         checkpoint["processes"] = distributed.gather(
             {
-                **loop.process_state(),
+                **portable(loop.process_state()),
                 "gradients": moved(_gradients(runner.bare_model), "cpu"),
-                "buffers": moved(_buffers(runner.bare_model), "cpu"),
+                "buffers": moved(portable(_buffers(runner.bare_model)), "cpu"),
             }
         )
     if save_param_scheduler and runner.param_schedulers is not None:
@@ -102,7 +111,7 @@ def check_training(runner: Runner, filename: str | Path, checkpoint: dict[str, A
     assert loop is not None
     kinds: dict[str, Any] = dict.fromkeys(("meta", "state_dict", "message_hub", "optimizer", "accumulation"), Mapping)
     kinds["processes"] = list
-    if runner.param_schedulers is not None:
+    if runner.param_schedulers is not None and not runner.resume_overrides:
         kinds["param_schedulers"] = (Mapping, list)
     missing = [key for key, kind in kinds.items() if not isinstance(checkpoint.get(key), kind)]
     if "meta" not in missing:
@@ -159,12 +168,27 @@ def load_training(runner: Runner, filename: str | Path, checkpoint: dict[str, An
     loop, wrapper = runner.train_loop, runner.optim_wrapper
     assert loop is not None
     assert wrapper is not None
+    before = _settings_before(checkpoint["meta"])
+    edits = None if before is None else differing(before, runner.settings)
+    # Without an edit the schedulers' states do, if the file has them.
+    overrides = runner.resume_overrides and (edits is None or bool(edits) or "param_schedulers" not in checkpoint)
+    if overrides:
+        check_replay(runner, filename)
     with _restored_on_error(runner, filename):
-        wrapper.load_state_dict(checkpoint["optimizer"])
-        if runner.param_schedulers is not None:
-            _load_schedulers(runner.param_schedulers, checkpoint["param_schedulers"])
+        built = GroupSettings(wrapper)
+        state = as_before(checkpoint["optimizer"], wrapper.state_dict())
+        if overrides and any(".loss_scale." in key for key in edits or ()):
+            state = _without_scalers(state)
+        wrapper.load_state_dict(state)
+        if overrides:
+            built.put_back()
+            replay_schedules(runner, checkpoint["meta"])
+        elif runner.param_schedulers is not None:
+            _load_schedulers(runner.param_schedulers, checkpoint.get("param_schedulers"))
         runner.message_hub.load_state_dict(checkpoint["message_hub"])
         runner.call_hook("after_load_checkpoint", checkpoint=checkpoint)
+    _tell_edits(runner, filename, edits or {}, overrides)
+    runner.settings_in_effect = runner.settings if overrides or before is None else before
     if "ema_state_dict" in checkpoint:  # EMAHook would have taken it out
         runner.logger.warning(
             f"{filename} has the averaged weights of an EMAHook: without one the training goes on from these, and not "
@@ -177,7 +201,8 @@ def load_training(runner: Runner, filename: str | Path, checkpoint: dict[str, An
         each._inner_count = checkpoint["accumulation"][name]
         if mine is None:  # and with it the gradients of an accumulation that is not complete
             each._inner_count -= each._inner_count % each._accumulative_counts
-    loop.resume(meta, mine)
+    place = loop.progress()
+    loop.resume({**meta, **as_before({key: meta[key] for key in place if key in meta}, place)}, mine)
     if mine is None:
         runner.logger.warning(
             f"{filename} was written by {len(processes)} processes and is resumed by {runner.world_size}: the data are "
@@ -186,7 +211,9 @@ def load_training(runner: Runner, filename: str | Path, checkpoint: dict[str, An
     else:
         model = runner.bare_model
         if mine["buffers"]:
-            model.load_state_dict(_with_versions(mine["buffers"], checkpoint["state_dict"]), strict=False)
+            model.load_state_dict(
+                _with_versions(_loadable(model, mine["buffers"]), checkpoint["state_dict"]), strict=False
+            )
         for name, param in model.named_parameters():
             if name in mine["gradients"]:
                 param.grad = mine["gradients"][name].to(param.device)
@@ -198,6 +225,32 @@ def load_training(runner: Runner, filename: str | Path, checkpoint: dict[str, An
             if each_loop is not None:
                 reseed(each_loop.dataloader, runner.seed, seed)
         runner.seed = seed
+
+
+def _settings_before(meta: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """The settings that a checkpoint was written with; None where that is not known."""
+    noted = meta.get("settings")
+    return noted if isinstance(noted, Mapping) else settings_of_text(meta.get("cfg"), meta)
+
+
+def _tell_edits(runner: Runner, filename: str | Path, edits: Mapping[str, tuple[Any, Any]], overrides: bool) -> None:
+    if not edits:
+        return
+    listed = "; ".join(f"{key} was {old!r} and is {new!r}" for key, (old, new) in edits.items())
+    if overrides:
+        runner.logger.info(f"resume_overrides: the settings of the config count, not those of {filename}: {listed}")
+    else:
+        runner.logger.warning(
+            f"The config was edited since {filename} was written, without effect, as the training goes on with the "
+            f"settings of the file: {listed}. With resume_overrides=True (--resume-overrides) those of the config count"
+        )
+
+
+def _without_scalers(state: Mapping[str, Any]) -> dict[str, Any]:
+    """A wrapper's state, or the states of several, without that of the loss scaler."""
+    if "param_groups" in state:
+        return {key: value for key, value in state.items() if key != "loss_scaler"}
+    return {name: _without_scalers(each) for name, each in state.items()}
 
 
 @contextlib.contextmanager
@@ -247,7 +300,7 @@ def _loadable(model: nn.Module, state_dict: Mapping[str, Any]) -> OrderedDict[st
     """What of ``state_dict`` can be handed to the model, which may know old names of its own."""
     own = model.state_dict()
     fitting = {
-        name: value
+        name: as_before(value, own.get(name))
         for name, value in state_dict.items()
         if name not in own or getattr(own[name], "shape", None) == getattr(value, "shape", None)
     }
@@ -267,7 +320,7 @@ def _scheduler_states(param_schedulers: Any) -> Any:
     """The state of each scheduler, in a list, or in a dict of lists for several optimizers."""
     if isinstance(param_schedulers, Mapping):
         return {name: _scheduler_states(listed) for name, listed in param_schedulers.items()}
-    return [moved(scheduler.state_dict(), "cpu") for scheduler in param_schedulers]
+    return [moved(portable(scheduler.state_dict()), "cpu") for scheduler in param_schedulers]
 
 
 def _load_schedulers(param_schedulers: Any, states: Any) -> None:
@@ -285,6 +338,9 @@ def _load_schedulers(param_schedulers: Any, states: Any) -> None:
             _load_schedulers(listed, states[name])
         return
     if len(param_schedulers) != len(states):
-        raise ValueError(f"it has {len(states)} schedulers instead of {len(param_schedulers)}")
+        raise ValueError(
+            f"it has {len(states)} schedulers instead of {len(param_schedulers)}; with resume_overrides=True those of "
+            "the config count"
+        )
     for scheduler, state in zip(param_schedulers, states, strict=True):
-        scheduler.load_state_dict(state)
+        scheduler.load_state_dict(as_before(state, scheduler.state_dict()))

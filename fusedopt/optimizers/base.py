@@ -17,6 +17,7 @@ from torch.optim.optimizer import ParamsT
 
 from ..backends import Backend, BackendUnavailable, StepReport, StepRequest, check_backend_name, create_backend
 from ..rules import Hyperparameters, NormClip, Rule, ValueClip, check_parameter, parameter_name, parse_clip_grad
+from ..undo import parameter_groups, unchanged_on_error
 
 __all__ = ["FusedOptimizer"]
 
@@ -100,10 +101,11 @@ class FusedOptimizer(torch.optim.Optimizer):
                     "optimizer got an empty parameter list (a generator such as model.parameters() gives its "
                     "parameters only once: pass list(model.parameters()) to use them twice)"
                 )
-        super().__init__(params, settings.as_defaults())
-        self._settle()
-        self.backend_in_use  # noqa: B018  raises now, not in the first step, when the backend cannot serve
-        _note_ignored_flags(self.defaults)
+        with unchanged_on_error(*parameter_groups(params)):  # see Note [What fails changes nothing]
+            super().__init__(params, settings.as_defaults())
+            self._settle()
+            self.backend_in_use  # noqa: B018  raises now, not in the first step, when the backend cannot serve
+            _note_ignored_flags(self.defaults)
 
     def _settle(self) -> None:
         """What both a new and an unpickled optimizer need beside torch's own attributes."""
@@ -134,6 +136,8 @@ class FusedOptimizer(torch.optim.Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, as ``torch.optim.Optimizer.add_param_group``, checking its settings and parameters first.
 
+        An error leaves the group as it was.
+
         Raises:
             TypeError: a parameter is sparse, complex, a tensor subclass with its own dispatch, or not a tensor.
             ValueError: a setting is out of range, a parameter appears twice, or ``params`` is a used-up generator.
@@ -163,8 +167,9 @@ class FusedOptimizer(torch.optim.Optimizer):
                         if id(tensor) in seen:  # torch warns; two threads would write one parameter here
                             raise ValueError(f"{name} appears twice in its group")
                         seen.add(id(tensor))
-        super().add_param_group(param_group)
-        self._engine = None
+        with unchanged_on_error(self.param_groups, *parameter_groups([param_group])):
+            super().add_param_group(param_group)
+            self._engine = None
 
     def step(  # type: ignore[override]
         self,

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from ..undo import unchanged_on_error
 from .adam import FusedAdam
 from .adamw import FusedAdamW
 from .base import FusedOptimizer
@@ -42,6 +43,7 @@ def fuse(
 
     Raises:
         TypeError: another class, a subclass included (its ``step`` may do something else).
+        TypeError, ValueError: as for :class:`FusedAdam`. ``optimizer`` has not changed then.
     """
     twin_class = FUSED_TWINS.get(type(optimizer))
     if twin_class is None:
@@ -51,20 +53,21 @@ def fuse(
     defaults = {key: value for key, value in optimizer.defaults.items() if key not in ("fused", "foreach")}
     if twin_class is FusedAdamW:
         del defaults["decoupled_weight_decay"]  # no argument there: always True
-    twin = twin_class(
-        optimizer.param_groups,
-        **defaults,
-        clip_grad=clip_grad,
-        write_back_grads=write_back_grads,
-        backend=backend,
-    )
-    for group, params in layout:
-        group["params"] = params
-    twin.param_groups = optimizer.param_groups
-    twin.state = optimizer.state
-    twin._optimizer_step_pre_hooks = optimizer._optimizer_step_pre_hooks
-    twin._optimizer_step_post_hooks = optimizer._optimizer_step_post_hooks
-    if hasattr(optimizer.step, "_wrapped_by_lr_sched"):
-        # The twin's steps are not seen by a scheduler that watches optimizer.step; spare its warning.
-        optimizer._opt_called = True  # type: ignore[attr-defined]
-    return twin
+    with unchanged_on_error(optimizer):
+        twin = twin_class(
+            optimizer.param_groups,
+            **defaults,
+            clip_grad=clip_grad,
+            write_back_grads=write_back_grads,
+            backend=backend,
+        )
+        for group, params in layout:
+            group["params"] = params
+        twin.param_groups = optimizer.param_groups
+        twin.state = optimizer.state
+        twin._optimizer_step_pre_hooks = optimizer._optimizer_step_pre_hooks
+        twin._optimizer_step_post_hooks = optimizer._optimizer_step_post_hooks
+        if hasattr(optimizer.step, "_wrapped_by_lr_sched"):
+            # The twin's steps are not seen by a scheduler that watches optimizer.step; spare its warning.
+            optimizer._opt_called = True  # type: ignore[attr-defined]
+        return twin

@@ -15,6 +15,7 @@ from torch.optim.optimizer import ParamsT
 from ..backends import StepReport
 from ..registry import OPTIMIZERS, accepted_arguments
 from ..rules import NormClip, ValueClip, clip_coefficient, did_you_mean, global_norm, parse_clip_grad
+from ..undo import parameter_groups, unchanged_on_error
 from .base import FusedOptimizer
 
 with warnings.catch_warnings():
@@ -68,14 +69,16 @@ class ZeroRedundancyOptimizer(_ZeroRedundancyOptimizer):
                 known = {*accepted, "clip_grad", "process_group", "parameters_as_bucket_view"} - {"params"}
                 name = getattr(build, "__name__", repr(build))
                 raise TypeError(f"unexpected argument {key!r} for {name}; {did_you_mean(key, known)}")
-        super().__init__(
-            list(params),
-            # The settings reach the groups through the local optimizer, which tells them from its other arguments.
-            functools.partial(build, **kwargs),  # type: ignore[arg-type]
-            process_group=process_group,
-            parameters_as_bucket_view=parameters_as_bucket_view,
-        )
-        self.defaults.update(self.optim.defaults)
+        params = list(params)  # type: ignore[assignment]
+        with unchanged_on_error(*parameter_groups(params)):
+            super().__init__(
+                params,
+                # The settings reach the groups through the local optimizer, which tells them from its other arguments.
+                functools.partial(build, **kwargs),  # type: ignore[arg-type]
+                process_group=process_group,
+                parameters_as_bucket_view=parameters_as_bucket_view,
+            )
+            self.defaults.update(self.optim.defaults)
 
     @property
     def clip_grad(self) -> dict[str, Any] | None:

@@ -11,8 +11,10 @@ from typing import Any, ClassVar, NoReturn
 import torch
 from torch import Tensor
 
+from ..portable import as_before
 from ..registry import warn_caller
 from ..rules.checks import check_whole_number, did_you_mean, is_number
+from ..undo import unchanged_on_error
 from ..wrappers import BaseOptimWrapper, OptimWrapperDict
 from ..wrappers.base import DRIVEN
 
@@ -23,7 +25,6 @@ __all__ = [
     "OptimizerLike",
     "_ParamScheduler",
     "check_same_keys",
-    "per_group",
     "refuse_new_groups",
 ]
 
@@ -96,9 +97,10 @@ class _ParamScheduler:
         for index, group in enumerate(optimizer.param_groups):
             if last_step != -1 and self._initial not in group:
                 raise KeyError(f"param_groups[{index}] has no {self._initial!r}, which last_step={last_step} needs")
-        self._prepare()
-        self._note_bases()
-        self._first_step()
+        with unchanged_on_error(optimizer):  # see Note [What fails changes nothing]
+            self._prepare()
+            self._note_bases()
+            self._first_step()
 
     @property
     def _initial(self) -> str:
@@ -154,8 +156,12 @@ class _ParamScheduler:
         self._note_values()
 
     def _advance(self) -> None:
+        self._write(self._get_value())
+
+    def _write(self, values: Sequence[Any]) -> None:
+        """Set the value of each group."""
         key = self.param_name
-        for group, value in zip(self.optimizer.param_groups, self._get_value(), strict=True):
+        for group, value in zip(self.optimizer.param_groups, values, strict=True):
             current = group[key]
             if type(current) is not float and isinstance(current, Tensor):  # the quick question first: groups are many
                 current.fill_(value)  # in place: a captured CUDA graph reads this tensor
@@ -204,7 +210,8 @@ class _ParamScheduler:
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Load what :meth:`state_dict` returned; its settings take the place of those given at construction.
 
-        The values in the parameter groups are loaded with the optimizer.
+        What a file has turned into a plain dict, list or number gets its type back, see Note [Types on the way through
+        a file]. The values in the parameter groups are loaded with the optimizer.
 
         Raises:
             TypeError: it is no dict.
@@ -214,7 +221,7 @@ class _ParamScheduler:
         if not isinstance(state_dict, Mapping):
             raise TypeError(f"state_dict must be a dict, got {type(state_dict).__name__}")
         self._check_state(state_dict)
-        self._restore(dict(state_dict))
+        self._restore(as_before(dict(state_dict), self.state_dict()))
 
     def _restore(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
@@ -288,7 +295,6 @@ class MomentumSchedulerMixin:
 
     def __init__(self, optimizer: OptimizerLike, *args: Any, **kwargs: Any):
         _check_optimizer(optimizer)
-        before = [dict(group) for group in optimizer.param_groups]
         for index, group in enumerate(optimizer.param_groups):
             if "momentum" not in group and "betas" not in group:
                 raise ValueError(
@@ -296,16 +302,11 @@ class MomentumSchedulerMixin:
                     "'momentum' nor 'betas'"
                 )
         self.use_betas = "momentum" not in optimizer.defaults
-        if self.use_betas:
-            for group in optimizer.param_groups:
-                group["momentum"] = _copied(group["betas"][0])
-        try:
+        with unchanged_on_error(optimizer):  # see Note [What fails changes nothing]
+            if self.use_betas:
+                for group in optimizer.param_groups:
+                    group["momentum"] = _copied(group["betas"][0])
             super().__init__(optimizer, "momentum", *args, **kwargs)  # type: ignore[call-arg]
-        except BaseException:
-            for group, settings in zip(optimizer.param_groups, before, strict=True):
-                if "momentum" not in settings:
-                    del group["momentum"]
-            raise
 
     def _take_in_new_groups(self) -> None:
         if self.use_betas:
@@ -322,23 +323,6 @@ class MomentumSchedulerMixin:
                     betas[0].fill_(group["momentum"])
                 else:
                     group["betas"] = (group["momentum"], *betas[1:])
-
-
-def per_group(name: str, value: Any, optimizer: OptimizerLike) -> list[Any]:
-    """``value`` for each parameter group: itself, or its entries where it is a list.
-
-    A wrapper's ``base_param_settings``, for which a list need not have an entry, takes the last one.
-
-    Raises:
-        ValueError: a list of another length.
-    """
-    groups = len(optimizer.param_groups)
-    if not isinstance(value, list | tuple):
-        return [value] * groups
-    own = len(_optimizer_of(optimizer).param_groups)
-    if len(value) not in (own, groups):
-        raise ValueError(f"{name} has {len(value)} entries; expected one for each of {own} parameter groups")
-    return [*value, *[value[-1]] * (groups - len(value))]
 
 
 def refuse_new_groups(scheduler: _ParamScheduler) -> NoReturn:
@@ -407,19 +391,26 @@ def _optimizer_of(driven: OptimizerLike) -> torch.optim.Optimizer:
     return driven.optimizer if isinstance(driven, BaseOptimWrapper) else driven
 
 
+def _is_watched(optimizer: torch.optim.Optimizer) -> bool:
+    handle = _watched.get(optimizer)
+    # A failure may have taken the hook away again.
+    return handle is not None and handle.id in (handle.hooks_dict_ref() or ())
+
+
 def _watch(driven: OptimizerLike) -> None:
     optimizer = _optimizer_of(driven)
-    if optimizer not in _watched and not getattr(optimizer, "_opt_called", False):
+    if not _is_watched(optimizer) and not getattr(optimizer, "_opt_called", False):
         hook = functools.partial(_note_step, weakref.ref(optimizer))
         _watched[optimizer] = optimizer.register_step_post_hook(hook)
 
 
 def _unwatch(driven: OptimizerLike) -> bool:
     """Whether the optimizer was watched until now."""
+    watched = _is_watched(_optimizer_of(driven))
     handle = _watched.pop(_optimizer_of(driven), None)
     if handle is not None:
         handle.remove()
-    return handle is not None
+    return watched
 
 
 def _warn_unless_stepped(driven: OptimizerLike) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 from ..registry import PARAM_SCHEDULERS, check_config
 from ..rules.checks import check_whole_number, did_you_mean
+from ..undo import unchanged_on_error
 from ..wrappers import OptimWrapperDict, SkipAwareScheduler
 from .base import OptimizerLike, _ParamScheduler
 
@@ -23,6 +24,8 @@ def build_param_schedulers(
     max_iters: int | None = None,
 ) -> list[_ParamScheduler] | dict[str, list[_ParamScheduler]]:
     """Build the schedulers of a training, as the ``build_param_scheduler`` of MMEngine's Runner.
+
+    Where one is refused, those before it have not changed the optimizer either.
 
     Args:
         cfg: a config, a list of them, or None for no scheduler. One may also be a scheduler that exists, in a
@@ -51,7 +54,8 @@ def build_param_schedulers(
             raise ValueError(
                 f"param_scheduler has entries for {', '.join(map(repr, cfg))} and no 'type', and there is one optimizer"
             )
-        return _build_list("param_scheduler", cfg, optim_wrapper, epoch_length, ends)
+        with unchanged_on_error(optim_wrapper):
+            return _build_list("param_scheduler", cfg, optim_wrapper, epoch_length, ends)
     if not isinstance(cfg, Mapping) or "type" in cfg:
         if any(isinstance(entry, _BUILT) for entry in _entries(cfg)):
             raise TypeError(
@@ -67,10 +71,11 @@ def build_param_schedulers(
     for name in optim_wrapper:
         if name not in cfg:
             raise KeyError(f"param_scheduler has nothing for {name!r}; expected {name}=[] where nothing is scheduled")
-    return {
-        name: _build_list(f"param_scheduler[{name!r}]", cfg[name], wrapper, epoch_length, ends)
-        for name, wrapper in optim_wrapper.items()
-    }
+    with unchanged_on_error(optim_wrapper):
+        return {
+            name: _build_list(f"param_scheduler[{name!r}]", cfg[name], wrapper, epoch_length, ends)
+            for name, wrapper in optim_wrapper.items()
+        }
 
 
 def _may_be_config(value: Any) -> bool:

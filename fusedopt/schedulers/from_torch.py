@@ -10,9 +10,11 @@ import torch
 from torch import Tensor
 from torch.optim import lr_scheduler, swa_utils
 
+from ..portable import as_before
 from ..registry import PARAM_SCHEDULERS
 from ..rules.checks import did_you_mean
-from .base import INF, OptimizerLike, _copied, _ParamScheduler, check_same_keys, per_group, refuse_new_groups
+from .base import INF, OptimizerLike, _copied, _ParamScheduler, check_same_keys, refuse_new_groups
+from .groups import per_group
 
 __all__ = ["SWALR", "CosineAnnealingWarmRestarts", "CyclicLR", "LambdaLR", "MultiplicativeLR", "TorchParamScheduler"]
 
@@ -131,7 +133,8 @@ class TorchParamScheduler(_ParamScheduler):
         arguments = dict(self._arguments)
         for name in self._per_group:
             if name in arguments:
-                arguments[name] = per_group(name, arguments[name], self.optimizer)
+                key = "momentum" if name.endswith("momentum") else self.param_name
+                arguments[name] = per_group(name, arguments[name], self.optimizer, key)
         if last_step != -1:
             arguments["last_epoch"] = last_step
         return type(self)._scheduler(_Groups(groups, self.optimizer.defaults), **arguments)
@@ -171,7 +174,7 @@ class TorchParamScheduler(_ParamScheduler):
         restored = None
         if torchs is not None:
             restored = self._trial()
-            restored.load_state_dict(dict(torchs))
+            restored.load_state_dict(as_before(dict(torchs), _plain(restored.state_dict())))
             restored.optimizer.groups = self._live
         self._torch = restored
         super()._restore(state)

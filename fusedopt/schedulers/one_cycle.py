@@ -8,7 +8,8 @@ from typing import Any
 
 from ..registry import PARAM_SCHEDULERS
 from ..rules.checks import check_number, check_whole_number
-from .base import INF, LRSchedulerMixin, OptimizerLike, _ParamScheduler, per_group, refuse_new_groups
+from .base import INF, LRSchedulerMixin, OptimizerLike, _ParamScheduler, refuse_new_groups
+from .groups import per_group
 
 __all__ = ["OneCycleLR", "OneCycleParamScheduler"]
 
@@ -81,7 +82,7 @@ class OneCycleParamScheduler(_ParamScheduler):
                 f"Invalid total_steps: {self.total_steps}; from begin={self.begin} to end={self.end}, by default the "
                 f"training's, there are {self.end - self.begin}"
             )
-        highest = per_group("eta_max", self.eta_max, self.optimizer)
+        highest = per_group("eta_max", self.eta_max, self.optimizer, self.param_name)
         if self.last_step == -1:
             for group, value in zip(self.optimizer.param_groups, highest, strict=True):
                 initial = value / self.div_factor

@@ -10,7 +10,7 @@ from torch.optim import lr_scheduler
 
 from ..registry import PARAM_SCHEDULERS
 from ..rules.checks import check_number, check_whole_number, did_you_mean, is_number
-from .base import LRSchedulerMixin, MomentumSchedulerMixin, OptimizerLike
+from .base import LRSchedulerMixin, MomentumSchedulerMixin, OptimizerLike, _copied
 from .from_torch import TorchParamScheduler
 
 __all__ = [
@@ -93,6 +93,11 @@ class ReduceOnPlateauParamScheduler(TorchParamScheduler):
             **kwargs,
         )
 
+    @property
+    def patience(self) -> int:
+        """Steps without improvement that do no harm."""
+        return self._torch.patience
+
     def _first_step(self) -> None:
         self._global_step = 0 if self.last_step == -1 else self._global_step + 1
         self._torch = self._make(self._live)
@@ -114,9 +119,20 @@ class ReduceOnPlateauParamScheduler(TorchParamScheduler):
         metric = self._monitored(metrics)
         if self.begin <= self._global_step < self.end:
             self.last_step += 1
-            self._torch.step(metric)
+            self._look_at(metric)
             self._follow()
         self._note_values()
+
+    def _look_at(self, metric: float) -> None:
+        """torch's step on copies: it reduces the groups one after the other, and they may share a tensor."""
+        key = self.param_name
+        copies = [{"lr": _copied(group[key])} for group in self.optimizer.param_groups]
+        self._torch.optimizer.groups = lambda: copies
+        try:
+            self._torch.step(metric)
+        finally:
+            self._torch.optimizer.groups = self._live
+        self._write([copy["lr"] for copy in copies])
 
     def _monitored(self, metrics: Any) -> float:
         metric = metrics

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..amp import GradScaler
 from ..registry import OPTIM_WRAPPERS, accepted_arguments
 from ..rules import NormClip, check_number, did_you_mean, parse_dtype
-from .base import check_state_dict
+from .base import check_state_dict, taking
 from .wrapper import OptimWrapper
 
 __all__ = ["AmpOptimWrapper", "ApexOptimWrapper"]
@@ -78,13 +78,14 @@ class AmpOptimWrapper(OptimWrapper):
         self.cast_dtype = parse_dtype(dtype)
         if use_fsdp:
             raise NotImplementedError("use_fsdp=True is not supported: there is no sharded gradient scaler yet")
-        super().__init__(**kwargs)
         known = accepted_arguments(GradScaler) or scaler_settings
         for key in scaler_settings:
             if key not in known:
                 raise TypeError(f"loss_scale {loss_scale!r}: unknown key {key!r}; {did_you_mean(key, known)}")
-        self.loss_scaler = GradScaler(**{"device": self._device.type, **scaler_settings})
-        self._found_inf: list[Tensor] = []
+        with taking(kwargs.get("optimizer")):
+            super().__init__(**kwargs)
+            self.loss_scaler = GradScaler(**{"device": self._device.type, **scaler_settings})
+            self._found_inf: list[Tensor] = []
 
     @property
     def _device(self) -> torch.device:

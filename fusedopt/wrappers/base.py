@@ -12,13 +12,27 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["DRIVEN", "BaseOptimWrapper", "check_state_dict"]
+from ..undo import unchanged_on_error
+
+__all__ = ["DRIVEN", "BaseOptimWrapper", "check_state_dict", "taking"]
 
 # What wrappers add to the state dict of their optimizer; each wrapper takes what it knows and leaves the rest.
 _WRAPPER_KEYS = ("base_param_settings", "loss_scaler")
 
 #: Optimizers that a wrapper of ours drives.
 DRIVEN: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
+
+
+def taking(optimizer: Any) -> contextlib.AbstractContextManager[None]:
+    """While a wrapper of ``optimizer`` is made: an error leaves the optimizer as it was.
+
+    See Note [What fails changes nothing].
+    """
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        return contextlib.nullcontext()
+    both = (optimizer, getattr(optimizer, "optim", None))
+    fresh = [each for each in both if isinstance(each, torch.optim.Optimizer) and each not in DRIVEN]
+    return unchanged_on_error(optimizer, finally_undo=lambda: DRIVEN.difference_update(fresh))
 
 
 def check_state_dict(state_dict: Any, name: str = "state_dict") -> None:

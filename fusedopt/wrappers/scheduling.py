@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..portable import as_before
+from ..undo import unchanged_on_error
 from .dict import OptimWrapperDict
 from .wrapper import OptimWrapper, _on
 
@@ -63,7 +65,8 @@ class SkipAwareScheduler:
         self.optim_wrapper = optim_wrapper
         self.wait = wait
         self._pending: _Flag | None = None
-        self._begin()
+        with unchanged_on_error(optim_wrapper):
+            self._begin()
 
     def _begin(self) -> None:
         self._steps_before = self.optim_wrapper.step_count
@@ -103,7 +106,7 @@ class SkipAwareScheduler:
         self._begin()
         if own.pop("some_were_made", False):
             self._made_before = self._made_before - 1
-        self.scheduler.load_state_dict(own)
+        self.scheduler.load_state_dict(as_before(own, self.scheduler.state_dict()))
 
     def __getattr__(self, name: str) -> Any:
         if name == "scheduler":  # not there yet, as while unpickling

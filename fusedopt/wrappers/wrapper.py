@@ -16,7 +16,7 @@ from ..backends import StepReport
 from ..optimizers import FusedOptimizer
 from ..registry import OPTIM_WRAPPERS
 from ..rules import NormClip, ValueClip, clip_coefficient, parse_clip_grad
-from .base import BaseOptimWrapper
+from .base import BaseOptimWrapper, taking
 from .summary import parameter_table, settings_summary
 
 __all__ = ["OptimWrapper"]
@@ -50,7 +50,7 @@ class OptimWrapper(BaseOptimWrapper):
 
     Raises:
         TypeError, ValueError: an argument is of the wrong kind or out of range, or ``clip_grad`` is set on both the
-            wrapper and the optimizer.
+            wrapper and the optimizer. The optimizer has not changed then.
     """
 
     def __init__(
@@ -59,34 +59,35 @@ class OptimWrapper(BaseOptimWrapper):
         accumulative_counts: int = 1,
         clip_grad: Mapping[str, Any] | None = None,
     ):
-        super().__init__(optimizer)
-        if isinstance(accumulative_counts, bool) or not isinstance(accumulative_counts, int):
-            raise TypeError(f"accumulative_counts must be an int, got {accumulative_counts!r}")
-        if accumulative_counts < 1:
-            raise ValueError(f"accumulative_counts must be at least 1, got {accumulative_counts}")
-        clip = parse_clip_grad(clip_grad)
-        own_clip = getattr(optimizer, "clip_grad", None)
-        if clip is not None and own_clip is not None:
-            raise ValueError(
-                f"clip_grad is set on both the wrapper ({clip.as_dict()}) and the optimizer ({own_clip}); set it on "
-                "one of them"
-            )
-        if clip is not None and isinstance(optimizer, FusedOptimizer):
-            optimizer.clip_grad = clip.as_dict()
-            clip = None
-        # None for a fused optimizer, which clips by itself.
-        self._stock_clip = clip
-        self._stock_grad_norm: Tensor | None = None
-        # The names of these four are MMEngine's; MMagic reads them. -1: initialize_count_status was not called.
-        self._accumulative_counts = accumulative_counts
-        self._inner_count = 0
-        self._max_counts = -1
-        self._remainder_counts = -1
-        #: Number of calls of ``step``, of those too that were skipped.
-        self.step_count = 0
-        # Of these, those that were made, for whoever asks _count_made_steps: on the device where a step has a flag.
-        self._steps_made: int | Tensor | None = None
-        self._warned_about: set[str] = set()
+        with taking(optimizer):
+            super().__init__(optimizer)
+            if isinstance(accumulative_counts, bool) or not isinstance(accumulative_counts, int):
+                raise TypeError(f"accumulative_counts must be an int, got {accumulative_counts!r}")
+            if accumulative_counts < 1:
+                raise ValueError(f"accumulative_counts must be at least 1, got {accumulative_counts}")
+            clip = parse_clip_grad(clip_grad)
+            own_clip = getattr(optimizer, "clip_grad", None)
+            if clip is not None and own_clip is not None:
+                raise ValueError(
+                    f"clip_grad is set on both the wrapper ({clip.as_dict()}) and the optimizer ({own_clip}); set it "
+                    "on one of them"
+                )
+            if clip is not None and isinstance(optimizer, FusedOptimizer):
+                optimizer.clip_grad = clip.as_dict()
+                clip = None
+            # None for a fused optimizer, which clips by itself.
+            self._stock_clip = clip
+            self._stock_grad_norm: Tensor | None = None
+            # The names of these four are MMEngine's; MMagic reads them. -1: initialize_count_status was not called.
+            self._accumulative_counts = accumulative_counts
+            self._inner_count = 0
+            self._max_counts = -1
+            self._remainder_counts = -1
+            #: Number of calls of ``step``, of those too that were skipped.
+            self.step_count = 0
+            # Of these, those that were made, for whoever asks _count_made_steps: on the device where a step has a flag.
+            self._steps_made: int | Tensor | None = None
+            self._warned_about: set[str] = set()
 
     @property
     def clip_grad(self) -> dict[str, Any] | None:

@@ -16,6 +16,7 @@ from ...averaging import (
     MomentumAnnealingEMA,
     StochasticWeightAverage,
 )
+from ...portable import as_before
 from ...registry import HOOKS, MODELS, accepted_arguments
 from ...rules.checks import did_you_mean
 from ..checkpoint import CheckpointError, check_fit
@@ -197,6 +198,8 @@ class EMAHook(Hook):
         state = copy(state)
         state.update({_PREFIX + name: value for name, value in weights.items()})
         self._check_fit(runner, "ema_state_dict", state, average, self.strict_load)
+        known = average.state_dict()
+        state.update({name: as_before(value, known.get(name)) for name, value in state.items()})
         average.load_state_dict(state, strict=False)
         checkpoint["state_dict"] = own
 

@@ -8,23 +8,47 @@ takes. :mod:`fusedopt.integrations.mmengine.replace` also puts the wrappers in t
 
 from __future__ import annotations
 
+from typing import Any
+
 from mmengine.registry import OPTIM_WRAPPER_CONSTRUCTORS, OPTIM_WRAPPERS, OPTIMIZERS
 
 from ...optimizers import FusedAdam, FusedAdamW, FusedOptimizer, FusedSGD
 from ...registry import OPTIMIZERS as OUR_OPTIMIZERS
+from ...registry import warn_caller
 from ..mmengine_log import announce_stock_path
 from . import constructors
 from .wrappers import FusedAmpOptimWrapper, FusedOptimWrapper
 
 __all__ = ["FusedAdam", "FusedAdamW", "FusedAmpOptimWrapper", "FusedOptimWrapper", "FusedSGD"]
 
+
+def register(registry: Any, name: str, module: type, path: str, also: str = "fusedopt.") -> None:
+    """Register ``module`` in a registry of MMEngine's, unless something that is neither ours nor ``also`` has the name.
+
+    Args:
+        registry: MMEngine's.
+        name: what a config calls it.
+        module: the class.
+        path: what a config can call it in any case.
+        also: what the name of a module begins with whose class may be replaced, beside ours.
+    """
+    there = registry.module_dict.get(name)
+    owner = getattr(there, "__module__", "")
+    if there is None or owner.startswith(("fusedopt.", also)):
+        registry.register_module(name=name, module=module, force=True)
+        return
+    warn_caller(
+        f"{name!r} in MMEngine's {registry.name} registry is {owner}.{getattr(there, '__qualname__', there)}, and "
+        f"stays that; fusedopt's own is type={path!r}"
+    )
+
+
 for _name, _optimizer in OUR_OPTIMIZERS.module_dict.items():
     if isinstance(_optimizer, type) and issubclass(_optimizer, FusedOptimizer):
-        OPTIMIZERS.register_module(name=_name, module=_optimizer, force=True)
+        register(OPTIMIZERS, _name, _optimizer, f"{_optimizer.__module__.partition('.')[0]}.{_name}")
 for _wrapper in (FusedOptimWrapper, FusedAmpOptimWrapper):
-    OPTIM_WRAPPERS.register_module(module=_wrapper, force=True)
+    register(OPTIM_WRAPPERS, _wrapper.__name__, _wrapper, f"{__name__}.{_wrapper.__name__}")
 for _name in constructors.__all__:
-    if _name not in OPTIM_WRAPPER_CONSTRUCTORS.module_dict:
-        OPTIM_WRAPPER_CONSTRUCTORS.register_module(module=getattr(constructors, _name))
+    register(OPTIM_WRAPPER_CONSTRUCTORS, _name, getattr(constructors, _name), f"{constructors.__name__}.{_name}")
 
 announce_stock_path()

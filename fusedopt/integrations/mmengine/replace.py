@@ -6,7 +6,7 @@ stock wrappers, as the ``--amp`` of MMPretrain's training script does. Any optim
 
 from mmengine.registry import OPTIM_WRAPPERS
 
-from . import FusedAmpOptimWrapper, FusedOptimWrapper
+from . import FusedAmpOptimWrapper, FusedOptimWrapper, register
 
-OPTIM_WRAPPERS.register_module(name="OptimWrapper", module=FusedOptimWrapper, force=True)
-OPTIM_WRAPPERS.register_module(name="AmpOptimWrapper", module=FusedAmpOptimWrapper, force=True)
+for _name, _wrapper in (("OptimWrapper", FusedOptimWrapper), ("AmpOptimWrapper", FusedAmpOptimWrapper)):
+    register(OPTIM_WRAPPERS, _name, _wrapper, _wrapper.__name__, also="mmengine.")

@@ -11,6 +11,7 @@ from mmengine.logging import HistoryBuffer, MessageHub
 from torch import Tensor
 
 from ...wrappers import AmpOptimWrapper, OptimWrapper
+from ...wrappers.base import taking
 from ..mmengine_log import announce_path
 
 __all__ = ["FusedAmpOptimWrapper", "FusedOptimWrapper"]
@@ -66,9 +67,10 @@ class _InsideMMEngine(OptimWrapper):
     """Logs the path and the gradient norm, as MMEngine's wrappers log it."""
 
     def __init__(self, *args: Any, **kwargs: Any):
-        super().__init__(*args, **kwargs)
-        self.message_hub = MessageHub.get_current_instance()
-        announce_path(self)
+        with taking(kwargs.get("optimizer", args[0] if args else None)):
+            super().__init__(*args, **kwargs)
+            self.message_hub = MessageHub.get_current_instance()
+            announce_path(self)
 
     def step(self, **kwargs: Any) -> None:
         """Step, and log ``train/grad_norm`` where gradients are clipped by norm, without waiting for it."""

@@ -1,0 +1,199 @@
+"""Settings that a resumed training takes from its checkpoint, and what a config edited in between says of them."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from ..portable import portable
+from ..registry import OPTIMIZERS, PARAM_SCHEDULERS, Registry
+from ..wrappers import OptimWrapper, OptimWrapperDict
+
+__all__ = ["differing", "optimizer_settings", "scheduler_settings", "settings_of_text"]
+
+# Note [Settings of a resumed training]
+# A checkpoint has the settings of the parameter groups, of the schedulers and of the loss scaler within their states,
+# and they win over the config, as in MMEngine: a config that was edited before its training is resumed has no effect on
+# them. So that this can be told, a checkpoint notes what the config said, by its keys, with the defaults of what it
+# left out. Of a wrapper or a scheduler that was no config, what it was built with is noted.
+
+#: Arguments of optimizers that no state holds: those of the config count.
+_EFFECTIVE = {
+    *("type", "_scope_", "params", "clip_grad", "write_back_grads", "backend", "optimizer_type", "process_group"),
+    *("parameters_as_bucket_view", "foreach", "fused", "capturable", "differentiable"),
+}
+#: What stands for a setting that one side has not.
+NOT_SET = "not set"
+
+
+def optimizer_settings(optim_wrapper: Any) -> dict[str, Any]:
+    """What a config, or else a wrapper before any schedule, says of the groups and the loss scale, by key.
+
+    Args:
+        optim_wrapper: the argument of the Runner.
+    """
+    if isinstance(optim_wrapper, OptimWrapper):
+        several = isinstance(optim_wrapper, OptimWrapperDict)
+        wrappers = dict(optim_wrapper.items()) if several else {"": optim_wrapper}  # type: ignore[attr-defined]
+        found: dict[str, Any] = {}
+        for name, each in wrappers.items():
+            groups = [{key: group[key] for key in group if key != "params"} for group in each.optimizer.param_groups]
+            found.update(_flat({"param_groups": groups}, ".".join(filter(None, ("optim_wrapper", name)))))
+        return found
+    entries = {"optim_wrapper": optim_wrapper}
+    if "optimizer" not in optim_wrapper:
+        entries = {
+            f"optim_wrapper.{name}": {"loss_scale": optim_wrapper.get("loss_scale"), **each}
+            for name, each in optim_wrapper.items()
+            if isinstance(each, Mapping) and "optimizer" in each
+        }
+    found = {}
+    for name, entry in entries.items():
+        optimizer = {**_defaults(OPTIMIZERS, entry["optimizer"]), **entry["optimizer"]}
+        noted = {
+            "optimizer": {key: value for key, value in optimizer.items() if key not in _EFFECTIVE},
+            "paramwise_cfg": entry.get("paramwise_cfg") or {},
+            # A fixed scale is set again after each step, so that of the config counts.
+            "loss_scale": entry["loss_scale"] if isinstance(entry.get("loss_scale"), Mapping) else {},
+        }
+        found.update(_flat(noted, name))
+    return found
+
+
+def scheduler_settings(param_scheduler: Any, max_epochs: int, max_iters: int) -> dict[str, Any]:
+    """What the configs of schedulers, or else schedulers that were just built, say, by key.
+
+    Args:
+        param_scheduler: the argument of the Runner.
+        max_epochs: the ``end`` of those by epoch that have none.
+        max_iters: the ``end`` of those by iteration that have none.
+    """
+    if param_scheduler is None:
+        return {}
+    if isinstance(param_scheduler, Mapping) and "type" not in param_scheduler:
+        found: dict[str, Any] = {}
+        for name, part in param_scheduler.items():
+            listed = scheduler_settings(part, max_epochs, max_iters)
+            found.update({key.replace("param_scheduler", f"param_scheduler.{name}", 1): listed[key] for key in listed})
+        return found
+    entries: list[Any] = list(param_scheduler) if isinstance(param_scheduler, (list, tuple)) else [param_scheduler]
+    found = {}
+    for index, entry in enumerate(entries):
+        name = f"param_scheduler.{index}"
+        if isinstance(entry, Mapping):
+            end = max_epochs if entry.get("by_epoch", True) else max_iters
+            told = {**_defaults(PARAM_SCHEDULERS, entry), "end": end, **entry}
+            kind = entry["type"]
+            told["type"] = (kind if isinstance(kind, str) else kind.__name__).rpartition(".")[2]
+        else:
+            told = {"type": type(entry).__name__, **entry.state_dict()}
+        found.update(_flat(told, name))
+    return found
+
+
+def _defaults(registry: Registry, cfg: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments that a config leaves out, by name, as far as they have a default."""
+    if "type" not in cfg:
+        return {}
+    with registry.switch_scope_and_registry(cfg.get("_scope_")) as scoped:
+        target = scoped.resolve(cfg["type"])
+    if not isinstance(target, type) or "__signature__" in vars(target):
+        functions: list[Any] = [target]
+    else:
+        functions = [vars(each)["__init__"] for each in reversed(target.__mro__[:-1]) if "__init__" in vars(each)]
+    found = {}
+    for function in functions:
+        try:
+            parameters = inspect.signature(function).parameters
+        except (TypeError, ValueError):  # written in C
+            continue
+        found.update({name: each.default for name, each in parameters.items() if each.default is not each.empty})
+    return found
+
+
+def _flat(value: Any, name: str) -> dict[str, Any]:
+    """The plain values in ``value``, by their keys."""
+    if isinstance(value, Tensor):
+        value = value.tolist()
+    value = portable(value)
+    if isinstance(value, Mapping):
+        return {key: item for own in value for key, item in _flat(value[own], f"{name}.{own}").items()}
+    if isinstance(value, (list, tuple)) and any(isinstance(item, Mapping) for item in value):
+        return {key: item for own, each in enumerate(value) for key, item in _flat(each, f"{name}.{own}").items()}
+    return {name: _comparable(value)}
+
+
+def _comparable(value: Any) -> Any:
+    if isinstance(value, (list, tuple, set)):
+        return [_comparable(item) for item in value]
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    named = value if hasattr(value, "__qualname__") else type(value)  # not its repr, which has an address
+    return f"{named.__module__}.{named.__qualname__}"
+
+
+def differing(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """The settings that differ, by key: what they were, and what they are.
+
+    A scheduler that only one side has is one entry, with its type.
+
+    Args:
+        before: what :func:`optimizer_settings` and :func:`scheduler_settings` returned, as a checkpoint has it.
+        now: what they return.
+    """
+    found: dict[str, tuple[Any, Any]] = {}
+    for key in {**before, **now}:
+        old, new = before.get(key, NOT_SET), now.get(key, NOT_SET)
+        if old == new:
+            continue
+        entry = _entry_of(key, before, now)
+        if entry is None:
+            found[key] = old, new
+        else:
+            found[entry] = before.get(f"{entry}.type", "none"), now.get(f"{entry}.type", "none")
+    return {key: pair for key, pair in found.items() if not key.endswith("._scope_")}
+
+
+def _entry_of(key: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
+    """The scheduler that a key is of, where only one side has it or where they are of different types."""
+    parts = key.split(".")
+    if parts[0] != "param_scheduler":
+        return None
+    entry = ".".join(parts[: 2 if parts[1].isdecimal() else 3])
+    return entry if before.get(f"{entry}.type") != now.get(f"{entry}.type") else None
+
+
+def settings_of_text(text: Any, meta: Mapping[str, Any]) -> dict[str, Any] | None:
+    """What a checkpoint without a note of its settings tells of them by the text of its config; None for nothing.
+
+    Args:
+        text: as :attr:`Config.pretty_text`. No code in it is run.
+        meta: of the checkpoint.
+    """
+    try:
+        tree = ast.parse(text)
+        config: dict[str, Any] = {node.targets[0].id: _literal(node.value) for node in tree.body}
+        train_cfg = config["train_cfg"]
+        by_epoch = meta["by_epoch"]
+        max_epochs = train_cfg["max_epochs"] if by_epoch else 1
+        max_iters = max_epochs * meta["epoch_length"] if by_epoch else train_cfg["max_iters"]
+        schedulers = scheduler_settings(config.get("param_scheduler"), max_epochs, max_iters)
+        return {**optimizer_settings(config["optim_wrapper"]), **schedulers}
+    except Exception:  # a text of somebody else's, or with names that are not known here: nothing can be told
+        return None
+
+
+def _literal(node: ast.expr) -> Any:
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "dict" and not node.args:
+        return {str(keyword.arg): _literal(keyword.value) for keyword in node.keywords}
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "float":
+        return float(ast.literal_eval(node.args[0]))
+    if isinstance(node, ast.Dict):
+        return {ast.literal_eval(key): _literal(item) for key, item in zip(node.keys, node.values, strict=True) if key}
+    if isinstance(node, (ast.List, ast.Tuple)):
+        return [_literal(item) for item in node.elts]
+    return ast.literal_eval(node)
