@@ -1,0 +1,98 @@
+"""Parameters' names in a state dict and in an optimizer: by them, state finds its parameter in another order."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ..rules import group_names
+
+__all__ = ["in_the_order_of"]
+
+#: Parts of a name that a wrapper of the model has put there.
+_WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
+
+
+def in_the_order_of(groups: Sequence[Mapping[str, Any]], saved: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The saved groups, and the parameters in each, in the order that these groups' parameters have by their names.
+
+    Names that only one side has say nothing, and then the order counts, as in torch. But state never goes to another
+    parameter than that of its name.
+
+    Args:
+        groups: an optimizer's.
+        saved: as many, out of a state dict; may be changed.
+
+    Raises:
+        ValueError: the names contradict the order, and there is none in which they fit.
+    """
+    theirs, ours = [_names(group) for group in saved], [_names(group) for group in groups]
+    for g in range(len(groups)):
+        if theirs[g] is None or ours[g] is None:
+            # Nothing to compare: each place is its own name.
+            theirs[g] = [(g, i) for i in range(len(saved[g]["params"]))]
+            ours[g] = [(g, i) for i in range(len(groups[g]["params"]))]
+    if theirs == ours:
+        return saved
+    if _all(theirs) != _all(ours):
+        theirs, ours = ([[_bare(name) for name in names] for names in side] for side in (theirs, ours))
+    if _all(theirs) == _all(ours):
+        return _sorted_by_name(groups, saved, theirs, ours)
+    known, wanted = _all(theirs), _all(ours)
+    for g, (names, expected) in enumerate(zip(theirs, ours, strict=True)):
+        for i, (name, mine) in enumerate(zip(names, expected, strict=False)):
+            if name != mine and (name in wanted or mine in known):
+                raise ValueError(
+                    f"loaded state dict has parameter {name!r} where this optimizer has {mine!r} "
+                    f"(param_groups[{g}]['params'][{i}]), and their names differ otherwise, too"
+                )
+    return saved
+
+
+def _sorted_by_name(
+    groups: Sequence[Mapping[str, Any]], saved: list[dict[str, Any]], theirs: list[list[Any]], ours: list[list[Any]]
+) -> list[dict[str, Any]]:
+    twice = [name for name, times in _all(ours).items() if times > 1]
+    if twice:
+        if theirs == ours:
+            return saved
+        raise ValueError(f"loaded state dict has another order of parameters, of which two are called {twice[0]!r}")
+    of = {frozenset(names): g for g, names in enumerate(theirs) if names}
+    empty = iter([g for g, names in enumerate(theirs) if not names])
+    ordered = []
+    for g, names in enumerate(ours):
+        source = of.get(frozenset(names)) if names else next(empty, None)
+        if source is None:
+            raise ValueError(
+                f"loaded state dict has the parameters of param_groups[{g}] ({', '.join(map(repr, names))}) in other "
+                "groups"
+            )
+        group = saved[source]
+        places = [theirs[source].index(name) for name in names]
+        for key in ("params", "param_names"):
+            if len(group.get(key) or ()) == len(places):
+                group[key] = [group[key][place] for place in places]
+        ordered.append(group)
+    return ordered
+
+
+def _names(group: Mapping[str, Any]) -> list[Any] | None:
+    """The names of a group's parameters, or None when it does not have one for each.
+
+    A state dict that names parameters in ``params`` itself, as those of ``torch.distributed.checkpoint``, is sorted.
+    """
+    names = group_names(group)
+    params = group["params"]
+    if len(names) != len(params) or any(isinstance(param, str) for param in params):
+        return None
+    return names
+
+
+def _all(side: list[list[Any]]) -> Counter[Any]:
+    return Counter(name for names in side for name in names)
+
+
+def _bare(name: Any) -> Any:
+    """The name without what wrappers of the model have added."""
+    return ".".join(part for part in name.split(".") if part not in _WRAPPERS) if isinstance(name, str) else name
