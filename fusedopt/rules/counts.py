@@ -81,6 +81,10 @@ def _fits(step: Tensor, device: torch.device, integers: bool) -> bool:
     return step.device == device and step.dtype in known
 
 
+def _let_go(count: Tensor) -> None:
+    """Called when nothing needs the count any more, until when it was an argument that waited."""
+
+
 class HiddenCounts(dict[Tensor, tuple[Tensor, "weakref.ref[Tensor]"]]):
     """The step counts of a rule that torch keeps none for, by parameter; the plan reads them, see csrc/plan.h.
 
@@ -109,6 +113,9 @@ class HiddenCounts(dict[Tensor, tuple[Tensor, "weakref.ref[Tensor]"]]):
                 del counts[param]  # type: ignore[union-attr]
 
         self[param] = count, weakref.ref(column, forget)
+        # Work on a device, or a graph captured there, may outlive the optimizer; what it works on is kept alive by
+        # whoever keeps the state, and so has to be the count.
+        weakref.finalize(column, _let_go, count).atexit = False
 
     def of(self, param: Tensor, column: Tensor | None) -> Tensor | None:
         """The count of ``column``, or None when it has none."""
