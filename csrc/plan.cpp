@@ -232,7 +232,7 @@ void StepPlan::read_value(Group& group, Py_ssize_t group_index, GroupEntry& entr
   prefetch(entry.dict, sizeof(PyDictObject));
   if (!entry.version) prefetch(entry.dict_entries, kStateBytes);
   for (const void* object : entry.objects) __builtin_prefetch(object);
-  __builtin_prefetch(entry.counted);
+  if (!entry.version) __builtin_prefetch(entry.counted);
   prefetch_tensor(watch.step.impl, false);
   prefetch_storage(watch.step.form.storage);
   __builtin_prefetch(rows_[entry.row].step);
@@ -515,7 +515,7 @@ bool StepPlan::refresh_states(PyObject* state, PyObject* counts) {
     if (!counts) {
       impl = tensor(0);
     } else {
-      if (!refresh_count(counts, entry, same_counts, same_objects)) return false;
+      if (!(same_counts && same_objects) && !refresh_count(counts, entry, same_counts)) return false;
       impl = THPVariable_Unpack(entry.objects[0]).unsafeGetTensorImpl();
     }
     if (!impl || !watch.step.renew(impl)) return false;
@@ -529,7 +529,7 @@ bool StepPlan::refresh_states(PyObject* state, PyObject* counts) {
 }
 
 // Takes the hidden count of this step. Returns false when it is no longer there, or counts another tensor's steps.
-bool StepPlan::refresh_count(PyObject* counts, StateEntry& entry, bool same_counts, bool same_objects) {
+bool StepPlan::refresh_count(PyObject* counts, StateEntry& entry, bool same_counts) {
   if (!same_counts) {
     Py_ssize_t position = entry.count_position;
     PyObject *key, *pair;
@@ -539,7 +539,7 @@ bool StepPlan::refresh_count(PyObject* counts, StateEntry& entry, bool same_coun
     entry.counted = PyTuple_GET_ITEM(pair, 1);
     if (!THPVariable_Check(entry.objects[0]) || !PyWeakref_Check(entry.counted)) return false;
   }
-  return (same_counts && same_objects) || referent(entry.counted) == entry.objects[1];
+  return referent(entry.counted) == entry.objects[1];
 }
 
 // Why the state cannot be used, or null. Sets the row's columns and the entry's keys.

@@ -136,7 +136,7 @@ class StepPlan {
   bool refresh_param(size_t r);
   const char* refresh_grad(size_t r, bool write_back);
   bool refresh_states(PyObject* state, PyObject* counts);
-  bool refresh_count(PyObject* counts, StateEntry& entry, bool same_counts, bool same_objects);
+  bool refresh_count(PyObject* counts, StateEntry& entry, bool same_counts);
   void resolve_states(PyObject* state, PyObject* counts);
   const char* resolve_state(size_t r, PyObject* inner, const HiddenCounts* counts, StateEntry& entry);
   double count_of(size_t r) const;

@@ -123,7 +123,9 @@ def test_what_is_no_count_is_named_at_the_step(wrong: Any, message: str, backend
     optimizer.state[params[1]]["step"] = wrong
     before, moments = bits(params), [bits([s["exp_avg"], s["exp_avg_sq"]]) for s in optimizer.state.values()]
     set_gradients(params, 0)
-    with pytest.raises(RuntimeError, match=rf"state 'step' of parameter \(param_groups\[0\]\['params'\]\[1\].* {message}"):
+    with pytest.raises(
+        RuntimeError, match=rf"state 'step' of parameter \(param_groups\[0\]\['params'\]\[1\].* {message}"
+    ):
         optimizer.step()
     assert bits(params) == before
     assert moments == [bits([s["exp_avg"], s["exp_avg_sq"]]) for s in optimizer.state.values()]

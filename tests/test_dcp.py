@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from cases import bits, each_backend, set_gradients, whole_state
 from cases import backend_name as name_of
+from cases import bits, each_backend, set_gradients, whole_state
 from torch import nn
 
 import fusedopt
@@ -235,7 +235,9 @@ def test_half_an_entry_is_an_error(kind: str) -> None:
     resumed = make(kind, 1)
     step(*resumed, 1)
     _, load = both_functions(*resumed, options_for(True))
-    before = [{name: value.tolist() for name, value in whole_state(resumed[1], p).items()} for p in resumed[0].trainable()]
+    before = [
+        {name: value.tolist() for name, value in whole_state(resumed[1], p).items()} for p in resumed[0].trainable()
+    ]
     saved["optim"][f"state.first.weight.{key}"] = {"a": torch.ones(1)}
     with pytest.raises(ValueError, match=rf"loaded state '{key}' of parameter .*\[0\].* is .*; expected a tensor"):
         load(saved)
@@ -243,7 +245,9 @@ def test_half_an_entry_is_an_error(kind: str) -> None:
         del saved["optim"][f"state.first.weight.{key}"]
         with pytest.raises(ValueError, match=rf"loaded state '{key}' of parameter .* is \{{\}}; expected a tensor"):
             load(saved)
-    after = [{name: value.tolist() for name, value in whole_state(resumed[1], p).items()} for p in resumed[0].trainable()]
+    after = [
+        {name: value.tolist() for name, value in whole_state(resumed[1], p).items()} for p in resumed[0].trainable()
+    ]
     assert after == before
 
 

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from cases import bits, each_backend, parameters, set_gradients, state_bits, whole_state
 from cases import backend_name as name_of
+from cases import bits, each_backend, parameters, set_gradients, state_bits, whole_state
 from oracle import CheckedStep
 from torch import nn
 
@@ -98,7 +98,9 @@ def test_half_an_entry_is_an_error(cls: Any, key: str) -> None:
     saved = copy.deepcopy(stock.state_dict())
     del saved["state"][1][key]
     there = " and ".join(repr(name) for name in ("step", "exp_avg", "exp_avg_sq") if name != key)
-    message = rf"state of parameter \(param_groups\[0\]\['params'\]\[1\].* has no '{key}'; there is {there}, and .* has "
+    message = (
+        rf"state of parameter \(param_groups\[0\]\['params'\]\[1\].* has no '{key}'; there is {there}, and .* has "
+    )
     assert_refused(optimizer, saved, message)
     saved["state"][1][key] = None
     assert_refused(optimizer, saved, f"has no '{key}'")
@@ -161,7 +163,9 @@ def test_state_of_another_optimizer_is_an_error(cls: Any) -> None:
     optimizer, _ = target(cls, params)
     saved = copy.deepcopy(other.state_dict())
     key = "betas" if adam else "momentum"
-    assert_refused(optimizer, saved, rf"loaded param_groups\[0\] has no '{key}', which {cls.__name__} needs; it has 'lr'")
+    assert_refused(
+        optimizer, saved, rf"loaded param_groups\[0\] has no '{key}', which {cls.__name__} needs; it has 'lr'"
+    )
     # The same where the groups were completed by hand.
     saved["param_groups"] = optimizer.state_dict()["param_groups"]
     there = "'momentum_buffer'" if adam else "'step', 'exp_avg' and 'exp_avg_sq'"
@@ -214,7 +218,8 @@ def test_a_moment_of_another_kind_is_an_error(cls: Any, value: Any, message: str
 
 @each_adam
 @pytest.mark.parametrize(
-    "step", [-1, -2.0, math.nan, math.inf, 2.5, True, "3", {}, [3], torch.tensor(math.nan), torch.tensor(-1), torch.ones(2)]
+    "step",
+    [-1, -2.0, math.nan, math.inf, 2.5, True, "3", {}, [3], torch.tensor(math.nan), torch.tensor(-1), torch.ones(2)],
 )
 def test_a_step_that_is_no_count_is_an_error(cls: Any, step: Any) -> None:
     stock, params = trained(cls)
@@ -474,7 +479,9 @@ def test_names_in_other_places_are_an_error_where_they_cannot_be_sorted(cls: Any
     set_gradients(params, 0)
     optimizer.step()
     # w, v, u for w, new, v: v's state would become new's.
-    assert_refused(optimizer, donor.state_dict(), r"has parameter 'v' where this optimizer has 'new' \(param_groups\[0\]")
+    assert_refused(
+        optimizer, donor.state_dict(), r"has parameter 'v' where this optimizer has 'new' \(param_groups\[0\]"
+    )
     split = cls([{"params": [("w", nn.Parameter(values[0]))]}, {"params": [("u", nn.Parameter(values[2]))]}], lr=0.1)
     whole = cls([{"params": [("u", nn.Parameter(values[0]))]}, {"params": [("v", nn.Parameter(values[2]))]}], lr=0.1)
     with pytest.raises(ValueError, match="has parameter 'w' where this optimizer has 'u'"):
@@ -490,7 +497,10 @@ def test_the_same_names_in_other_groups_are_an_error() -> None:
         two.load_state_dict(one.state_dict())
     three = fusedopt.FusedAdam([{"params": pairs[2:][::-1], "lr": 0.5}, {"params": pairs[:2], "lr": 0.25}])
     one.load_state_dict(three.state_dict())
-    assert [(group["lr"], group["param_names"]) for group in one.param_groups] == [(0.25, ["a", "b"]), (0.5, ["c", "d"])]
+    assert [(group["lr"], group["param_names"]) for group in one.param_groups] == [
+        (0.25, ["a", "b"]),
+        (0.5, ["c", "d"]),
+    ]
     twice = fusedopt.FusedAdam([{"params": [("a", values[0]), ("a", values[1])]}, {"params": [("b", values[2])]}])
     swapped = fusedopt.FusedAdam([{"params": [("a", values[0]), ("b", values[2])]}, {"params": [("a", values[1])]}])
     twice.load_state_dict(twice.state_dict())

@@ -58,8 +58,7 @@ def read_state_dict(
     groups = deepcopy(list(state_dict["param_groups"]))
     if len(groups) != len(param_groups):
         raise ValueError(
-            "loaded state dict has a different number of parameter groups: "
-            f"{len(groups)}, expected {len(param_groups)}"
+            f"loaded state dict has a different number of parameter groups: {len(groups)}, expected {len(param_groups)}"
         )
     for index, group in enumerate(groups):
         if not isinstance(group, Mapping) or "params" not in group:
@@ -85,7 +84,8 @@ def read_state_dict(
                 saved.setdefault(names, deepcopy(group[names]))
         _complete_group(rule, saved, f"loaded param_groups[{g}]", who)
 
-    state, counts = {}, {}
+    state: dict[Any, Any] = {}
+    counts: dict[Tensor, Tensor] = {}
     taken = set()
     saved_state = state_dict["state"]
     if not isinstance(saved_state, Mapping):
@@ -101,14 +101,14 @@ def read_state_dict(
             state[key] = deepcopy(value)
             continue
         g, param, name = owners[key]
-        entry, from_group = _without_what_says_nothing(value), False
-        if not rule.hides_step and isinstance(entry, Mapping) and columns & entry.keys() and "step" not in entry:
+        entry = _without_what_says_nothing(value)
+        stepped = isinstance(entry, Mapping) and not columns.isdisjoint(entry)
+        if stepped and not rule.hides_step and "step" not in entry and "step" in groups[g]:
             # apex, Transformer Engine and DeepSpeed count in the group.
-            if "step" in groups[g]:
-                if (problem := count_problem(groups[g]["step"])) is not None:
-                    raise ValueError(f"loaded param_groups[{g}]['step'] {problem}")
-                entry, from_group = {"step": groups[g]["step"], **entry}, True
-                taken.add(g)
+            if (problem := count_problem(groups[g]["step"])) is not None:
+                raise ValueError(f"loaded param_groups[{g}]['step'] {problem}")
+            entry = {"step": groups[g]["step"], **entry}
+            taken.add(g)
         hidden = rule.hides_step
         problem = state_problem(rule, groups[g], param, name, entry, hidden_step=hidden, loading=True)
         if problem is not None:

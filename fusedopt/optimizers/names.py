@@ -27,12 +27,15 @@ def in_the_order_of(groups: Sequence[Mapping[str, Any]], saved: list[dict[str, A
     Raises:
         ValueError: the names contradict the order, and there is none in which they fit.
     """
-    theirs, ours = [_names(group) for group in saved], [_names(group) for group in groups]
-    for g in range(len(groups)):
-        if theirs[g] is None or ours[g] is None:
+    theirs: list[list[Any]] = []
+    ours: list[list[Any]] = []
+    for g, (group, saved_group) in enumerate(zip(groups, saved, strict=True)):
+        names, saved_names = _names(group), _names(saved_group)
+        if names is None or saved_names is None:
             # Nothing to compare: each place is its own name.
-            theirs[g] = [(g, i) for i in range(len(saved[g]["params"]))]
-            ours[g] = [(g, i) for i in range(len(groups[g]["params"]))]
+            names, saved_names = ([(g, i) for i in range(len(each["params"]))] for each in (group, saved_group))
+        ours.append(names)
+        theirs.append(saved_names)
     if theirs == ours:
         return saved
     if _all(theirs) != _all(ours):
@@ -40,8 +43,8 @@ def in_the_order_of(groups: Sequence[Mapping[str, Any]], saved: list[dict[str, A
     if _all(theirs) == _all(ours):
         return _sorted_by_name(groups, saved, theirs, ours)
     known, wanted = _all(theirs), _all(ours)
-    for g, (names, expected) in enumerate(zip(theirs, ours, strict=True)):
-        for i, (name, mine) in enumerate(zip(names, expected, strict=False)):
+    for g in range(len(saved)):
+        for i, (name, mine) in enumerate(zip(theirs[g], ours[g], strict=False)):
             if name != mine and (name in wanted or mine in known):
                 raise ValueError(
                     f"loaded state dict has parameter {name!r} where this optimizer has {mine!r} "

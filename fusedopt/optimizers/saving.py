@@ -20,20 +20,19 @@ def leave_out_unreal_state(optimizer: torch.optim.Optimizer, state_dict: dict[st
     State is created before it is known whether the step is skipped; to leave it out is the same as to load it.
     """
     own: FusedOptimizer = optimizer  # type: ignore[assignment]
-    states = state_dict.get("state")
+    states: Any = state_dict.get("state")
     params = [param for group in own.param_groups for param in group["params"]]
     for key, state in list(states.items()) if isinstance(states, dict) else ():
-        if isinstance(key, int) and key < len(params) and own.state.get(params[key]) is state:
-            if _is_unreal(own, params[key], state) and not _asked_for_all():
-                del state_dict["state"][key]
+        # Another hook may have made something else of the dict.
+        ours = isinstance(key, int) and key < len(params) and own.state.get(params[key]) is state
+        if ours and _is_unreal(own, params[key], state) and not _asked_for_all():
+            del state_dict["state"][key]
 
 
 def _is_unreal(optimizer: FusedOptimizer, param: Tensor, state: dict[str, Any]) -> bool:
     columns = [column.name for column in optimizer.rule.columns]
-    if optimizer._counts is None:
-        count = state.get("step")
-    else:
-        count = optimizer._counts.of(param, state.get(columns[0]))
+    counts = optimizer._counts
+    count = state.get("step") if counts is None else counts.of(param, state.get(columns[0]))
     if not isinstance(count, Tensor) or not state.keys() <= {*columns, "step"}:
         return False
     tensors = [count, *(state[name] for name in columns if name in state)]

@@ -143,7 +143,8 @@ class ZeroRedundancyOptimizer(_ZeroRedundancyOptimizer):
             return
         # All shares are read, so that either all processes refuse the dict or none. torch loads the parts itself.
         loaded = read_state_dict(self.optim.rule, self.param_groups, state_dict, type(self.optim).__name__)
-        indices = {param: index for index, param in self._index_to_param.items()}
+        params = (param for group in self.param_groups for param in group["params"])
+        indices = {param: index for index, param in enumerate(params)}
         groups = [{**group, "params": [indices[param] for param in group["params"]]} for group in loaded.param_groups]
         self.optim.state.clear()  # a parameter without an entry has not stepped
         state = {indices[param]: entry for param, entry in loaded.state.items() if param in indices}

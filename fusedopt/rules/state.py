@@ -74,8 +74,8 @@ def state_problem(
     for key in wanted:
         if key not in there and key not in late:
             return (
-                f"{what} of {name} has no {key!r}; there is {_listed(there)}, and a parameter that has stepped has {_listed(wanted)} "
-                "(one that has not has no entry)"
+                f"{what} of {name} has no {key!r}; there is {_listed(there)}, and a parameter that has stepped has "
+                f"{_listed(wanted)} (one that has not has no entry)"
             )
     for key in ("step", *own):
         if key not in there or (not loading and key not in wanted):
