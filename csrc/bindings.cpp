@@ -2,6 +2,7 @@
 #include <pybind11/stl.h>
 
 #include <limits>
+#include <optional>
 
 #include "cpu/executor.h"
 #include "cuda/device.h"
@@ -22,7 +23,8 @@ namespace {
 
 py::object run_step(StepPlan& plan, const py::object& param_groups, const py::dict& state, const py::object& grad_scale,
                     const py::object& found_inf, bool check, double norm_type, const py::object& max_norm,
-                    bool error_if_nonfinite, double clip_value, bool write_back) {
+                    bool error_if_nonfinite, double clip_value, bool write_back,
+                    const std::optional<py::dict>& counts) {
   StepSettings settings;
   if (!grad_scale.is_none()) settings.scale = plan.number(grad_scale);
   settings.has_found_inf = !found_inf.is_none();
@@ -39,7 +41,7 @@ py::object run_step(StepPlan& plan, const py::object& param_groups, const py::di
   settings.error_if_nonfinite = error_if_nonfinite;
   settings.clip_value = clip_value;
   settings.write_back = write_back;
-  return plan.step(param_groups, state, settings);
+  return plan.step(param_groups, state, counts ? py::object(*counts) : py::none(), settings);
 }
 
 bool update_scale_of(const py::object& scale, const py::object& growth_tracker, const py::object& found_inf,
@@ -100,7 +102,8 @@ PYBIND11_MODULE(_C, m) {
            py::arg("device") = "cpu", py::arg("emulated_devices") = 1, py::arg("launcher") = py::none())
       .def("step", &run_step, py::arg("param_groups"), py::arg("state"), py::arg("grad_scale"), py::arg("found_inf"),
            py::arg("check"), py::arg("norm_type"), py::arg("max_norm"), py::arg("error_if_nonfinite"),
-           py::arg("clip_value"), py::arg("write_back"))
+           py::arg("clip_value"), py::arg("write_back"), py::arg("counts") = py::none())
+      .def_property_readonly("counts_integers", &StepPlan::counts_integers)
       .def_property_readonly("row_count", &StepPlan::row_count)
       .def_property_readonly("chunk_count", &StepPlan::chunk_count);
 

@@ -98,6 +98,18 @@ uint64_t version_of(PyObject* dict) {
 #endif
 }
 
+// What a weak reference refers to, for comparing only, or null.
+PyObject* referent(PyObject* reference) {
+#if PY_VERSION_HEX >= 0x030D0000
+  PyObject* object = nullptr;
+  if (PyWeakref_GetRef(reference, &object) < 0) PyErr_Clear();
+  Py_XDECREF(object);
+  return object;
+#else
+  return PyWeakref_GET_OBJECT(reference);
+#endif
+}
+
 // The table of a dict's entries, for prefetching only.
 const void* entries_of(PyObject* dict) { return reinterpret_cast<PyDictObject*>(dict)->ma_keys; }
 
@@ -220,6 +232,7 @@ void StepPlan::read_value(Group& group, Py_ssize_t group_index, GroupEntry& entr
   prefetch(entry.dict, sizeof(PyDictObject));
   if (!entry.version) prefetch(entry.dict_entries, kStateBytes);
   for (const void* object : entry.objects) __builtin_prefetch(object);
+  if (!entry.version) __builtin_prefetch(entry.counted);
   prefetch_tensor(watch.step.impl, false);
   prefetch_storage(watch.step.form.storage);
   __builtin_prefetch(rows_[entry.row].step);
@@ -458,11 +471,13 @@ const char* StepPlan::describe_column(Owner& owner, const at::Tensor& tensor, Co
 }
 
 // Takes the states of this step from the state dicts. Returns false when they are no longer as they were found.
-bool StepPlan::refresh_states(PyObject* state) {
+bool StepPlan::refresh_states(PyObject* state, PyObject* counts) {
   const size_t count = state_entries_.size();
   const int state_count = rule_.state_count;
   const uint64_t state_version = version_of(state);
   const bool same_dicts = state_version && state_version == state_version_;
+  const uint64_t counts_version = counts ? version_of(counts) : 0;
+  const bool same_counts = counts_version && counts_version == counts_version_;
   for (size_t e = 0; e < std::min(kAhead, count); ++e) prefetch_state(e);
   for (size_t e = 0; e < count; ++e) {
     if (e + kAhead < count) prefetch_state(e + kAhead);
@@ -488,10 +503,7 @@ bool StepPlan::refresh_states(PyObject* state) {
       }
       return THPVariable_Unpack(entry.objects[i]).unsafeGetTensorImpl();
     };
-    c10::TensorImpl* impl = tensor(0);
-    if (!impl || !watch.step.renew(impl)) return false;
-    row.step = data_of(impl);
-    if (!row.step) return false;
+    c10::TensorImpl* impl;
     for (int c = 0; c < state_count; ++c) {
       if (!keys.name[1 + c]) continue;
       Watched& column = watch.state[c];
@@ -500,14 +512,38 @@ bool StepPlan::refresh_states(PyObject* state) {
       row.state[c].data = data_of(impl);
       if (!row.state[c].data && row.numel) return false;
     }
+    if (!counts) {
+      impl = tensor(0);
+    } else {
+      if (!(same_counts && same_objects) && !refresh_count(counts, entry, same_counts)) return false;
+      impl = THPVariable_Unpack(entry.objects[0]).unsafeGetTensorImpl();
+    }
+    if (!impl || !watch.step.renew(impl)) return false;
+    row.step = data_of(impl);
+    if (!row.step) return false;
     entry.version = version;
   }
   state_version_ = state_version;
+  counts_version_ = counts_version;
   return true;
 }
 
+// Takes the hidden count of this step. Returns false when it is no longer there, or counts another tensor's steps.
+bool StepPlan::refresh_count(PyObject* counts, StateEntry& entry, bool same_counts) {
+  if (!same_counts) {
+    Py_ssize_t position = entry.count_position;
+    PyObject *key, *pair;
+    if (!PyDict_Next(counts, &position, &key, &pair) || key != watches_[entry.row].object) return false;
+    if (!PyTuple_CheckExact(pair) || PyTuple_GET_SIZE(pair) != 2) return false;
+    entry.objects[0] = PyTuple_GET_ITEM(pair, 0);
+    entry.counted = PyTuple_GET_ITEM(pair, 1);
+    if (!THPVariable_Check(entry.objects[0]) || !PyWeakref_Check(entry.counted)) return false;
+  }
+  return referent(entry.counted) == entry.objects[1];
+}
+
 // Why the state cannot be used, or null. Sets the row's columns and the entry's keys.
-const char* StepPlan::resolve_state(size_t r, PyObject* inner, StateEntry& entry) {
+const char* StepPlan::resolve_state(size_t r, PyObject* inner, const HiddenCounts* counts, StateEntry& entry) {
   Owner& owner = owners_[r];
   Watch& watch = watches_[r];
   TensorRow& row = rows_[r];
@@ -515,7 +551,7 @@ const char* StepPlan::resolve_state(size_t r, PyObject* inner, StateEntry& entry
   StateKeys keys{};
   at::Tensor step, state[kMaxStates];
   Py_ssize_t position = 0;
-  PyObject *name, *value;
+  PyObject *name, *value, *first = nullptr;
   while (PyDict_Next(inner, &position, &name, &value)) {
     if (!PyUnicode_Check(name) || !THPVariable_Check(value)) continue;
     auto found = [&](const char* wanted, int i, at::Tensor& tensor) {
@@ -523,17 +559,33 @@ const char* StepPlan::resolve_state(size_t r, PyObject* inner, StateEntry& entry
       tensor = THPVariable_Unpack(value);
       keys.name[i] = py::reinterpret_borrow<py::object>(name);
       keys.position[i] = position - 1;
+      if (i == 1) first = value;
     };
-    found("step", 0, step);
+    if (!counts) found("step", 0, step);
     for (int c = 0; c < rule_.state_count; ++c) {
       if (columns >> c & 1) found(rule_.states[c], 1 + c, state[c]);
     }
   }
+  if (counts) {
+    const auto found = counts->find(watch.object);
+    if (found == counts->end()) return kNoState;
+    const auto& [count_position, pair] = found->second;
+    if (!PyTuple_CheckExact(pair) || PyTuple_GET_SIZE(pair) != 2 || !THPVariable_Check(PyTuple_GET_ITEM(pair, 0)) ||
+        !PyWeakref_Check(PyTuple_GET_ITEM(pair, 1))) {
+      return kNoState;
+    }
+    entry.count_position = count_position;
+    step = THPVariable_Unpack(PyTuple_GET_ITEM(pair, 0));
+    // A count of another tensor says nothing about this one.
+    if (!keys.name[1] || referent(PyTuple_GET_ITEM(pair, 1)) != first) return kNoState;
+  }
   if (!step.defined()) return kNoState;
-  if (foreign(step.unsafeGetTensorImpl(), device_) || step.device() != owner.device || step.dim() ||
-      !to_dtype(step.unsafeGetTensorImpl(), row.step_dtype) ||
-      (row.step_dtype != DType::kFloat32 && row.step_dtype != DType::kFloat64)) {
-    return kNoState;  // its initialization converts it
+  const c10::TensorImpl* count = step.unsafeGetTensorImpl();
+  if (unreachable(count, device_) || step.device() != owner.device || step.numel() != 1) return kNoState;
+  watch.integer_count = counts_integers() && step.scalar_type() == at::kLong;
+  if (!watch.integer_count) {
+    if (!to_dtype(count, row.step_dtype)) return kNoState;  // its initialization converts it
+    if (row.step_dtype != DType::kFloat32 && row.step_dtype != DType::kFloat64) return kNoState;
   }
   if (!data_of(step.unsafeGetTensorImpl())) return "has a step count without memory (its storage was freed?)";
   for (int c = 0; c < rule_.state_count; ++c) {
@@ -561,8 +613,12 @@ const char* StepPlan::resolve_state(size_t r, PyObject* inner, StateEntry& entry
   return nullptr;
 }
 
-void StepPlan::resolve_states(PyObject* state) {
+void StepPlan::resolve_states(PyObject* state, PyObject* counts) {
   std::unordered_map<PyObject*, uint32_t> row_of;
+  HiddenCounts hidden;
+  Py_ssize_t position = 0;
+  PyObject *key, *inner;
+  while (counts && PyDict_Next(counts, &position, &key, &inner)) hidden[key] = {position - 1, inner};
   state_problems_ = false;
   for (size_t r = 0; r < rows_.size(); ++r) {
     Watch& watch = watches_[r];
@@ -575,11 +631,10 @@ void StepPlan::resolve_states(PyObject* state) {
     }
     watch.state_problem = groups_[watch.group].columns && !watch.problem ? kNoState : nullptr;
   }
-  state_version_ = 0;
+  state_version_ = counts_version_ = 0;
   state_entries_.clear();
   state_keys_.clear();
-  Py_ssize_t position = 0;
-  PyObject *key, *inner;
+  position = 0;
   while (PyDict_Next(state, &position, &key, &inner)) {
     const auto found = row_of.find(key);
     if (found == row_of.end() || !PyDict_Check(inner)) continue;
@@ -590,7 +645,7 @@ void StepPlan::resolve_states(PyObject* state) {
     entry.row = found->second;
     entry.dict = inner;
     entry.dict_entries = entries_of(inner);
-    problem = resolve_state(entry.row, inner, entry);
+    problem = resolve_state(entry.row, inner, counts ? &hidden : nullptr, entry);
     if (!problem) state_entries_.push_back(entry);
   }
   for (const Watch& watch : watches_) state_problems_ |= watch.state_problem != nullptr;
@@ -626,7 +681,7 @@ void StepPlan::find_overlaps() {
   for (size_t i = 1; i < ranges.size(); ++i) overlaps_ |= ranges[i].first < ranges[i - 1].second;
 }
 
-py::object StepPlan::refresh(PyObject* groups, PyObject* state, bool write_back) {
+py::object StepPlan::refresh(PyObject* groups, PyObject* state, PyObject* counts, bool write_back) {
   any_active_ = any_double_ = false;
   try {
     if (!groups_unchanged(groups)) read_groups(groups);
@@ -667,9 +722,9 @@ py::object StepPlan::refresh(PyObject* groups, PyObject* state, bool write_back)
   if (resized) build_chunks();
   if (moved) find_overlaps();
 
-  if (!states_known_ || !refresh_states(state)) {
-    resolve_states(state);
-    if (!refresh_states(state)) throw std::runtime_error("the optimizer's state changed while it was read");
+  if (!states_known_ || !refresh_states(state, counts)) {
+    resolve_states(state, counts);
+    if (!refresh_states(state, counts)) throw std::runtime_error("the optimizer's state changed while it was read");
   }
   for (size_t r = 0; state_problems_ && r < count; ++r) {
     if (!rows_[r].grad.data || !watches_[r].state_problem) continue;
@@ -697,6 +752,14 @@ py::object StepPlan::refresh(PyObject* groups, PyObject* state, bool write_back)
   return problems.empty() ? py::object(py::none()) : py::object(problems);
 }
 
+// The steps taken by a row on a CPU.
+double StepPlan::count_of(size_t r) const {
+  const TensorRow& row = rows_[r];
+  if (!row.step) return 0;
+  if (watches_[r].integer_count) return static_cast<double>(*static_cast<int64_t*>(row.step));
+  return row.step_dtype == DType::kFloat64 ? *static_cast<double*>(row.step) : *static_cast<float*>(row.step);
+}
+
 void StepPlan::derive_scalars() {
   struct Memo {
     double step = std::numeric_limits<double>::quiet_NaN();
@@ -704,13 +767,10 @@ void StepPlan::derive_scalars() {
   };
   std::vector<Memo> memo(group_table_.size());
   scalars_.clear();
-  for (TensorRow& row : rows_) {
+  for (size_t r = 0; r < rows_.size(); ++r) {
+    TensorRow& row = rows_[r];
     if (!row.grad.data) continue;
-    double step = 0;
-    if (row.step) {
-      step = row.step_dtype == DType::kFloat64 ? *static_cast<double*>(row.step) : *static_cast<float*>(row.step);
-    }
-    step += 1;
+    const double step = count_of(r) + 1;
     Memo& known = memo[row.group];
     if (known.step != step) {
       known = {step, static_cast<uint32_t>(scalars_.size()), rule_.variant(group_table_[row.group]->value, step)};
@@ -723,9 +783,12 @@ void StepPlan::derive_scalars() {
 }
 
 void StepPlan::count_steps() {
-  for (const TensorRow& row : rows_) {
+  for (size_t r = 0; r < rows_.size(); ++r) {
+    const TensorRow& row = rows_[r];
     if (!row.grad.data || !row.step) continue;
-    if (row.step_dtype == DType::kFloat64) {
+    if (watches_[r].integer_count) {
+      *static_cast<int64_t*>(row.step) += 1;
+    } else if (row.step_dtype == DType::kFloat64) {
       *static_cast<double*>(row.step) += 1;
     } else {
       *static_cast<float*>(row.step) += 1;
@@ -807,7 +870,8 @@ py::object StepPlan::step_on_devices(const StepSettings& s) {
   return py::make_tuple(wrapped(outcome.scalars), wrapped(outcome.found_inf));
 }
 
-py::object StepPlan::step(const py::object& groups, const py::dict& state, const StepSettings& s) {
+py::object StepPlan::step(const py::object& groups, const py::dict& state, const py::object& counts,
+                          const StepSettings& s) {
   // The passes run without the GIL, so another thread may get here, or drop what they work on. Reading a hyperparameter
   // may run Python, too.
   if (running_) throw std::runtime_error("a step of this optimizer is running in another thread");
@@ -816,7 +880,7 @@ py::object StepPlan::step(const py::object& groups, const py::dict& state, const
     explicit Running(bool& f) : flag(f) { flag = true; }
     ~Running() { flag = false; }
   } running(running_);
-  py::object problems = refresh(groups.ptr(), state.ptr(), s.write_back);
+  py::object problems = refresh(groups.ptr(), state.ptr(), counts.is_none() ? nullptr : counts.ptr(), s.write_back);
   if (!problems.is_none()) return problems;
   if (runner_) return step_on_devices(s);
 

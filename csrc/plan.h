@@ -5,6 +5,8 @@
 
 #include <memory>
 #include <string>
+#include <unordered_map>
+#include <utility>
 #include <vector>
 
 #include "device/executor.h"
@@ -40,13 +42,19 @@ class StepPlan {
   // None, a 0-dim float32 tensor or None. When a parameter with a gradient is not ready for the kernels, nothing is run
   // and a list of (group index, index in group, reason, whether it is only the state that is missing) is returned; the
   // last is None where there is nothing to mend.
-  py::object step(const py::object& groups, const py::dict& state, const StepSettings& settings);
+  //
+  // Step counts are in the states, or, where the optimizer hides them there, in `counts`: by parameter, a tuple (count,
+  // weak reference to the first column that it counts the steps of). See fusedopt/rules/counts.py.
+  py::object step(const py::object& groups, const py::dict& state, const py::object& counts,
+                  const StepSettings& settings);
 
   // A number as an argument of step(): read, or left where it is when that is the plan's device.
   Number number(const py::object& value) const;
 
   size_t row_count() const { return rows_.size(); }
   size_t chunk_count() const { return chunks_.size(); }
+  // Whether a step count may be an int64 tensor: kernels on a device know floating-point numbers only.
+  bool counts_integers() const { return !runner_; }
 
  private:
   struct GroupEntry {
@@ -85,6 +93,7 @@ class StepPlan {
   struct Watch {
     PyObject* object;  // the parameter, alive in its group's list during a step
     uint32_t group, index;
+    bool integer_count;
     Watched param, grad, step, state[kMaxStates];
     const void* autograd;       // for prefetching only
     const char* problem;        // why the parameter cannot be served, or null
@@ -109,10 +118,13 @@ class StepPlan {
     PyObject* dict;
     uint64_t version;  // of the dict, when its objects were last read
     PyObject* objects[1 + kMaxStates];
-    const void* dict_entries;  // for prefetching only
+    const void* dict_entries;   // for prefetching only
+    Py_ssize_t count_position;  // in the dict of hidden counts
+    PyObject* counted;          // the weak reference there
   };
+  using HiddenCounts = std::unordered_map<PyObject*, std::pair<Py_ssize_t, PyObject*>>;
 
-  py::object refresh(PyObject* groups, PyObject* state, bool write_back);
+  py::object refresh(PyObject* groups, PyObject* state, PyObject* counts, bool write_back);
   bool groups_unchanged(PyObject* groups);
   void read_groups(PyObject* groups);
   bool read_number(PyObject* value, HyperValues& hyper, int slot);
@@ -123,9 +135,11 @@ class StepPlan {
                               bool written);
   bool refresh_param(size_t r);
   const char* refresh_grad(size_t r, bool write_back);
-  bool refresh_states(PyObject* state);
-  void resolve_states(PyObject* state);
-  const char* resolve_state(size_t r, PyObject* inner, StateEntry& entry);
+  bool refresh_states(PyObject* state, PyObject* counts);
+  bool refresh_count(PyObject* counts, StateEntry& entry, bool same_counts);
+  void resolve_states(PyObject* state, PyObject* counts);
+  const char* resolve_state(size_t r, PyObject* inner, const HiddenCounts* counts, StateEntry& entry);
+  double count_of(size_t r) const;
   void prefetch_group(size_t g, PyObject* dict) const;
   void prefetch_row(size_t r) const;
   void prefetch_state(size_t e) const;
@@ -155,7 +169,7 @@ class StepPlan {
   std::vector<ScalarsStorage> scalars_;
   std::vector<double> partials_;
   int64_t elements_ = 0;
-  uint64_t state_version_ = 0;  // of the optimizer's state, when its entries were last read
+  uint64_t state_version_ = 0, counts_version_ = 0;  // of the optimizer's state and counts, when last read
   bool any_active_ = false, any_double_ = false;
   bool hyper_changed_ = true, overlaps_ = false;
   bool states_known_ = false, state_problems_ = false;

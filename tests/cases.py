@@ -174,6 +174,12 @@ def bits_but_for_nan(tensors: Any) -> list[bytes]:
     return bits(torch.where(tensor.isnan(), torch.nan, tensor) for tensor in tensors)
 
 
+def whole_state(optimizer: Any, param: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The state of a parameter with its step count, which is not there for every rule."""
+    counts = {} if optimizer._counts is None else optimizer._counts
+    return {**({"step": counts[param][0]} if param in counts else {}), **optimizer.state.get(param, {})}
+
+
 def state_bits(optimizer: torch.optim.Optimizer) -> dict[tuple[int, str], bytes]:
     """The exact contents of ``optimizer.state_dict()['state']``."""
     return {

@@ -94,6 +94,16 @@ def assert_matches(name: str, stored: torch.Tensor, want: Value, compute: torch.
         )
 
 
+def steps_taken(optimizer: Any, param: torch.Tensor) -> int:
+    """The step count of a parameter, wherever it lies. A column that was put there by hand is real."""
+    state = optimizer.state.get(param, {})
+    if optimizer._counts is None:
+        return int(state.get("step", 0))
+    column = state.get(optimizer.rule.columns[0].name)
+    count = optimizer._counts.of(param, column)
+    return int(column is not None) if count is None else int(count)
+
+
 class CheckedStep:
     """Takes a snapshot of an optimizer before a step, and checks what the step made of it.
 
@@ -115,7 +125,7 @@ class CheckedStep:
                 columns = {key: as_double(value) for key, value in state.items() if key != "step"}
                 for column in optimizer.rule.columns:
                     columns.setdefault(column.name, np.zeros(tuple(param.shape)))
-                step = int(state["step"]) + 1 if "step" in state else 1
+                step = steps_taken(optimizer, param) + 1
                 g = np.clip(as_double(param.grad) * multiplier, -clip_value, clip_value)
                 want = FORMULAS[optimizer.rule.name](group, as_double(param), g, columns, step)
                 self.rows.append((param, want, step))
@@ -131,4 +141,4 @@ class CheckedStep:
                         f"{name} of shape {tuple(param.shape)} at step {step}", stored, value, compute, self.roundings
                     )
             if state:
-                assert int(state["step"]) == step
+                assert steps_taken(self.optimizer, param) == step

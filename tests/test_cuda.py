@@ -32,6 +32,7 @@ from cases import (
     parameters,
     set_gradients,
     use_ptx,
+    whole_state,
 )
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -83,7 +84,7 @@ def contents(optimizer: Any) -> list[tuple[bytes, dict[str, bytes]]]:
     """The bits of each parameter and of its state, the step count of any rule included."""
     params = [param for group in optimizer.param_groups for param in group["params"]]
     return [
-        (bits([param])[0], {name: bits([value])[0] for name, value in optimizer.state.get(param, {}).items()})
+        (bits([param])[0], {name: bits([value])[0] for name, value in whole_state(optimizer, param).items()})
         for param in params
     ]
 
@@ -302,7 +303,7 @@ def test_a_single_nonfinite_gradient_is_found_anywhere(slow: bool, norm_type: fl
             optimizer.step(grad_scale=2.0)
             assert float(optimizer.last_step.found_inf) == (place is not None)
             assert place is None or not optimizer.state[param] or contents(optimizer) == before
-    assert float(optimizer.state[param]["step"]) == 6
+    assert float(whole_state(optimizer, param)["step"]) == 6
     assert param.isfinite().all()
 
 
@@ -758,7 +759,7 @@ def test_a_replayed_step_is_a_step(option: str, dtype: torch.dtype, clip: str) -
             assert bits([report.grad_norm, report.clip_coef]) == bits(
                 [twins.eager.last_step.grad_norm, twins.eager.last_step.clip_coef]
             )
-    state = twins.replayed.state[twins.params[0][0]]
+    state = whole_state(twins.replayed, twins.params[0][0])
     if state:
         assert float(state["step"]) == 4, "each replay counts"
 

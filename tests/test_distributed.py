@@ -189,6 +189,41 @@ def shard_empty_tensor(rank: int, kind: str) -> float:
     return float(optimizer.last_step.grad_norm)
 
 
+def shard_half(rank: int, kind: str) -> dict[str, Any]:
+    """State that is half there in one share is refused in all, and what it says of no parameter is dropped."""
+
+    def make() -> tuple[list[nn.Parameter], Any]:
+        params = [nn.Parameter(torch.full((4,), index + 1.0)) for index in range(4)]
+        settings = SETTINGS[kind.removeprefix("Fused")]
+        optimizer = fusedopt.ZeroRedundancyOptimizer(params, kind, **settings)
+        for param in params:
+            param.grad = torch.ones(4)
+        optimizer.step()
+        return params, optimizer
+
+    params, optimizer = make()
+    key = "momentum_buffer" if kind == "FusedSGD" else "exp_avg"
+    everybodys = [copy.deepcopy(optimizer.state_dict())]
+    dist.broadcast_object_list(everybodys, src=0)
+    (saved,) = everybodys
+    broken = copy.deepcopy(saved)
+    broken["state"][2]["other"] = broken["state"][2].pop(key)
+    values = [param.tolist() for param in params]
+    before = repr([optimizer.optim.state_dict(), optimizer.param_groups])
+    refused = ""
+    try:
+        optimizer.load_state_dict(broken)
+    except ValueError as error:
+        refused = str(error)
+    assert repr([optimizer.optim.state_dict(), optimizer.param_groups]) == before
+    assert [param.tolist() for param in params] == values
+    for index in (0, 1, 2):
+        del saved["state"][index]
+    optimizer.load_state_dict(saved)
+    kept = sum(key in state for state in optimizer.optim.state.values())
+    return {"refused": refused, "kept": kept}
+
+
 def overflow(rank: int, cfg: dict[str, Any]) -> dict[str, Any]:
     """The gradients of one process overflow in the second of three iterations."""
     model = DistributedDataParallel(make_model())
@@ -218,6 +253,7 @@ SCENARIOS: dict[str, tuple[Callable[..., dict[str, Any]], tuple]] = {
     "closure": (shard_closure, ()),
     **{f"nothing-{kind}": (shard_nothing, (kind,)) for kind in ("SGD", "FusedSGD")},
     **{f"empty-{kind}": (shard_empty_tensor, (kind,)) for kind in ("SGD", "FusedSGD")},
+    **{f"half-{kind}": (shard_half, (kind,)) for kind in ("FusedSGD", "FusedAdamW")},
     **{f"overflow-{kind}": (overflow, (optimizer_cfg(kind),)) for kind in TYPES},
     **{f"overflow-shard-{kind}": (overflow, (zero_cfg(kind),)) for kind in TYPES},
 }
@@ -344,6 +380,14 @@ def test_the_inf_norm_takes_empty_tensors(outcomes, kind):
 def test_a_sharded_optimizers_state_holds_that_of_the_loss_scaler(outcomes):
     for shard in outcomes["amp"]:
         assert shard["saved"]["loss_scaler"]["scale"] == 65536
+
+
+@pytest.mark.parametrize("kind", ["FusedSGD", "FusedAdamW"])
+def test_half_a_state_is_refused_in_all_processes(outcomes, kind):
+    key = "momentum_buffer" if kind == "FusedSGD" else "exp_avg"
+    for outcome in outcomes[f"half-{kind}"]:
+        assert f"(param_groups[0]['params'][2], shape (4,)) has no '{key}'" in outcome["refused"]
+    assert sum(outcome["kept"] for outcome in outcomes[f"half-{kind}"]) == 1
 
 
 @pytest.mark.parametrize("kind", [*TYPES, *(f"shard-{kind}" for kind in TYPES)])

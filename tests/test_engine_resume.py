@@ -588,6 +588,20 @@ class TestFailures:
             runner.load_or_resume()
         assert_same(state_of(runner), before)
 
+    def test_an_optimizers_state_that_is_half_there(self, tmp_path):
+        wrapper = dict(optim_wrapper=dict(optimizer=dict(type="FusedAdamW", lr=0.01)))
+        train(config(tmp_path, train_cfg=dict(by_epoch=True, max_epochs=2), **wrapper))
+        path = tmp_path / "epoch_2.pth"
+        checkpoint = torch.load(path, weights_only=True)
+        del checkpoint["optimizer"]["state"][1]["exp_avg_sq"]
+        torch.save(checkpoint, path)
+        runner = Runner.from_cfg(config(tmp_path, resume=True, **wrapper))
+        before = state_of(runner)
+        message = r"epoch_2.pth cannot be resumed from: loaded state of parameter .*\[1\].* has no 'exp_avg_sq'"
+        with pytest.raises(CheckpointError, match=message):
+            runner.load_or_resume()
+        assert_same(state_of(runner), before)
+
     def test_a_weight_that_is_no_tensor(self, tmp_path):
         weights = dict(Runner.from_cfg(config(tmp_path)).bare_model.state_dict())
         name = next(reversed(weights))

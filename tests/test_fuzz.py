@@ -144,7 +144,8 @@ def test_stores_round_once_to_nearest_even(value: float, backend: str, source: t
     optimizer = fusedopt.FusedSGD([param], lr=0.0, momentum=0.5, backend=backend_name(backend))
     grad = torch.full((9,), value, dtype=torch.float64).to(source)
     for dtype in (torch.float16, torch.bfloat16):
-        optimizer.state[param] = {"momentum_buffer": torch.zeros(9, dtype=dtype), "step": torch.tensor(0.0)}
+        optimizer.state[param] = {"momentum_buffer": torch.zeros(9, dtype=dtype)}
+        optimizer._counts.put(param, optimizer.state[param]["momentum_buffer"], torch.tensor(0.0))
         param.grad = grad.clone()
         optimizer.step()
         got = optimizer.state[param]["momentum_buffer"]

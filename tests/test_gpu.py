@@ -27,6 +27,7 @@ from cases import (
     global_norm,
     parameters,
     set_gradients,
+    whole_state,
 )
 from torch import nn
 
@@ -67,7 +68,7 @@ def states(optimizer: Any) -> dict[str, torch.Tensor]:
     return {
         f"{index} {name}": value
         for index, param in enumerate(params)
-        for name, value in optimizer.state.get(param, {}).items()
+        for name, value in whole_state(optimizer, param).items()
     }
 
 

@@ -26,7 +26,7 @@ from typing import Any, ClassVar, NamedTuple
 import numpy as np
 import pytest
 import torch
-from cases import DTYPES, INF, OPTIONS, bits, each_option, global_norm, module, parameters, set_gradients
+from cases import DTYPES, INF, OPTIONS, bits, each_option, global_norm, module, parameters, set_gradients, whole_state
 from test_cuda import CLIPS, LOOSE, NORMS, contents, each_clip, make, mixed, placed, reported
 from torch import nn
 
@@ -443,7 +443,7 @@ def test_a_replayed_step_is_a_step(option: str, clip: str) -> None:
             assert bits([report.grad_norm, report.clip_coef]) == bits(
                 [eager[0].last_step.grad_norm, eager[0].last_step.clip_coef]
             )
-    assert float(replayed[0].state[replayed[1][0]]["step"]) == 3, "each replay counts, but for the overflow"
+    assert float(whole_state(replayed[0], replayed[1][0])["step"]) == 3, "each replay counts, but for the overflow"
 
 
 def test_a_step_between_replays_does_not_disturb_the_graph() -> None:

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from ..rules import NormClip, Rule, ValueClip
+from ..rules import HiddenCounts, NormClip, Rule, ValueClip
 
 __all__ = ["Backend", "BackendUnavailable", "StepReport", "StepRequest"]
 
@@ -113,13 +113,24 @@ class Backend(abc.ABC):
 
     @abc.abstractmethod
     def step(
-        self, param_groups: list[dict[str, Any]], state: dict[Tensor, dict[str, Any]], request: StepRequest
+        self,
+        param_groups: list[dict[str, Any]],
+        state: dict[Tensor, dict[str, Any]],
+        request: StepRequest,
+        counts: HiddenCounts | None = None,
     ) -> StepReport:
         """Run one step over all groups.
 
-        Every gradient is checked before anything is written: after an error, parameters and state are as before.
+        Every gradient and state is checked before anything is written: after an error, parameters and state are as
+        before.
+
+        Args:
+            param_groups: the optimizer's.
+            state: the optimizer's.
+            request: what else is asked for.
+            counts: where the step counts are when they are not in ``state``.
 
         Raises:
-            RuntimeError: a gradient is sparse, complex, of another shape or device (the message names the
-                parameter), or the norm is not finite under ``error_if_nonfinite``.
+            RuntimeError: a gradient is sparse, complex, of another shape or device, or a parameter's state is half
+                there (the message names the parameter), or the norm is not finite under ``error_if_nonfinite``.
         """

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..rules import NormClip, Rule, ValueClip, check_gradient, check_parameter, parameter_name
+from ..rules import HiddenCounts, NormClip, Rule, ValueClip, check_gradient, check_parameter, parameter_name
 from .base import Backend, BackendUnavailable, StepReport, StepRequest
 
 __all__ = ["PlanBackend"]
@@ -34,7 +34,11 @@ class PlanBackend(Backend):
         return f"one optimizer has parameters on {' and '.join(kinds)}" if len(kinds) > 1 else None
 
     def step(
-        self, param_groups: list[dict[str, Any]], state: dict[Tensor, dict[str, Any]], request: StepRequest
+        self,
+        param_groups: list[dict[str, Any]],
+        state: dict[Tensor, dict[str, Any]],
+        request: StepRequest,
+        counts: HiddenCounts | None = None,
     ) -> StepReport:
         norm_type, error_if_nonfinite, clip_value = 0.0, False, math.inf
         max_norm: float | Tensor = 0.0
@@ -53,10 +57,11 @@ class PlanBackend(Backend):
             error_if_nonfinite,
             clip_value,
             request.write_back_grads,
+            counts,
         )
         result = self._plan.step(param_groups, state, *asked)
         if isinstance(result, list):
-            self._attend(result, param_groups, state)
+            self._attend(result, param_groups, state, counts)
             result = self._plan.step(param_groups, state, *asked)
         if isinstance(result, list):
             g, i, reason, _ = result[0]
@@ -68,8 +73,10 @@ class PlanBackend(Backend):
         attention: list[tuple[int, int, str, bool | None]],
         param_groups: list[dict[str, Any]],
         state: dict[Tensor, dict[str, Any]],
+        counts: HiddenCounts | None,
     ) -> None:
         """Look at what the plan cannot serve as it is: raise what is wrong, then create the state that is missing."""
+        integers = self._plan.counts_integers
         for g, i, reason, state_missing in attention:
             group = param_groups[g]
             param, name = group["params"][i], parameter_name(group, g, i)
@@ -87,5 +94,9 @@ class PlanBackend(Backend):
             check_gradient(name, param, param.grad)
             if not state_missing:
                 raise RuntimeError(f"{name} {reason}")
+            problem = self.rule.problem(group, param, name, state, counts, integers=integers)
+            if problem is not None:
+                raise RuntimeError(problem)
         for g, i, _, _ in attention:
-            self.rule.init_state(param_groups[g], param_groups[g]["params"][i], state)
+            group = param_groups[g]
+            self.rule.init_state(group, group["params"][i], state, counts, integers=integers)

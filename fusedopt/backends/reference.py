@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..rules import (
+    HiddenCounts,
     NormClip,
     ValueClip,
     check_gradient,
@@ -41,7 +42,11 @@ class ReferenceBackend(Backend):
 
     @torch.no_grad()
     def step(
-        self, param_groups: list[dict[str, Any]], state: dict[Tensor, dict[str, Any]], request: StepRequest
+        self,
+        param_groups: list[dict[str, Any]],
+        state: dict[Tensor, dict[str, Any]],
+        request: StepRequest,
+        counts: HiddenCounts | None = None,
     ) -> StepReport:
         rows = []
         for group_index, group in enumerate(param_groups):
@@ -50,6 +55,8 @@ class ReferenceBackend(Backend):
                     name = parameter_name(group, group_index, index)
                     check_parameter(name, param)
                     check_gradient(name, param, param.grad)
+                    if (problem := self.rule.problem(group, param, name, state, counts)) is not None:
+                        raise RuntimeError(problem)
                     rows.append((group, param, param.grad))
         inv_scale = 1.0 if request.grad_scale is None else 1.0 / float(request.grad_scale)
         clip = request.clip
@@ -76,7 +83,8 @@ class ReferenceBackend(Backend):
 
         if not skip:
             for group, param, grad in rows:
-                self._update(group, param, grad, self.rule.init_state(group, param, state), multiplier, request)
+                mine, count = self.rule.init_state(group, param, state, counts)
+                self._update(group, param, grad, mine, count, multiplier, request)
         return StepReport(scalars, found_inf)
 
     def _update(
@@ -85,6 +93,7 @@ class ReferenceBackend(Backend):
         param: Tensor,
         grad: Tensor,
         state: dict[str, Any],
+        count: Tensor | None,
         multiplier: float,
         request: StepRequest,
     ) -> None:
@@ -95,7 +104,7 @@ class ReferenceBackend(Backend):
             g = g.clamp(-bound, bound)
         if request.write_back_grads:
             grad.copy_(g)
-        step = int(state["step"].add_(1)) if "step" in state else 1
+        step = 1 if count is None else int(count.add_(1))
         columns = {column.name: state[column.name] for column in self.rule.columns if column.needed(group)}
         work = {name: tensor.to(dtype) for name, tensor in columns.items()}
         p = param.to(dtype)

@@ -6,7 +6,6 @@ import inspect
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from copy import deepcopy
 from types import GeneratorType
 from typing import Any, ClassVar
 
@@ -16,8 +15,19 @@ from torch.optim import optimizer as optimizer_module
 from torch.optim.optimizer import ParamsT
 
 from ..backends import Backend, BackendUnavailable, StepReport, StepRequest, check_backend_name, create_backend
-from ..rules import Hyperparameters, NormClip, Rule, ValueClip, check_parameter, parameter_name, parse_clip_grad
+from ..rules import (
+    HiddenCounts,
+    Hyperparameters,
+    NormClip,
+    Rule,
+    ValueClip,
+    check_parameter,
+    parameter_name,
+    parse_clip_grad,
+)
 from ..undo import parameter_groups, unchanged_on_error
+from .loading import read_state_dict, take_steps_out
+from .saving import leave_out_unreal_state
 
 __all__ = ["FusedOptimizer"]
 
@@ -34,23 +44,6 @@ def _note_ignored_flags(settings: Mapping[str, Any]) -> None:
             "parameter groups. This note appears once.",
             stacklevel=5,
         )
-
-
-def _leave_out_unreal_state(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:
-    """State-dict post hook: drop state as it is created, which no step has touched, and the step torch does not keep.
-
-    State is created before it is known whether the step is skipped; to leave it out is the same as to load it.
-    """
-    assert isinstance(optimizer, FusedOptimizer)
-    columns = {column.name for column in optimizer.rule.columns}
-    states = state_dict.get("state")
-    for key, state in list(states.items()) if isinstance(states, dict) else ():
-        if not isinstance(state, dict) or not isinstance(state.get("step"), Tensor):
-            continue
-        if state.keys() <= {*columns, "step"} and not any(bool(value.any()) for value in state.values()):
-            del state_dict["state"][key]
-        elif optimizer.rule.hides_step:
-            state_dict["state"][key] = {name: value for name, value in state.items() if name != "step"}
 
 
 class FusedOptimizer(torch.optim.Optimizer):
@@ -109,7 +102,8 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     def _settle(self) -> None:
         """What both a new and an unpickled optimizer need beside torch's own attributes."""
-        self.register_state_dict_post_hook(_leave_out_unreal_state, prepend=True)
+        self._counts = HiddenCounts(self) if self.rule.hides_step else None
+        self.register_state_dict_post_hook(leave_out_unreal_state, prepend=True)
 
     @property
     def clip_grad(self) -> dict[str, Any] | None:
@@ -233,11 +227,11 @@ class FusedOptimizer(torch.optim.Optimizer):
             grad_scale = own["grad_scale"] if grad_scale is None else grad_scale * own["grad_scale"]
         request = StepRequest(grad_scale, found_inf, check, self._clip, self.write_back_grads)
         try:
-            self.last_step = self._get_engine().step(self.param_groups, self.state, request)
+            self.last_step = self._get_engine().step(self.param_groups, self.state, request, self._counts)
         except BackendUnavailable:
             # Parameters have moved to another device since: choose again, and raise if that does not help.
             self._engine = None
-            self.last_step = self._get_engine().step(self.param_groups, self.state, request)
+            self.last_step = self._get_engine().step(self.param_groups, self.state, request, self._counts)
         return loss
 
     _step_with_hooks = torch.optim.Optimizer.profile_hook_step(_step)
@@ -245,11 +239,16 @@ class FusedOptimizer(torch.optim.Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state dict of this optimizer or of torch's optimizer of the same name.
 
-        State tensors keep their dtype (torch casts them to the parameter's) and move to the parameter's device.
+        State tensors keep their dtype (torch casts them to the parameter's) and move to the parameter's device. What
+        torch fills in, because it has added it to its layout over time, is filled in. A parameter without an entry has
+        not stepped. A ``step`` in the group, where apex, Transformer Engine and DeepSpeed keep it, is the count of
+        parameters whose moments are there. Where both sides have names of parameters, state goes by them.
 
         Raises:
             ValueError: another number of groups, another group size, a state tensor of another shape than its
-                parameter, or a negative step count (the message names it). Nothing has been changed then.
+                parameter; a setting, a state tensor or a step count that is missing or of another kind; state of
+                another optimizer; names that contradict the order. The message names the parameter or group, the key
+                and what is there. Nothing has been changed then.
             KeyError: ``state_dict`` is no optimizer state dict.
         """
         # torch casts in a static method that a subclass cannot replace, hence this own load path.
@@ -258,59 +257,19 @@ class FusedOptimizer(torch.optim.Optimizer):
             replaced = pre_hook(self, state_dict)
             if replaced is not None:
                 state_dict = replaced
-        for key in ("state", "param_groups"):
-            if key not in state_dict:
-                raise KeyError(f"state_dict has no {key!r}; expected what an optimizer's state_dict() returns")
-        saved_groups = deepcopy(state_dict["param_groups"])
-        if len(saved_groups) != len(self.param_groups):
-            raise ValueError(
-                "loaded state dict has a different number of parameter groups: "
-                f"{len(saved_groups)}, expected {len(self.param_groups)}"
-            )
-        owners: dict[Any, tuple[Tensor, str]] = {}
-        for group_index, (group, saved) in enumerate(zip(self.param_groups, saved_groups, strict=True)):
-            if len(saved["params"]) != len(group["params"]):
-                raise ValueError(
-                    "loaded state dict contains a parameter group that doesn't match the size of optimizer's group: "
-                    f"param_groups[{group_index}] has {len(saved['params'])} parameters, expected "
-                    f"{len(group['params'])}"
-                )
-            for index, key in enumerate(saved["params"]):
-                owners[key] = group["params"][index], parameter_name(group, group_index, index)
-
-        state: defaultdict[Any, Any] = defaultdict(dict)
-        for key, value in state_dict["state"].items():
-            if key in owners:
-                param, name = owners[key]
-                state[param] = self._loaded_state(param, name, value)
-            else:
-                state[key] = value
-        for group, saved in zip(self.param_groups, saved_groups, strict=True):
-            saved["params"] = group["params"]
-            if "param_names" in group:
-                saved.setdefault("param_names", group["param_names"])
-        self.__setstate__({"state": state, "param_groups": saved_groups})
+        loaded = read_state_dict(self.rule, self.param_groups, state_dict, type(self).__name__)
+        self.__setstate__({"state": defaultdict(dict, loaded.state), "param_groups": loaded.param_groups})
+        self._take_counts(loaded.counts)
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
 
-    def _loaded_state(self, param: Tensor, name: str, saved: Mapping[str, Any]) -> dict[str, Any]:
-        columns = {column.name for column in self.rule.columns}
-        state = {}
-        for key, value in saved.items():
-            if isinstance(value, Tensor):
-                if key in columns and value.shape != param.shape:
-                    raise ValueError(
-                        f"loaded state {key!r} of {name} has shape {tuple(value.shape)}, expected {tuple(param.shape)}"
-                    )
-                if key == "step" and value.numel() == 1 and float(value) < 0:
-                    raise ValueError(f"loaded state 'step' of {name} is {float(value):g}; expected a count >= 0")
-                # A copy, so that the optimizer and the dict do not share memory where no cast copies it.
-                state[key] = value.detach().to(device=param.device, copy=True)
-            else:
-                state[key] = deepcopy(value)
-        if self.rule.hides_step and any(isinstance(state.get(column), Tensor) for column in columns):
-            state.setdefault("step", torch.tensor(1.0, device=param.device))
-        return state
+    def _take_counts(self, counts: Mapping[Tensor, Tensor]) -> None:
+        """Hidden counts of the state as it is now."""
+        if self._counts is not None:
+            self._counts.clear()
+            first = self.rule.columns[0].name
+            for param, count in counts.items():
+                self._counts.put(param, self.state[param][first], count)
 
     def __getstate__(self) -> dict[str, Any]:
         return {
@@ -318,16 +277,23 @@ class FusedOptimizer(torch.optim.Optimizer):
             "_clip": self._clip,
             "write_back_grads": self.write_back_grads,
             "backend": self.backend,
+            "counts": None if self._counts is None else self._counts.known(self.state, self.rule.columns[0].name),
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         fresh = "_optimizer_state_dict_post_hooks" not in self.__dict__
+        state = {**state}
+        counts = state.pop("counts", None)
         super().__setstate__(state)
         self._engine = None
         if fresh:
             self.last_step = None
             self._settle()
+            if self._counts is not None:
+                # Without counts it is from a version that kept them in the state.
+                self._take_counts(take_steps_out(self.rule, self.state) if counts is None else counts)
         defaults = self.rule.hyperparameters().as_defaults()
         for group in self.param_groups:
-            for key, value in defaults.items():
-                group.setdefault(key, value)
+            for key in self.rule.hyperparameters.filled_in:
+                if key in defaults:
+                    group.setdefault(key, defaults[key])

@@ -11,6 +11,7 @@ from ..undo import unchanged_on_error
 from .adam import FusedAdam
 from .adamw import FusedAdamW
 from .base import FusedOptimizer
+from .loading import check_state, take_steps_out
 from .sgd import FusedSGD
 
 __all__ = ["FUSED_TWINS", "fuse"]
@@ -43,12 +44,14 @@ def fuse(
 
     Raises:
         TypeError: another class, a subclass included (its ``step`` may do something else).
-        TypeError, ValueError: as for :class:`FusedAdam`. ``optimizer`` has not changed then.
+        TypeError, ValueError: as for :class:`FusedAdam`.
+        ValueError: its state of a parameter is half there. ``optimizer`` has not changed after an error.
     """
     twin_class = FUSED_TWINS.get(type(optimizer))
     if twin_class is None:
         names = ", ".join(f"torch.optim.{cls.__name__}" for cls in FUSED_TWINS)
         raise TypeError(f"fuse() takes exactly one of {names}; got {type(optimizer).__name__}")
+    check_state(twin_class.rule, optimizer.param_groups, optimizer.state)
     layout = [(group, group["params"]) for group in optimizer.param_groups]
     defaults = {key: value for key, value in optimizer.defaults.items() if key not in ("fused", "foreach")}
     if twin_class is FusedAdamW:
@@ -65,6 +68,8 @@ def fuse(
             group["params"] = params
         twin.param_groups = optimizer.param_groups
         twin.state = optimizer.state
+        if twin_class.rule.hides_step:
+            twin._take_counts(take_steps_out(twin_class.rule, twin.state))
         twin._optimizer_step_pre_hooks = optimizer._optimizer_step_pre_hooks
         twin._optimizer_step_post_hooks = optimizer._optimizer_step_post_hooks
         if hasattr(optimizer.step, "_wrapped_by_lr_sched"):

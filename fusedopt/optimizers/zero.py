@@ -17,6 +17,7 @@ from ..registry import OPTIMIZERS, accepted_arguments
 from ..rules import NormClip, ValueClip, clip_coefficient, did_you_mean, global_norm, parse_clip_grad
 from ..undo import parameter_groups, unchanged_on_error
 from .base import FusedOptimizer
+from .loading import read_state_dict
 
 with warnings.catch_warnings():
     warnings.filterwarnings("ignore", ".torch.jit.* is deprecated", DeprecationWarning)  # torch's own use of it
@@ -133,7 +134,23 @@ class ZeroRedundancyOptimizer(_ZeroRedundancyOptimizer):
         return super().state_dict() if self.rank == 0 else {}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Load the state of all shares, of which this process keeps its own. The dict is not changed."""
-        super().load_state_dict({**state_dict, "state": dict(state_dict["state"])})
+        """Load the state of all shares, of which this process keeps its own. The dict is not changed.
+
+        Raises:
+            ValueError, KeyError: as :meth:`FusedOptimizer.load_state_dict`, when a fused optimizer steps the share.
+                Nothing has been changed then, in any process.
+        """
+        if not isinstance(self.optim, FusedOptimizer):
+            super().load_state_dict({**state_dict, "state": dict(state_dict["state"])})
+            self.optim.load_state_dict(self.optim.state_dict())
+            return
+        # All shares are read, so that either all processes refuse the dict or none. torch loads the parts itself.
+        loaded = read_state_dict(self.optim.rule, self.param_groups, state_dict, type(self.optim).__name__)
+        params = (param for group in self.param_groups for param in group["params"])
+        indices = {param: index for index, param in enumerate(params)}
+        groups = [{**group, "params": [indices[param] for param in group["params"]]} for group in loaded.param_groups]
+        self.optim.state.clear()  # a parameter without an entry has not stepped
+        state = {indices[param]: entry for param, entry in loaded.state.items() if param in indices}
+        super().load_state_dict({"state": state, "param_groups": groups})
         # torch has filled in the local optimizer's state by itself: not copied, and step counts on the CPU.
         self.optim.load_state_dict(self.optim.state_dict())

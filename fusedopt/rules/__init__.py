@@ -12,8 +12,10 @@ from .checks import (
     parse_dtype,
 )
 from .clipping import CLIP_EPS, NormClip, ValueClip, clip_coefficient, global_norm, parse_clip_grad
+from .counts import HiddenCounts, count_problem, new_count
 from .rule import Hyperparameters, Rule, StateColumn, compute_dtype
 from .sgd import SGD, SGDHyperparameters
+from .state import state_problem
 
 #: Every rule by name.
 RULES: dict[str, Rule] = {rule.name: rule for rule in (SGD(), Adam())}
@@ -25,6 +27,7 @@ __all__ = [
     "SUPPORTED_DTYPES",
     "Adam",
     "AdamHyperparameters",
+    "HiddenCounts",
     "Hyperparameters",
     "NormClip",
     "Rule",
@@ -36,10 +39,13 @@ __all__ = [
     "check_parameter",
     "clip_coefficient",
     "compute_dtype",
+    "count_problem",
     "did_you_mean",
     "global_norm",
     "group_names",
+    "new_count",
     "parameter_name",
     "parse_clip_grad",
     "parse_dtype",
+    "state_problem",
 ]

@@ -19,6 +19,8 @@ __all__ = ["Adam", "AdamHyperparameters"]
 class AdamHyperparameters(Hyperparameters):
     """Settings of ``torch.optim.Adam``; ``decoupled_weight_decay=True`` makes it AdamW."""
 
+    filled_in = (*Hyperparameters.filled_in, "amsgrad", "decoupled_weight_decay")
+
     lr: float | Tensor = 1e-3
     betas: tuple[float | Tensor, float | Tensor] = (0.9, 0.999)
     eps: float = 1e-8
@@ -60,7 +62,7 @@ class Adam(Rule):
     columns = (
         StateColumn("exp_avg"),
         StateColumn("exp_avg_sq"),
-        StateColumn("max_exp_avg_sq", needed=lambda group: bool(group["amsgrad"])),
+        StateColumn("max_exp_avg_sq", needed=lambda group: bool(group["amsgrad"]), may_start_late=True),
     )
     trials = (
         {"lr": 0.1, "weight_decay": 0.1},

@@ -10,6 +10,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from .counts import HiddenCounts, fit_count, fit_problem, new_count
+from .state import state_problem
+
 __all__ = ["Hyperparameters", "Rule", "StateColumn", "compute_dtype", "scalar"]
 
 
@@ -29,7 +32,12 @@ class Hyperparameters:
 
     Their fields are torch's param-group keys; ``foreach``, ``fused``, ``capturable`` and ``differentiable`` belong to
     torch's layout and have no effect here.
+
+    Attributes:
+        filled_in: keys that a loaded group may lack, because torch has added them over time: it then gets the default.
     """
+
+    filled_in: ClassVar[tuple[str, ...]] = ("maximize", "foreach", "capturable", "differentiable", "fused")
 
     def as_defaults(self) -> dict[str, Any]:
         """The settings as the ``defaults`` dict of a ``torch.optim.Optimizer`` (values by reference, not copied)."""
@@ -55,10 +63,12 @@ class StateColumn:
     Args:
         name: torch's state name, such as ``exp_avg``.
         needed: tells from a param group whether its parameters carry this column.
+        may_start_late: it is right as zeros, too, when its group asks for it only after some steps.
     """
 
     name: str
     needed: Callable[[Mapping[str, Any]], bool] = lambda group: True
+    may_start_late: bool = False
 
 
 class Rule(abc.ABC):
@@ -68,7 +78,8 @@ class Rule(abc.ABC):
         name: the rule's name in the compiled module and in messages.
         hyperparameters: the frozen dataclass of its settings.
         columns: its state, in the order the kernels use.
-        hides_step: True when torch keeps no ``step`` for this rule; it is then left out of ``state_dict()``.
+        hides_step: True when torch keeps no ``step`` for this rule; it is then not in ``optimizer.state`` and
+            ``state_dict()``. See Note [Hidden counts].
         trials: settings with which the kernels prove themselves on a GPU; together they use every column. See
             fusedopt/backends/selftest.py: parameters and gradients have one sign there, and nothing must cancel.
     """
@@ -93,29 +104,73 @@ class Rule(abc.ABC):
             step: number of this step, from 1.
         """
 
+    def problem(
+        self,
+        group: Mapping[str, Any],
+        param: Tensor,
+        name: str,
+        state: Mapping[Tensor, dict[str, Any]],
+        counts: HiddenCounts | None = None,
+        *,
+        integers: bool = True,
+    ) -> str | None:
+        """Why :meth:`init_state` cannot complete ``state[param]``, in a sentence, or None.
+
+        Args:
+            group: the parameter's group.
+            param: the parameter.
+            name: what messages call it.
+            state: the optimizer's state.
+            counts: where the step counts are when they are not in ``state``.
+            integers: whether the backend counts in int64, too.
+        """
+        entry = state.get(param)
+        reason = state_problem(self, group, param, name, entry, hidden_step=counts is not None)
+        step = entry.get("step") if reason is None and entry and counts is None else None
+        if isinstance(step, Tensor):
+            reason = fit_problem(step, param.device, integers=integers)
+            reason = reason and f"state 'step' of {name} {reason}"
+        return reason
+
     def init_state(
-        self, group: Mapping[str, Any], param: Tensor, state: MutableMapping[Tensor, dict[str, Any]]
-    ) -> dict[str, Any]:
-        """Complete ``state[param]``, the optimizer's state of one parameter, and return it.
+        self,
+        group: Mapping[str, Any],
+        param: Tensor,
+        state: MutableMapping[Tensor, dict[str, Any]],
+        counts: HiddenCounts | None = None,
+        *,
+        integers: bool = True,
+    ) -> tuple[dict[str, Any], Tensor | None]:
+        """Complete ``state[param]``, the optimizer's state of one parameter; return it and the parameter's step count.
 
         Missing columns are created as zeros and the step count as a 0-dim tensor; a column that is there keeps its
-        dtype. A ``step`` that is a Python number or on another device is converted; one that is missing beside a
-        column that is there (torch's SGD keeps none) counts as 1. Nothing is created for a rule without state.
+        dtype, and so does a step count that the backend can keep, see Note [Counts are not copied]. Nothing is created
+        for a rule without state.
+
+        Args:
+            group: the parameter's group.
+            param: the parameter; :meth:`problem` had nothing against its state.
+            state: the optimizer's state.
+            counts: where the step counts are when they are not in ``state``.
+            integers: whether the backend counts in int64, too.
         """
         columns = [column.name for column in self.columns if column.needed(group)]
         if not columns:
-            return {}
-        mine = state[param]
-        step = mine.get("step")
-        if not isinstance(step, Tensor):
-            if step is None:
-                step = any(isinstance(mine.get(name), Tensor) for name in columns)
-            dtype = torch.float64 if torch.get_default_dtype() == torch.float64 else torch.float32
-            mine["step"] = torch.full((), float(step), dtype=dtype, device=param.device)  # waits for no device
-        elif step.dim() or step.device != param.device or step.dtype not in (torch.float32, torch.float64):
-            dtype = torch.float64 if step.dtype == torch.float64 else torch.float32
-            mine["step"] = step.detach().reshape(()).to(device=param.device, dtype=dtype, copy=True)
+            return {}, None
+        mine = state.get(param)
+        if mine is None:
+            mine = state[param] = {}
+        count = None
+        if counts is None:
+            count = mine.get("step")
+            if isinstance(count, Tensor):
+                fit_count(count, param.device, integers=integers)
+            else:
+                count = mine["step"] = new_count(count or 0, param.device)
+        created = not isinstance(mine.get(columns[0]), Tensor)
         for name in columns:
             if not isinstance(mine.get(name), Tensor):
                 mine[name] = torch.zeros_like(param, memory_format=torch.preserve_format, requires_grad=False)
-        return mine
+        if counts is not None:
+            count = counts.settle(param, mine[columns[0]], created=created)
+        return mine, count

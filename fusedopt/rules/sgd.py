@@ -19,6 +19,8 @@ __all__ = ["SGD", "SGDHyperparameters"]
 class SGDHyperparameters(Hyperparameters):
     """Settings of ``torch.optim.SGD``."""
 
+    filled_in = (*Hyperparameters.filled_in, "nesterov")
+
     lr: float | Tensor = 1e-3
     momentum: float = 0.0
     dampening: float = 0.0
@@ -53,7 +55,7 @@ class SGD(Rule):
         p &\leftarrow p - \gamma\,(g + \mu b \text{ with nesterov, } b \text{ with momentum, else } g)
 
     The first step is counted per parameter, so that one unfrozen later starts with ``b = g``. torch keeps no step
-    count for SGD; ours is hidden from ``state_dict()``.
+    count for SGD; ours is hidden, see Note [Hidden counts].
     """
 
     name = "sgd"

@@ -1,0 +1,199 @@
+"""Reading a state dict: what of it an optimizer takes up, and what it refuses before anything was changed.
+
+Note [Right or refused]: a state dict may come from another version, another package or another optimizer. What torch
+has added to its layout over time is filled in, and what other packages mean is taken as they mean it; but what the rule
+needs and is not there is an error. Zeros for moments that are missing, or a class default for a learning rate, would
+train on without one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from copy import deepcopy
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from ..rules import Rule, count_problem, new_count, parameter_name, state_problem
+from ..rules.checks import is_number
+from .names import in_the_order_of
+
+__all__ = ["Loaded", "check_state", "read_state_dict", "take_steps_out"]
+
+_NAMES = ("param_names", "param_name")
+
+
+class Loaded(NamedTuple):
+    """What was read of a state dict, in memory of its own.
+
+    Attributes:
+        state: as ``optimizer.state``, with what belongs to no parameter under its own keys.
+        param_groups: as ``optimizer.param_groups``.
+        counts: hidden step counts by parameter.
+    """
+
+    state: dict[Any, Any]
+    param_groups: list[dict[str, Any]]
+    counts: dict[Tensor, Tensor]
+
+
+def read_state_dict(
+    rule: Rule, param_groups: Sequence[dict[str, Any]], state_dict: Mapping[str, Any], who: str
+) -> Loaded:
+    """Read what ``load_state_dict`` was given for an optimizer with these groups; neither is changed.
+
+    Args:
+        rule: the optimizer's.
+        param_groups: the optimizer's.
+        state_dict: of this optimizer, or of another with torch's layout.
+        who: the optimizer's class, for messages.
+
+    Raises:
+        ValueError: it does not fit, or something is missing; see :meth:`FusedOptimizer.load_state_dict`.
+        KeyError: it is no optimizer state dict.
+    """
+    for key in ("state", "param_groups"):
+        if key not in state_dict:
+            raise KeyError(f"state_dict has no {key!r}; expected what an optimizer's state_dict() returns")
+    groups = deepcopy(list(state_dict["param_groups"]))
+    if len(groups) != len(param_groups):
+        raise ValueError(
+            f"loaded state dict has a different number of parameter groups: {len(groups)}, expected {len(param_groups)}"
+        )
+    for index, group in enumerate(groups):
+        if not isinstance(group, Mapping) or "params" not in group:
+            raise ValueError(f"loaded param_groups[{index}] has no 'params'")
+    groups = in_the_order_of(param_groups, groups)
+
+    owners: dict[Any, tuple[int, Tensor, str]] = {}
+    for g, (group, saved) in enumerate(zip(param_groups, groups, strict=True)):
+        if len(saved["params"]) != len(group["params"]):
+            raise ValueError(
+                "loaded state dict contains a parameter group that doesn't match the size of optimizer's group: "
+                f"param_groups[{g}] has {len(saved['params'])} parameters, expected {len(group['params'])}"
+            )
+        for i, key in enumerate(saved["params"]):
+            if key in owners:
+                raise ValueError(f"loaded param_groups[{g}] has parameter {key!r} that is in the state dict already")
+            owners[key] = g, group["params"][i], parameter_name(group, g, i)
+        for names in _NAMES:
+            # What torch.distributed.checkpoint makes is in this optimizer's order already, but for these lists.
+            if any(isinstance(key, str) for key in saved["params"]):
+                saved.pop(names, None)
+            if names in group:
+                saved.setdefault(names, deepcopy(group[names]))
+        _complete_group(rule, saved, f"loaded param_groups[{g}]", who)
+
+    state: dict[Any, Any] = {}
+    counts: dict[Tensor, Tensor] = {}
+    taken = set()
+    saved_state = state_dict["state"]
+    if not isinstance(saved_state, Mapping):
+        raise ValueError(f"loaded 'state' is a {type(saved_state).__name__}; expected a dict")
+    columns = {column.name for column in rule.columns}
+    for key, value in saved_state.items():
+        if key not in owners:
+            if isinstance(value, Mapping) and columns & value.keys():
+                raise ValueError(
+                    f"loaded state has an entry {key!r} with {sorted(columns & value.keys())}, but no parameter group "
+                    "lists that parameter"
+                )
+            state[key] = deepcopy(value)
+            continue
+        g, param, name = owners[key]
+        entry = _without_what_says_nothing(value)
+        stepped = isinstance(entry, Mapping) and not columns.isdisjoint(entry)
+        if stepped and not rule.hides_step and "step" not in entry and "step" in groups[g]:
+            # apex, Transformer Engine and DeepSpeed count in the group.
+            if (problem := count_problem(groups[g]["step"])) is not None:
+                raise ValueError(f"loaded param_groups[{g}]['step'] {problem}")
+            entry = {"step": groups[g]["step"], **entry}
+            taken.add(g)
+        hidden = rule.hides_step
+        problem = state_problem(rule, groups[g], param, name, entry, hidden_step=hidden, loading=True)
+        if problem is not None:
+            raise ValueError(problem)
+        if entry:
+            state[param] = _copied(entry, param)
+            if hidden:
+                _hide_step(rule, state[param], param, counts)
+    for g in taken:
+        del groups[g]["step"]  # counted in the state from here on
+    for group, saved in zip(param_groups, groups, strict=True):
+        saved["params"] = group["params"]
+    return Loaded(state, groups, counts)
+
+
+def check_state(rule: Rule, param_groups: Sequence[Mapping[str, Any]], state: Mapping[Any, Any]) -> None:
+    """Raise ValueError where the state of another optimizer, which is to be taken over as it is, is half there."""
+    for g, group in enumerate(param_groups):
+        for i, param in enumerate(group["params"]):
+            entry = {key: value for key, value in (state.get(param) or {}).items() if value is not None}
+            name, hidden = parameter_name(group, g, i), rule.hides_step
+            problem = state_problem(rule, group, param, name, entry, hidden_step=hidden, loading=True)
+            if problem is not None:
+                raise ValueError(problem)
+
+
+def _complete_group(rule: Rule, group: dict[str, Any], name: str, who: str) -> None:
+    """Fill in what torch fills in; what else is missing is an error."""
+    for key, default in rule.hyperparameters().as_defaults().items():
+        if key in rule.hyperparameters.filled_in:
+            group.setdefault(key, default)
+            continue
+        if key not in group:
+            there = ", ".join(repr(key) for key in group if key != "params")
+            raise ValueError(f"{name} has no {key!r}, which {who} needs; it has {there or 'nothing'}")
+        value = group[key]
+        if isinstance(default, tuple):
+            fits = isinstance(value, Sequence) and len(value) == len(default) and all(map(is_number, value))
+            expected = f"{len(default)} numbers"
+        else:
+            fits, expected = is_number(value), "a number"
+        if not fits:
+            raise ValueError(f"{name}[{key!r}] is {value!r}; expected {expected}")
+
+
+def _without_what_says_nothing(entry: Any) -> Any:
+    """The entry of a parameter without values that are None, as torch's SGD once had them.
+
+    torch's flattened form (``flatten_optimizer_state_dict``) makes an entry of empty dicts for a parameter that has
+    none in the checkpoint.
+    """
+    if not isinstance(entry, Mapping):
+        return entry
+    entry = {key: value for key, value in entry.items() if value is not None}
+    return {} if all(isinstance(value, Mapping) and not value for value in entry.values()) else entry
+
+
+def _copied(entry: Mapping[Any, Any], param: Tensor) -> dict[Any, Any]:
+    """A copy on the parameter's device, so that the optimizer and the dict share no memory."""
+    copied = {}
+    for key, value in entry.items():
+        if key == "step":
+            dtype = value.dtype if isinstance(value, Tensor) else None
+            copied[key] = new_count(float(value), param.device, dtype)
+        elif isinstance(value, Tensor):
+            copied[key] = value.detach().to(device=param.device, copy=True)
+        else:
+            copied[key] = deepcopy(value)
+    return copied
+
+
+def take_steps_out(rule: Rule, state: Mapping[Tensor, dict[str, Any]]) -> dict[Tensor, Tensor]:
+    """Take the step counts of a rule that hides them out of ``state``, as they are: those of its real columns."""
+    counts: dict[Tensor, Tensor] = {}
+    for param, entry in state.items():
+        if isinstance(param, Tensor):
+            _hide_step(rule, entry, param, counts)
+    return counts
+
+
+def _hide_step(rule: Rule, entry: dict[Any, Any], param: Tensor, counts: dict[Tensor, Tensor]) -> None:
+    """Take the count of a rule that hides it out of a parameter's state: a column that was saved is real."""
+    count = entry.pop("step", None)
+    column = entry.get(rule.columns[0].name)
+    if isinstance(column, Tensor):
+        if count is None or (not bool(count) and bool(column.any())):
+            count = 1
+        counts[param] = count if isinstance(count, Tensor) else new_count(count, param.device)

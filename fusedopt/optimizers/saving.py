@@ -1,0 +1,54 @@
+"""What of an optimizer's state goes into its state dict."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from .base import FusedOptimizer
+
+__all__ = ["leave_out_unreal_state"]
+
+
+def leave_out_unreal_state(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:
+    """State-dict post hook: drop state as it is created, which no step has touched.
+
+    State is created before it is known whether the step is skipped; to leave it out is the same as to load it.
+    """
+    own: FusedOptimizer = optimizer  # type: ignore[assignment]
+    states: Any = state_dict.get("state")
+    params = [param for group in own.param_groups for param in group["params"]]
+    for key, state in list(states.items()) if isinstance(states, dict) else ():
+        # Another hook may have made something else of the dict.
+        ours = isinstance(key, int) and key < len(params) and own.state.get(params[key]) is state
+        if ours and _is_unreal(own, params[key], state) and not _asked_for_all():
+            del state_dict["state"][key]
+
+
+def _is_unreal(optimizer: FusedOptimizer, param: Tensor, state: dict[str, Any]) -> bool:
+    columns = [column.name for column in optimizer.rule.columns]
+    counts = optimizer._counts
+    count = state.get("step") if counts is None else counts.of(param, state.get(columns[0]))
+    if not isinstance(count, Tensor) or not state.keys() <= {*columns, "step"}:
+        return False
+    tensors = [count, *(state[name] for name in columns if name in state)]
+    return all(isinstance(tensor, Tensor) and not bool(tensor.any()) for tensor in tensors)
+
+
+def _asked_for_all() -> bool:
+    """Whether torch.distributed.checkpoint asks.
+
+    Its functions look for the same keys in every state dict of an optimizer that has any state: a checkpoint without
+    those that a skipped step has left could not be loaded. It makes them zeros for stock optimizers, too. They call
+    ``state_dict()`` as anybody does, so the only sign of them is that they are among the callers.
+    """
+    frame = sys._getframe(1)
+    while frame is not None:
+        if frame.f_globals.get("__name__") == "torch.distributed.checkpoint.state_dict":
+            return True
+        frame = frame.f_back  # type: ignore[assignment]
+    return False
