@@ -16,6 +16,7 @@ from ..rules import (
     ValueClip,
     check_gradient,
     check_parameter,
+    check_state,
     clip_coefficient,
     compute_dtype,
     global_norm,
@@ -46,6 +47,7 @@ class ReferenceBackend(Backend):
                     name = parameter_name(group, group_index, index)
                     check_parameter(name, param)
                     check_gradient(name, param, param.grad)
+                    check_state(name, state.get(param, {}))
                     rows.append((group, param, param.grad))
         inv_scale = 1.0 if request.grad_scale is None else 1.0 / float(request.grad_scale)
         clip = request.clip

@@ -12,11 +12,29 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo
+from torch.compiler import is_dynamo_compiling
 from torch.optim import optimizer as optimizer_module
 from torch.optim.optimizer import ParamsT
 
 from ..backends import Backend, BackendUnavailable, StepReport, StepRequest, check_backend_name, create_backend
-from ..rules import Hyperparameters, NormClip, Rule, ValueClip, check_parameter, parameter_name, parse_clip_grad
+from ..rules import (
+    Hyperparameters,
+    NormClip,
+    Rule,
+    ValueClip,
+    check_no_model,
+    check_parameter,
+    check_state,
+    parameter_name,
+    parse_clip_grad,
+    plain,
+    plain_groups,
+    refuse_norm_of_shards,
+    refuse_scaling_of_shards,
+    sharded_parameter,
+)
+from .shared import Shared
 
 __all__ = ["FusedOptimizer"]
 
@@ -33,6 +51,12 @@ def _note_ignored_flags(settings: Mapping[str, Any]) -> None:
             "parameter groups. This note appears once.",
             stacklevel=5,
         )
+
+
+def _make_settings_plain(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:
+    """State-dict post hook: what somebody wrote to the groups since, see Note [Plain numbers]."""
+    plain_groups(optimizer.param_groups)
+    plain_groups(state_dict.get("param_groups", ()))
 
 
 def _leave_out_unreal_state(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:
@@ -66,17 +90,9 @@ class FusedOptimizer(torch.optim.Optimizer):
         backend: ``'auto'`` (the first that can serve the parameters' devices), ``'native'``, ``'triton'`` or
             ``'reference'``. In place of 'auto', ``FUSEDOPT_BACKEND`` in the environment may name one.
 
-    Attributes:
-        last_step: the :class:`~fusedopt.backends.StepReport` of the last step, None before the first.
     """
 
     rule: ClassVar[Rule]
-
-    #: The scale while a fusedopt.amp.GradScaler steps, which so serves a subclass whose ``step`` takes none.
-    _scale_of_scaler: Tensor | None = None
-
-    #: Tells ``torch.amp.GradScaler`` to hand over its scale instead of unscaling the gradients itself.
-    _step_supports_amp_scaling = True
 
     def __init__(
         self,
@@ -87,12 +103,11 @@ class FusedOptimizer(torch.optim.Optimizer):
         write_back_grads: bool = False,
         backend: str = "auto",
     ):
-        self.clip_grad = clip_grad
-        self.write_back_grads = write_back_grads
+        self._shared = Shared(parse_clip_grad(clip_grad), plain(write_back_grads))
         check_backend_name(backend)
         self.backend = backend
         self._engine: Backend | None = None
-        self.last_step: StepReport | None = None
+        check_no_model(params)
         if not isinstance(params, (Tensor, Mapping)):
             params = list(params)  # type: ignore[assignment]
             if not params:
@@ -108,15 +123,68 @@ class FusedOptimizer(torch.optim.Optimizer):
     def _settle(self) -> None:
         """What both a new and an unpickled optimizer need beside torch's own attributes."""
         self.register_state_dict_post_hook(_leave_out_unreal_state, prepend=True)
+        self.register_state_dict_post_hook(_make_settings_plain, prepend=True)
 
     @property
     def clip_grad(self) -> dict[str, Any] | None:
         """Gradient clipping inside the step: None, or a copy of the validated settings. Assigning validates."""
-        return None if self._clip is None else self._clip.as_dict()
+        clip = self._shared.clip
+        return None if clip is None else clip.as_dict()
 
     @clip_grad.setter
     def clip_grad(self, value: Mapping[str, Any] | NormClip | ValueClip | None) -> None:
-        self._clip = parse_clip_grad(value)
+        clip = parse_clip_grad(value)
+        if isinstance(clip, NormClip):
+            refuse_norm_of_shards(sharded_parameter(self.param_groups))
+        self._shared.clip = clip
+
+    @property
+    def write_back_grads(self) -> bool:
+        """Whether a step that was not skipped leaves the unscaled, clipped gradients in ``.grad``."""
+        return self._shared.write_back_grads
+
+    @write_back_grads.setter
+    def write_back_grads(self, value: bool) -> None:
+        self._shared.write_back_grads = plain(value)
+
+    @property
+    def last_step(self) -> StepReport | None:
+        """The :class:`~fusedopt.backends.StepReport` of the last step, None before the first."""
+        return self._shared.last_step
+
+    @last_step.setter
+    def last_step(self, value: StepReport | None) -> None:
+        self._shared.last_step = value
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """Whether a stock ``torch.amp.GradScaler`` hands over its scale, instead of unscaling the gradients itself.
+
+        False makes it keep the optimizer from stepping after an overflow, where somebody has to see that. By default it
+        is True but for shards of a FullyShardedDataParallel model. The name is torch's.
+        """
+        takes_scale = self._shared.takes_scale
+        return self._sharded is None if takes_scale is None else takes_scale
+
+    @_step_supports_amp_scaling.setter
+    def _step_supports_amp_scaling(self, value: bool) -> None:
+        value = plain(value)
+        if not isinstance(value, bool):
+            raise TypeError(f"_step_supports_amp_scaling must be True or False, got {value!r}")
+        if value:
+            refuse_scaling_of_shards(self._sharded)
+        self._shared.takes_scale = value
+
+    @property
+    def _sharded(self) -> str | None:
+        """How errors call its first parameter that is a shard; None without."""
+        self._get_engine()
+        # All were looked at when the engine was chosen; in a model that was sharded since, the first one is too.
+        return sharded_parameter(self.param_groups) if self._has_shards or self._first_is_shard() else None
+
+    def _first_is_shard(self) -> bool:
+        params = self.param_groups[0]["params"]
+        return bool(params) and getattr(params[0], "_fsdp_flattened", False)
 
     @property
     def backend_in_use(self) -> str:
@@ -127,6 +195,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         if self._engine is None:
             devices = {param.device for group in self.param_groups for param in group["params"]}
             self._engine = create_backend(self.backend, self.rule, devices)
+            self._has_shards = sharded_parameter(self.param_groups) is not None
         return self._engine
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -134,10 +203,19 @@ class FusedOptimizer(torch.optim.Optimizer):
 
         Raises:
             TypeError: a parameter is sparse, complex, a tensor subclass with its own dispatch, or not a tensor.
-            ValueError: a setting is out of range, a parameter appears twice, or ``params`` is a used-up generator.
+            ValueError: a setting is out of range, a parameter appears twice, ``params`` is a used-up generator, the
+                group has a ``clip_grad`` of its own, or a norm is to be clipped of which a part is elsewhere.
         """
+        check_no_model(param_group, "an entry of params")
+        if isinstance(param_group, dict) and "clip_grad" in param_group:
+            raise ValueError(
+                "clip_grad is no setting of a parameter group: it is that of the optimizer, over all groups. (torch's "
+                "ZeroRedundancyOptimizer hands it on in the groups, and each process would clip by the norm of its "
+                "share; expected fusedopt.ZeroRedundancyOptimizer(params, optimizer_type=..., clip_grad=...))"
+            )
         if isinstance(param_group, dict) and "params" in param_group:
             params = param_group["params"]
+            check_no_model(params, "params of a parameter group")
             if isinstance(params, GeneratorType) and inspect.getgeneratorstate(params) == inspect.GEN_CLOSED:
                 raise ValueError(
                     "params of a parameter group is a generator that was used up before; pass a list to use it twice"
@@ -155,13 +233,17 @@ class FusedOptimizer(torch.optim.Optimizer):
                 }
                 seen = set()
                 for index, (_, tensor) in enumerate(entries):
+                    check_no_model(tensor, "an entry of params")
                     if isinstance(tensor, Tensor):
                         name = parameter_name(named, len(self.param_groups), index)
                         check_parameter(name, tensor)
                         if id(tensor) in seen:  # torch warns; two threads would write one parameter here
                             raise ValueError(f"{name} appears twice in its group")
                         seen.add(id(tensor))
+                if isinstance(self._shared.clip, NormClip):
+                    refuse_norm_of_shards(sharded_parameter([named]))
         super().add_param_group(param_group)
+        plain_groups(self.param_groups[-1:])
         self._engine = None
 
     def step(  # type: ignore[override]
@@ -189,6 +271,8 @@ class FusedOptimizer(torch.optim.Optimizer):
         attribute set by the user multiplies the argument, as it multiplies the scaler's in torch; a ``found_inf``
         attribute beside a ``grad_scale`` argument is not looked at.
         """
+        if is_dynamo_compiling():
+            return self._step_outside_of_graphs(closure, grad_scale=grad_scale, found_inf=found_inf)
         if (
             self._optimizer_step_pre_hooks
             or self._optimizer_step_post_hooks
@@ -205,6 +289,10 @@ class FusedOptimizer(torch.optim.Optimizer):
     # a small model. Marked as hooked, ours goes through torch's wrapper only when there is a hook or a profiler.
     step.hooked = True  # type: ignore[attr-defined]
 
+    # Under torch.compile there is nothing to gain inside a step, and a graph break in it for each thing that is unknown
+    # there. This is torch.compiler.disable, which is put around at the first use: it takes seconds to import.
+    _step_outside_of_graphs = _disable_dynamo(step)
+
     def _step(
         self,
         closure: Callable[[], float | Tensor] | None = None,
@@ -216,21 +304,25 @@ class FusedOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        shared = self._shared
         if grad_scale is None:
-            grad_scale = self._scale_of_scaler
+            grad_scale = shared.scale
         check = grad_scale is not None and found_inf is None
         own = self.__dict__
         if found_inf is None and not check:
             found_inf = own.get("found_inf")
         if own.get("grad_scale") is not None:
             grad_scale = own["grad_scale"] if grad_scale is None else grad_scale * own["grad_scale"]
-        request = StepRequest(grad_scale, found_inf, check, self._clip, self.write_back_grads)
+        clip = shared.clip
+        if type(clip) is NormClip and self._first_is_shard():
+            refuse_norm_of_shards(self._sharded)
+        request = StepRequest(grad_scale, found_inf, check, clip, shared.write_back_grads)
         try:
-            self.last_step = self._get_engine().step(self.param_groups, self.state, request)
+            shared.last_step = self._get_engine().step(self.param_groups, self.state, request)
         except BackendUnavailable:
             # Parameters have moved to another device since: choose again, and raise if that does not help.
             self._engine = None
-            self.last_step = self._get_engine().step(self.param_groups, self.state, request)
+            shared.last_step = self._get_engine().step(self.param_groups, self.state, request)
         return loss
 
     _step_with_hooks = torch.optim.Optimizer.profile_hook_step(_step)
@@ -288,6 +380,7 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     def _loaded_state(self, param: Tensor, name: str, saved: Mapping[str, Any]) -> dict[str, Any]:
         columns = {column.name for column in self.rule.columns}
+        check_state(name, saved)
         state = {}
         for key, value in saved.items():
             if isinstance(value, Tensor):
@@ -305,21 +398,35 @@ class FusedOptimizer(torch.optim.Optimizer):
             state.setdefault("step", torch.tensor(1.0, device=param.device))
         return state
 
+    def __repr__(self) -> str:
+        try:
+            backend = self.backend_in_use
+        except BackendUnavailable:
+            backend = f"{self.backend}, which cannot serve"
+        own = {"clip_grad": self.clip_grad, "write_back_grads": self.write_back_grads, "backend": backend}
+        lines = [f"    {name}: {value}\n" for name, value in own.items()]
+        return f"{super().__repr__().removesuffix(')')}Over all groups\n{''.join(lines)})"
+
     def __getstate__(self) -> dict[str, Any]:
         return {
             **super().__getstate__(),
-            "_clip": self._clip,
-            "write_back_grads": self.write_back_grads,
+            "_clip": self._shared.clip,
+            "write_back_grads": self._shared.write_back_grads,
+            "takes_scale": self._shared.takes_scale,
             "backend": self.backend,
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         fresh = "_optimizer_state_dict_post_hooks" not in self.__dict__
+        if fresh:
+            state = dict(state)
+            own = state.pop("_clip", None), state.pop("write_back_grads", False), state.pop("takes_scale", None)
+            self._shared = Shared(*own)
         super().__setstate__(state)
         self._engine = None
         if fresh:
-            self.last_step = None
             self._settle()
+        plain_groups(self.param_groups)
         defaults = self.rule.hyperparameters().as_defaults()
         for group in self.param_groups:
             for key, value in defaults.items():

@@ -4,16 +4,20 @@ from .adam import Adam, AdamHyperparameters
 from .checks import (
     SUPPORTED_DTYPES,
     check_gradient,
+    check_no_model,
     check_number,
     check_parameter,
+    check_state,
     did_you_mean,
     group_names,
     parameter_name,
     parse_dtype,
 )
 from .clipping import CLIP_EPS, NormClip, ValueClip, clip_coefficient, global_norm, parse_clip_grad
+from .plain import plain, plain_groups, plain_settings
 from .rule import Hyperparameters, Rule, StateColumn, compute_dtype
 from .sgd import SGD, SGDHyperparameters
+from .sharding import refuse_norm_of_shards, refuse_scaling_of_shards, sharded_parameter
 
 #: Every rule by name.
 RULES: dict[str, Rule] = {rule.name: rule for rule in (SGD(), Adam())}
@@ -32,8 +36,10 @@ __all__ = [
     "StateColumn",
     "ValueClip",
     "check_gradient",
+    "check_no_model",
     "check_number",
     "check_parameter",
+    "check_state",
     "clip_coefficient",
     "compute_dtype",
     "did_you_mean",
@@ -42,4 +48,10 @@ __all__ = [
     "parameter_name",
     "parse_clip_grad",
     "parse_dtype",
+    "plain",
+    "plain_groups",
+    "plain_settings",
+    "refuse_norm_of_shards",
+    "refuse_scaling_of_shards",
+    "sharded_parameter",
 ]
