@@ -5,7 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch._C._dynamo.eval_frame import get_eval_frame_callback
+from torch._compile import _disable_dynamo
 from torch.amp.grad_scaler import OptState
+from torch.compiler import is_dynamo_compiling
 
 from .backends.native import update_scale
 from .optimizers import FusedOptimizer
@@ -72,6 +75,8 @@ class GradScaler(torch.amp.GradScaler):
             ValueError: a parameter is a shard of a FullyShardedDataParallel model.
             AssertionError: no parameter of the optimizer has a gradient.
         """
+        if is_dynamo_compiling() or get_eval_frame_callback() is not None:  # Note [Compiled callers]
+            return self._step_outside_of_graphs(optimizer, *args, **kwargs)
         if self._enabled:
             _refuse_shards(optimizer)
         if not self._enabled or not isinstance(optimizer, FusedOptimizer):
@@ -95,8 +100,12 @@ class GradScaler(torch.amp.GradScaler):
         record["stage"] = OptState.STEPPED
         return result
 
+    _step_outside_of_graphs = _disable_dynamo(step)  # as the optimizer's
+
     def update(self, new_scale: float | torch.Tensor | None = None) -> None:
         """Update the scale, as ``torch.amp.GradScaler.update``."""
+        if is_dynamo_compiling() or get_eval_frame_callback() is not None:  # Note [Compiled callers]
+            return self._update_outside_of_graphs(new_scale)
         if not self._enabled:
             return
         records = self._per_optimizer_states
@@ -110,6 +119,8 @@ class GradScaler(torch.amp.GradScaler):
                 record["found_inf_per_device"] = {device: flag.clone() for device, flag in flags.items()}
         new_scale = plain(new_scale)
         super().update(float(new_scale) if isinstance(new_scale, int) else new_scale)
+
+    _update_outside_of_graphs = _disable_dynamo(update)
 
     def _update_from(self, record: dict[str, Any]) -> bool:
         """Update the scale without torch's dispatcher, if this one record's flag allows it."""

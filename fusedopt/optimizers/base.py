@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch._C._dynamo.eval_frame import get_eval_frame_callback
 from torch._compile import _disable_dynamo
 from torch.compiler import is_dynamo_compiling
 from torch.optim import optimizer as optimizer_module
@@ -271,7 +272,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         attribute set by the user multiplies the argument, as it multiplies the scaler's in torch; a ``found_inf``
         attribute beside a ``grad_scale`` argument is not looked at.
         """
-        if is_dynamo_compiling():
+        if is_dynamo_compiling() or get_eval_frame_callback() is not None:  # Note [Compiled callers]
             return self._step_outside_of_graphs(closure, grad_scale=grad_scale, found_inf=found_inf)
         if (
             self._optimizer_step_pre_hooks
@@ -289,8 +290,10 @@ class FusedOptimizer(torch.optim.Optimizer):
     # a small model. Marked as hooked, ours goes through torch's wrapper only when there is a hook or a profiler.
     step.hooked = True  # type: ignore[attr-defined]
 
-    # Under torch.compile there is nothing to gain inside a step, and a graph break in it for each thing that is unknown
-    # there. This is torch.compiler.disable, which is put around at the first use: it takes seconds to import.
+    # Note [Compiled callers]: there is nothing to gain inside a step by torch.compile, and much to break its graphs. So
+    # a compiled caller gets this: torch.compiler.disable, put around at its first use, since that takes seconds to
+    # import, and by itself as long as a tenth of a small step. A caller is compiled while Dynamo traces it, and also
+    # where it runs as it is after a graph break: Dynamo would look at each function that is called from there.
     _step_outside_of_graphs = _disable_dynamo(step)
 
     def _step(
