@@ -28,6 +28,7 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 LAYERS = [
     ["version"],
     ["rules", "registry", "extras"],
+    ["unwrapping"],
     ["backends"],
     ["optimizers"],
     ["amp"],

@@ -13,6 +13,8 @@ from typing import IO, Any
 import torch
 from torch import Tensor, nn
 
+from ..unwrapping import bare_state_dict
+
 __all__ = [
     "CheckpointError",
     "check_fit",
@@ -139,7 +141,7 @@ def find_latest_checkpoint(work_dir: str | Path) -> Path | None:
 
 def check_fit(state_dict: Mapping[str, Any], model: nn.Module) -> list[str]:
     """What keeps ``state_dict`` from being that of ``model``, a clause for each kind of difference."""
-    own = model.state_dict()
+    own = bare_state_dict(model)
     reshaped = [
         f"{name} has {_shape(state_dict[name])} instead of {_shape(value)}"
         for name, value in own.items()

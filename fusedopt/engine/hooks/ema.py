@@ -18,6 +18,7 @@ from ...averaging import (
 )
 from ...registry import HOOKS, MODELS, accepted_arguments
 from ...rules.checks import did_you_mean
+from ...unwrapping import fitted_state_dict
 from ..checkpoint import CheckpointError, check_fit
 from .hook import Hook
 
@@ -189,7 +190,7 @@ class EMAHook(Hook):
                 self._check_fit(runner, "state_dict", weights, model, True)
             average.steps.zero_()
             return
-        state = checkpoint.pop("ema_state_dict")
+        state: Any = fitted_state_dict(checkpoint.pop("ema_state_dict"), average.state_dict())
         own = copy(weights)
         own.clear()
         own.update({name.removeprefix(_PREFIX): value for name, value in state.items() if name.startswith(_PREFIX)})
