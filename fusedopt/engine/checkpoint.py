@@ -13,6 +13,7 @@ from typing import IO, Any
 import torch
 from torch import Tensor, nn
 
+from ..rules import plain_settings
 from ..unwrapping import bare_state_dict
 
 __all__ = [
@@ -86,13 +87,14 @@ def write_checkpoint(checkpoint: Mapping[str, Any], path: Path) -> None:
     """Write a checkpoint.
 
     Args:
-        checkpoint: tensors and plain values, in dicts and lists.
+        checkpoint: tensors and plain values, in dicts and lists; NumPy's numbers are written as Python's.
         path: the file.
 
     Raises:
         CheckpointError: something in it could not be loaded again with ``weights_only=True``, or the file cannot be
             written. What was at ``path`` before is still there.
     """
+    checkpoint = plain_settings(checkpoint)  # what others put into the message hub, say: Note [Plain numbers]
     refused = next(unloadable_parts(checkpoint, "checkpoint"), None)
     if refused is not None:
         raise CheckpointError(

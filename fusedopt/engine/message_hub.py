@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..rules.checks import check_whole_number
+from ..rules.plain import plain_settings
 from .checkpoint import unloadable_parts
 
 __all__ = ["HistoryBuffer", "MessageHub"]
@@ -134,7 +135,7 @@ class MessageHub:
 
     def state_dict(self) -> dict[str, Any]:
         """Values and information, without what a checkpoint cannot hold; it waits for the device."""
-        infos = self.runtime_info
+        infos = {key: plain_settings(value) for key, value in self.runtime_info.items()}
         return {
             "log_scalars": {key: buffer.slots for key, buffer in self.log_scalars.items()},
             "runtime_info": {key: infos[key] for key in infos if not any(unloadable_parts(infos[key], key))},

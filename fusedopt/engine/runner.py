@@ -19,6 +19,7 @@ from .. import schedulers
 from ..builder import build_optim_wrapper
 from ..registry import HOOKS, LOOPS, MODEL_WRAPPERS, MODELS, VISUALIZERS, check_config, warn_caller
 from ..rules.checks import did_you_mean
+from ..rules.plain import plain
 from ..unwrapping import holders, stateful
 from ..wrappers import OptimWrapper
 from . import distributed
@@ -331,6 +332,7 @@ class Runner:
         self.seed_is_given = seed is not None
         if seed is None:
             seed = distributed.broadcast(random.SystemRandom().getrandbits(31))
+        seed = plain(seed)
         if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**32:
             raise ValueError(f"Invalid randomness.seed: {seed!r}; expected an int from 0 to 2**32 - 1, or None")
         self.seed = seed

@@ -52,7 +52,8 @@ def plain_settings(value: Any) -> Any:
         if not changed:
             return value
         copied: Any = copy(value)  # a config's own kind of dict stays one
-        copied.update(changed)
+        for key, new in changed.items():  # a Counter's update adds
+            copied[key] = new
         return copied
     if type(value) in (list, tuple):
         items = [plain_settings(each) for each in value]

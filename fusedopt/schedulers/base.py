@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import functools
-import numbers
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, ClassVar, NoReturn
 
 import torch
@@ -13,8 +12,10 @@ from torch import Tensor
 
 from ..registry import warn_caller
 from ..rules.checks import check_whole_number, did_you_mean, is_number
+from ..rules.plain import plain
 from ..wrappers import BaseOptimWrapper, OptimWrapperDict
 from ..wrappers.base import DRIVEN
+from .lengths import in_iterations
 
 __all__ = [
     "INF",
@@ -60,6 +61,8 @@ class _ParamScheduler:
 
     #: Arguments that count steps, beside ``begin`` and ``end``: what converting epochs to iterations multiplies.
     _in_steps: ClassVar[tuple[str, ...]] = ()
+    #: Of these, the ones that may be fractions of an epoch, where MMEngine goes on with a fraction of an iteration.
+    _may_be_fractions: ClassVar[tuple[str, ...]] = ()
     #: Arguments that may be a list with an entry for each parameter group.
     _per_group: ClassVar[tuple[str, ...]] = ()
     #: Keys of the parameter groups that move besides.
@@ -86,7 +89,7 @@ class _ParamScheduler:
         self.param_name = param_name
         self.begin = begin
         self.end = end
-        self.by_epoch = by_epoch
+        self.by_epoch = by_epoch = plain(by_epoch)
         self.verbose = verbose
         self.last_step = check_whole_number("last_step", last_step, -1)
         self._global_step = -1 if last_step == -1 else begin + last_step
@@ -122,8 +125,8 @@ class _ParamScheduler:
     def _note_bases(self) -> None:
         """Write down the value of each group before any schedule."""
         for group in self.optimizer.param_groups:
-            group.setdefault(self._initial, _copied(group[self.param_name]))
-        self.base_values = [_copied(group[self._initial]) for group in self.optimizer.param_groups]
+            group.setdefault(self._initial, _copied(plain(group[self.param_name])))
+        self.base_values = [_copied(plain(group[self._initial])) for group in self.optimizer.param_groups]
 
     def _take_in_new_groups(self) -> None:
         """What ``add_param_group`` added since the last step takes part from now on."""
@@ -160,7 +163,7 @@ class _ParamScheduler:
             if type(current) is not float and isinstance(current, Tensor):  # the quick question first: groups are many
                 current.fill_(value)  # in place: a captured CUDA graph reads this tensor
             else:
-                group[key] = value
+                group[key] = value if type(value) is float else plain(value)
 
     def _follow(self) -> None:
         """What is to be done when the values have changed."""
@@ -175,7 +178,7 @@ class _ParamScheduler:
 
     def _note_values(self) -> None:
         values = [group[self.param_name] for group in self.optimizer.param_groups]
-        self._last_value = [value if type(value) is float else _copied(value) for value in values]
+        self._last_value = [value if type(value) is float else _copied(plain(value)) for value in values]
 
     def _get_value(self) -> list[Any]:
         """The new value of each group, at ``last_step``."""
@@ -245,17 +248,17 @@ class _ParamScheduler:
             kwargs: those of the class; ``begin`` and ``end`` may be fractions of an epoch.
 
         Raises:
-            ValueError: ``by_epoch`` is False, or an argument is no whole number of iterations.
+            ValueError: ``by_epoch`` is False, or an argument is a fraction that may be none.
         """
         if not kwargs.pop("by_epoch", True):
             raise ValueError(f"{cls.__name__}: convert_to_iter_based=True takes by_epoch=True, got by_epoch=False")
-        check_whole_number("epoch_length", epoch_length, 1)
+        epoch_length = check_whole_number("epoch_length", epoch_length, 1)
         for name in ("begin", "end"):
             if kwargs.get(name, INF) < INF:
-                kwargs[name] = int(kwargs[name] * epoch_length)
+                kwargs[name] = int(plain(kwargs[name]) * epoch_length)
         for name in cls._in_steps:
             if kwargs.get(name) is not None:
-                kwargs[name] = _in_iterations(name, kwargs[name], epoch_length)
+                kwargs[name] = in_iterations(name, kwargs[name], epoch_length, name in cls._may_be_fractions)
         return cls(optimizer, **{**kwargs, "by_epoch": False})
 
 
@@ -378,19 +381,6 @@ def _check_optimizer(optimizer: Any) -> None:
 
 def _copied(value: Any) -> Any:
     return value.clone() if isinstance(value, Tensor) else value
-
-
-def _in_iterations(name: str, epochs: Any, epoch_length: int) -> Any:
-    if isinstance(epochs, Sequence) and not isinstance(epochs, str):
-        return [_in_iterations(name, each, epoch_length) for each in epochs]
-    if not isinstance(epochs, numbers.Real):
-        raise TypeError(f"Invalid {name}: {epochs!r}; expected a number of epochs")
-    iterations = float(epochs) * epoch_length
-    if abs(iterations - round(iterations)) > 1e-6:
-        raise ValueError(
-            f"Invalid {name}: {epochs}; that many epochs of {epoch_length} are no whole number of iterations"
-        )
-    return round(iterations)
 
 
 # A scheduler that steps before the first optimizer step has skipped the first value of its schedule. torch's schedulers

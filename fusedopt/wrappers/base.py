@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..rules import plain_groups
+
 __all__ = ["DRIVEN", "BaseOptimWrapper", "check_state_dict"]
 
 # What wrappers add to the state dict of their optimizer; each wrapper takes what it knows and leaves the rest.
@@ -52,6 +54,7 @@ class BaseOptimWrapper(abc.ABC):
         self.base_param_settings: dict[str, Any] | None = None
         if len(optimizer.param_groups) > 1:
             self.base_param_settings = {"params": torch.tensor([0.0]), **optimizer.defaults}
+            plain_groups([self.base_param_settings])
 
     @abc.abstractmethod
     def update_params(self, loss: Tensor) -> None:
@@ -106,8 +109,11 @@ class BaseOptimWrapper(abc.ABC):
 
     def state_dict(self) -> dict[str, Any]:
         """The optimizer's state dict, and ``base_param_settings`` where there is one."""
+        # For any optimizer, as a fused one does by itself: see Note [Plain numbers].
+        plain_groups(self.optimizer.param_groups)
         state_dict = dict(self.optimizer.state_dict())
         if self.base_param_settings is not None:
+            plain_groups([self.base_param_settings])
             state_dict["base_param_settings"] = dict(self.base_param_settings)
         return state_dict
 
