@@ -118,6 +118,14 @@ class _ParamScheduler:
                     f"param_groups[{index}][{self.param_name!r}] is a {type(value).__name__}; a scheduler moves "
                     "numbers and 1-element tensors"
                 )
+        self._make_values_plain()
+
+    def _make_values_plain(self) -> None:
+        """What others wrote to the groups becomes Python's, see Note [Plain numbers]."""
+        for group in self.optimizer.param_groups:
+            for key in (self.param_name, *self._moves_too):
+                if type(group.get(key)) is not float and key in group:
+                    group[key] = plain(group[key])
 
     def _prepare(self) -> None:
         """Check, and then set, what depends on ``begin``, ``end`` and the parameter groups."""
@@ -125,7 +133,7 @@ class _ParamScheduler:
     def _note_bases(self) -> None:
         """Write down the value of each group before any schedule."""
         for group in self.optimizer.param_groups:
-            group.setdefault(self._initial, _copied(plain(group[self.param_name])))
+            group.setdefault(self._initial, _copied(group[self.param_name]))
         self.base_values = [_copied(plain(group[self._initial])) for group in self.optimizer.param_groups]
 
     def _take_in_new_groups(self) -> None:
@@ -149,6 +157,7 @@ class _ParamScheduler:
                 f"param_groups[0] has no {self.param_name!r} any more: the state loaded into the optimizer was saved "
                 f"without this {type(self).__name__}; build it after loading"
             )
+        self._make_values_plain()
         self._global_step += 1
         if self.begin <= self._global_step < self.end:
             self.last_step += 1
@@ -178,7 +187,7 @@ class _ParamScheduler:
 
     def _note_values(self) -> None:
         values = [group[self.param_name] for group in self.optimizer.param_groups]
-        self._last_value = [value if type(value) is float else _copied(plain(value)) for value in values]
+        self._last_value = [value if type(value) is float else _copied(value) for value in values]
 
     def _get_value(self) -> list[Any]:
         """The new value of each group, at ``last_step``."""
@@ -301,7 +310,7 @@ class MomentumSchedulerMixin:
         self.use_betas = "momentum" not in optimizer.defaults
         if self.use_betas:
             for group in optimizer.param_groups:
-                group["momentum"] = _copied(group["betas"][0])
+                group["momentum"] = plain(_copied(group["betas"][0]))
         try:
             super().__init__(optimizer, "momentum", *args, **kwargs)  # type: ignore[call-arg]
         except BaseException:
@@ -313,7 +322,7 @@ class MomentumSchedulerMixin:
     def _take_in_new_groups(self) -> None:
         if self.use_betas:
             for group in self.optimizer.param_groups:
-                group.setdefault("momentum", _copied(group["betas"][0]))
+                group.setdefault("momentum", plain(_copied(group["betas"][0])))
         super()._take_in_new_groups()  # type: ignore[misc]
 
     def _follow(self) -> None:

@@ -163,11 +163,11 @@ class TorchParamScheduler(_ParamScheduler):
         self._make_values_plain()
 
     def _make_values_plain(self) -> None:
-        """What torch's scheduler wrote, such as the product with what a user's function returned."""
+        """See :class:`_ParamScheduler`; torch's write what a user's function led to, and to ``betas`` too."""
+        super()._make_values_plain()
         for group in self.optimizer.param_groups:
-            for key in (self.param_name, *self._moves_too, "betas"):
-                if key in group:
-                    group[key] = plain_settings(group[key])
+            if "betas" in group:
+                group["betas"] = plain_settings(group["betas"])
 
     def state_dict(self) -> dict[str, Any]:
         """As :class:`_ParamScheduler`'s, with torch's own under ``torch_state``; None before ``begin``."""

@@ -114,6 +114,7 @@ class ReduceOnPlateauParamScheduler(TorchParamScheduler):
         metric = self._monitored(metrics)
         if self.begin <= self._global_step < self.end:
             self.last_step += 1
+            self._make_values_plain()
             self._torch.step(metric)
             self._make_values_plain()
             self._follow()
