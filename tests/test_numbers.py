@@ -19,6 +19,7 @@ from torch import nn
 import fusedopt
 from fusedopt import build_optim_wrapper
 from fusedopt.averaging import ExponentialMovingAverage, MomentumAnnealingEMA
+from fusedopt.engine import BaseModel, Hook, Runner
 from fusedopt.engine.checkpoint import read_checkpoint, write_checkpoint
 from fusedopt.registry import PARAM_SCHEDULERS
 from fusedopt.rules import check_number, plain, plain_groups, plain_settings
@@ -437,3 +438,49 @@ class TestPlain:
         plain_groups([group])
         assert type(group["lr"]) is float
         assert type(group["params"][0]) is np.float32
+
+
+class Scheduling(Hook):
+    """A hook of a user's who schedules with NumPy, and leaves numbers in the message hub."""
+
+    def before_train_iter(self, runner, batch_idx, data_batch=None):
+        for group in runner.optim_wrapper.optimizer.param_groups:
+            group["lr"] = np.float32(0.5) / (runner.iter + 1)
+        runner.message_hub.update_info("rate", np.float64(0.5) / (runner.iter + 1))
+        runner.message_hub.update_scalar("train/rate", np.float32(0.5))
+
+
+@pytest.mark.parametrize("optimizer", ["FusedSGD", "SGD"])
+def test_a_hook_that_schedules_in_a_run(tmp_path, optimizer):
+    class Model(BaseModel):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.zeros(()))
+
+        def forward(self, x, mode="tensor"):
+            return {"loss": (self.weight * x).mean()}
+
+    def runner(**settings: Any) -> Runner:
+        return Runner(
+            model=Model(),
+            work_dir=str(tmp_path),
+            train_dataloader=dict(
+                dataset=[{"x": torch.ones(())}] * 4, batch_size=2, collate_fn=dict(type="default_collate")
+            ),
+            train_cfg=dict(by_epoch=True, max_epochs=2),
+            optim_wrapper=dict(optimizer=dict(type=optimizer, lr=np.float64(0.5), momentum=np.float32(0.0))),
+            custom_hooks=[Scheduling()],
+            randomness=dict(seed=np.int64(3)),
+            **settings,
+        )
+
+    first = runner()
+    first.train()
+    expected = -(0.5 + 0.5 / 2 + 0.5 / 3 + 0.5 / 4)
+    assert float(first.model.weight) == pytest.approx(expected, rel=1e-6)
+    checkpoint = torch.load(tmp_path / "epoch_1.pth", weights_only=True)
+    assert checkpoint["optimizer"]["param_groups"][0]["lr"] == 0.25
+    assert checkpoint["message_hub"]["runtime_info"]["rate"] == 0.25
+    resumed = runner(load_from=str(tmp_path / "epoch_1.pth"), resume=True)
+    resumed.train()
+    assert float(resumed.model.weight) == float(first.model.weight)
