@@ -138,17 +138,14 @@ class GradScaler(torch.amp.GradScaler):
 
     def _stock_step(self, optimizer: FusedOptimizer, **kwargs: Any) -> Any:
         """torch's step, which hands scale and found_inf over as attributes and leaves them there when it fails."""
-        own = vars(optimizer)
-        before: dict[str, Any] = {name: own[name] for name in ("grad_scale", "found_inf") if name in own}
         shared = optimizer._shared
+        before = shared.grad_scale, shared.found_inf
         takes_scale = shared.takes_scale
         shared.takes_scale = True  # switched off it is for scalers that know nothing of the report
         try:
             return super().step(optimizer, **kwargs)
         except BaseException:
-            for name in ("grad_scale", "found_inf"):
-                own.pop(name, None)
-            own.update(before)
+            shared.grad_scale, shared.found_inf = before
             raise
         finally:
             shared.takes_scale = takes_scale

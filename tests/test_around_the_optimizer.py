@@ -109,6 +109,18 @@ class TestObjectsAroundAnOptimizer:
         assert param.tolist() == [-3.0] * 4
         assert float(outer.last_step.found_inf) == 1.0
 
+    def test_a_stock_scaler_scales_through_it(self, around, backend):
+        outer, optimizer, param = self.pair(around, backend)
+        scaler = torch.amp.GradScaler(param.device.type, init_scale=4.0)
+        scaler.scale((param * 3.0).sum()).backward()
+        for gradient, expected in ((12.0, -3.0), (float("inf"), -3.0)):
+            param.grad.fill_(gradient)
+            scaler.step(outer)
+            scaler.update()
+            assert param.tolist() == [expected] * 4
+            assert not hasattr(optimizer, "grad_scale")
+            assert not hasattr(outer, "found_inf")
+
     def test_a_stock_scaler_is_told_through_it(self, around, backend):
         outer, optimizer, _ = self.pair(around, backend)
         outer._step_supports_amp_scaling = False

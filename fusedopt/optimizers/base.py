@@ -35,7 +35,7 @@ from ..rules import (
     refuse_scaling_of_shards,
     sharded_parameter,
 )
-from .shared import Shared
+from .shared import Shared, handed_over
 
 __all__ = ["FusedOptimizer"]
 
@@ -94,6 +94,9 @@ class FusedOptimizer(torch.optim.Optimizer):
     """
 
     rule: ClassVar[Rule]
+
+    grad_scale = handed_over("grad_scale")
+    found_inf = handed_over("found_inf")
 
     def __init__(
         self,
@@ -311,11 +314,10 @@ class FusedOptimizer(torch.optim.Optimizer):
         if grad_scale is None:
             grad_scale = shared.scale
         check = grad_scale is not None and found_inf is None
-        own = self.__dict__
         if found_inf is None and not check:
-            found_inf = own.get("found_inf")
-        if own.get("grad_scale") is not None:
-            grad_scale = own["grad_scale"] if grad_scale is None else grad_scale * own["grad_scale"]
+            found_inf = shared.found_inf
+        if (given := shared.grad_scale) is not None:
+            grad_scale = given if grad_scale is None else grad_scale * given
         clip = shared.clip
         if type(clip) is NormClip and self._first_is_shard():
             refuse_norm_of_shards(self._sharded)
