@@ -5,10 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch._C._dynamo.eval_frame import get_eval_frame_callback
+from torch._compile import _disable_dynamo
 from torch.amp.grad_scaler import OptState
+from torch.compiler import is_dynamo_compiling
 
 from .backends.native import update_scale
 from .optimizers import FusedOptimizer
+from .rules import plain, plain_settings, refuse_scaling_of_shards, sharded_parameter
 
 __all__ = ["GradScaler"]
 
@@ -19,15 +23,62 @@ class GradScaler(torch.amp.GradScaler):
     The optimizer's statistics pass finds the infs, in the same read that finds the norm when it clips. Arguments,
     state dict, growth and backoff are torch's; any number of fused and stock optimizers may share one scaler.
     ``unscale_(optimizer)`` still works, and then writes the gradients as torch's does.
+
+    Args:
+        device, init_scale, growth_factor, backoff_factor, growth_interval, enabled: see ``torch.amp.GradScaler``.
     """
+
+    def __init__(
+        self,
+        device: str = "cuda",
+        init_scale: float = 2.0**16,
+        growth_factor: float = 2.0,
+        backoff_factor: float = 0.5,
+        growth_interval: int = 2000,
+        enabled: bool = True,
+    ):
+        numbers = map(plain, (init_scale, growth_factor, backoff_factor, growth_interval, enabled))
+        super().__init__(device, *numbers)
+
+    def unscale_(self, optimizer: torch.optim.Optimizer) -> None:
+        """Divide the gradients by the scale, as ``torch.amp.GradScaler.unscale_``.
+
+        Raises:
+            ValueError: a parameter is a shard of a FullyShardedDataParallel model.
+            RuntimeError: called twice, or after ``step``.
+        """
+        if self._enabled:
+            _refuse_shards(optimizer)
+        super().unscale_(optimizer)
+
+    def set_growth_factor(self, new_factor: float) -> None:
+        """As ``torch.amp.GradScaler.set_growth_factor``."""
+        super().set_growth_factor(plain(new_factor))
+
+    def set_backoff_factor(self, new_factor: float) -> None:
+        """As ``torch.amp.GradScaler.set_backoff_factor``."""
+        super().set_backoff_factor(plain(new_factor))
+
+    def set_growth_interval(self, new_interval: int) -> None:
+        """As ``torch.amp.GradScaler.set_growth_interval``."""
+        super().set_growth_interval(plain(new_interval))
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As ``torch.amp.GradScaler.load_state_dict``."""
+        super().load_state_dict(plain_settings(state_dict))
 
     def step(self, optimizer: torch.optim.Optimizer, *args: Any, **kwargs: Any) -> Any:
         """Step ``optimizer`` with unscaled gradients, or skip it when they hold inf or NaN.
 
         Raises:
             RuntimeError: called twice without ``update()``, or with a closure.
+            ValueError: a parameter is a shard of a FullyShardedDataParallel model.
             AssertionError: no parameter of the optimizer has a gradient.
         """
+        if is_dynamo_compiling() or get_eval_frame_callback() is not None:  # Note [Compiled callers]
+            return self._step_outside_of_graphs(optimizer, *args, **kwargs)
+        if self._enabled:
+            _refuse_shards(optimizer)
         if not self._enabled or not isinstance(optimizer, FusedOptimizer):
             return super().step(optimizer, *args, **kwargs)
         if "closure" in kwargs or any(arg is not None for arg in args):
@@ -36,11 +87,12 @@ class GradScaler(torch.amp.GradScaler):
         if record["stage"] is not OptState.READY:  # unscaled by hand, or a second step: torch's own path serves both
             return self._stock_step(optimizer, **kwargs)
         self._check_scale_growth_tracker("step")
-        optimizer._scale_of_scaler = self._get_scale_async()
+        shared = optimizer._shared
+        shared.scale = self._get_scale_async()
         try:
             result = optimizer.step(**kwargs)
         finally:
-            optimizer._scale_of_scaler = None
+            shared.scale = None
         report = optimizer.last_step
         if report is None or report.found_inf is None:
             raise AssertionError("No inf checks were recorded for this optimizer.")
@@ -48,8 +100,12 @@ class GradScaler(torch.amp.GradScaler):
         record["stage"] = OptState.STEPPED
         return result
 
+    _step_outside_of_graphs = _disable_dynamo(step)  # as the optimizer's
+
     def update(self, new_scale: float | torch.Tensor | None = None) -> None:
         """Update the scale, as ``torch.amp.GradScaler.update``."""
+        if is_dynamo_compiling() or get_eval_frame_callback() is not None:  # Note [Compiled callers]
+            return self._update_outside_of_graphs(new_scale)
         if not self._enabled:
             return
         records = self._per_optimizer_states
@@ -61,7 +117,10 @@ class GradScaler(torch.amp.GradScaler):
             for record in records.values():
                 flags = record["found_inf_per_device"]
                 record["found_inf_per_device"] = {device: flag.clone() for device, flag in flags.items()}
-        super().update(new_scale)
+        new_scale = plain(new_scale)
+        super().update(float(new_scale) if isinstance(new_scale, int) else new_scale)
+
+    _update_outside_of_graphs = _disable_dynamo(update)
 
     def _update_from(self, record: dict[str, Any]) -> bool:
         """Update the scale without torch's dispatcher, if this one record's flag allows it."""
@@ -79,12 +138,21 @@ class GradScaler(torch.amp.GradScaler):
 
     def _stock_step(self, optimizer: FusedOptimizer, **kwargs: Any) -> Any:
         """torch's step, which hands scale and found_inf over as attributes and leaves them there when it fails."""
-        own = vars(optimizer)
-        before: dict[str, Any] = {name: own[name] for name in ("grad_scale", "found_inf") if name in own}
+        shared = optimizer._shared
+        before = shared.grad_scale, shared.found_inf
+        takes_scale = shared.takes_scale
+        shared.takes_scale = True  # switched off it is for scalers that know nothing of the report
         try:
             return super().step(optimizer, **kwargs)
         except BaseException:
-            for name in ("grad_scale", "found_inf"):
-                own.pop(name, None)
-            own.update(before)
+            shared.grad_scale, shared.found_inf = before
             raise
+        finally:
+            shared.takes_scale = takes_scale
+
+
+def _refuse_shards(optimizer: torch.optim.Optimizer) -> None:
+    if isinstance(optimizer, FusedOptimizer):
+        refuse_scaling_of_shards(optimizer._sharded)
+    else:
+        refuse_scaling_of_shards(sharded_parameter(optimizer.param_groups))

@@ -9,6 +9,7 @@ from torch import nn
 
 from .constructors import DefaultOptimWrapperConstructor
 from .registry import OPTIM_WRAPPER_CONSTRUCTORS, OPTIM_WRAPPERS, check_config
+from .unwrapping import unwrap
 from .wrappers import AmpOptimWrapper, OptimWrapper
 
 __all__ = ["build_optim_wrapper", "enable_amp"]
@@ -18,7 +19,7 @@ def build_optim_wrapper(model: nn.Module, cfg: Mapping[str, Any]) -> OptimWrappe
     """Build the optimizer of ``model`` and its wrapper, as ``mmengine.optim.build_optim_wrapper``.
 
     Args:
-        model: the model to train.
+        model: the model to train; what torch.compile or DistributedDataParallel put around it is taken off.
         cfg: ``type`` of the wrapper (``'OptimWrapper'`` by default), ``optimizer``, ``paramwise_cfg``, ``constructor``
             (a name, an import path, a class, or a dict with a ``type``; :class:`DefaultOptimWrapperConstructor` by
             default) and the wrapper's own arguments. Not changed.
@@ -40,7 +41,7 @@ def build_optim_wrapper(model: nn.Module, cfg: Mapping[str, Any]) -> OptimWrappe
     construct = OPTIM_WRAPPER_CONSTRUCTORS.build(
         {**constructor, "optim_wrapper_cfg": settings, "paramwise_cfg": paramwise_cfg}
     )
-    return construct(model)
+    return construct(unwrap(model) if isinstance(model, nn.Module) else model)
 
 
 def enable_amp(cfg: Mapping[str, Any]) -> dict[str, Any]:

@@ -207,7 +207,7 @@ class Registry:
                 raise TypeError(f"the {self.name} registry holds classes and functions, got {target!r}")
             keys = names or [target.__name__]
             entries = self._entries()
-            taken = [key for key in keys if key in entries]
+            taken = [key for key in keys if key in entries and not self._is_reloaded(key, target)]
             if taken and not force:
                 raise KeyError(
                     f"{taken[0]!r} is already in the {self.name} registry as {entries[taken[0]]}; "
@@ -217,6 +217,14 @@ class Registry:
             return target
 
         return register if module is None else register(module)
+
+    def _is_reloaded(self, key: str, target: Callable[..., Any]) -> bool:
+        """Whether a module of this package that is reloaded registers again what it has registered as ``key``."""
+        known, own = self._modules.get(key), __name__.partition(".")[0]
+        if known is target:
+            return self.scope == own
+        ours = str(getattr(target, "__module__", "")).partition(".")[0] == own
+        return ours and known is not None and _dotted_name(known) == _dotted_name(target)
 
     def register_lazily(self, name: str, path: str) -> None:
         """Register what is at an import path, to be imported when it is first asked for by ``name``."""

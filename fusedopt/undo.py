@@ -68,6 +68,8 @@ def _note(holder: Any, undo: list[Callable[[], object]], seen: set[int]) -> None
     elif hasattr(holder, "__dict__"):
         _note_attributes(holder, undo)
         if isinstance(holder, torch.optim.Optimizer):
+            if (shared := getattr(holder, "_shared", None)) is not None:  # of a fused one
+                _note_slots(shared, undo)
             for group in holder.param_groups:
                 _note(group, undo, seen)
         elif isinstance(getattr(holder, "optimizer", None), torch.optim.Optimizer):  # a wrapper
@@ -134,6 +136,16 @@ def _note_attributes(holder: Any, undo: list[Callable[[], object]]) -> None:
             _note_list(value, undo)
         elif isinstance(value, dict):  # one level: hooks, defaults, a module's buffers
             undo.append(_put_items_back(value))
+
+
+def _note_slots(holder: Any, undo: list[Callable[[], object]]) -> None:
+    before = {name: getattr(holder, name) for name in holder.__slots__}
+
+    def put_back() -> None:
+        for name, value in before.items():
+            setattr(holder, name, value)
+
+    undo.append(put_back)
 
 
 def _put_items_back(held: dict[Any, Any]) -> Callable[[], None]:

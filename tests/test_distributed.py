@@ -6,6 +6,7 @@ import copy
 import os
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import fusedopt
 from fusedopt import OptimWrapper, build_optim_wrapper
+from fusedopt.averaging import ExponentialMovingAverage
 
 pytestmark = [
     pytest.mark.slow,
@@ -238,6 +240,56 @@ def overflow(rank: int, cfg: dict[str, Any]) -> dict[str, Any]:
     return {**outcome, "parameters": parameters_of(model)}
 
 
+def fully_sharded(model: nn.Module) -> nn.Module:
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it wants a GPU
+        return FullyShardedDataParallel(model, use_orig_params=True, device_id=torch.device("cpu"))
+
+
+def fsdp_overflow(rank: int, kind: str) -> dict[str, Any]:
+    """As :func:`overflow`, with torch's scaler for shards; the shard of one process overflows."""
+    from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
+
+    model = fully_sharded(make_model())
+    optimizer = fusedopt.OPTIMIZERS.build(optimizer_cfg(kind), model.parameters())
+    scaler = ShardedGradScaler("cpu", init_scale=8.0)
+    outcome: dict[str, Any] = {"scales": [], "moved": []}
+    for index, batch in enumerate(batches(rank)[:3]):
+        before = parameters_of(model)
+        optimizer.zero_grad()
+        scaler.scale((model(batch[:, :4]) - batch[:, 4:]).square().mean()).backward()
+        if index == 1 and rank == 1:
+            next(param.grad for param in model.parameters() if param.numel()).fill_(float("inf"))
+        scaler.step(optimizer)
+        scaler.update()
+        outcome["scales"].append(scaler.get_scale())
+        outcome["moved"].append(not all(map(torch.equal, before, parameters_of(model))))
+    with model.summon_full_params(model):
+        outcome["parameters"] = parameters_of(model)
+    return outcome
+
+
+def fsdp_average(rank: int) -> dict[str, Any]:
+    """An average that was made before the model was sharded."""
+    model = make_model()
+    average = ExponentialMovingAverage(model, 0.25)
+    sharded = fully_sharded(model)
+    refused = ""
+    try:
+        average.update_parameters(sharded)
+    except ValueError as error:
+        refused = str(error)
+    with sharded.summon_full_params(sharded):
+        average.update_parameters(sharded)
+        with torch.no_grad():
+            for param in sharded.parameters():
+                param.add_(1.0)
+        average.update_parameters(sharded)
+    return {"refused": refused, "parameters": parameters_of(average)}
+
+
 CLIP_INSIDE = dict(clip_grad=dict(max_norm=0.3))
 SCENARIOS: dict[str, tuple[Callable[..., dict[str, Any]], tuple]] = {
     **{f"replicate-{kind}": (replicate, (kind,)) for kind in TYPES},
@@ -256,6 +308,8 @@ SCENARIOS: dict[str, tuple[Callable[..., dict[str, Any]], tuple]] = {
     **{f"half-{kind}": (shard_half, (kind,)) for kind in ("FusedSGD", "FusedAdamW")},
     **{f"overflow-{kind}": (overflow, (optimizer_cfg(kind),)) for kind in TYPES},
     **{f"overflow-shard-{kind}": (overflow, (zero_cfg(kind),)) for kind in TYPES},
+    **{f"fsdp-overflow-{kind}": (fsdp_overflow, (kind,)) for kind in TYPES},
+    "fsdp-average": (fsdp_average, ()),
 }
 
 
@@ -398,6 +452,22 @@ def test_an_overflow_in_one_process_skips_the_step_in_all(outcomes, kind):
         assert outcome["scales"] == [65536, 32768, 32768]
         assert outcome["moved"] == [True, False, True]
     assert all(map(torch.equal, first["parameters"], second["parameters"]))
+
+
+@pytest.mark.parametrize("kind", ["FusedSGD", "FusedAdamW"])
+def test_an_overflow_in_one_shard_skips_the_step_in_all(outcomes, kind):
+    """torch's own fused optimizers step in the processes that see no overflow."""
+    expected = outcomes[f"fsdp-overflow-{kind.removeprefix('Fused')}"]
+    for outcome, stock in zip(outcomes[f"fsdp-overflow-{kind}"], expected, strict=True):
+        assert outcome["moved"] == stock["moved"] == [True, False, True]
+        assert outcome["scales"] == stock["scales"] == [8.0, 4.0, 4.0]
+        assert_all_close(outcome["parameters"], stock["parameters"])
+
+
+def test_an_average_takes_whole_parameters_and_refuses_shards(outcomes):
+    for outcome in outcomes["fsdp-average"]:
+        assert "in the model but" in outcome["refused"]
+        assert_all_close(outcome["parameters"], [param + 0.25 for param in parameters_of(make_model())])
 
 
 def test_the_registry_finds_it_without_an_import_by_the_user():

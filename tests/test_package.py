@@ -28,6 +28,7 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 LAYERS = [
     ["version"],
     ["rules", "registry", "extras", "portable", "undo"],
+    ["unwrapping"],
     ["backends"],
     ["optimizers"],
     ["amp"],

@@ -636,7 +636,7 @@ BAD = [
     (dict(type="CosineRestartLR", periods=3), TypeError, "Invalid periods: 3"),
     (dict(type="ConstantLR", factor=0, begin=2, end=4), ValueError, "the last step divides by it"),
     (dict(type="OneCycleLR", eta_max=1.0, total_steps=3, end=4), ValueError, "Invalid total_steps: 3"),
-    (dict(type="StepLR", step_size=0.26, convert_to_iter_based=True, epoch_length=4), ValueError, "Invalid step_size"),
+    (dict(type="StepLR", step_size=0.2, convert_to_iter_based=True, epoch_length=4), ValueError, "Invalid step_size"),
     (dict(type="StepLR", step_size=2, convert_to_iter_based=True, epoch_length=0), ValueError, "Invalid epoch_length"),
     (dict(type="CosineAnnealingLR"), ValueError, "expected T_max or end"),
     (dict(type="CosineAnnealingLR", T_max=0), ValueError, "Invalid T_max: 0"),
@@ -669,7 +669,7 @@ BAD = [
         ValueError,
         "takes by_epoch=True",
     ),
-    (dict(type="StepLR", step_size=0.3, convert_to_iter_based=True, epoch_length=4), ValueError, "Invalid step_size"),
+    (dict(type="SWALR", swa_lr=1, anneal_epochs=0.3, convert_to_iter_based=True, epoch_length=4), ValueError, "0.3"),
     (
         dict(type="StepLR", stepsize=3, convert_to_iter_based=True, epoch_length=4),
         TypeError,

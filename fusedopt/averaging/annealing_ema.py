@@ -36,7 +36,7 @@ class MomentumAnnealingEMA(ExponentialMovingAverage):
         update_buffers: bool = False,
         dtype: torch.dtype | str | None = None,
     ):
-        check_number("gamma", gamma, 0, exclusive=True)
+        gamma = check_number("gamma", gamma, 0, exclusive=True)
         super().__init__(model, momentum, interval, device, update_buffers, dtype)
         self.gamma = gamma
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 import contextlib
 import weakref
 from collections.abc import Iterator
-from copy import deepcopy
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..registry import warn_caller
-from ..rules import parse_dtype
+from ..rules import parse_dtype, plain
+from ..unwrapping import bare_copy, fitted_state_dict, named_parameters, unwrap
 from .pairing import Group, Pairing
 
 __all__ = ["BaseAveragedModel"]
@@ -28,7 +28,7 @@ class BaseAveragedModel(nn.Module):
     or, for any other mean, ``avg_func``, which is called for each tensor.
 
     Args:
-        model: the model to average. It is copied.
+        model: the model to average. It is copied, without what torch.compile or DistributedDataParallel put around it.
         interval: number of calls of :meth:`update_parameters` for each update, >= 1.
         device: where to keep the average; by default where the model is. From another device each update copies, by
             way of memory of the average's size.
@@ -63,6 +63,7 @@ class BaseAveragedModel(nn.Module):
             raise TypeError(f"{cls.__name__} has no formula: it must define update_weight or avg_func")
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+        interval = plain(interval)
         if isinstance(interval, bool) or not isinstance(interval, int):
             raise TypeError(f"interval must be an integer, got {interval!r}")
         if interval < 1:
@@ -70,10 +71,15 @@ class BaseAveragedModel(nn.Module):
         if not isinstance(update_buffers, bool):
             raise TypeError(f"update_buffers must be True or False, got {update_buffers!r}")
         kept = parse_dtype(dtype)
-        for name, param in model.named_parameters():
+        for name, param in named_parameters(model):
+            if getattr(param, "_fsdp_flattened", False):
+                raise ValueError(
+                    f"parameter {name!r} is a shard of a FullyShardedDataParallel model, which is not averaged; make "
+                    "the average before the model is sharded, and update it within summon_full_params(model)"
+                )
             if nn.parameter.is_lazy(param):
                 raise ValueError(f"parameter {name!r} has no shape yet: run the model once before it is averaged")
-        self.module = deepcopy(model).requires_grad_(False)
+        self.module = bare_copy(model).requires_grad_(False)
         if device is not None:
             self.module.to(device)
         if kept is not None:
@@ -104,7 +110,8 @@ class BaseAveragedModel(nn.Module):
         The first call copies.
 
         Args:
-            model: what was given to the constructor, or one with parameters and buffers of the same names and shapes.
+            model: what was given to the constructor, or one with parameters and buffers of the same names and shapes;
+                compiled, in DistributedDataParallel, or as it is.
 
         Raises:
             ValueError: it has others; the message names one. Nothing has been changed then.
@@ -186,7 +193,7 @@ class BaseAveragedModel(nn.Module):
                 torch._foreach_add_(group.averaged, torch._foreach_sub(source, group.averaged), alpha=weight)
 
     def _pair(self, model: nn.Module) -> Pairing:
-        model = getattr(model, "_orig_mod", model)  # of torch.compile
+        model = unwrap(model)
         pairing = self._pairings.get(model)
         if pairing is None or not pairing.is_current():
             pairing = self._pairings[model] = Pairing(self.module, model, self.update_buffers)
@@ -204,6 +211,13 @@ class BaseAveragedModel(nn.Module):
         self._counted = None, 0, 0
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        # An average that was made of a wrapped model before Note [Unwrapping], or by torch's class.
+        own = self.state_dict(prefix=prefix)
+        fitted = fitted_state_dict({key: value for key, value in state_dict.items() if key.startswith(prefix)}, own)
+        for key in [key for key in state_dict if key.startswith(prefix)]:
+            if key not in fitted:
+                del state_dict[key]
+        state_dict.update(fitted)
         averaged = state_dict.pop(f"{prefix}n_averaged", None)
         if averaged is not None:  # from torch's class: that many updates, the last of them just made
             state_dict[f"{prefix}steps"] = ((averaged - 1) * self.interval + 1).clamp(min=0)

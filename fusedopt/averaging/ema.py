@@ -36,7 +36,7 @@ class ExponentialMovingAverage(BaseAveragedModel):
         update_buffers: bool = False,
         dtype: torch.dtype | str | None = None,
     ):
-        check_number("momentum", momentum, 0, 1, exclusive=True)
+        momentum = check_number("momentum", momentum, 0, 1, exclusive=True)
         if momentum > 0.5:
             warn_caller(
                 f"momentum of an average is the weight of the new value, and {momentum} is a large one; for a decay of "

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..unwrapping import named_modules, named_parameters
+
 __all__ = ["Group", "Pairing"]
 
 _kind = attrgetter("dtype", "device", "shape")
@@ -109,9 +111,9 @@ class Pairing:
 def _named_tensors(model: nn.Module) -> dict[str, tuple[str, Tensor]]:
     """(kind, tensor) by name: ``'parameter'``, ``'buffer'``, or ``'unsaved buffer'`` for one in no state dict."""
     found: dict[str, tuple[str, Tensor]] = {
-        name: ("parameter", param) for name, param in model.named_parameters(remove_duplicate=False)
+        name: ("parameter", param) for name, param in named_parameters(model, remove_duplicate=False)
     }
-    for path, module in model.named_modules(remove_duplicate=False):
+    for path, module in named_modules(model, remove_duplicate=False):
         for key, buffer in module._buffers.items():
             if buffer is not None:
                 kind = "unsaved buffer" if key in module._non_persistent_buffers_set else "buffer"

@@ -10,7 +10,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..rules import HiddenCounts, NormClip, Rule, ValueClip, check_gradient, check_parameter, parameter_name
+from ..rules import (
+    HiddenCounts,
+    NormClip,
+    Rule,
+    ValueClip,
+    check_gradient,
+    check_parameter,
+    check_state,
+    parameter_name,
+)
 from .base import Backend, BackendUnavailable, StepReport, StepRequest
 
 __all__ = ["PlanBackend"]
@@ -81,6 +90,7 @@ class PlanBackend(Backend):
             group = param_groups[g]
             param, name = group["params"][i], parameter_name(group, g, i)
             check_parameter(name, param)
+            check_state(name, state.get(param, {}))
             if param.device.type != self._device_type:
                 raise BackendUnavailable(f"{name} is on {param.device}, others on {self._device_type}")
             if self.chosen_for is not None:

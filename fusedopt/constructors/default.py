@@ -18,10 +18,11 @@ from ..registry import (
     check_config,
     warn_caller,
 )
-from ..rules import check_number, did_you_mean
+from ..rules import check_number, did_you_mean, plain_settings
+from ..unwrapping import named_children, named_parameters, unwrap
 from ..wrappers import OptimWrapper
 
-__all__ = ["DefaultOptimWrapperConstructor", "join", "multiply", "unwrap"]
+__all__ = ["DefaultOptimWrapperConstructor", "join", "multiply"]
 
 _MULTIPLIERS = ("lr_mult", "decay_mult")
 
@@ -44,13 +45,6 @@ def multiply(base: Any, factor: Any) -> Any:
     if isinstance(base, Tensor) or isinstance(factor, Tensor):
         return base * factor
     return float(base) * float(factor)
-
-
-def unwrap(model: nn.Module) -> nn.Module:
-    """What a wrapper such as DistributedDataParallel holds as its one child ``module``, else the model itself."""
-    if [name for name, _ in model.named_children()] == ["module"] and not list(model.named_parameters(recurse=False)):
-        return model.module  # type: ignore[return-value]
-    return model
 
 
 @OPTIM_WRAPPER_CONSTRUCTORS.register_module()
@@ -102,12 +96,12 @@ class DefaultOptimWrapperConstructor:
                 "optim_wrapper needs the key 'optimizer', as in optimizer=dict(type='AdamW', lr=1e-3); it has "
                 f"{', '.join(map(repr, optim_wrapper_cfg)) or 'no keys'}"
             )
-        self.optim_wrapper_cfg = dict(optim_wrapper_cfg)
+        self.optim_wrapper_cfg = dict(plain_settings(optim_wrapper_cfg))
         self.optimizer_cfg = self.optim_wrapper_cfg.pop("optimizer")
         check_config("optimizer", self.optimizer_cfg)
         self.optim_wrapper_cfg.setdefault("type", "OptimWrapper")
         self._check_wrapper_keys()
-        self.paramwise_cfg = {} if paramwise_cfg is None else paramwise_cfg
+        self.paramwise_cfg = {} if paramwise_cfg is None else plain_settings(paramwise_cfg)
         check_config("paramwise_cfg", self.paramwise_cfg)
         self.base_lr = self.optimizer_cfg.get("lr")
         self.base_wd = self.optimizer_cfg.get("weight_decay")
@@ -197,7 +191,7 @@ class DefaultOptimWrapperConstructor:
             params, module, prefix, lambda name, param: self._settings(prefix, name, param, module, in_dcn)
         )
         is_dcn = _is_deformable_conv(module)
-        for name, child in module.named_children():
+        for name, child in named_children(module):
             self.add_params(params, child, prefix=join(prefix, name), is_dcn_module=is_dcn)
 
     def _add_own_params(
@@ -264,7 +258,7 @@ class DefaultOptimWrapperConstructor:
         return settings
 
     def _warn_of_unmatched_keys(self, model: nn.Module) -> None:
-        paths = (name.rpartition(".") for name, _ in model.named_parameters(remove_duplicate=False))
+        paths = (name.rpartition(".") for name, _ in named_parameters(model, remove_duplicate=False))
         names = [self._match_name(module_name, name) for module_name, _, name in paths]
         for key in self.paramwise_cfg.get("custom_keys", {}):
             if not any(key in name for name in names):
@@ -272,7 +266,7 @@ class DefaultOptimWrapperConstructor:
 
     def __call__(self, model: nn.Module) -> OptimWrapper:
         """Build the optimizer of ``model`` and its wrapper."""
-        model = unwrap(model)
+        model = unwrap(model, by_structure=True)
         params: Any = model.parameters()
         if self.paramwise_cfg:
             params = []

@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 from torch import nn
+
+from ..unwrapping import named_parameters, unwrap
 
 __all__ = ["DepthFunction", "family_of", "family_of_segmentation", "layer_depth", "own_depth", "stage_depth"]
 
@@ -100,7 +103,7 @@ def _convnext_layers(names: Iterable[str]) -> int:
 
 
 def _names(backbone: nn.Module) -> list[str]:
-    return [name for name, _ in backbone.named_parameters(remove_duplicate=False)]
+    return [name for name, _ in named_parameters(backbone, remove_duplicate=False)]
 
 
 def layer_depth(
@@ -194,10 +197,12 @@ def own_depth(model: nn.Module) -> DepthFunction | None:
     candidates: list[DepthFunction] = []
     if hasattr(model, "get_layer_depth"):
         candidates.append(model.get_layer_depth)  # type: ignore[arg-type]
-    backbone = getattr(model, "backbone", None)
+    backbone: Any = getattr(model, "backbone", None)
+    if isinstance(backbone, nn.Module):
+        backbone = unwrap(backbone)
     if hasattr(backbone, "get_layer_depth"):
-        candidates.append(lambda name: backbone.get_layer_depth(name, "backbone."))  # type: ignore[union-attr]
-    first = next((name for name, _ in model.named_parameters()), None)
+        candidates.append(lambda name: backbone.get_layer_depth(name, "backbone."))
+    first = next((name for name, _ in named_parameters(model)), None)
     for candidate in candidates:
         try:
             if first is not None:

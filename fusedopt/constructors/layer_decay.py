@@ -8,6 +8,7 @@ from torch import nn
 
 from ..registry import OPTIM_WRAPPER_CONSTRUCTORS
 from ..rules import check_number
+from ..unwrapping import named_children, named_parameters, unwrap
 from .default import DefaultOptimWrapperConstructor, join, multiply
 from .depth import DepthFunction, family_of_segmentation, layer_depth, own_depth, stage_depth
 
@@ -16,8 +17,9 @@ __all__ = ["LearningRateDecayOptimWrapperConstructor", "LearningRateDecayOptimiz
 
 def _backbone_of(model: nn.Module) -> tuple[nn.Module, str]:
     """The model's ``backbone``, or itself, and what the names of its parameters begin with."""
+    model = unwrap(model)
     backbone = getattr(model, "backbone", None)
-    return (backbone, "backbone.") if isinstance(backbone, nn.Module) else (model, "")
+    return (unwrap(backbone), "backbone.") if isinstance(backbone, nn.Module) else (model, "")
 
 
 class _LayerDecayConstructor(DefaultOptimWrapperConstructor):
@@ -98,7 +100,7 @@ class LearningRateDecayOptimWrapperConstructor(_LayerDecayConstructor):
             return {**own, **self._scaled(depth), "layer_id": depth[0]}
 
         self._add_own_params(params, module, prefix, settings)
-        for name, child in module.named_children():
+        for name, child in named_children(module):
             self.add_params(params, child, prefix=join(prefix, name), get_layer_depth=depth_of)
 
     def _match_name(self, module_name: str, name: str) -> str:
@@ -179,7 +181,7 @@ class LearningRateDecayOptimizerConstructor(_LayerDecayConstructor):
         """Append a group for each depth of ``module`` and kind of decay to ``params``; subclasses may replace this."""
         depth_of = self._depth_function(module)
         groups: dict[str, dict[str, Any]] = {}
-        for name, param in module.named_parameters():
+        for name, param in named_parameters(module):
             if not param.requires_grad:
                 continue
             decays = param.ndim != 1 and not name.endswith(".bias") and name not in ("pos_embed", "cls_token")

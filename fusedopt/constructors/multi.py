@@ -10,8 +10,9 @@ from torch import nn
 
 from ..registry import OPTIM_WRAPPER_CONSTRUCTORS, OPTIM_WRAPPERS, accepted_arguments, check_config, warn_caller
 from ..rules import did_you_mean
+from ..unwrapping import named_children, named_modules, named_parameters, unwrap
 from ..wrappers import OptimWrapper, OptimWrapperDict
-from .default import DefaultOptimWrapperConstructor, unwrap
+from .default import DefaultOptimWrapperConstructor
 
 __all__ = ["MultiOptimWrapperConstructor"]
 
@@ -90,12 +91,12 @@ class MultiOptimWrapperConstructor:
 
     def __call__(self, model: nn.Module) -> OptimWrapper:
         """Build the optimizers of ``model`` and their wrappers."""
-        model = unwrap(model)
+        model = unwrap(model, by_structure=True)
         owners: dict[nn.Parameter, tuple[str, str]] = {}
         wrappers = {}
         for key, constructor in self.constructors.items():
             modules = self._find(model, key)
-            for name, param in _named_parameters(modules):
+            for name, param in _parameters_of(modules):
                 other, other_name = owners.setdefault(param, (key, name))
                 if other != key:
                     names = repr(name) if name == other_name else f"{other_name!r} (also {name!r})"
@@ -115,7 +116,7 @@ class MultiOptimWrapperConstructor:
     def _build(
         self, model: nn.Module, key: str, constructor: DefaultOptimWrapperConstructor, modules: dict[str, nn.Module]
     ) -> OptimWrapper:
-        children = dict(model.named_children())
+        children = dict(named_children(model))
         if list(modules) == self.modules[key] and len(modules) == 1 and next(iter(modules)) in children:
             return constructor(next(iter(modules.values())))
         if constructor.paramwise_cfg:
@@ -124,17 +125,17 @@ class MultiOptimWrapperConstructor:
                 f"this entry has {', '.join(map(repr, modules))}"
             )
         # A module within one that matches too brings its parameters once.
-        return constructor.build_wrapper(list(dict.fromkeys(param for _, param in _named_parameters(modules))))
+        return constructor.build_wrapper(list(dict.fromkeys(param for _, param in _parameters_of(modules))))
 
     def _find(self, model: nn.Module, key: str) -> dict[str, nn.Module]:
         """The modules of an entry by name."""
-        children = dict(model.named_children())
+        children = dict(named_children(model))
         found: dict[str, nn.Module] = {}
         for pattern in self.modules[key]:
             if pattern in children:
                 matches = {pattern: children[pattern]}
             else:
-                matches = {name: module for name, module in model.named_modules() if re.fullmatch(pattern, name)}
+                matches = {name: module for name, module in named_modules(model) if re.fullmatch(pattern, name)}
             if not matches:
                 raise ValueError(
                     f"optim_wrapper: {pattern!r} is neither a first-level module of the {type(model).__name__} nor an "
@@ -144,9 +145,9 @@ class MultiOptimWrapperConstructor:
         return found
 
 
-def _named_parameters(modules: Mapping[str, nn.Module]) -> list[tuple[str, nn.Parameter]]:
+def _parameters_of(modules: Mapping[str, nn.Module]) -> list[tuple[str, nn.Parameter]]:
     return [
         (f"{module_name}.{name}" if module_name else name, param)
         for module_name, module in modules.items()
-        for name, param in module.named_parameters()
+        for name, param in named_parameters(module)
     ]

@@ -13,6 +13,9 @@ from typing import IO, Any
 import torch
 from torch import Tensor, nn
 
+from ..rules import plain_settings
+from ..unwrapping import bare_state_dict
+
 __all__ = [
     "CheckpointError",
     "check_fit",
@@ -84,13 +87,14 @@ def write_checkpoint(checkpoint: Mapping[str, Any], path: Path) -> None:
     """Write a checkpoint.
 
     Args:
-        checkpoint: tensors and plain values, in dicts and lists.
+        checkpoint: tensors and plain values, in dicts and lists; NumPy's numbers are written as Python's.
         path: the file.
 
     Raises:
         CheckpointError: something in it could not be loaded again with ``weights_only=True``, or the file cannot be
             written. What was at ``path`` before is still there.
     """
+    checkpoint = plain_settings(checkpoint)  # what others put into the message hub, say: Note [Plain numbers]
     refused = next(unloadable_parts(checkpoint, "checkpoint"), None)
     if refused is not None:
         raise CheckpointError(
@@ -139,7 +143,7 @@ def find_latest_checkpoint(work_dir: str | Path) -> Path | None:
 
 def check_fit(state_dict: Mapping[str, Any], model: nn.Module) -> list[str]:
     """What keeps ``state_dict`` from being that of ``model``, a clause for each kind of difference."""
-    own = model.state_dict()
+    own = bare_state_dict(model)
     reshaped = [
         f"{name} has {_shape(state_dict[name])} instead of {_shape(value)}"
         for name, value in own.items()

@@ -19,7 +19,9 @@ from .. import schedulers
 from ..builder import build_optim_wrapper
 from ..registry import HOOKS, LOOPS, MODEL_WRAPPERS, MODELS, VISUALIZERS, check_config, warn_caller
 from ..rules.checks import did_you_mean
+from ..rules.plain import plain
 from ..undo import unchanged_on_error
+from ..unwrapping import holders, stateful
 from ..wrappers import OptimWrapper
 from . import distributed
 from .checkpoint import find_latest_checkpoint, read_checkpoint, write_checkpoint
@@ -320,8 +322,8 @@ class Runner:
 
     @property
     def bare_model(self) -> nn.Module:
-        """The model without the wrapper for several processes."""
-        return self.model.module if isinstance(self.model, nn.parallel.DistributedDataParallel) else self.model
+        """The model without what torch.compile or DistributedDataParallel put around it; see :func:`stateful`."""
+        return stateful(self.model)
 
     def _naming(self, key: str) -> contextlib.AbstractContextManager[None]:
         """Where there is a :class:`Config`, its file and ``key`` begin the message of an error."""
@@ -358,6 +360,7 @@ class Runner:
         self.seed_is_given = seed is not None
         if seed is None:
             seed = distributed.broadcast(random.SystemRandom().getrandbits(31))
+        seed = plain(seed)
         if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**32:
             raise ValueError(f"Invalid randomness.seed: {seed!r}; expected an int from 0 to 2**32 - 1, or None")
         self.seed = seed
@@ -394,7 +397,7 @@ class Runner:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module or its config, got {type(model).__name__}")
         model = model.to(self.device)
-        if self.launcher == "none" or isinstance(model, nn.parallel.DistributedDataParallel):
+        if self.launcher == "none" or any(map(_is_distributed, holders(model))):
             return model
         settings: dict[str, Any] = {"type": "MMDistributedDataParallel", "broadcast_buffers": False}
         if self.device.type == "cuda":
@@ -676,3 +679,7 @@ class Runner:
         load_training(self, filename, checkpoint)
         self._loaded = True
         self.logger.info(f"Resumed {filename}: {self.epoch} epochs and {self.iter} iterations are done")
+
+
+def _is_distributed(model: nn.Module) -> bool:
+    return isinstance(model, nn.parallel.DistributedDataParallel)

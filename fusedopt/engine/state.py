@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.modules.utils import consume_prefix_in_state_dict_if_present
 
 from ..portable import as_before, portable
+from ..unwrapping import bare_state_dict, fitted_state_dict, named_parameters
 from ..version import __version__
 from ..wrappers import OptimWrapper, OptimWrapperDict
 from . import distributed
@@ -46,7 +47,7 @@ def training_state(
     loop = runner.train_loop
     assert loop is not None
     assert runner.optim_wrapper is not None
-    weights = runner.bare_model.state_dict()
+    weights = bare_state_dict(runner.model)
     for name, part in runner.message_hub.unsaved().items():
         runner.warn_once(
             f"The information {name!r} of the message hub is not saved, a resumed training is without it: {part} is "
@@ -89,11 +90,11 @@ def check_weights(runner: Runner, filename: str | Path, checkpoint: dict[str, An
     weights = checkpoint["state_dict"]
     if not isinstance(weights, Mapping) or not any(isinstance(value, Tensor) for value in weights.values()):
         raise CheckpointError(f"{filename} has no weights: no tensors in its 'state_dict', or in all of it")
-    taken = _with_versions({str(name): value for name, value in weights.items()}, weights)
+    own = bare_state_dict(runner.model)
+    taken = fitted_state_dict(_with_versions({str(name): value for name, value in weights.items()}, weights), own)
     consume_prefix_in_state_dict_if_present(taken, "module.")
     checkpoint["state_dict"] = taken
     differences = check_fit(taken, runner.bare_model)
-    own = runner.bare_model.state_dict()
     if differences and (strict or not any(name in own for name in _loadable(runner.bare_model, taken))):
         raise CheckpointError(f"{filename} is not that of the model: {'; '.join(differences)}")
     if differences:
@@ -102,7 +103,9 @@ def check_weights(runner: Runner, filename: str | Path, checkpoint: dict[str, An
 
 def load_weights(runner: Runner, checkpoint: Mapping[str, Any]) -> None:
     """Load the weights, but for those whose shape does not fit the model."""
-    runner.bare_model.load_state_dict(_loadable(runner.bare_model, checkpoint["state_dict"]), strict=False)
+    model = runner.bare_model
+    weights = fitted_state_dict(_loadable(model, checkpoint["state_dict"]), model.state_dict())
+    model.load_state_dict(weights, strict=False)
 
 
 def check_training(runner: Runner, filename: str | Path, checkpoint: dict[str, Any]) -> None:
@@ -211,12 +214,12 @@ def load_training(runner: Runner, filename: str | Path, checkpoint: dict[str, An
     else:
         model = runner.bare_model
         if mine["buffers"]:
-            model.load_state_dict(
-                _with_versions(_loadable(model, mine["buffers"]), checkpoint["state_dict"]), strict=False
-            )
-        for name, param in model.named_parameters():
-            if name in mine["gradients"]:
-                param.grad = mine["gradients"][name].to(param.device)
+            buffers = fitted_state_dict(mine["buffers"], model.state_dict())
+            model.load_state_dict(_with_versions(buffers, checkpoint["state_dict"]), strict=False)
+        gradients = fitted_state_dict(mine["gradients"], [name for name, _ in named_parameters(model)])
+        for name, param in named_parameters(model):
+            if name in gradients:
+                param.grad = gradients[name].to(param.device)
     seed = meta["seed"]
     if seed != runner.seed:
         if runner.seed_is_given:
@@ -277,15 +280,15 @@ def _wrappers(runner: Runner) -> dict[str, OptimWrapper]:
 
 def _gradients(model: nn.Module) -> dict[str, Tensor]:
     """Gradients that are there between two iterations: those of an accumulation that is not complete."""
-    return {name: param.grad for name, param in model.named_parameters() if param.grad is not None}
+    return {name: param.grad for name, param in named_parameters(model) if param.grad is not None}
 
 
 def _buffers(model: nn.Module) -> dict[str, Any]:
     """What is in the model's state beside its parameters, where it differs between processes."""
     if distributed.world_size() == 1:
         return {}
-    params = {name for name, _ in model.named_parameters(remove_duplicate=False)}
-    return {name: value for name, value in model.state_dict().items() if name not in params}
+    params = {name for name, _ in named_parameters(model, remove_duplicate=False)}
+    return {name: value for name, value in bare_state_dict(model).items() if name not in params}
 
 
 def _with_versions(state_dict: Mapping[str, Any], source: Mapping[str, Any]) -> OrderedDict[str, Any]:
@@ -298,7 +301,7 @@ def _with_versions(state_dict: Mapping[str, Any], source: Mapping[str, Any]) -> 
 
 def _loadable(model: nn.Module, state_dict: Mapping[str, Any]) -> OrderedDict[str, Any]:
     """What of ``state_dict`` can be handed to the model, which may know old names of its own."""
-    own = model.state_dict()
+    own = bare_state_dict(model)
     fitting = {
         name: as_before(value, own.get(name))
         for name, value in state_dict.items()

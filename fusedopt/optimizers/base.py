@@ -11,6 +11,9 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch._C._dynamo.eval_frame import get_eval_frame_callback
+from torch._compile import _disable_dynamo
+from torch.compiler import is_dynamo_compiling
 from torch.optim import optimizer as optimizer_module
 from torch.optim.optimizer import ParamsT
 
@@ -21,13 +24,20 @@ from ..rules import (
     NormClip,
     Rule,
     ValueClip,
+    check_no_model,
     check_parameter,
     parameter_name,
     parse_clip_grad,
+    plain,
+    plain_groups,
+    refuse_norm_of_shards,
+    refuse_scaling_of_shards,
+    sharded_parameter,
 )
 from ..undo import parameter_groups, unchanged_on_error
 from .loading import read_state_dict, take_steps_out
 from .saving import leave_out_unreal_state
+from .shared import Shared, handed_over
 
 __all__ = ["FusedOptimizer"]
 
@@ -46,6 +56,12 @@ def _note_ignored_flags(settings: Mapping[str, Any]) -> None:
         )
 
 
+def _make_settings_plain(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:
+    """State-dict post hook: what somebody wrote to the groups since, see Note [Plain numbers]."""
+    plain_groups(optimizer.param_groups)
+    plain_groups(state_dict.get("param_groups", ()))
+
+
 class FusedOptimizer(torch.optim.Optimizer):
     """Base of the fused optimizers; not for direct use.
 
@@ -60,17 +76,12 @@ class FusedOptimizer(torch.optim.Optimizer):
         backend: ``'auto'`` (the first that can serve the parameters' devices), ``'native'``, ``'triton'`` or
             ``'reference'``. In place of 'auto', ``FUSEDOPT_BACKEND`` in the environment may name one.
 
-    Attributes:
-        last_step: the :class:`~fusedopt.backends.StepReport` of the last step, None before the first.
     """
 
     rule: ClassVar[Rule]
 
-    #: The scale while a fusedopt.amp.GradScaler steps, which so serves a subclass whose ``step`` takes none.
-    _scale_of_scaler: Tensor | None = None
-
-    #: Tells ``torch.amp.GradScaler`` to hand over its scale instead of unscaling the gradients itself.
-    _step_supports_amp_scaling = True
+    grad_scale = handed_over("grad_scale")
+    found_inf = handed_over("found_inf")
 
     def __init__(
         self,
@@ -81,12 +92,11 @@ class FusedOptimizer(torch.optim.Optimizer):
         write_back_grads: bool = False,
         backend: str = "auto",
     ):
-        self.clip_grad = clip_grad
-        self.write_back_grads = write_back_grads
+        self._shared = Shared(parse_clip_grad(clip_grad), plain(write_back_grads))
         check_backend_name(backend)
         self.backend = backend
         self._engine: Backend | None = None
-        self.last_step: StepReport | None = None
+        check_no_model(params)
         if not isinstance(params, (Tensor, Mapping)):
             params = list(params)  # type: ignore[assignment]
             if not params:
@@ -104,15 +114,68 @@ class FusedOptimizer(torch.optim.Optimizer):
         """What both a new and an unpickled optimizer need beside torch's own attributes."""
         self._counts = HiddenCounts(self) if self.rule.hides_step else None
         self.register_state_dict_post_hook(leave_out_unreal_state, prepend=True)
+        self.register_state_dict_post_hook(_make_settings_plain, prepend=True)
 
     @property
     def clip_grad(self) -> dict[str, Any] | None:
         """Gradient clipping inside the step: None, or a copy of the validated settings. Assigning validates."""
-        return None if self._clip is None else self._clip.as_dict()
+        clip = self._shared.clip
+        return None if clip is None else clip.as_dict()
 
     @clip_grad.setter
     def clip_grad(self, value: Mapping[str, Any] | NormClip | ValueClip | None) -> None:
-        self._clip = parse_clip_grad(value)
+        clip = parse_clip_grad(value)
+        if isinstance(clip, NormClip):
+            refuse_norm_of_shards(sharded_parameter(self.param_groups))
+        self._shared.clip = clip
+
+    @property
+    def write_back_grads(self) -> bool:
+        """Whether a step that was not skipped leaves the unscaled, clipped gradients in ``.grad``."""
+        return self._shared.write_back_grads
+
+    @write_back_grads.setter
+    def write_back_grads(self, value: bool) -> None:
+        self._shared.write_back_grads = plain(value)
+
+    @property
+    def last_step(self) -> StepReport | None:
+        """The :class:`~fusedopt.backends.StepReport` of the last step, None before the first."""
+        return self._shared.last_step
+
+    @last_step.setter
+    def last_step(self, value: StepReport | None) -> None:
+        self._shared.last_step = value
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """Whether a stock ``torch.amp.GradScaler`` hands over its scale, instead of unscaling the gradients itself.
+
+        False makes it keep the optimizer from stepping after an overflow, where somebody has to see that. By default it
+        is True but for shards of a FullyShardedDataParallel model. The name is torch's.
+        """
+        takes_scale = self._shared.takes_scale
+        return self._sharded is None if takes_scale is None else takes_scale
+
+    @_step_supports_amp_scaling.setter
+    def _step_supports_amp_scaling(self, value: bool) -> None:
+        value = plain(value)
+        if not isinstance(value, bool):
+            raise TypeError(f"_step_supports_amp_scaling must be True or False, got {value!r}")
+        if value:
+            refuse_scaling_of_shards(self._sharded)
+        self._shared.takes_scale = value
+
+    @property
+    def _sharded(self) -> str | None:
+        """How errors call its first parameter that is a shard; None without."""
+        self._get_engine()
+        # All were looked at when the engine was chosen; in a model that was sharded since, the first one is too.
+        return sharded_parameter(self.param_groups) if self._has_shards or self._first_is_shard() else None
+
+    def _first_is_shard(self) -> bool:
+        params = self.param_groups[0]["params"]
+        return bool(params) and getattr(params[0], "_fsdp_flattened", False)
 
     @property
     def backend_in_use(self) -> str:
@@ -125,6 +188,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             params = [param for group in self.param_groups for param in group["params"]]
             devices, dtypes = {param.device for param in params}, {param.dtype for param in params}
             engine = self._engine = create_backend(self.backend, self.rule, devices, dtypes, engine)
+            self._has_shards = sharded_parameter(self.param_groups) is not None
         return engine
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -134,10 +198,19 @@ class FusedOptimizer(torch.optim.Optimizer):
 
         Raises:
             TypeError: a parameter is sparse, complex, a tensor subclass with its own dispatch, or not a tensor.
-            ValueError: a setting is out of range, a parameter appears twice, or ``params`` is a used-up generator.
+            ValueError: a setting is out of range, a parameter appears twice, ``params`` is a used-up generator, the
+                group has a ``clip_grad`` of its own, or a norm is to be clipped of which a part is elsewhere.
         """
+        check_no_model(param_group, "an entry of params")
+        if isinstance(param_group, dict) and "clip_grad" in param_group:
+            raise ValueError(
+                "clip_grad is no setting of a parameter group: it is that of the optimizer, over all groups. (torch's "
+                "ZeroRedundancyOptimizer hands it on in the groups, and each process would clip by the norm of its "
+                "share; expected fusedopt.ZeroRedundancyOptimizer(params, optimizer_type=..., clip_grad=...))"
+            )
         if isinstance(param_group, dict) and "params" in param_group:
             params = param_group["params"]
+            check_no_model(params, "params of a parameter group")
             if isinstance(params, GeneratorType) and inspect.getgeneratorstate(params) == inspect.GEN_CLOSED:
                 raise ValueError(
                     "params of a parameter group is a generator that was used up before; pass a list to use it twice"
@@ -155,14 +228,18 @@ class FusedOptimizer(torch.optim.Optimizer):
                 }
                 seen = set()
                 for index, (_, tensor) in enumerate(entries):
+                    check_no_model(tensor, "an entry of params")
                     if isinstance(tensor, Tensor):
                         name = parameter_name(named, len(self.param_groups), index)
                         check_parameter(name, tensor)
                         if id(tensor) in seen:  # torch warns; two threads would write one parameter here
                             raise ValueError(f"{name} appears twice in its group")
                         seen.add(id(tensor))
+                if isinstance(self._shared.clip, NormClip):
+                    refuse_norm_of_shards(sharded_parameter([named]))
         with unchanged_on_error(self.param_groups, *parameter_groups([param_group])):
             super().add_param_group(param_group)
+            plain_groups(self.param_groups[-1:])
             self._engine = None
 
     def step(  # type: ignore[override]
@@ -190,6 +267,8 @@ class FusedOptimizer(torch.optim.Optimizer):
         attribute set by the user multiplies the argument, as it multiplies the scaler's in torch; a ``found_inf``
         attribute beside a ``grad_scale`` argument is not looked at.
         """
+        if is_dynamo_compiling() or get_eval_frame_callback() is not None:  # Note [Compiled callers]
+            return self._step_outside_of_graphs(closure, grad_scale=grad_scale, found_inf=found_inf)
         if (
             self._optimizer_step_pre_hooks
             or self._optimizer_step_post_hooks
@@ -206,6 +285,12 @@ class FusedOptimizer(torch.optim.Optimizer):
     # a small model. Marked as hooked, ours goes through torch's wrapper only when there is a hook or a profiler.
     step.hooked = True  # type: ignore[attr-defined]
 
+    # Note [Compiled callers]: there is nothing to gain inside a step by torch.compile, and much to break its graphs. So
+    # a compiled caller gets this: torch.compiler.disable, put around at its first use, since that takes seconds to
+    # import, and by itself as long as a tenth of a small step. A caller is compiled while Dynamo traces it, and also
+    # where it runs as it is after a graph break: Dynamo would look at each function that is called from there.
+    _step_outside_of_graphs = _disable_dynamo(step)
+
     def _step(
         self,
         closure: Callable[[], float | Tensor] | None = None,
@@ -217,21 +302,24 @@ class FusedOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        shared = self._shared
         if grad_scale is None:
-            grad_scale = self._scale_of_scaler
+            grad_scale = shared.scale
         check = grad_scale is not None and found_inf is None
-        own = self.__dict__
         if found_inf is None and not check:
-            found_inf = own.get("found_inf")
-        if own.get("grad_scale") is not None:
-            grad_scale = own["grad_scale"] if grad_scale is None else grad_scale * own["grad_scale"]
-        request = StepRequest(grad_scale, found_inf, check, self._clip, self.write_back_grads)
+            found_inf = shared.found_inf
+        if (given := shared.grad_scale) is not None:
+            grad_scale = given if grad_scale is None else grad_scale * given
+        clip = shared.clip
+        if type(clip) is NormClip and self._first_is_shard():
+            refuse_norm_of_shards(self._sharded)
+        request = StepRequest(grad_scale, found_inf, check, clip, shared.write_back_grads)
         try:
-            self.last_step = self._get_engine().step(self.param_groups, self.state, request, self._counts)
+            shared.last_step = self._get_engine().step(self.param_groups, self.state, request, self._counts)
         except BackendUnavailable:
             # Parameters have moved to another device since: choose again, and raise if that does not help.
             self._engine = None
-            self.last_step = self._get_engine().step(self.param_groups, self.state, request, self._counts)
+            shared.last_step = self._get_engine().step(self.param_groups, self.state, request, self._counts)
         return loss
 
     _step_with_hooks = torch.optim.Optimizer.profile_hook_step(_step)
@@ -271,11 +359,21 @@ class FusedOptimizer(torch.optim.Optimizer):
             for param, count in counts.items():
                 self._counts.put(param, self.state[param][first], count)
 
+    def __repr__(self) -> str:
+        try:
+            backend = self.backend_in_use
+        except BackendUnavailable:
+            backend = f"{self.backend}, which cannot serve"
+        own = {"clip_grad": self.clip_grad, "write_back_grads": self.write_back_grads, "backend": backend}
+        lines = [f"    {name}: {value}\n" for name, value in own.items()]
+        return f"{super().__repr__().removesuffix(')')}Over all groups\n{''.join(lines)})"
+
     def __getstate__(self) -> dict[str, Any]:
         return {
             **super().__getstate__(),
-            "_clip": self._clip,
-            "write_back_grads": self.write_back_grads,
+            "_clip": self._shared.clip,
+            "write_back_grads": self._shared.write_back_grads,
+            "takes_scale": self._shared.takes_scale,
             "backend": self.backend,
             "counts": None if self._counts is None else self._counts.known(self.state, self.rule.columns[0].name),
         }
@@ -284,14 +382,17 @@ class FusedOptimizer(torch.optim.Optimizer):
         fresh = "_optimizer_state_dict_post_hooks" not in self.__dict__
         state = {**state}
         counts = state.pop("counts", None)
+        if fresh:
+            own = state.pop("_clip", None), state.pop("write_back_grads", False), state.pop("takes_scale", None)
+            self._shared = Shared(*own)
         super().__setstate__(state)
         self._engine = None
         if fresh:
-            self.last_step = None
             self._settle()
             if self._counts is not None:
                 # Without counts it is from a version that kept them in the state.
                 self._take_counts(take_steps_out(self.rule, self.state) if counts is None else counts)
+        plain_groups(self.param_groups)
         defaults = self.rule.hyperparameters().as_defaults()
         for group in self.param_groups:
             for key in self.rule.hyperparameters.filled_in:

@@ -14,7 +14,19 @@ from torch.optim.optimizer import ParamsT
 
 from ..backends import StepReport
 from ..registry import OPTIMIZERS, accepted_arguments
-from ..rules import NormClip, ValueClip, clip_coefficient, did_you_mean, global_norm, parse_clip_grad
+from ..rules import (
+    NormClip,
+    ValueClip,
+    check_no_model,
+    clip_coefficient,
+    did_you_mean,
+    global_norm,
+    parse_clip_grad,
+    plain_groups,
+    plain_settings,
+    refuse_norm_of_shards,
+    sharded_parameter,
+)
 from ..undo import parameter_groups, unchanged_on_error
 from .base import FusedOptimizer
 from .loading import read_state_dict
@@ -60,6 +72,8 @@ class ZeroRedundancyOptimizer(_ZeroRedundancyOptimizer):
         **kwargs: Any,
     ):
         self._clip = parse_clip_grad(clip_grad)
+        kwargs = plain_settings(kwargs)
+        check_no_model(params)
         self.last_step: StepReport | None = None
         build = OPTIMIZERS.resolve(optimizer_type)
         if isinstance(params, Tensor):
@@ -80,6 +94,8 @@ class ZeroRedundancyOptimizer(_ZeroRedundancyOptimizer):
                 parameters_as_bucket_view=parameters_as_bucket_view,
             )
             self.defaults.update(self.optim.defaults)
+            if isinstance(self._clip, NormClip):
+                refuse_norm_of_shards(sharded_parameter(self.param_groups))
 
     @property
     def clip_grad(self) -> dict[str, Any] | None:
@@ -130,6 +146,7 @@ class ZeroRedundancyOptimizer(_ZeroRedundancyOptimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """The state of all shares in the first process, ``{}`` in the others. Every process must call it."""
+        plain_groups(self.param_groups)  # others may have written to them
         self.consolidate_state_dict()
         return super().state_dict() if self.rank == 0 else {}
 

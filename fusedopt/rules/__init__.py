@@ -4,8 +4,10 @@ from .adam import Adam, AdamHyperparameters
 from .checks import (
     SUPPORTED_DTYPES,
     check_gradient,
+    check_no_model,
     check_number,
     check_parameter,
+    check_state,
     did_you_mean,
     group_names,
     parameter_name,
@@ -13,8 +15,10 @@ from .checks import (
 )
 from .clipping import CLIP_EPS, NormClip, ValueClip, clip_coefficient, global_norm, parse_clip_grad
 from .counts import HiddenCounts, count_problem, new_count
+from .plain import plain, plain_groups, plain_settings
 from .rule import Hyperparameters, Rule, StateColumn, compute_dtype
 from .sgd import SGD, SGDHyperparameters
+from .sharding import refuse_norm_of_shards, refuse_scaling_of_shards, sharded_parameter
 from .state import state_problem
 
 #: Every rule by name.
@@ -35,8 +39,10 @@ __all__ = [
     "StateColumn",
     "ValueClip",
     "check_gradient",
+    "check_no_model",
     "check_number",
     "check_parameter",
+    "check_state",
     "clip_coefficient",
     "compute_dtype",
     "count_problem",
@@ -47,5 +53,11 @@ __all__ = [
     "parameter_name",
     "parse_clip_grad",
     "parse_dtype",
+    "plain",
+    "plain_groups",
+    "plain_settings",
+    "refuse_norm_of_shards",
+    "refuse_scaling_of_shards",
+    "sharded_parameter",
     "state_problem",
 ]

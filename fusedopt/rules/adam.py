@@ -34,6 +34,7 @@ class AdamHyperparameters(Hyperparameters):
     decoupled_weight_decay: bool = False
 
     def __post_init__(self) -> None:
+        self._make_plain()
         check_number("lr", self.lr)
         check_number("eps", self.eps)
         check_number("weight_decay", self.weight_decay)

@@ -11,11 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .plain import plain
+
 __all__ = [
     "SUPPORTED_DTYPES",
     "check_gradient",
+    "check_no_model",
     "check_number",
     "check_parameter",
+    "check_state",
     "check_whole_number",
     "did_you_mean",
     "group_names",
@@ -38,13 +42,17 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
 
 def check_number(
     name: str, value: Any, minimum: float = 0.0, below: float = math.inf, *, exclusive: bool = False
-) -> None:
+) -> Any:
     """Require ``minimum <= value < below`` (``minimum < value`` when exclusive; inf passes an infinite ``below``).
+
+    Returns:
+        ``value``, a number as Python's: see Note [Plain numbers].
 
     Raises:
         TypeError: ``value`` is neither a number nor a tensor.
         ValueError: out of range, NaN, or a tensor with other than one element.
     """
+    value = plain(value)
     if isinstance(value, Tensor):
         if value.numel() != 1:
             raise ValueError(f"Tensor {name} must be 1-element, got shape {tuple(value.shape)}")
@@ -54,6 +62,7 @@ def check_number(
     if not (high_enough and (below == math.inf or value < below)):
         bounds = f"{'>' if exclusive else '>='} {minimum:g}" if below == math.inf else f"in [{minimum:g}, {below:g})"
         raise ValueError(f"Invalid {name}: {value}; expected a number {bounds}")
+    return value
 
 
 def parse_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
@@ -77,6 +86,7 @@ def is_number(value: Any) -> bool:
     """Whether ``value`` is a number or a 1-element tensor; True and False are no numbers."""
     if isinstance(value, Tensor):
         return value.numel() == 1
+    value = plain(value)
     return isinstance(value, numbers.Real) and not isinstance(value, bool)
 
 
@@ -87,6 +97,7 @@ def check_whole_number(name: str, value: Any, minimum: int | None = None) -> int
         TypeError: it is no number.
         ValueError: it is not whole, or below ``minimum``.
     """
+    value = plain(value)
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"Invalid {name}: {value!r}; expected a whole number")
     number = float(value)
@@ -127,6 +138,22 @@ def _unsupported_kind(tensor: Tensor) -> str | None:
     if tensor.is_neg():
         return "is a lazily negated view; use its resolve_neg()"
     return None
+
+
+def check_no_model(params: Any, place: str = "params") -> None:
+    """Raise TypeError where a model stands in the place of parameters."""
+    if isinstance(params, torch.nn.Module):
+        raise TypeError(f"{place} is a model, {type(params).__name__}; expected its parameters: model.parameters()")
+
+
+def check_state(name: str, state: Mapping[str, Any]) -> None:
+    """Raise TypeError for state in tensors of another kind, such as quantised ones, in which no kernel can write."""
+    for key, value in state.items():
+        if isinstance(value, Tensor) and torch._C._dispatch_keys(value).has(torch._C.DispatchKey.Python):
+            raise TypeError(
+                f"state {key!r} of {name} is of type {type(value).__module__}.{type(value).__name__}, a tensor "
+                "subclass with its own dispatch, such as other packages' quantised state; expected a plain tensor"
+            )
 
 
 def check_parameter(name: str, param: Tensor) -> None:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .checks import check_number, did_you_mean
+from .plain import plain
 
 __all__ = ["CLIP_EPS", "NormClip", "ValueClip", "clip_coefficient", "global_norm", "parse_clip_grad"]
 
@@ -50,7 +51,8 @@ class NormClip:
     error_if_nonfinite: bool = False
 
     def __post_init__(self) -> None:
-        check_number("clip_grad max_norm", self.max_norm, exclusive=True)
+        object.__setattr__(self, "max_norm", check_number("clip_grad max_norm", self.max_norm, exclusive=True))
+        object.__setattr__(self, "error_if_nonfinite", plain(self.error_if_nonfinite))
         try:
             norm_type = float(self.norm_type)  # "inf" is allowed, as in torch
         except (TypeError, ValueError):
@@ -76,7 +78,7 @@ class ValueClip:
     clip_value: float
 
     def __post_init__(self) -> None:
-        check_number("clip_grad clip_value", self.clip_value, exclusive=True)
+        object.__setattr__(self, "clip_value", check_number("clip_grad clip_value", self.clip_value, exclusive=True))
 
     def as_dict(self) -> dict[str, Any]:
         """The settings in the form :func:`parse_clip_grad` takes."""

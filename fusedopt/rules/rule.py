@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .counts import HiddenCounts, fit_count, fit_problem, new_count
+from .plain import plain_settings
 from .state import state_problem
 
 __all__ = ["Hyperparameters", "Rule", "StateColumn", "compute_dtype", "scalar"]
@@ -42,6 +43,11 @@ class Hyperparameters:
     def as_defaults(self) -> dict[str, Any]:
         """The settings as the ``defaults`` dict of a ``torch.optim.Optimizer`` (values by reference, not copied)."""
         return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+
+    def _make_plain(self) -> None:
+        """First of the checks: numbers of other packages become Python's, see Note [Plain numbers]."""
+        for field in dataclasses.fields(self):
+            object.__setattr__(self, field.name, plain_settings(getattr(self, field.name)))
 
     def check_flags(self) -> None:
         """Refuse the two torch flags that ask for what a fused kernel cannot do."""

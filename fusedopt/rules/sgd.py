@@ -32,6 +32,7 @@ class SGDHyperparameters(Hyperparameters):
     fused: bool | None = None
 
     def __post_init__(self) -> None:
+        self._make_plain()
         check_number("lr", self.lr)
         check_number("momentum", self.momentum)
         check_number("dampening", self.dampening, minimum=-math.inf)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import numbers
 import weakref
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, NoReturn
@@ -14,9 +13,11 @@ from torch import Tensor
 from ..portable import as_before
 from ..registry import warn_caller
 from ..rules.checks import check_whole_number, did_you_mean, is_number
+from ..rules.plain import plain
 from ..undo import unchanged_on_error
 from ..wrappers import BaseOptimWrapper, OptimWrapperDict
 from ..wrappers.base import DRIVEN
+from .lengths import in_iterations
 
 __all__ = [
     "INF",
@@ -61,6 +62,8 @@ class _ParamScheduler:
 
     #: Arguments that count steps, beside ``begin`` and ``end``: what converting epochs to iterations multiplies.
     _in_steps: ClassVar[tuple[str, ...]] = ()
+    #: Of these, the ones that may be fractions of an epoch, where MMEngine goes on with a fraction of an iteration.
+    _may_be_fractions: ClassVar[tuple[str, ...]] = ()
     #: Arguments that may be a list with an entry for each parameter group.
     _per_group: ClassVar[tuple[str, ...]] = ()
     #: Keys of the parameter groups that move besides.
@@ -87,7 +90,7 @@ class _ParamScheduler:
         self.param_name = param_name
         self.begin = begin
         self.end = end
-        self.by_epoch = by_epoch
+        self.by_epoch = by_epoch = plain(by_epoch)
         self.verbose = verbose
         self.last_step = check_whole_number("last_step", last_step, -1)
         self._global_step = -1 if last_step == -1 else begin + last_step
@@ -117,6 +120,14 @@ class _ParamScheduler:
                     f"param_groups[{index}][{self.param_name!r}] is a {type(value).__name__}; a scheduler moves "
                     "numbers and 1-element tensors"
                 )
+        self._make_values_plain()
+
+    def _make_values_plain(self) -> None:
+        """What others wrote to the groups becomes Python's, see Note [Plain numbers]."""
+        for group in self.optimizer.param_groups:
+            for key in (self.param_name, *self._moves_too):
+                if type(group.get(key)) is not float and key in group:
+                    group[key] = plain(group[key])
 
     def _prepare(self) -> None:
         """Check, and then set, what depends on ``begin``, ``end`` and the parameter groups."""
@@ -125,7 +136,7 @@ class _ParamScheduler:
         """Write down the value of each group before any schedule."""
         for group in self.optimizer.param_groups:
             group.setdefault(self._initial, _copied(group[self.param_name]))
-        self.base_values = [_copied(group[self._initial]) for group in self.optimizer.param_groups]
+        self.base_values = [_copied(plain(group[self._initial])) for group in self.optimizer.param_groups]
 
     def _take_in_new_groups(self) -> None:
         """What ``add_param_group`` added since the last step takes part from now on."""
@@ -148,6 +159,7 @@ class _ParamScheduler:
                 f"param_groups[0] has no {self.param_name!r} any more: the state loaded into the optimizer was saved "
                 f"without this {type(self).__name__}; build it after loading"
             )
+        self._make_values_plain()
         self._global_step += 1
         if self.begin <= self._global_step < self.end:
             self.last_step += 1
@@ -166,7 +178,7 @@ class _ParamScheduler:
             if type(current) is not float and isinstance(current, Tensor):  # the quick question first: groups are many
                 current.fill_(value)  # in place: a captured CUDA graph reads this tensor
             else:
-                group[key] = value
+                group[key] = value if type(value) is float else plain(value)
 
     def _follow(self) -> None:
         """What is to be done when the values have changed."""
@@ -252,17 +264,17 @@ class _ParamScheduler:
             kwargs: those of the class; ``begin`` and ``end`` may be fractions of an epoch.
 
         Raises:
-            ValueError: ``by_epoch`` is False, or an argument is no whole number of iterations.
+            ValueError: ``by_epoch`` is False, or an argument is a fraction that may be none.
         """
         if not kwargs.pop("by_epoch", True):
             raise ValueError(f"{cls.__name__}: convert_to_iter_based=True takes by_epoch=True, got by_epoch=False")
-        check_whole_number("epoch_length", epoch_length, 1)
+        epoch_length = check_whole_number("epoch_length", epoch_length, 1)
         for name in ("begin", "end"):
             if kwargs.get(name, INF) < INF:
-                kwargs[name] = int(kwargs[name] * epoch_length)
+                kwargs[name] = int(plain(kwargs[name]) * epoch_length)
         for name in cls._in_steps:
             if kwargs.get(name) is not None:
-                kwargs[name] = _in_iterations(name, kwargs[name], epoch_length)
+                kwargs[name] = in_iterations(name, kwargs[name], epoch_length, name in cls._may_be_fractions)
         return cls(optimizer, **{**kwargs, "by_epoch": False})
 
 
@@ -305,13 +317,13 @@ class MomentumSchedulerMixin:
         with unchanged_on_error(optimizer):  # see Note [What fails changes nothing]
             if self.use_betas:
                 for group in optimizer.param_groups:
-                    group["momentum"] = _copied(group["betas"][0])
+                    group["momentum"] = plain(_copied(group["betas"][0]))
             super().__init__(optimizer, "momentum", *args, **kwargs)  # type: ignore[call-arg]
 
     def _take_in_new_groups(self) -> None:
         if self.use_betas:
             for group in self.optimizer.param_groups:
-                group.setdefault("momentum", _copied(group["betas"][0]))
+                group.setdefault("momentum", plain(_copied(group["betas"][0])))
         super()._take_in_new_groups()  # type: ignore[misc]
 
     def _follow(self) -> None:
@@ -362,19 +374,6 @@ def _check_optimizer(optimizer: Any) -> None:
 
 def _copied(value: Any) -> Any:
     return value.clone() if isinstance(value, Tensor) else value
-
-
-def _in_iterations(name: str, epochs: Any, epoch_length: int) -> Any:
-    if isinstance(epochs, Sequence) and not isinstance(epochs, str):
-        return [_in_iterations(name, each, epoch_length) for each in epochs]
-    if not isinstance(epochs, numbers.Real):
-        raise TypeError(f"Invalid {name}: {epochs!r}; expected a number of epochs")
-    iterations = float(epochs) * epoch_length
-    if abs(iterations - round(iterations)) > 1e-6:
-        raise ValueError(
-            f"Invalid {name}: {epochs}; that many epochs of {epoch_length} are no whole number of iterations"
-        )
-    return round(iterations)
 
 
 # A scheduler that steps before the first optimizer step has skipped the first value of its schedule. torch's schedulers

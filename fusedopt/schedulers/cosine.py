@@ -11,8 +11,10 @@ import torch
 from torch import Tensor
 
 from ..registry import PARAM_SCHEDULERS
-from ..rules.checks import check_number, check_whole_number
+from ..rules.checks import check_number
+from ..rules.plain import plain_settings
 from .base import INF, LRSchedulerMixin, MomentumSchedulerMixin, OptimizerLike, _ParamScheduler
+from .lengths import check_steps, warn_of_fraction
 
 __all__ = [
     "CosineAnnealingLR",
@@ -38,16 +40,13 @@ class _Cosine(_ParamScheduler):
             raise ValueError(f"eta_min={eta_min} and eta_min_ratio={eta_min_ratio} are both given; expected one")
         if eta_min is None and eta_min_ratio is None:
             eta_min = 0.0
-        for name, value in (("eta_min", eta_min), ("eta_min_ratio", eta_min_ratio)):
-            if value is not None:
-                check_number(name, value)
-        self.eta_min = eta_min
-        self.eta_min_ratio = eta_min_ratio
+        self.eta_min = None if eta_min is None else check_number("eta_min", eta_min)
+        self.eta_min_ratio = None if eta_min_ratio is None else check_number("eta_min_ratio", eta_min_ratio)
 
     def _minimum(self, base: Any) -> Any:
         return self.eta_min if self.eta_min_ratio is None else base * self.eta_min_ratio
 
-    def _along(self, value: Any, base: Any, step: int, period: float) -> Any:
+    def _along(self, value: Any, base: Any, step: float, period: float) -> Any:
         """From the value at ``step - 1`` of a half wave of ``period`` steps to the one at ``step``."""
         ratio = (1 + math.cos(math.pi * step / period)) / (1 + math.cos(math.pi * (step - 1) / period))
         return ratio * (value - self._minimum(base)) + self._minimum(base)
@@ -60,7 +59,7 @@ class CosineAnnealingParamScheduler(_Cosine):
     After ``T_max`` steps it goes up again.
 
     Args:
-        T_max: steps of the way down; ``end - begin`` by default.
+        T_max: steps of the way down, which may be a fraction; ``end - begin`` by default.
         eta_min: value at the end, 0 unless ``eta_min_ratio`` is given.
         args, kwargs: see :class:`_ParamScheduler`.
         eta_min_ratio: value at the end over the one before any schedule, instead of ``eta_min``.
@@ -70,18 +69,19 @@ class CosineAnnealingParamScheduler(_Cosine):
     """
 
     _in_steps = ("T_max",)
+    _may_be_fractions = ("T_max",)
 
     def __init__(
         self,
         optimizer: OptimizerLike,
         param_name: str,
-        T_max: int | None = None,  # noqa: N803
+        T_max: float | None = None,  # noqa: N803
         eta_min: float | None = None,
         *args: Any,
         eta_min_ratio: float | None = None,
         **kwargs: Any,
     ):
-        self.T_max = None if T_max is None else check_whole_number("T_max", T_max, 1)
+        self.T_max = None if T_max is None else check_number("T_max", T_max, 1)
         self._set_minimum(eta_min, eta_min_ratio)
         super().__init__(optimizer, param_name, *args, **kwargs)
 
@@ -140,6 +140,7 @@ class CosineRestartParamScheduler(_Cosine):
     """
 
     _in_steps = ("periods",)
+    _may_be_fractions = ("periods",)
 
     def __init__(
         self,
@@ -159,11 +160,13 @@ class CosineRestartParamScheduler(_Cosine):
             raise ValueError(
                 f"periods has {len(periods)} entries and restart_weights {len(restart_weights)}; expected as many"
             )
-        self.periods = [check_whole_number(f"periods[{index}]", each, 1) for index, each in enumerate(periods)]
+        self.periods = [check_steps(f"periods[{index}]", each, 1) for index, each in enumerate(periods)]
         for index, weight in enumerate(restart_weights):
             check_number(f"restart_weights[{index}]", weight)
-        self.restart_weights = restart_weights
+        self.restart_weights = plain_settings(restart_weights)
         self.cumulative_periods = list(itertools.accumulate(self.periods))
+        for restart in self.cumulative_periods[:-1]:
+            warn_of_fraction("a restart of periods", restart)
         self._set_minimum(eta_min, eta_min_ratio)
         super().__init__(optimizer, param_name, *args, **kwargs)
 
@@ -172,7 +175,7 @@ class CosineRestartParamScheduler(_Cosine):
         index = next((index for index, end in enumerate(ends) if self.last_step < end), None)
         if index is None:
             return value
-        step = self.last_step - (ends[index] - self.periods[index])
+        step = self.last_step - (ends[index - 1] if index else 0)
         return self._along(value, base, step, self.periods[index]) if step else base * self.restart_weights[index]
 
 

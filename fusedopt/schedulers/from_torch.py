@@ -13,6 +13,7 @@ from torch.optim import lr_scheduler, swa_utils
 from ..portable import as_before
 from ..registry import PARAM_SCHEDULERS
 from ..rules.checks import did_you_mean
+from ..rules.plain import plain_settings
 from .base import INF, OptimizerLike, _copied, _ParamScheduler, check_same_keys, refuse_new_groups
 from .groups import per_group
 
@@ -116,7 +117,7 @@ class TorchParamScheduler(_ParamScheduler):
                 hint = did_you_mean(name, list(known.parameters)[1:])
                 raise TypeError(f"{type(self).__name__} has no argument {name!r}; {hint}")
         _, *given = known.bind_partial(optimizer, *args, **kwargs).arguments.items()
-        self._arguments = dict(given)
+        self._arguments = plain_settings(dict(given))
         last_step = self._arguments.pop("last_epoch", last_step)
         self._torch: Any = None
         super().__init__(optimizer, param_name, begin, end, last_step, by_epoch, verbose)
@@ -162,6 +163,14 @@ class TorchParamScheduler(_ParamScheduler):
             self._torch = self._make(self._live, self.last_step - 1)
         else:
             self._torch.step()
+        self._make_values_plain()
+
+    def _make_values_plain(self) -> None:
+        """See :class:`_ParamScheduler`; torch's write what a user's function led to, and to ``betas`` too."""
+        super()._make_values_plain()
+        for group in self.optimizer.param_groups:
+            if "betas" in group:
+                group["betas"] = plain_settings(group["betas"])
 
     def state_dict(self) -> dict[str, Any]:
         """As :class:`_ParamScheduler`'s, with torch's own under ``torch_state``; None before ``begin``."""
@@ -194,7 +203,7 @@ class TorchParamScheduler(_ParamScheduler):
 
 def _plain(state: dict[str, Any]) -> dict[str, Any]:
     """A state dict without functions, which some of torch's releases leave in it."""
-    return {key: value for key, value in state.items() if not callable(value)}
+    return {key: plain_settings(value) for key, value in state.items() if not callable(value)}
 
 
 @PARAM_SCHEDULERS.register_module()
@@ -204,6 +213,7 @@ class CyclicLR(TorchParamScheduler):
     _scheduler = lr_scheduler.CyclicLR
     _per_group = ("base_lr", "max_lr", "base_momentum", "max_momentum")
     _in_steps = ("step_size_up", "step_size_down")
+    _may_be_fractions = ("step_size_up", "step_size_down")
     _moves_too = ("momentum",)
 
     def _make(self, groups: Callable[[], list[Any]], last_step: int = -1) -> Any:

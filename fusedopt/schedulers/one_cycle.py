@@ -8,6 +8,7 @@ from typing import Any
 
 from ..registry import PARAM_SCHEDULERS
 from ..rules.checks import check_number, check_whole_number
+from ..rules.plain import plain, plain_settings
 from .base import INF, LRSchedulerMixin, OptimizerLike, _ParamScheduler, refuse_new_groups
 from .groups import per_group
 
@@ -54,22 +55,23 @@ class OneCycleParamScheduler(_ParamScheduler):
     ):
         if param_name != "lr":
             raise ValueError(f"Invalid param_name: {param_name!r}; a 1cycle schedules 'lr'")
+        eta_max = plain_settings(eta_max)
         for value in eta_max if isinstance(eta_max, Sequence) else [eta_max]:
             check_number("eta_max", value)
-        check_number("pct_start", pct_start)
+        pct_start = check_number("pct_start", pct_start)
         if pct_start > 1:
             raise ValueError(f"Invalid pct_start: {pct_start}; expected a number from 0 to 1")
         if anneal_strategy not in ("cos", "linear"):
             raise ValueError(f"Invalid anneal_strategy: {anneal_strategy!r}; expected 'cos' or 'linear'")
-        check_number("div_factor", div_factor, exclusive=True)
-        check_number("final_div_factor", final_div_factor, exclusive=True)
+        div_factor = check_number("div_factor", div_factor, exclusive=True)
+        final_div_factor = check_number("final_div_factor", final_div_factor, exclusive=True)
         self.eta_max = eta_max
         self.total_steps = None if total_steps is None else check_whole_number("total_steps", total_steps, 1)
         self.pct_start = pct_start
         self.anneal_strategy = anneal_strategy
         self.div_factor = div_factor
         self.final_div_factor = final_div_factor
-        self.three_phase = three_phase
+        self.three_phase = plain(three_phase)
         super().__init__(optimizer, param_name, *args, **kwargs)
 
     def _prepare(self) -> None:

@@ -75,9 +75,9 @@ class ReduceOnPlateauParamScheduler(TorchParamScheduler):
         ):
             if value not in choices:
                 raise ValueError(f"Invalid {name}: {value!r}; expected {choices[0]!r} or {choices[1]!r}")
-        check_number("factor", factor, below=1)
-        check_number("threshold", threshold)
-        check_number("eps", eps)
+        factor = check_number("factor", factor, below=1)
+        threshold = check_number("threshold", threshold)
+        eps = check_number("eps", eps)
         self.monitor = monitor
         super().__init__(
             optimizer,
@@ -119,7 +119,9 @@ class ReduceOnPlateauParamScheduler(TorchParamScheduler):
         metric = self._monitored(metrics)
         if self.begin <= self._global_step < self.end:
             self.last_step += 1
+            self._make_values_plain()
             self._look_at(metric)
+            self._make_values_plain()
             self._follow()
         self._note_values()
 

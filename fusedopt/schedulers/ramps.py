@@ -32,8 +32,8 @@ class LinearParamScheduler(_ParamScheduler):
         *args: Any,
         **kwargs: Any,
     ):
-        check_number("start_factor", start_factor, exclusive=True)
-        check_number("end_factor", end_factor)
+        start_factor = check_number("start_factor", start_factor, exclusive=True)
+        end_factor = check_number("end_factor", end_factor)
         for name, factor in (("start_factor", start_factor), ("end_factor", end_factor)):
             if factor > 1:
                 raise ValueError(f"Invalid {name}: {factor}; expected a number up to 1")
@@ -82,10 +82,8 @@ class PolyParamScheduler(_ParamScheduler):
         *args: Any,
         **kwargs: Any,
     ):
-        check_number("eta_min", eta_min)
-        check_number("power", power)
-        self.eta_min = eta_min
-        self.power = power
+        self.eta_min = check_number("eta_min", eta_min)
+        self.power = check_number("power", power)
         super().__init__(optimizer, param_name, *args, **kwargs)
 
     def _prepare(self) -> None:

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from ..registry import PARAM_SCHEDULERS
-from ..rules.checks import check_number, check_whole_number
+from ..rules.checks import check_number
 from .base import INF, LRSchedulerMixin, MomentumSchedulerMixin, OptimizerLike, _ParamScheduler
+from .lengths import check_steps, warn_of_fraction
 
 __all__ = [
     "ConstantLR",
@@ -37,13 +38,13 @@ class StepParamScheduler(_ParamScheduler):
     """
 
     _in_steps = ("step_size",)
+    _may_be_fractions = ("step_size",)
 
     def __init__(
         self, optimizer: OptimizerLike, param_name: str, step_size: int, gamma: float = 0.1, *args: Any, **kwargs: Any
     ):
-        self.step_size = check_whole_number("step_size", step_size, 1)
-        check_number("gamma", gamma)
-        self.gamma = gamma
+        self.step_size = check_steps("step_size", step_size, 1)
+        self.gamma = check_number("gamma", gamma)
         super().__init__(optimizer, param_name, *args, **kwargs)
 
     def _next(self, value: Any, base: Any) -> Any:
@@ -71,6 +72,7 @@ class MultiStepParamScheduler(_ParamScheduler):
     """
 
     _in_steps = ("milestones",)
+    _may_be_fractions = ("milestones",)
 
     def __init__(
         self,
@@ -83,11 +85,11 @@ class MultiStepParamScheduler(_ParamScheduler):
     ):
         if isinstance(milestones, str) or not isinstance(milestones, Sequence):
             raise TypeError(f"Invalid milestones: {milestones!r}; expected a list of steps")
-        self.milestones = Counter(
-            check_whole_number(f"milestones[{index}]", step, 0) for index, step in enumerate(milestones)
-        )
-        check_number("gamma", gamma)
-        self.gamma = gamma
+        steps = [check_steps(f"milestones[{index}]", step, 0) for index, step in enumerate(milestones)]
+        for step in steps:
+            warn_of_fraction("a milestone", step)
+        self.milestones = Counter(steps)
+        self.gamma = check_number("gamma", gamma)
         super().__init__(optimizer, param_name, *args, **kwargs)
 
     def _next(self, value: Any, base: Any) -> Any:
@@ -115,8 +117,7 @@ class ExponentialParamScheduler(_ParamScheduler):
     """
 
     def __init__(self, optimizer: OptimizerLike, param_name: str, gamma: float, *args: Any, **kwargs: Any):
-        check_number("gamma", gamma)
-        self.gamma = gamma
+        self.gamma = check_number("gamma", gamma)
         super().__init__(optimizer, param_name, *args, **kwargs)
 
     def _next(self, value: Any, base: Any) -> Any:
@@ -145,7 +146,7 @@ class ConstantParamScheduler(_ParamScheduler):
     """
 
     def __init__(self, optimizer: OptimizerLike, param_name: str, factor: float = 1.0 / 3, *args: Any, **kwargs: Any):
-        check_number("factor", factor)
+        factor = check_number("factor", factor)
         if factor > 1:
             raise ValueError(f"Invalid factor: {factor}; expected a number from 0 to 1")
         self.factor = factor

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..amp import GradScaler
 from ..registry import OPTIM_WRAPPERS, accepted_arguments
-from ..rules import NormClip, check_number, did_you_mean, parse_dtype
+from ..rules import NormClip, check_number, did_you_mean, parse_dtype, plain, plain_settings
 from .base import check_state_dict, taking
 from .wrapper import OptimWrapper
 
@@ -30,7 +30,7 @@ def _check_scaler_state(state: Any) -> None:
             f"GradScaler returns, got {', '.join(map(repr, state))}"
         )
     for key in _SCALER_KEYS:
-        if not isinstance(state[key], (int, float)):
+        if not isinstance(plain(state[key]), (int, float)):
             raise ValueError(f"state_dict['loss_scaler'][{key!r}] must be a number, got {state[key]!r}")
 
 
@@ -65,6 +65,7 @@ class AmpOptimWrapper(OptimWrapper):
         scaler_settings: dict[str, Any] = {}
         # MMEngine's name: the scale a static scaler is set to after each step, None for a dynamic one.
         self._scale_update_param: float | None = None
+        loss_scale = plain_settings(loss_scale)
         if isinstance(loss_scale, Mapping):
             scaler_settings.update(loss_scale)
         elif isinstance(loss_scale, (int, float)) and not isinstance(loss_scale, bool):

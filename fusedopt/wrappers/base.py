@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..rules import plain_groups
 from ..undo import unchanged_on_error
 
 __all__ = ["DRIVEN", "BaseOptimWrapper", "check_state_dict", "taking"]
@@ -66,6 +67,7 @@ class BaseOptimWrapper(abc.ABC):
         self.base_param_settings: dict[str, Any] | None = None
         if len(optimizer.param_groups) > 1:
             self.base_param_settings = {"params": torch.tensor([0.0]), **optimizer.defaults}
+            plain_groups([self.base_param_settings])
 
     @abc.abstractmethod
     def update_params(self, loss: Tensor) -> None:
@@ -120,8 +122,11 @@ class BaseOptimWrapper(abc.ABC):
 
     def state_dict(self) -> dict[str, Any]:
         """The optimizer's state dict, and ``base_param_settings`` where there is one."""
+        # For any optimizer, as a fused one does by itself: see Note [Plain numbers].
+        plain_groups(self.optimizer.param_groups)
         state_dict = dict(self.optimizer.state_dict())
         if self.base_param_settings is not None:
+            plain_groups([self.base_param_settings])
             state_dict["base_param_settings"] = dict(self.base_param_settings)
         return state_dict
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..rules import group_names
+from ..unwrapping import named_parameters
 
 __all__ = ["aligned", "parameter_table", "settings_summary"]
 
@@ -28,7 +29,7 @@ class _Row(NamedTuple):
 
 def _rows(optimizer: torch.optim.Optimizer, model: nn.Module | None = None) -> list[_Row]:
     """Every parameter of the optimizer, by its name in ``model`` or else in its group."""
-    names = {id(param): name for name, param in model.named_parameters()} if model is not None else {}
+    names = {id(param): name for name, param in named_parameters(model)} if model is not None else {}
     rows = []
     for number, group in enumerate(optimizer.param_groups):
         own = group_names(group)
@@ -85,7 +86,7 @@ def parameter_table(optimizers: Mapping[str, torch.optim.Optimizer], model: nn.M
             name = row.name or f"param_groups[{row.group_number}]['params'][{row.position}]"
             lr, decay = (_number(row.group.get(key)) for key in ("lr", "weight_decay"))
             lines.append((name, _shape(row.param), lr, decay, f"{label} {row.group_number}".strip()))
-    for name, param in model.named_parameters() if model is not None else ():
+    for name, param in named_parameters(model) if model is not None else ():
         if id(param) not in known:
             lines.append((name, _shape(param), "-", "-", "in no group" if param.requires_grad else "frozen"))
     return aligned(lines)

@@ -15,7 +15,15 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from ..backends import StepReport
 from ..optimizers import FusedOptimizer
 from ..registry import OPTIM_WRAPPERS
-from ..rules import NormClip, ValueClip, clip_coefficient, parse_clip_grad
+from ..rules import (
+    NormClip,
+    ValueClip,
+    clip_coefficient,
+    parse_clip_grad,
+    plain,
+    refuse_norm_of_shards,
+    sharded_parameter,
+)
 from .base import BaseOptimWrapper, taking
 from .summary import parameter_table, settings_summary
 
@@ -61,11 +69,14 @@ class OptimWrapper(BaseOptimWrapper):
     ):
         with taking(optimizer):
             super().__init__(optimizer)
+            accumulative_counts = plain(accumulative_counts)
             if isinstance(accumulative_counts, bool) or not isinstance(accumulative_counts, int):
                 raise TypeError(f"accumulative_counts must be an int, got {accumulative_counts!r}")
             if accumulative_counts < 1:
                 raise ValueError(f"accumulative_counts must be at least 1, got {accumulative_counts}")
             clip = parse_clip_grad(clip_grad)
+            if isinstance(clip, NormClip):
+                refuse_norm_of_shards(sharded_parameter(optimizer.param_groups))
             own_clip = getattr(optimizer, "clip_grad", None)
             if clip is not None and own_clip is not None:
                 raise ValueError(
@@ -157,6 +168,7 @@ class OptimWrapper(BaseOptimWrapper):
         if isinstance(clip, ValueClip):
             torch.nn.utils.clip_grad_value_(params, clip.clip_value)
         else:
+            refuse_norm_of_shards(sharded_parameter(self.optimizer.param_groups))
             self._stock_grad_norm = torch.nn.utils.clip_grad_norm_(
                 params,
                 clip.max_norm,  # type: ignore[arg-type]
@@ -179,6 +191,7 @@ class OptimWrapper(BaseOptimWrapper):
             init_counts: inner iterations done.
             max_counts: inner iterations in all, -1 when unknown.
         """
+        init_counts, max_counts = plain(init_counts), plain(max_counts)
         self._inner_count = init_counts
         self._max_counts = max_counts
         self._remainder_counts = max_counts % self._accumulative_counts if max_counts != -1 else -1

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ...registry import HOOKS
 from ...rules.checks import check_whole_number, did_you_mean
+from ...rules.plain import plain
 from ..checkpoint import LAST_CHECKPOINT, UNFINISHED, write_atomically
 from ..distributed import is_main_process
 from .hook import Hook
@@ -196,7 +197,7 @@ class CheckpointHook(Hook):
         for metric, rule in self.rules.items():
             if metric not in metrics:
                 raise KeyError(f"save_best={metric!r} is not among the metrics; {did_you_mean(metric, metrics)}")
-            score = metrics[metric]
+            score = plain(metrics[metric])
             if not isinstance(score, (numbers.Real, Tensor)):
                 raise TypeError(f"save_best={metric!r} is a {type(score).__name__}, not a number")
             self._save_if_best(runner, metric, float(score), rule)

@@ -19,6 +19,8 @@ from ...averaging import (
 from ...portable import as_before
 from ...registry import HOOKS, MODELS, accepted_arguments
 from ...rules.checks import did_you_mean
+from ...rules.plain import plain_settings
+from ...unwrapping import fitted_state_dict
 from ..checkpoint import CheckpointError, check_fit
 from .hook import Hook
 
@@ -70,6 +72,7 @@ class EMAHook(Hook):
         **kwargs: Any,
     ):
         begins = {"begin_iter": begin_iter, "begin_epoch": begin_epoch, "start_iters": start_iters or 0}
+        begins = plain_settings(begins)
         for name, number in begins.items():
             if isinstance(number, bool) or not isinstance(number, int):
                 raise TypeError(f"{name} must be an int, got {number!r}")
@@ -81,8 +84,8 @@ class EMAHook(Hook):
         if not isinstance(strict_load, bool):
             raise TypeError(f"strict_load must be True or False, got {strict_load!r}")
         self.strict_load = strict_load
-        self.begin_iter = begin_iter or begins["start_iters"]
-        self.begin_epoch = begin_epoch
+        self.begin_iter = begins["begin_iter"] or begins["start_iters"]
+        self.begin_epoch = begins["begin_epoch"]
         self.ema_cfg: dict[str, Any] = {"type": ema_type, **kwargs}
         self._check_config()
         self.ema_model: BaseAveragedModel | None = None
@@ -190,7 +193,7 @@ class EMAHook(Hook):
                 self._check_fit(runner, "state_dict", weights, model, True)
             average.steps.zero_()
             return
-        state = checkpoint.pop("ema_state_dict")
+        state: Any = fitted_state_dict(checkpoint.pop("ema_state_dict"), average.state_dict())
         own = copy(weights)
         own.clear()
         own.update({name.removeprefix(_PREFIX): value for name, value in state.items() if name.startswith(_PREFIX)})

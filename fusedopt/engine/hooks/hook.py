@@ -7,6 +7,7 @@ from enum import IntEnum
 from typing import TYPE_CHECKING, Any
 
 from ...rules.checks import did_you_mean
+from ...rules.plain import plain
 
 if TYPE_CHECKING:
     from ..runner import Runner
@@ -43,6 +44,7 @@ def get_priority(priority: int | str) -> int:
             hint = did_you_mean(priority, Priority.__members__)
             raise ValueError(f"Invalid priority: {priority!r}; {hint}")
         return Priority[priority.upper()].value
+    priority = plain(priority)
     if isinstance(priority, bool) or not isinstance(priority, int):
         raise TypeError(f"priority must be a name such as 'NORMAL' or a number from 0 to 100, got {priority!r}")
     if not 0 <= priority <= 100:

@@ -1,0 +1,68 @@
+"""What an optimizer shares with the objects that others build around it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from ..backends import StepReport
+from ..rules import NormClip, ValueClip
+
+__all__ = ["Shared", "handed_over"]
+
+
+class Shared:
+    """Settings and results of an optimizer that may be set or read through another object.
+
+    Note [Objects around an optimizer]: Lightning wraps an optimizer in an object of a class that is derived from the
+    optimizer's and sends to the optimizer what it does not find itself; others give theirs the optimizer's ``__dict__``
+    or a copy of it. What is assigned to an attribute of such an object stays there, and the optimizer that steps would
+    not know. So what may be assigned after the construction is a property, and lies in this object, which all of them
+    find.
+
+    Attributes:
+        clip: the clipping inside the step.
+        write_back_grads: whether to leave unscaled, clipped gradients in ``.grad``.
+        takes_scale: whether a stock scaler hands its scale over; None where that is up to the parameters.
+        grad_scale, found_inf: what a stock scaler hands over as attributes, or a user; None without.
+        scale: that of a :class:`fusedopt.amp.GradScaler` while it steps.
+        last_step: the report of the last step.
+    """
+
+    __slots__ = ("clip", "found_inf", "grad_scale", "last_step", "scale", "takes_scale", "write_back_grads")
+
+    def __init__(
+        self,
+        clip: NormClip | ValueClip | None = None,
+        write_back_grads: bool = False,
+        takes_scale: bool | None = None,
+    ):
+        self.clip = clip
+        self.write_back_grads = write_back_grads
+        self.takes_scale = takes_scale
+        self.grad_scale: Tensor | float | None = None
+        self.found_inf: Tensor | None = None
+        self.scale: Tensor | None = None
+        self.last_step: StepReport | None = None
+
+
+def handed_over(name: str) -> Any:
+    """An attribute of an optimizer that torch's scaler sets before a step and deletes after it.
+
+    It is there only in between: torch multiplies its scale with one that is there already, and cannot with None.
+    """
+
+    def get(optimizer: Any) -> Any:
+        value = getattr(optimizer._shared, name)
+        if value is None:
+            raise AttributeError(f"{type(optimizer).__name__!r} object has no attribute {name!r}")
+        return value
+
+    def put(optimizer: Any, value: Any) -> None:
+        setattr(optimizer._shared, name, value)
+
+    def remove(optimizer: Any) -> None:
+        setattr(optimizer._shared, name, None)
+
+    return property(get, put, remove)
