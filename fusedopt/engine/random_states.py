@@ -69,7 +69,7 @@ def random_states(generator: torch.Generator | None = None) -> dict[str, Any]:
     if numpy_random is not None:
         name, keys, *rest = numpy_random.get_state()
         states["numpy"] = (name, keys.tolist(), *rest)
-    if torch.cuda.is_available():
+    if torch.cuda.is_initialized():  # else nothing was drawn there, and asking would start CUDA
         states["cuda"] = torch.cuda.get_rng_state()
     if generator is not None:
         states["generator"] = generator.get_state()
