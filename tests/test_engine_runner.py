@@ -131,7 +131,7 @@ class TestDeterministicOnAGpu:
             return 0
 
         monkeypatch.setattr(torch.cuda, "current_device", current_device)
-        monkeypatch.setattr(torch, "use_deterministic_algorithms", lambda mode: setattr(self, "asked", mode))
+        monkeypatch.setattr(torch, "use_deterministic_algorithms", lambda mode, **_: setattr(self, "asked", mode))
 
     def start(self, **env_cfg):
         """A Runner up to its randomness; what comes after needs a real GPU."""
