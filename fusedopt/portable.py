@@ -11,6 +11,8 @@ from typing import Any
 
 from torch import Tensor
 
+from .rules.plain import plain
+
 __all__ = ["as_before", "portable"]
 
 # Note [Types on the way through a file]
@@ -32,6 +34,7 @@ def portable(value: Any) -> Any:
         return value
     if isinstance(value, enum.Enum):
         return portable(value.value)
+    value = plain(value)
     if isinstance(value, Mapping):
         return {portable(key): portable(item) for key, item in value.items()}
     if isinstance(value, (list, collections.deque)):
@@ -43,9 +46,9 @@ def portable(value: Any) -> Any:
         return {portable(item) for item in value}
     if kind.__module__.partition(".")[0] == "numpy" and hasattr(value, "tolist"):
         return value.tolist()
-    for plain in (int, float, str):  # a subclass, such as a string that compares without case
-        if isinstance(value, plain):
-            return plain(value)
+    for base in (int, float, str):  # a subclass, such as a string that compares without case
+        if isinstance(value, base):
+            return base(value)
     return value
 
 

@@ -81,14 +81,8 @@ def _note(holder: Any, undo: list[Callable[[], object]], seen: set[int]) -> None
 
 
 def _note_dict(held: dict[Any, Any], undo: list[Callable[[], object]]) -> None:
-    before = dict(held)
-
-    def put_back() -> None:
-        held.clear()
-        held.update(before)
-
-    undo.append(put_back)
-    for key, value in before.items():
+    undo.append(_put_items_back(held))
+    for key, value in held.items():
         if key != "params":  # of a group: what is trained
             for tensor in _tensors(value):
                 _note_value(tensor, undo)
@@ -124,14 +118,8 @@ def _note_value(tensor: Tensor, undo: list[Callable[[], object]]) -> None:
 
 def _note_attributes(holder: Any, undo: list[Callable[[], object]]) -> None:
     own = vars(holder)
-    before = dict(own)
-
-    def put_back() -> None:
-        own.clear()
-        own.update(before)
-
-    undo.append(put_back)
-    for value in before.values():
+    undo.append(_put_items_back(own))
+    for value in own.values():
         if isinstance(value, list):
             _note_list(value, undo)
         elif isinstance(value, dict):  # one level: hooks, defaults, a module's buffers

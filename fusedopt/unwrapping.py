@@ -20,6 +20,7 @@ __all__ = [
     "bare_copy",
     "bare_name",
     "bare_state_dict",
+    "barest_name",
     "fitted_state_dict",
     "holders",
     "named_children",
@@ -126,6 +127,11 @@ def bare_name(name: str) -> str:
     return ".".join(part for part in name.split(".") if part not in _TELLING)
 
 
+def barest_name(name: str) -> str:
+    """The same without the part ``module`` either, which wrappers of the whole model and of parts of it add."""
+    return ".".join(part for part in bare_name(name).split(".") if part != "module")
+
+
 def stateful(model: nn.Module) -> nn.Module:
     """Whose ``state_dict`` and ``load_state_dict`` to call: the model's, or that of FSDP, which gathers shards."""
     *around, bare = holders(model)
@@ -161,11 +167,11 @@ def fitted_state_dict(state_dict: Mapping[str, Any], own: Iterable[str]) -> Orde
     exactly = {bare_name(name): name for name in own}
     loosely: dict[str, list[str]] = {}
     for name in own:
-        loosely.setdefault(_without_module(bare_name(name)), []).append(name)
+        loosely.setdefault(barest_name(name), []).append(name)
     names = {name: exactly.get(bare_name(str(name))) for name in state_dict}
     taken = set(names.values())
     for name in [name for name, found in names.items() if found is None]:
-        candidates = loosely.get(_without_module(bare_name(str(name))), [])
+        candidates = loosely.get(barest_name(str(name)), [])
         names[name] = candidates[0] if len(candidates) == 1 and candidates[0] not in taken else name
         taken.add(names[name])
     fitted: Any = OrderedDict((names[name], value) for name, value in state_dict.items())
@@ -173,10 +179,5 @@ def fitted_state_dict(state_dict: Mapping[str, Any], own: Iterable[str]) -> Orde
     if versions is not None:
         fitted._metadata = copy(versions)
         for name, version in versions.items():
-            fitted._metadata.setdefault(_without_module(bare_name(name)), version)
+            fitted._metadata.setdefault(barest_name(name), version)
     return fitted
-
-
-def _without_module(name: str) -> str:
-    """``name`` without the part ``module``, which wrappers of the whole model and of parts of it add."""
-    return ".".join(part for part in name.split(".") if part != "module")

@@ -43,20 +43,20 @@ def _fingerprint() -> str:
     version = subprocess.run([NVCC, "--version"], capture_output=True, check=True).stdout
     found = hashlib.sha256(version + repr(FLAGS).encode())
     for path in sorted((ROOT / "csrc").rglob("*")):
-        if path.suffix in {".h", ".cu"}:
+        if path.suffix in {".h", ".cu"} and not {"cpu", "emulator", "ptx"} & set(path.parts):
             found.update(path.read_bytes())
     return found.hexdigest()[:16]
 
 
-def compile_ptx(source: str, arch: str, flags: tuple[str, ...] = ()) -> Path:
+def compile_ptx(source: str, arch: str) -> Path:
     """nvcc's PTX of one source; compiled once for the sources as they are."""
     folder = ROOT / "build" / "ptx" / _fingerprint()
-    path = folder / f"{source}-{arch}{''.join(flags)}.ptx"
+    path = folder / f"{source}-{arch}.ptx"
     if not path.exists():
         assert NVCC is not None
         folder.mkdir(parents=True, exist_ok=True)
         unfinished = path.with_suffix(f".{os.getpid()}")
-        command = [NVCC, *FLAGS, *flags, f"-arch=compute_{arch}", "-ptx", "-o", unfinished, CUDA / f"{source}.cu"]
+        command = [NVCC, *FLAGS, f"-arch=compute_{arch}", "-ptx", "-o", unfinished, CUDA / f"{source}.cu"]
         result = subprocess.run(command, capture_output=True, text=True, check=False)
         assert result.returncode == 0, result.stderr
         unfinished.replace(path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import os
@@ -12,6 +13,7 @@ import subprocess
 import sys
 import time
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -718,6 +720,17 @@ def steps_of(text: str) -> list[str]:
     return [line.split("|")[1].strip() for line in rows.splitlines() if line.startswith("| ")][2:]
 
 
+@contextlib.contextmanager
+def hanging_job(fake: dict[str, str]) -> Iterator[subprocess.Popen[str]]:
+    """The job, in a session of its own, once its tests have begun, which do not end."""
+    command, environment = ["bash", ROOT / ".ci" / "gpu"], {**fake, "FAKE_HANG": "1"}
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True, start_new_session=True) as job:
+        assert job.stdout is not None
+        while "tests begin" not in job.stdout.readline():
+            pass
+        yield job
+
+
 @pytest.mark.skipif(shutil.which("timeout") is None, reason="needs coreutils")
 class TestScript:
     @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -829,13 +842,7 @@ class TestScript:
         assert code == 0
 
     def test_what_was_done_is_there_when_it_is_killed(self, fake: dict[str, str]) -> None:
-        command, environment = ["bash", ROOT / ".ci" / "gpu"], {**fake, "FAKE_HANG": "1"}
-        with subprocess.Popen(
-            command, env=environment, stdout=subprocess.PIPE, text=True, start_new_session=True
-        ) as job:
-            assert job.stdout is not None
-            while "tests begin" not in job.stdout.readline():
-                pass
+        with hanging_job(fake) as job:
             os.killpg(job.pid, signal.SIGKILL)
         artifacts = Path(fake["FUSEDOPT_ARTIFACTS"])
         text = (artifacts / "summary.md").read_text()
@@ -915,13 +922,7 @@ class TestScript:
         assert "environment" in text
 
     def test_stopped_from_outside_it_still_reports(self, fake: dict[str, str]) -> None:
-        command, environment = ["bash", ROOT / ".ci" / "gpu"], {**fake, "FAKE_HANG": "1"}
-        with subprocess.Popen(
-            command, env=environment, stdout=subprocess.PIPE, text=True, start_new_session=True
-        ) as job:
-            assert job.stdout is not None
-            while "tests begin" not in job.stdout.readline():
-                pass
+        with hanging_job(fake) as job:
             os.killpg(job.pid, signal.SIGTERM)
             rest = job.stdout.read()
             assert job.wait(timeout=30) == 3

@@ -19,15 +19,11 @@ from typing import NamedTuple
 import pytest
 import sass
 from cases import INF, module
+from ptx_code import CUDA, NVCC, SOURCES, compile_ptx, known_architectures
 
-CUDA = Path(__file__).parents[1] / "csrc" / "cuda"
-NVCC = shutil.which(os.environ.get("CUDACXX", "nvcc"))
-SOURCES = ("statistics", "update", "upload")
 ARCHITECTURES = ("80", "90", "100")
 #: Others, whose machine code is made from the PTX of one of those.
 RELATIVES = {"86": "80", "89": "80", "103": "100", "120": "100"}
-# Those of CMakeLists.txt.
-FLAGS = ("-std=c++17", "-O3", "-DNDEBUG", "--fmad=false")
 #: Four blocks of 256 threads on a multiprocessor, see Note [Registers].
 MOST_REGISTERS = 64
 NORMS = 5
@@ -76,43 +72,26 @@ class Output(NamedTuple):
 Compiled = dict[tuple[str, str], Output]
 
 
-def compile_one(source: str, arch: str, folder: Path) -> Output:
-    """One source for one architecture."""
+def assemble(source: str, arch: str, folder: Path) -> Output:
+    """One source for one architecture, as nvcc does it: its PTX, and what ptxas makes of that."""
     assert NVCC is not None
-    kept = folder / f"{source}-{arch}"
-    kept.mkdir()
-    code = ["-gencode", f"arch=compute_{arch},code=sm_{arch}"]
-    command = [NVCC, *FLAGS, *code, "-Xptxas", "-v", "-cubin", "--keep", "--keep-dir", kept, "-o", kept / "out.cubin"]
-    result = subprocess.run([*command, CUDA / f"{source}.cu"], capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stderr
-    (ptx,) = kept.glob("*.ptx")
-    return Output(result.stderr, ptx.read_text(), kept / "out.cubin")
-
-
-def assemble_one(output: Output, arch: str) -> Output:
-    """The same PTX for another architecture."""
-    assert NVCC is not None
-    (ptx,) = output.cubin.parent.glob("*.ptx")
-    cubin = output.cubin.with_suffix(f".{arch}.cubin")
+    ptx, cubin = compile_ptx(source, RELATIVES.get(arch, arch)), folder / f"{source}-{arch}.cubin"
     ptxas = shutil.which("ptxas", path=f"{Path(NVCC).resolve().parent}{os.pathsep}{os.environ.get('PATH', '')}")
     command = [str(ptxas), "-O3", f"-arch=sm_{arch}", "-v", "-o", cubin, ptx]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
-    return output._replace(report=result.stderr, cubin=cubin)
+    return Output(result.stderr, ptx.read_text(), cubin)
 
 
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory: pytest.TempPathFactory) -> Compiled:
     """By source and architecture, of all that this nvcc knows."""
-    assert NVCC is not None
-    known = subprocess.run([NVCC, "--list-gpu-arch"], capture_output=True, text=True, check=True).stdout.split()
-    folder = tmp_path_factory.mktemp("ptxas")
-    jobs = [(source, arch) for arch in ARCHITECTURES for source in SOURCES if f"compute_{arch}" in known]
+    folder, known = tmp_path_factory.mktemp("ptxas"), known_architectures()
+    jobs = [(source, arch) for arch in ARCHITECTURES for source in SOURCES if arch in known]
+    more = [(source, arch) for arch in RELATIVES for source in SOURCES if arch in known and source != "upload"]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        made = dict(zip(jobs, pool.map(lambda job: compile_one(*job, folder), jobs), strict=True))
-        more = [(s, arch) for arch in RELATIVES for s in SOURCES if f"compute_{arch}" in known and s != "upload"]
-        others = pool.map(lambda job: assemble_one(made[job[0], RELATIVES[job[1]]], job[1]), more)
-        return made | dict(zip(more, others, strict=True))
+        first = list(pool.map(lambda job: assemble(*job, folder), jobs))  # these make the PTX of the others, too
+        return dict(zip([*jobs, *more], [*first, *pool.map(lambda job: assemble(*job, folder), more)], strict=True))
 
 
 def reports(compiled: Compiled, arch: str) -> dict[str, Kernel]:

@@ -20,7 +20,7 @@ struct Warp {
   bool waited[kLanes];        // for the kernel before
   bool fenced[kLanes];        // whether there was a fence
   Moment fence[kLanes];       // the last one
-  bool since_atomic[kLanes];  // whether an atomic came after the last fence
+  bool since_atomic[kLanes];  // whether there was an atomic
 
   uint64_t* lanes_of(int index) { return registers + static_cast<size_t>(index) * kLanes; }
 };

@@ -144,7 +144,6 @@ class Decoder {
       atomic(name == "atom");
     } else if (name == "membar" || name == "fence") {
       accept({"gl", "gpu", "sys", "acq_rel", "sc"});
-      require(!has("cta"), "does not reach other blocks");
       out_.opcode = Opcode::kFence;
     } else if (name == "griddepcontrol") {
       accept({"wait", "launch_dependents"});

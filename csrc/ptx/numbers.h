@@ -22,12 +22,7 @@ inline int64_t integer(uint64_t value, Type type) {
   return static_cast<int64_t>(low_bits(value, type.bytes));
 }
 
-inline float as_float(uint64_t bits) {
-  const uint32_t low = static_cast<uint32_t>(bits);
-  float value;
-  memcpy(&value, &low, 4);
-  return value;
-}
+inline float as_float(uint64_t bits) { return bits_to_float(static_cast<uint32_t>(bits)); }
 inline double as_double(uint64_t bits) {
   double value;
   memcpy(&value, &bits, 8);
@@ -39,12 +34,7 @@ inline double as_double(uint64_t bits) {
 constexpr uint64_t kFloatNan = 0x7fffffff, kDoubleNan = 0x7fffffffffffffff;
 constexpr uint16_t kHalfNan = 0x7fff;
 
-inline uint64_t bits_of(float value) {
-  if (value != value) return kFloatNan;
-  uint32_t bits;
-  memcpy(&bits, &value, 4);
-  return bits;
-}
+inline uint64_t bits_of(float value) { return value != value ? kFloatNan : float_to_bits(value); }
 inline uint64_t bits_of(double value) {
   if (value != value) return kDoubleNan;
   uint64_t bits;

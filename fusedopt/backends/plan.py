@@ -17,7 +17,7 @@ from ..rules import (
     ValueClip,
     check_gradient,
     check_parameter,
-    check_state,
+    check_state_kinds,
     parameter_name,
 )
 from .base import Backend, BackendUnavailable, StepReport, StepRequest
@@ -90,7 +90,7 @@ class PlanBackend(Backend):
             group = param_groups[g]
             param, name = group["params"][i], parameter_name(group, g, i)
             check_parameter(name, param)
-            check_state(name, state.get(param, {}))
+            check_state_kinds(name, state.get(param, {}))
             if param.device.type != self._device_type:
                 raise BackendUnavailable(f"{name} is on {param.device}, others on {self._device_type}")
             if self.chosen_for is not None:

@@ -17,7 +17,7 @@ from ..rules import (
     ValueClip,
     check_gradient,
     check_parameter,
-    check_state,
+    check_state_kinds,
     clip_coefficient,
     compute_dtype,
     global_norm,
@@ -56,7 +56,7 @@ class ReferenceBackend(Backend):
                     name = parameter_name(group, group_index, index)
                     check_parameter(name, param)
                     check_gradient(name, param, param.grad)
-                    check_state(name, state.get(param, {}))
+                    check_state_kinds(name, state.get(param, {}))
                     if (problem := self.rule.problem(group, param, name, state, counts)) is not None:
                         raise RuntimeError(problem)
                     rows.append((group, param, param.grad))

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from ..portable import as_before, portable
 from ..rules.checks import check_whole_number
-from ..rules.plain import plain_settings
 from .checkpoint import unloadable_parts
 
 __all__ = ["HistoryBuffer", "MessageHub"]
@@ -136,7 +135,7 @@ class MessageHub:
 
     def state_dict(self) -> dict[str, Any]:
         """Values and information, without what a checkpoint cannot hold; it waits for the device."""
-        infos = {key: portable(plain_settings(info)) for key, info in self.runtime_info.items()}
+        infos = {key: portable(info) for key, info in self.runtime_info.items()}
         return {
             "log_scalars": {key: buffer.slots for key, buffer in self.log_scalars.items()},
             "runtime_info": {key: infos[key] for key in infos if not any(unloadable_parts(infos[key], key))},

@@ -14,8 +14,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from ..rules import Rule, count_problem, new_count, parameter_name, state_problem
-from ..rules.checks import check_state as check_kinds
+from ..rules import Rule, check_state_kinds, count_problem, new_count, parameter_name, state_problem
 from ..rules.checks import is_number
 from .names import in_the_order_of
 
@@ -111,7 +110,7 @@ def read_state_dict(
             entry = {"step": groups[g]["step"], **entry}
             taken.add(g)
         if isinstance(entry, Mapping):
-            check_kinds(name, entry)
+            check_state_kinds(name, entry)
         hidden = rule.hides_step
         problem = state_problem(rule, groups[g], param, name, entry, hidden_step=hidden, loading=True)
         if problem is not None:

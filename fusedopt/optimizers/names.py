@@ -7,11 +7,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..rules import group_names
+from ..unwrapping import barest_name
 
 __all__ = ["in_the_order_of"]
-
-#: Parts of a name that a wrapper of the model has put there.
-_WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 
 
 def in_the_order_of(groups: Sequence[Mapping[str, Any]], saved: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -98,4 +96,4 @@ def _all(side: list[list[Any]]) -> Counter[Any]:
 
 def _bare(name: Any) -> Any:
     """The name without what wrappers of the model have added."""
-    return ".".join(part for part in name.split(".") if part not in _WRAPPERS) if isinstance(name, str) else name
+    return barest_name(name) if isinstance(name, str) else name

@@ -19,7 +19,7 @@ __all__ = [
     "check_no_model",
     "check_number",
     "check_parameter",
-    "check_state",
+    "check_state_kinds",
     "check_whole_number",
     "did_you_mean",
     "group_names",
@@ -146,7 +146,7 @@ def check_no_model(params: Any, place: str = "params") -> None:
         raise TypeError(f"{place} is a model, {type(params).__name__}; expected its parameters: model.parameters()")
 
 
-def check_state(name: str, state: Mapping[str, Any]) -> None:
+def check_state_kinds(name: str, state: Mapping[str, Any]) -> None:
     """Raise TypeError for state in tensors of another kind, such as quantised ones, in which no kernel can write."""
     for key, value in state.items():
         if isinstance(value, Tensor) and torch._C._dispatch_keys(value).has(torch._C.DispatchKey.Python):
