@@ -104,6 +104,7 @@ PYBIND11_MODULE(_C, m) {
            py::arg("check"), py::arg("norm_type"), py::arg("max_norm"), py::arg("error_if_nonfinite"),
            py::arg("clip_value"), py::arg("write_back"), py::arg("counts") = py::none())
       .def_property_readonly("counts_integers", &StepPlan::counts_integers)
+      .def("take_foreign_numbers", &StepPlan::take_foreign_numbers)
       .def_property_readonly("row_count", &StepPlan::row_count)
       .def_property_readonly("chunk_count", &StepPlan::chunk_count);
 

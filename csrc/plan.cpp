@@ -176,15 +176,20 @@ void StepPlan::read_value(Group& group, Py_ssize_t group_index, GroupEntry& entr
   bool ok = true;
   // Numbers of Python's own never change in place; tensors, numpy arrays and lists may.
   auto fixed = [](PyObject* object) { return PyFloat_CheckExact(object) || PyLong_CheckExact(object); };
+  auto note_kind = [&](PyObject* object) {
+    foreign_numbers_ |= !fixed(object) && !PyBool_Check(object) && !THPVariable_Check(object);
+  };
   if (key.arity == HyperKey::kFlag) {
     const int truth = PyObject_IsTrue(value);
     ok = truth >= 0;
     if (!ok) PyErr_Clear();
     group.hyper.value[key.slot] = truth;
     entry.live = !PyBool_Check(value);
+    note_kind(value);
   } else if (key.arity == 1) {
     ok = read_number(value, group.hyper, key.slot);
     entry.live = !fixed(value);
+    note_kind(value);
   } else {
     PyObject* sequence = PySequence_Fast(value, "");
     if (!sequence) PyErr_Clear();
@@ -194,6 +199,7 @@ void StepPlan::read_value(Group& group, Py_ssize_t group_index, GroupEntry& entr
       PyObject* item = PySequence_Fast_GET_ITEM(sequence, i);
       ok = read_number(item, group.hyper, key.slot + i);
       entry.live |= !fixed(item);
+      note_kind(item);
     }
     Py_XDECREF(sequence);
   }

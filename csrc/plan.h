@@ -55,6 +55,8 @@ class StepPlan {
   size_t chunk_count() const { return chunks_.size(); }
   // Whether a step count may be an int64 tensor: kernels on a device know floating-point numbers only.
   bool counts_integers() const { return !runner_; }
+  // Whether hyperparameters were read since the last call that are numbers of another package than Python or torch.
+  bool take_foreign_numbers() { return std::exchange(foreign_numbers_, false); }
 
  private:
   struct GroupEntry {
@@ -174,6 +176,7 @@ class StepPlan {
   bool hyper_changed_ = true, overlaps_ = false;
   bool states_known_ = false, state_problems_ = false;
   bool running_ = false, capturing_ = false;
+  bool foreign_numbers_ = false;
 };
 
 }  // namespace fusedopt

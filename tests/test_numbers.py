@@ -146,6 +146,7 @@ class TestOptimizers:
             lambda optimizer, *_: optimizer.param_groups[0].update(lr=KINDS[kind](0.5), initial_lr=KINDS[kind](1.0))
         )
         assert one_step(optimizer, param).tolist() == [1 - 0.5 * 0.75] * 3
+        assert_plain(settings_without_params(optimizer.param_groups[0]))  # by the step, for who looks at the groups
         assert_saves(optimizer)
         assert optimizer.param_groups[0]["lr"] == 0.5
 

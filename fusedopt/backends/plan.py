@@ -19,6 +19,7 @@ from ..rules import (
     check_parameter,
     check_state_kinds,
     parameter_name,
+    plain_groups,
 )
 from .base import Backend, BackendUnavailable, StepReport, StepRequest
 
@@ -75,6 +76,8 @@ class PlanBackend(Backend):
         if isinstance(result, list):
             g, i, reason, _ = result[0]
             raise RuntimeError(f"{parameter_name(param_groups[g], g, i)} {reason}")
+        if self._plan.take_foreign_numbers():
+            plain_groups(param_groups)
         return StepReport(*result)
 
     def _attend(

@@ -22,6 +22,7 @@ from ..rules import (
     compute_dtype,
     global_norm,
     parameter_name,
+    plain_groups,
 )
 from .base import Backend, StepReport, StepRequest
 
@@ -87,6 +88,7 @@ class ReferenceBackend(Backend):
             for group, param, grad in rows:
                 mine, count = self.rule.init_state(group, param, state, counts)
                 self._update(group, param, grad, mine, count, multiplier, request)
+        plain_groups(param_groups)
         return StepReport(scalars, found_inf)
 
     def _update(

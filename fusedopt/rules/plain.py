@@ -4,7 +4,7 @@ Note [Plain numbers]: NumPy's numbers pass for numbers everywhere in Python, and
 ``torch.load(weights_only=True)``. So what goes into ``param_groups``, ``defaults`` or a state dict is made plain at the
 edge: by :func:`check_number` and :func:`check_whole_number`, which return it, by :func:`plain` and
 :func:`plain_groups`. Others write to ``param_groups`` between two steps and no edge sees them; these numbers are made
-plain, in the groups too, when a scheduler moves them and when a state dict is made.
+plain, in the groups too, when a step reads them, when a scheduler moves them and when a state dict is made.
 """
 
 from __future__ import annotations
