@@ -17,10 +17,10 @@ import torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from fusedopt.averaging import ExponentialMovingAverage
 from fusedopt.bench.measure import BandwidthProbe, CacheFlush, Quantiles, interleave, paired_ratio
 from fusedopt.bench.tables import markdown, times
 from fusedopt.bench.workloads import WORKLOADS, Shapes, numel, vit
+from fusedopt.training.averaging import ExponentialMovingAverage
 
 OURS, PROBE = "fusedopt", "a += b"
 MOMENTUM = 2e-4

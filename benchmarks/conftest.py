@@ -12,7 +12,7 @@ import fusedopt
 from fusedopt.bench import Case, Result, run
 from fusedopt.bench.contenders import CONTENDERS, OURS
 from fusedopt.bench.measure import BandwidthProbe, CacheFlush
-from fusedopt.info import info
+from fusedopt.cli.info import info
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -26,7 +26,7 @@ from fusedopt.bench import CONTENDERS, DTYPES, Case, Result, run
 from fusedopt.bench.contenders import OURS
 from fusedopt.bench.measure import BandwidthProbe, CacheFlush, Times, paired_ratio
 from fusedopt.bench.tables import markdown, times
-from fusedopt.rules import did_you_mean
+from fusedopt.messages import did_you_mean
 
 from .host import step_times
 

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from fusedopt.demo.compare import Comparison, compare
-from fusedopt.engine.config import Config
+from fusedopt.compare.compare import Comparison, compare
+from fusedopt.training.config import Config
 
 from .conftest import CLOCK, Lab
 

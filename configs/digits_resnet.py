@@ -2,7 +2,7 @@
 
 _base_ = ["_base_/datasets/digits.py", "_base_/default_runtime.py"]
 
-model = dict(type="fusedopt.demo.DigitsResNet", channels=(16, 32, 64), blocks_per_stage=1)
+model = dict(type="examples.digits.DigitsResNet", channels=(16, 32, 64), blocks_per_stage=1)
 
 train_cfg = dict(by_epoch=True, max_epochs=5)
 

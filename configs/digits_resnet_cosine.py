@@ -2,7 +2,7 @@
 
 _base_ = ["_base_/datasets/digits.py", "_base_/schedules/imagenet_sgd_cosine.py", "_base_/default_runtime.py"]
 
-model = dict(type="fusedopt.demo.DigitsResNet", channels=(16, 32, 64), blocks_per_stage=1)
+model = dict(type="examples.digits.DigitsResNet", channels=(16, 32, 64), blocks_per_stage=1)
 optim_wrapper = dict(optimizer=dict(lr=0.2, nesterov=True))
 # Lists are replaced as a whole.
 param_scheduler = [

@@ -11,7 +11,7 @@ _num_layers = 6
 _layer_decay = 0.8
 
 model = dict(
-    type="fusedopt.demo.DigitsViT", embed_dims=256, num_layers=_num_layers, num_heads=4, patch_size=4, dropout=0.1
+    type="examples.digits.DigitsViT", embed_dims=256, num_layers=_num_layers, num_heads=4, patch_size=4, dropout=0.1
 )
 
 train_cfg = dict(by_epoch=True, max_epochs=10)

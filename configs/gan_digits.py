@@ -1,6 +1,6 @@
 """GAN on handwritten digits: two networks, each with a fused optimizer and gradient accumulation of its own.
 
-`python examples/gan_digits.py` trains it and draws what it has learned.
+`python -m examples.gan_digits` trains it and draws what it has learned.
 """
 
 _base_ = ["_base_/datasets/digits.py", "_base_/default_runtime.py"]
@@ -9,7 +9,7 @@ _base_ = ["_base_/datasets/digits.py", "_base_/default_runtime.py"]
 custom_imports = dict(imports=["fusedopt.integrations.current"])
 
 model = dict(
-    type="fusedopt.demo.DigitsGAN",
+    type="examples.digits.DigitsGAN",
     noise_size=32,
     generator=dict(type="DigitsGenerator", channels=32),
     discriminator=dict(type="DigitsDiscriminator", channels=32),

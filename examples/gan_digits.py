@@ -1,9 +1,9 @@
 """Train a GAN on handwritten digits and save a picture of what it draws.
 
-    python examples/gan_digits.py [CONFIG] [--epochs N] [--out FOLDER]
+    python -m examples.gan_digits [CONFIG] [--epochs N] [--out FOLDER]
 
 Generator and discriminator have an optimizer wrapper each, built from one config by ``MultiOptimWrapperConstructor``.
-``fusedopt.demo.DigitsGAN`` drives them as MMagic's GANs do.
+``examples.digits.DigitsGAN`` drives them as MMagic's GANs do.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from sklearn.neighbors import KNeighborsClassifier
 from torch import Tensor
 from torch.nn import functional
 
-from fusedopt.demo import DigitsGAN
-from fusedopt.demo.data import load_digits
-from fusedopt.engine import Config, ConfigError, Runner
+from examples.digits import DigitsGAN
+from examples.digits.data import load_digits
+from fusedopt.training.engine import Config, ConfigError, Runner
 
 CONFIG = Path(__file__).resolve().parent.parent / "configs" / "gan_digits.py"
 

@@ -5,34 +5,32 @@ from typing import TYPE_CHECKING, Any
 
 from . import amp
 from .backends import StepReport
-from .builder import build_optim_wrapper, enable_amp
-from .constructors import (
+from .optimizers import FusedAdam, FusedAdamW, FusedSGD, fuse
+from .training.builder import build_optim_wrapper, enable_amp
+from .training.constructors import (
     DefaultOptimWrapperConstructor,
     LearningRateDecayOptimizerConstructor,
     LearningRateDecayOptimWrapperConstructor,
     MultiOptimWrapperConstructor,
 )
-from .optimizers import FusedAdam, FusedAdamW, FusedSGD, fuse
-from .registry import OPTIM_WRAPPER_CONSTRUCTORS, OPTIM_WRAPPERS, OPTIMIZERS, Registry
-from .version import __version__
-from .wrappers import (
+from .training.registry import OPTIM_WRAPPER_CONSTRUCTORS, OPTIM_WRAPPERS, OPTIMIZERS, Registry
+from .training.wrappers import (
     AmpOptimWrapper,
-    ApexOptimWrapper,
     BaseOptimWrapper,
     OptimWrapper,
     OptimWrapperDict,
     SkipAwareScheduler,
 )
+from .version import __version__
 
 if TYPE_CHECKING:
-    from .optimizers.zero import ZeroRedundancyOptimizer
+    from .training.zero import ZeroRedundancyOptimizer
 
 __all__ = [
     "OPTIMIZERS",
     "OPTIM_WRAPPERS",
     "OPTIM_WRAPPER_CONSTRUCTORS",
     "AmpOptimWrapper",
-    "ApexOptimWrapper",
     "BaseOptimWrapper",
     "DefaultOptimWrapperConstructor",
     "FusedAdam",
@@ -62,7 +60,7 @@ if "mmengine" in sys.modules:  # which imports us for a dotted type; its log is 
 
 def __getattr__(name: str) -> Any:
     if name == "ZeroRedundancyOptimizer":  # takes seconds to import, and few use it
-        from .optimizers.zero import ZeroRedundancyOptimizer
+        from .training.zero import ZeroRedundancyOptimizer
 
         return ZeroRedundancyOptimizer
     raise AttributeError(f"module 'fusedopt' has no attribute {name!r}")

@@ -11,8 +11,8 @@ from torch.amp.grad_scaler import OptState
 from torch.compiler import is_dynamo_compiling
 
 from .backends.native import update_scale
+from .messages import plain, plain_settings, refuse_scaling_of_shards, sharded_parameter
 from .optimizers import FusedOptimizer
-from .rules import plain, plain_settings, refuse_scaling_of_shards, sharded_parameter
 
 __all__ = ["GradScaler"]
 

@@ -1,10 +1,17 @@
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
 from cases import HAS_EMULATOR, ISAS, module, on_gpu
+
+#: For processes that tests start: where examples/ and benchmarks/ are, which are not installed.
+os.environ["PYTHONPATH"] = os.pathsep.join(
+    filter(None, [os.environ.get("PYTHONPATH"), str(Path(__file__).resolve().parent.parent)])
+)
 
 
 @pytest.fixture(autouse=True)

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from fusedopt.engine import BaseMetric, BaseModel, Hook, Runner
-from fusedopt.registry import DATASETS, HOOKS, METRICS, MODELS
+from fusedopt.training.engine import BaseMetric, BaseModel, Hook, Runner
+from fusedopt.training.registry import DATASETS, HOOKS, METRICS, MODELS
 
 
 @DATASETS.register_module(force=True)

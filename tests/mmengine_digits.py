@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn import functional
 from torch.utils.data import Dataset
 
-from fusedopt.demo.data import load_digits
+from examples.digits.data import load_digits
 
 
 @DATASETS.register_module(force=True)

@@ -22,7 +22,7 @@ from unittest import mock
 import torch
 
 import fusedopt
-from fusedopt.schedulers import build_param_schedulers
+from fusedopt.training.schedulers import build_param_schedulers
 
 NEEDED = ("mmengine", "mmcv", "mmpretrain")
 FUSED = {"SGD": "FusedSGD", "Adam": "FusedAdam", "AdamW": "FusedAdamW"}

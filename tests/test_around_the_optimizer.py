@@ -428,7 +428,7 @@ def run(code: str, timeout: float = 300) -> str:
 
 def test_modules_can_be_reloaded():
     code = """
-import importlib, sys, fusedopt.engine, fusedopt.optimizers, fusedopt.schedulers, torch
+import importlib, sys, fusedopt.training.engine, fusedopt.optimizers, fusedopt.training.schedulers, torch
 importlib.reload(fusedopt.optimizers)
 importlib.reload(fusedopt)
 for _ in range(2):
@@ -502,7 +502,7 @@ counters.clear()
 step = torch.compile(loop, backend="eager")
 step(data)
 ours = [text for text in counters["graph_break"] if any(f"`{{name}}`" in text for name in
-        ("_step", "_get_engine", "update_scale", "_update_from")) or "fusedopt._C" in text]
+        ("_step", "_chosen_backend", "update_scale", "_update_from")) or "fusedopt._C" in text]
 print(len(ours), sum("step" in text or "update" in text for text in counters["graph_break"]))
 """
         breaks, within = run(code).splitlines()

@@ -22,15 +22,15 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, get_swa_multi_avg_fn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import fusedopt.averaging as ours
+import fusedopt.training.averaging as ours
 from fusedopt import FusedAdamW
-from fusedopt.averaging import (
+from fusedopt.training.averaging import (
     BaseAveragedModel,
     ExponentialMovingAverage,
     MomentumAnnealingEMA,
     StochasticWeightAverage,
 )
-from fusedopt.registry import MODELS
+from fusedopt.training.registry import MODELS
 
 CLASSES = [StochasticWeightAverage, ExponentialMovingAverage, MomentumAnnealingEMA]
 
@@ -161,7 +161,9 @@ class TestAgainstMMEngine:
     def test_its_registry_builds_ours_by_import_path(self, theirs):
         from mmengine.registry import MODELS as THEIRS
 
-        average = THEIRS.build(dict(type="fusedopt.averaging.ExponentialMovingAverage", model=Net(), momentum=0.1))
+        average = THEIRS.build(
+            dict(type="fusedopt.training.averaging.ExponentialMovingAverage", model=Net(), momentum=0.1)
+        )
         assert type(average) is ExponentialMovingAverage and average.momentum == 0.1
 
 

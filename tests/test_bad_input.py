@@ -16,7 +16,7 @@ from torch import nn
 import fusedopt
 from fusedopt import backends
 from fusedopt.backends import BackendUnavailable, NativeBackend, TritonBackend, create_backend
-from fusedopt.rules import check_gradient
+from fusedopt.messages import check_gradient
 
 OPTIMIZERS = [fusedopt.FusedSGD, fusedopt.FusedAdam, fusedopt.FusedAdamW]
 each_optimizer = pytest.mark.parametrize("cls", OPTIMIZERS, ids=lambda cls: cls.__name__)

@@ -22,13 +22,13 @@ import pytest
 import torch
 from test_cli import mistake
 
+from benchmarks.peers import Apex, Peer
 from fusedopt.backends import NativeBackend
 from fusedopt.bench import CONTENDERS, DTYPES, GROUPINGS, OPTIMIZERS, RECIPES, WORKLOADS, Case, Contender, Result, run
 from fusedopt.bench import measure as measure_module
 from fusedopt.bench.cases import SCALE
 from fusedopt.bench.contenders import OURS, RIVAL, Fused, TorchFused, initial_tensors
 from fusedopt.bench.measure import BandwidthProbe, CacheFlush, Quantiles, QueuedTimer, Times, interleave, paired_ratio
-from fusedopt.bench.peers import Apex, Peer
 from fusedopt.bench.run import CHECKED_STEPS, expected
 from fusedopt.bench.tables import case_table, markdown, times
 from fusedopt.bench.workloads import Workload

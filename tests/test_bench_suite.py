@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -12,14 +11,11 @@ from typing import Any
 import pytest
 import torch
 
-ROOT = Path(__file__).parents[1]
-sys.path.append(str(ROOT))  # benchmarks/ is not installed
-
-from benchmarks import gate, report, suite  # noqa: E402
-from benchmarks.host import step_times  # noqa: E402
-from fusedopt.backends.native import NativeBackend  # noqa: E402
-from fusedopt.bench import CONTENDERS, DTYPES, OPTIMIZERS, RECIPES, WORKLOADS, Case, Result  # noqa: E402
-from fusedopt.bench.measure import Times  # noqa: E402
+from benchmarks import gate, report, suite
+from benchmarks.host import step_times
+from fusedopt.backends.native import NativeBackend
+from fusedopt.bench import CONTENDERS, DTYPES, OPTIMIZERS, RECIPES, WORKLOADS, Case, Result
+from fusedopt.bench.measure import Times
 
 
 class TestSuite:

@@ -10,19 +10,18 @@ import subprocess
 import sys
 import warnings
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
 
 from fusedopt.cli import main
-from fusedopt.registry import MODELS
+from fusedopt.training.registry import MODELS
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 
 VALID = f"""
 _base_ = "{CONFIGS}/_base_/datasets/digits.py"
-model = dict(type="fusedopt.demo.DigitsResNet", channels=(4, 8))
+model = dict(type="examples.digits.DigitsResNet", channels=(4, 8))
 train_dataloader = dict(batch_size=128)
 train_cfg = dict(by_epoch=True, max_epochs=3)
 optim_wrapper = dict(optimizer=dict(type="SGD", lr=0.1, momentum=0.9))
@@ -75,23 +74,21 @@ class TestHelp:
 
 
 def test_info_prints_what_info_returns(capsys, monkeypatch):
-    module = ModuleType("fusedopt.info")
-    module.info = lambda: "all about it"  # type: ignore[attr-defined]
-    module.warm_up = lambda: "how long it took"  # type: ignore[attr-defined]
-    module.self_test = lambda: ("what differs", False)  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "fusedopt.info", module)
+    monkeypatch.setattr("fusedopt.cli.info.info", lambda: "all about it")
+    monkeypatch.setattr("fusedopt.cli.info.warm_up", lambda: "how long it took")
+    monkeypatch.setattr("fusedopt.cli.info.self_test", lambda: ("what differs", False))
     assert main(["info"]) == 0
     assert capsys.readouterr().out == "all about it\n"
     assert main(["info", "--warmup"]) == 0
     assert capsys.readouterr().out == "all about it\n\nhow long it took\n"
     assert main(["info", "--selftest"]) == 1
     assert capsys.readouterr().out == "all about it\n\nwhat differs\n"
-    module.self_test = lambda: ("nothing differs", True)  # type: ignore[attr-defined]
+    monkeypatch.setattr("fusedopt.cli.info.self_test", lambda: ("nothing differs", True))
     assert main(["info", "--selftest"]) == 0
 
 
 def test_info_shows_the_backend_of_the_environment(monkeypatch):
-    from fusedopt import info
+    from fusedopt.cli import info
 
     assert "FUSEDOPT_BACKEND" not in info.info()
     monkeypatch.setenv("FUSEDOPT_BACKEND", "triton")
@@ -99,8 +96,8 @@ def test_info_shows_the_backend_of_the_environment(monkeypatch):
 
 
 def test_warm_up_tells_of_each_gpu_what_was_compiled_or_why_not(monkeypatch):
-    from fusedopt import info
     from fusedopt.backends import TritonBackend, triton
+    from fusedopt.cli import info
 
     gpus = [torch.device("cuda", 0), torch.device("cuda", 1)]
     monkeypatch.setattr(info, "_devices", lambda: [torch.device("cpu")])
@@ -147,7 +144,7 @@ class TestCompare:
 
     def test_disagreeing_losses_exit_with_1(self, config, tmp_path, monkeypatch):
         needs_demo_extra()
-        monkeypatch.setattr("fusedopt.demo.compare.LOSS_TOLERANCE", -1.0)
+        monkeypatch.setattr("fusedopt.compare.compare.LOSS_TOLERANCE", -1.0)
         assert (
             main(["compare", str(config), "--epochs", "1", "--device", "cpu", "--threads", "1", "--out", str(tmp_path)])
             == 1
@@ -202,10 +199,10 @@ class TestTrain:
     def test_modules_named_on_the_command_line_register_what_the_config_names(self, config, tmp_path, monkeypatch):
         needs_demo_extra()
         (tmp_path / "registering.py").write_text(
-            "from fusedopt.demo import DigitsResNet\nfrom fusedopt.registry import MODELS\n"
+            "from examples.digits import DigitsResNet\nfrom fusedopt.training.registry import MODELS\n"
             "MODELS.register_module(name='NetOfTheCommandLine', module=DigitsResNet)\n"
         )
-        config.write_text(VALID.replace("fusedopt.demo.DigitsResNet", "NetOfTheCommandLine").replace("=3", "=1"))
+        config.write_text(VALID.replace("examples.digits.DigitsResNet", "NetOfTheCommandLine").replace("=3", "=1"))
         monkeypatch.setattr(MODELS, "_modules", dict(MODELS._modules))
         monkeypatch.chdir(tmp_path)
         assert main(["train", "config.py", "--cfg-options", "custom_imports.imports=registering"]) == 0
@@ -213,8 +210,8 @@ class TestTrain:
 
     def test_modules_of_the_current_folder_can_be_imported(self, config, tmp_path, monkeypatch):
         needs_demo_extra()
-        (tmp_path / "own_models.py").write_text("from fusedopt.demo import DigitsResNet as OwnNet\n")
-        config.write_text(VALID.replace("fusedopt.demo.DigitsResNet", "own_models.OwnNet").replace("=3", "=1"))
+        (tmp_path / "own_models.py").write_text("from examples.digits import DigitsResNet as OwnNet\n")
+        config.write_text(VALID.replace("examples.digits.DigitsResNet", "own_models.OwnNet").replace("=3", "=1"))
         monkeypatch.setattr(sys, "path", [path for path in sys.path if path != ""])
         monkeypatch.chdir(tmp_path)
         assert main(["train", "config.py", "--cfg-options", "custom_imports.imports=[own_models]"]) == 0
@@ -375,7 +372,7 @@ class TestMistakes:
 
     def test_nothing_to_train(self, config, capsys, tmp_path):
         needs_demo_extra()
-        config.write_text("model = dict(type='fusedopt.demo.DigitsViT')\n")
+        config.write_text("model = dict(type='examples.digits.DigitsViT')\n")
         assert "there is nothing to train" in mistake(capsys, "train", config, "--work-dir", tmp_path)
 
     def test_mixed_precision_of_another_wrapper(self, config, capsys, tmp_path):
@@ -413,7 +410,7 @@ class TestMistakes:
     def test_out_is_a_file(self, config, capsys, monkeypatch):
         needs_demo_extra()
         trained = []
-        monkeypatch.setattr("fusedopt.demo.compare.compare", trained.append)
+        monkeypatch.setattr("fusedopt.compare.compare.compare", trained.append)
         assert f"--out {config}: cannot make the folder: File" in mistake(capsys, "compare", config, "--out", config)
         assert not trained
 
@@ -446,7 +443,7 @@ class TestMistakes:
         def fail(*args: object, **kwargs: object) -> None:
             raise RuntimeError("a fault")
 
-        monkeypatch.setattr("fusedopt.demo.compare.compare", fail)
+        monkeypatch.setattr("fusedopt.compare.compare.compare", fail)
         with pytest.raises(RuntimeError, match="a fault"):
             main(["compare", str(config)])
 
@@ -456,7 +453,7 @@ class TestMistakes:
         def interrupt(*args: object, **kwargs: object) -> None:
             raise KeyboardInterrupt
 
-        monkeypatch.setattr("fusedopt.demo.compare.compare", interrupt)
+        monkeypatch.setattr("fusedopt.compare.compare.compare", interrupt)
         assert main(["compare", str(config)]) == 130
         assert capsys.readouterr().err == "fusedopt: interrupted\n"
 

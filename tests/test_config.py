@@ -17,10 +17,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fusedopt import OptimWrapper, build_optim_wrapper
-from fusedopt.engine import CheckpointError
-from fusedopt.engine.config import Config, ConfigDict, ConfigError, naming, parse_options
-from fusedopt.extras import MissingExtraError
-from fusedopt.registry import OPTIMIZERS
+from fusedopt.messages import MissingExtraError
+from fusedopt.training.config import Config, ConfigDict, ConfigError, naming, parse_options
+from fusedopt.training.engine import CheckpointError
+from fusedopt.training.registry import OPTIMIZERS
 
 
 @pytest.fixture

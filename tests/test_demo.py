@@ -14,9 +14,9 @@ import pytest
 import torch
 from torch import nn
 
-from fusedopt.builder import build_optim_wrapper
 from fusedopt.optimizers import FUSED_TWINS
-from fusedopt.registry import MODELS
+from fusedopt.training.builder import build_optim_wrapper
+from fusedopt.training.registry import MODELS
 
 pytest.importorskip("sklearn", reason="the demonstration needs the extra fusedopt[demo]: scikit-learn is missing")
 pytest.importorskip("matplotlib", reason="the demonstration needs the extra fusedopt[demo]: matplotlib is missing")
@@ -24,14 +24,14 @@ pytest.importorskip("rich", reason="the demonstration needs the extra fusedopt[d
 
 from rich.console import Console
 
+from examples.digits import DigitsResNet
+from examples.digits.data import DigitsDataset, load_digits
 from fusedopt.bench import memory
 from fusedopt.bench.memory import PeakMemory
-from fusedopt.demo import DigitsResNet
-from fusedopt.demo.compare import LOSS_TOLERANCE, Comparison, Run, compare
-from fusedopt.demo.data import DigitsDataset, load_digits
-from fusedopt.demo.report import print_comparison, save_figure, save_json, show_progress
-from fusedopt.engine import Hook
-from fusedopt.engine.config import Config, ConfigError
+from fusedopt.compare.compare import LOSS_TOLERANCE, Comparison, Run, compare
+from fusedopt.compare.report import print_comparison, save_figure, save_json, show_progress
+from fusedopt.training.config import Config, ConfigError
+from fusedopt.training.engine import Hook
 
 FOLDER = Path(__file__).parents[1] / "configs"
 CONFIGS = [FOLDER / "digits_resnet.py", FOLDER / "digits_vit.py"]
@@ -43,7 +43,7 @@ LEARNING_RATES = {"SGD": 0.1, "Adam": 2e-3, "AdamW": 2e-3}
 
 SMALL = """
 _base_ = "{folder}/_base_/datasets/digits.py"
-model = dict(type="fusedopt.demo.DigitsViT", embed_dims=32, num_layers=2, num_heads=2, patch_size=4, dropout=0.1)
+model = dict(type="examples.digits.DigitsViT", embed_dims=32, num_layers=2, num_heads=2, patch_size=4, dropout=0.1)
 train_dataloader = dict(batch_size=64)
 train_cfg = dict(by_epoch=True, max_epochs=1)
 param_scheduler = [
@@ -260,7 +260,11 @@ class TestCompare:
             (SGD, "env_cfg = 3", "env_cfg must be a dict, got int"),
             (SGD, "randomness = 3", "randomness must be a dict, got int"),
             (SGD, "model = dict(_delete_=True, type='DigitsResNet', channels=(4, -1))", r"model: .*negative dimension"),
-            (SGD, "model = dict(_delete_=True, type='fusedopt.demo.DigitsResNet', channels=())", r"small\.py: model: "),
+            (
+                SGD,
+                "model = dict(_delete_=True, type='examples.digits.DigitsResNet', channels=())",
+                r"small\.py: model: ",
+            ),
         ],
     )
     def test_config_errors_name_the_file_and_the_matter(self, small_config, wrapper, more, message):

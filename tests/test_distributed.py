@@ -21,7 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import fusedopt
 from fusedopt import OptimWrapper, build_optim_wrapper
-from fusedopt.averaging import ExponentialMovingAverage
+from fusedopt.training.averaging import ExponentialMovingAverage
 
 pytestmark = [
     pytest.mark.slow,
@@ -473,8 +473,8 @@ def test_an_average_takes_whole_parameters_and_refuses_shards(outcomes):
 def test_the_registry_finds_it_without_an_import_by_the_user():
     code = (
         "import sys, fusedopt\n"
-        "assert 'fusedopt.optimizers.zero' not in sys.modules\n"
-        "assert fusedopt.OPTIMIZERS.get('ZeroRedundancyOptimizer').__module__ == 'fusedopt.optimizers.zero'\n"
+        "assert 'fusedopt.training.zero' not in sys.modules\n"
+        "assert fusedopt.OPTIMIZERS.get('ZeroRedundancyOptimizer').__module__ == 'fusedopt.training.zero'\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from cases import HAS_EMULATOR
 
-import fusedopt.engine  # noqa: F401  what it registers must not be forgotten with what a page does
-from fusedopt.registry import DATASETS, HOOKS, METRICS, MODELS, OPTIM_WRAPPER_CONSTRUCTORS, OPTIMIZERS
+import fusedopt.training.engine  # noqa: F401  what it registers must not be forgotten with what a page does
+from fusedopt.training.registry import DATASETS, HOOKS, METRICS, MODELS, OPTIM_WRAPPER_CONSTRUCTORS, OPTIMIZERS
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 DOCS = REPOSITORY / "docs"

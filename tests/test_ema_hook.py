@@ -14,9 +14,9 @@ import pytest
 import torch
 from torch import nn
 
-from fusedopt.averaging import ExponentialMovingAverage, MomentumAnnealingEMA, StochasticWeightAverage
-from fusedopt.engine import BaseMetric, BaseModel, CheckpointError, EMAHook, Hook, Runner
-from fusedopt.registry import HOOKS
+from fusedopt.training.averaging import ExponentialMovingAverage, MomentumAnnealingEMA, StochasticWeightAverage
+from fusedopt.training.engine import BaseMetric, BaseModel, CheckpointError, EMAHook, Hook, Runner
+from fusedopt.training.registry import HOOKS
 
 
 class Net(BaseModel):
@@ -113,7 +113,15 @@ class TestAgainstMMEngine:
         """What either hook asks of a runner."""
         logger = logging.getLogger("stand-in")
         return SimpleNamespace(
-            model=model, bare_model=model, iter=0, epoch=0, max_iters=12, max_epochs=4, _resume=False, logger=logger
+            model=model,
+            bare_model=model,
+            iter=0,
+            epoch=0,
+            max_iters=12,
+            max_epochs=4,
+            resumes=False,
+            _resume=False,
+            logger=logger,
         )
 
     @staticmethod
@@ -192,7 +200,7 @@ class TestAgainstMMEngine:
             writer.before_save_checkpoint(runner, checkpoint)
             model = Net()
             reader, runner = other(momentum=0.1), self.stand_in(model)
-            runner._resume = True
+            runner.resumes = runner._resume = True
             reader.before_run(runner)
             reader.after_load_checkpoint(runner, checkpoint)
             assert_same(checkpoint["state_dict"], source.state_dict())
@@ -201,7 +209,7 @@ class TestAgainstMMEngine:
     def test_its_hook_drives_our_average(self, theirs):
         models = [Net(), Net()]
         models[1].load_state_dict(models[0].state_dict())
-        names = ["fusedopt.averaging.ExponentialMovingAverage", "ExponentialMovingAverage"]
+        names = ["fusedopt.training.averaging.ExponentialMovingAverage", "ExponentialMovingAverage"]
         hooks = [theirs(ema_type=name, momentum=0.1, begin_iter=2) for name in names]
         runners = [self.stand_in(model) for model in models]
         for hook, runner in zip(hooks, runners, strict=True):
@@ -543,7 +551,7 @@ def test_the_notes_custom_hooks(tmp_path, capsys):
 
 def test_registered_with_each_average():
     for cls in (ExponentialMovingAverage, MomentumAnnealingEMA, StochasticWeightAverage):
-        for name in (cls.__name__, cls, f"fusedopt.averaging.{cls.__name__}"):
+        for name in (cls.__name__, cls, f"fusedopt.training.averaging.{cls.__name__}"):
             hook = HOOKS.build(dict(type="EMAHook", ema_type=name, interval=2))
             hook.before_run(SimpleNamespace(bare_model=nn.Linear(2, 2)))
             assert type(hook.ema_model) is cls and hook.ema_model.interval == 2

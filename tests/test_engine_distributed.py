@@ -16,8 +16,8 @@ import torch
 import torch.distributed as dist
 from engine_cases import assert_same, by_iterations, config, loader, recorded, state_of, train
 
-from fusedopt.engine import DefaultSampler, Hook, InfiniteSampler, Runner
-from fusedopt.engine.evaluator import BaseMetric
+from fusedopt.training.engine import DefaultSampler, Hook, InfiniteSampler, Runner
+from fusedopt.training.engine.evaluator import BaseMetric
 
 pytestmark = [
     pytest.mark.slow,
@@ -241,8 +241,8 @@ def test_a_random_seed_is_one_for_all(outcomes):
 def test_samplers_share_the_data_out(monkeypatch, sampler, size):
     shares = []
     for rank in range(3):
-        monkeypatch.setattr("fusedopt.engine.data.rank", lambda rank=rank: rank)
-        monkeypatch.setattr("fusedopt.engine.data.world_size", lambda: 3)
+        monkeypatch.setattr("fusedopt.training.engine.data.rank", lambda rank=rank: rank)
+        monkeypatch.setattr("fusedopt.training.engine.data.world_size", lambda: 3)
         one = sampler(range(size), seed=1)
         shares.append([index for index, _ in zip(one, range(4), strict=False)])
         one.skip_samples(2)
@@ -259,7 +259,7 @@ def test_results_come_in_the_order_of_the_data(monkeypatch):
         def compute_metrics(self, results):
             return dict(results=results)
 
-    monkeypatch.setattr("fusedopt.engine.evaluator.gather", lambda mine: [[0, 2, 4], [1, 3, 0]])
+    monkeypatch.setattr("fusedopt.training.engine.evaluator.gather", lambda mine: [[0, 2, 4], [1, 3, 0]])
     assert Keep(prefix="all").evaluate(5) == {"all/results": [0, 1, 2, 3, 4]}
 
 

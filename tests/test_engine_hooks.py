@@ -10,16 +10,9 @@ import pytest
 import torch
 from engine_cases import PointNet, Points, by_iterations, config, loader, recorded, scalars, train
 
-from fusedopt.engine import (
-    EmptyCacheHook,
-    Hook,
-    MessageHub,
-    Priority,
-    Runner,
-    SyncBuffersHook,
-)
-from fusedopt.engine.hooks import get_priority
-from fusedopt.registry import HOOKS
+from fusedopt.training.engine import EmptyCacheHook, Hook, MessageHub, Priority, Runner, SyncBuffersHook
+from fusedopt.training.engine.hooks import get_priority
+from fusedopt.training.registry import HOOKS
 
 DEFAULTS = {
     "RuntimeInfoHook": 10,

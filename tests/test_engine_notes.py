@@ -11,9 +11,9 @@ import pytest
 import torch
 from engine_cases import by_iterations, config, train
 
-from fusedopt import engine
-from fusedopt.engine import Hook, Runner, Visualizer
-from fusedopt.registry import HOOKS, Registry
+from fusedopt.training import engine
+from fusedopt.training.engine import Hook, Runner, Visualizer
+from fusedopt.training.registry import HOOKS, Registry
 
 DEFAULT_HOOKS = """
 default_hooks = dict(

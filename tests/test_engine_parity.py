@@ -26,7 +26,7 @@ with warnings.catch_warnings():
     from mmengine.model import BaseModel as TheirModel
     from mmengine.runner import Runner as TheirRunner
 
-from fusedopt.engine import DefaultSampler, Hook, InfiniteSampler, Runner, pseudo_collate
+from fusedopt.training.engine import DefaultSampler, Hook, InfiniteSampler, Runner, pseudo_collate
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
@@ -173,7 +173,7 @@ def test_the_order_of_hooks_in_the_log_is_that_of_the_registration(tmp_path):
 def test_the_samplers_draw_the_same(shuffle, size, monkeypatch):
     for rank, world in ((0, 1), (1, 3)):
         for name, value in (("rank", rank), ("world_size", world)):
-            monkeypatch.setattr(f"fusedopt.engine.data.{name}", lambda value=value: value)
+            monkeypatch.setattr(f"fusedopt.training.engine.data.{name}", lambda value=value: value)
         monkeypatch.setattr(
             sys.modules["mmengine.dataset.sampler"], "get_dist_info", lambda rank=rank, world=world: (rank, world)
         )

@@ -10,10 +10,10 @@ import pytest
 from engine_cases import PointNet, by_iterations, config, loader, scalars, train
 
 from fusedopt import FusedSGD
-from fusedopt.engine import Hook, Runner
-from fusedopt.registry import PARAM_SCHEDULERS
-from fusedopt.schedulers import StepLR
-from fusedopt.wrappers import OptimWrapper, SkipAwareScheduler
+from fusedopt.training.engine import Hook, Runner
+from fusedopt.training.registry import PARAM_SCHEDULERS
+from fusedopt.training.schedulers import StepLR
+from fusedopt.training.wrappers import OptimWrapper, SkipAwareScheduler
 
 
 def warnings_of(cfg: dict[str, Any]) -> list[str]:

@@ -31,9 +31,9 @@ from engine_cases import (
 )
 from torch.utils.data import DataLoader
 
-from fusedopt.engine import BaseMetric, CheckpointError, CheckpointHook, Config, DefaultSampler, Hook, Runner
-from fusedopt.engine.checkpoint import UNFINISHED, read_checkpoint, write_checkpoint
-from fusedopt.registry import HOOKS
+from fusedopt.training.engine import BaseMetric, CheckpointError, CheckpointHook, Config, DefaultSampler, Hook, Runner
+from fusedopt.training.engine.checkpoint import UNFINISHED, read_checkpoint, write_checkpoint
+from fusedopt.training.registry import HOOKS
 
 
 class Interrupted(Exception):
@@ -718,7 +718,7 @@ import torch
 
 sys.path.insert(0, {tests!r})
 from engine_cases import by_iterations, config, loader, state_of
-from fusedopt.engine import Hook, Runner
+from fusedopt.training.engine import Hook, Runner
 
 folder, iteration, place, calls = sys.argv[1], int(sys.argv[2]), sys.argv[3], int(sys.argv[4])
 

@@ -14,7 +14,7 @@ from engine_cases import PointNet, Points, by_iterations, config, loader, record
 from torch.utils.data import BatchSampler, DataLoader
 
 from fusedopt import FusedAdamW, OptimWrapper
-from fusedopt.engine import (
+from fusedopt.training.engine import (
     BaseDataPreprocessor,
     CheckpointError,
     Config,

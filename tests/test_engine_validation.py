@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import nn
 
-from fusedopt.engine import BaseMetric, Config, ConfigError
-from fusedopt.engine.validation import check_names
-from fusedopt.registry import DATASETS, METRICS, MODELS
+from fusedopt.training.engine import BaseMetric, Config, ConfigError
+from fusedopt.training.engine.validation import check_names
+from fusedopt.training.registry import DATASETS, METRICS, MODELS
 
 
 class Net(nn.Linear):
@@ -47,7 +47,7 @@ VALID = dict(
     ),
     val_evaluator=[dict(type="ValidationMetric", prefix="a"), dict(type="ValidationMetric")],
     default_hooks=dict(logger=dict(type="LoggerHook", interval=5, priority="LOW"), timer=None),
-    custom_hooks=[dict(type="EMAHook", momentum=0.1), dict(type="fusedopt.engine.EmptyCacheHook")],
+    custom_hooks=[dict(type="EMAHook", momentum=0.1), dict(type="fusedopt.training.engine.EmptyCacheHook")],
     visualizer=dict(type="Visualizer"),
     anything=dict(type="else"),
 )
@@ -103,7 +103,7 @@ def test_some_sections_alone():
         ("val_evaluator.0.prefx", 3, "Metric takes no such argument; did you mean 'prefix'"),
         ("default_hooks.logger.type", "LogerHook", "did you mean 'LoggerHook'"),
         ("default_hooks.logger.intervall", 3, "LoggerHook takes no such argument; did you mean 'interval'"),
-        ("custom_hooks.1.type", "fusedopt.engine.EmptyHook", "is not in the hook registry"),
+        ("custom_hooks.1.type", "fusedopt.training.engine.EmptyHook", "is not in the hook registry"),
         ("visualizer.type", "Visualiser", "did you mean 'Visualizer'"),
         ("train_cfg.type", "EpochBasedLoop", "did you mean 'EpochBasedTrainLoop'"),
         ("val_cfg.type", "ValLop", "did you mean 'ValLoop'"),

@@ -10,8 +10,8 @@ import pytest
 import torch
 from engine_cases import PointNet, Points, config, loader, train
 
-from fusedopt.engine import LocalVisBackend, SegVisualizationHook, VisualizationHook, Visualizer
-from fusedopt.extras import MissingExtraError
+from fusedopt.messages import MissingExtraError
+from fusedopt.training.engine import LocalVisBackend, SegVisualizationHook, VisualizationHook, Visualizer
 
 matplotlib_image = pytest.importorskip(
     "matplotlib.image", reason="matplotlib is not installed: pip install 'fusedopt[plot]'"

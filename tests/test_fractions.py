@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 import fusedopt
-from fusedopt.schedulers import CosineAnnealingLR, StepLR, build_param_schedulers
+from fusedopt.training.schedulers import CosineAnnealingLR, StepLR, build_param_schedulers
 
 mmengine_optim = pytest.importorskip("mmengine.optim", reason="mmengine is not installed")
 mmengine_registry = pytest.importorskip("mmengine.registry", reason="mmengine is not installed")

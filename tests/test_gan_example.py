@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from fusedopt import FusedAdam, OptimWrapperDict, build_optim_wrapper
-from fusedopt.engine import Config, Runner
-from fusedopt.registry import MODELS
+from fusedopt.training.engine import Config, Runner
+from fusedopt.training.registry import MODELS
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 for needed, name in (("sklearn", "scikit-learn"), ("matplotlib", "matplotlib")):

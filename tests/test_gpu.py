@@ -34,11 +34,17 @@ from torch import nn
 import fusedopt
 from fusedopt import backends
 from fusedopt.amp import GradScaler
-from fusedopt.averaging import ExponentialMovingAverage
 from fusedopt.backends import selftest, triton
-from fusedopt.info import info
+from fusedopt.cli.info import info
 from fusedopt.rules import RULES
-from fusedopt.schedulers import CosineAnnealingLR, CosineAnnealingMomentum, LambdaLR, LinearLR, StepParamScheduler
+from fusedopt.training.averaging import ExponentialMovingAverage
+from fusedopt.training.schedulers import (
+    CosineAnnealingLR,
+    CosineAnnealingMomentum,
+    LambdaLR,
+    LinearLR,
+    StepParamScheduler,
+)
 
 pytestmark = [
     pytest.mark.gpu,
@@ -598,11 +604,11 @@ def _refuse(*_: Any) -> Any:
 
 @needs_triton
 def test_triton_is_tuned_once_and_other_processes_know(monkeypatch: pytest.MonkeyPatch) -> None:
-    found = triton.Launcher(RULES["adam"], "cuda")._tuning_for(0, FLOATS)
+    found = triton.Launcher(RULES["adam"], "cuda").tuning_for(0, FLOATS)
     assert found in triton._TUNINGS
     monkeypatch.setattr(triton.Launcher, "_measure", _refuse)
     monkeypatch.setattr(triton, "_chosen", {})  # as in a process of its own
-    assert triton.Launcher(RULES["adam"], "cuda")._tuning_for(0, FLOATS) == found
+    assert triton.Launcher(RULES["adam"], "cuda").tuning_for(0, FLOATS) == found
 
 
 @needs_triton
@@ -613,10 +619,10 @@ def test_triton_is_not_tuned_in_a_capture(monkeypatch: pytest.MonkeyPatch) -> No
     launcher = triton.Launcher(RULES["adam"], "cuda")
     torch.cuda.synchronize()
     with torch.cuda.graph(torch.cuda.CUDAGraph()):
-        assert launcher._tuning_for(0, FLOATS) == triton._TUNINGS[0]
+        assert launcher.tuning_for(0, FLOATS) == triton._TUNINGS[0]
     assert not triton._chosen, "a later step finds it out"
     with pytest.raises(AssertionError, match="tuned again"):
-        launcher._tuning_for(0, FLOATS)
+        launcher.tuning_for(0, FLOATS)
 
 
 @needs_triton

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from fusedopt import AmpOptimWrapper, LearningRateDecayOptimWrapperConstructor, build_optim_wrapper
-from fusedopt.constructors.depth import family_of, layer_depth, stage_depth
+from fusedopt.training.constructors.depth import family_of, layer_depth, stage_depth
 
 LR, DECAY = 1e-3, 0.05
 

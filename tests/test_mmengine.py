@@ -516,7 +516,7 @@ class TestPath:
 
 
 def test_everything_of_mmengine_optim_is_exported():
-    schedulers = ("LR", "Momentum", "ParamScheduler")  # fusedopt.schedulers, which is not there yet
+    schedulers = ("LR", "Momentum", "ParamScheduler")  # fusedopt.training.schedulers, which is not there yet
     missing = [name for name in mmengine_optim.__all__ if not name.endswith(schedulers) and not hasattr(fusedopt, name)]
     assert missing == []
 

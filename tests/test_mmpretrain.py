@@ -6,7 +6,7 @@ import pytest
 import torch
 from mmpretrain_zoo import REFUSED, SAME, SAME_VALUES, missing, outcomes, schedules, zoo
 
-from fusedopt.constructors.depth import layer_depth
+from fusedopt.training.constructors.depth import layer_depth
 
 pytestmark = [
     pytest.mark.slow,

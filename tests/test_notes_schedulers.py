@@ -13,7 +13,7 @@ from torch.optim import SGD, Optimizer, lr_scheduler
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from fusedopt import FusedSGD, OptimWrapper, build_optim_wrapper
-from fusedopt.schedulers import build_param_schedulers
+from fusedopt.training.schedulers import build_param_schedulers
 
 # The notes draw curves without stepping the optimizer, and their base class is older than torch's.
 pytestmark = pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler.step")

@@ -11,7 +11,7 @@ from torch.nn import Module
 from torch.optim import SGD
 
 from fusedopt import FusedSGD
-from fusedopt.averaging import SWALR, StochasticWeightAverage
+from fusedopt.training.averaging import SWALR, StochasticWeightAverage
 
 
 class AveragedModel(Module):

@@ -18,13 +18,12 @@ from torch import nn
 
 import fusedopt
 from fusedopt import build_optim_wrapper
-from fusedopt.averaging import ExponentialMovingAverage, MomentumAnnealingEMA
-from fusedopt.engine import BaseModel, Hook, Runner
-from fusedopt.engine.checkpoint import read_checkpoint, write_checkpoint
-from fusedopt.registry import PARAM_SCHEDULERS
-from fusedopt.rules import check_number, plain, plain_groups, plain_settings
-from fusedopt.rules.checks import check_whole_number
-from fusedopt.schedulers import build_param_schedulers
+from fusedopt.messages import check_number, check_whole_number, plain, plain_groups, plain_settings
+from fusedopt.training.averaging import ExponentialMovingAverage, MomentumAnnealingEMA
+from fusedopt.training.engine import BaseModel, Hook, Runner
+from fusedopt.training.engine.checkpoint import read_checkpoint, write_checkpoint
+from fusedopt.training.registry import PARAM_SCHEDULERS
+from fusedopt.training.schedulers import build_param_schedulers
 
 #: What a number may be, as functions of one that all of them hold exactly.
 KINDS: dict[str, Any] = {

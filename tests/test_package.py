@@ -17,8 +17,8 @@ import torch
 from cases import module
 
 import fusedopt
-from fusedopt import info
 from fusedopt.backends import BACKENDS, native
+from fusedopt.cli import info
 from fusedopt.rules import CLIP_EPS, RULES
 
 ROOT = Path(fusedopt.__file__).resolve().parent
@@ -27,47 +27,67 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 #: From the bottom up: a module may import from its own layer and those before it.
 LAYERS = [
     ["version"],
-    ["rules", "registry", "extras", "portable", "undo"],
-    ["unwrapping"],
+    ["messages", "undo"],
+    ["rules"],
     ["backends"],
     ["optimizers"],
     ["amp"],
+    ["training"],
+    ["integrations"],
+    ["bench"],
+    ["compare"],
+    ["cli", "__main__"],
+]
+#: The same within fusedopt.training.
+TRAINING_LAYERS = [
+    ["errors", "registry", "portable", "unwrapping"],
+    ["optimizers", "zero"],
     ["wrappers"],
     ["constructors"],
     ["builder"],
-    ["schedulers", "averaging"],
-    ["integrations"],
+    ["schedulers", "averaging", "config"],
     ["engine"],
-    ["bench"],
-    ["demo", "info"],
-    ["cli", "__main__"],
 ]
-LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 
 
-def internal_imports(path: Path) -> set[str]:
-    """Top-level names inside fusedopt that a module imports, inside functions too."""
+def internal_imports(path: Path) -> set[tuple[str, ...]]:
+    """Modules of fusedopt, without its name, that a module imports from, inside functions too."""
     package = ["fusedopt", *path.relative_to(ROOT).parts[:-1]]
-    found = set()
+    found: set[tuple[str, ...]] = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom):
             base = package[: len(package) - node.level + 1] if node.level else []
             target = [*base, *(node.module.split(".") if node.module else [])]
-            if target[:1] != ["fusedopt"]:
-                continue
-            found |= {target[1]} if len(target) > 1 else {alias.name for alias in node.names}
+            if target[:1] == ["fusedopt"]:
+                found |= {(*target[1:], alias.name) for alias in node.names}
         elif isinstance(node, ast.Import):
-            found |= {alias.name.split(".")[1] for alias in node.names if alias.name.startswith("fusedopt.")}
+            found |= {
+                tuple(name.split(".")[1:]) for alias in node.names if (name := alias.name).startswith("fusedopt.")
+            }
     return found
 
 
-def test_imports_point_down() -> None:
-    modules = [path for path in ROOT.rglob("*.py") if path != ROOT / "__init__.py"]
+@pytest.mark.parametrize(
+    ("folder", "layers"), [((), LAYERS), (("training",), TRAINING_LAYERS)], ids=["all", "training"]
+)
+def test_imports_point_down(folder: tuple[str, ...], layers: list[list[str]]) -> None:
+    level = {name: number for number, names in enumerate(layers) for name in names}
+    root, depth = ROOT.joinpath(*folder), len(folder)
+    modules = [path for path in root.rglob("*.py") if path != root / "__init__.py"]
     assert len(modules) > 20
+    assert {path.relative_to(root).parts[0].removesuffix(".py") for path in modules} == set(level)
     for path in modules:
-        layer = path.relative_to(ROOT).parts[0].removesuffix(".py")
-        for target in internal_imports(path) - {"_C", layer}:
-            assert LEVEL[target] <= LEVEL[layer], f"{path.relative_to(ROOT)} imports {target}, which is above it"
+        layer = path.relative_to(root).parts[0].removesuffix(".py")
+        for target in internal_imports(path):
+            if target[:depth] != folder or target[depth] in ("_C", layer):
+                continue
+            assert level[target[depth]] <= level[layer], f"{path.relative_to(ROOT)} imports {target}, which is above it"
+
+
+def test_the_optimizer_knows_no_registry() -> None:
+    for folder in ("messages", "rules", "backends", "optimizers"):
+        for path in (ROOT / folder).rglob("*.py"):
+            assert "training" not in {target[0] for target in internal_imports(path)}, path
 
 
 def test_importing_starts_nothing_and_probes_no_third_party_library() -> None:
@@ -115,7 +135,7 @@ def test_without_the_compiled_module_the_reference_serves_and_it_is_said_once(co
     assert "reference [-0.1" in result.stdout
     assert result.stderr.count("fusedopt._C is not built") == 1
     assert "pip install" in result.stderr
-    listed = run_python("from fusedopt.info import info; print(info())", path=copied_package).stdout
+    listed = run_python("from fusedopt.cli.info import info; print(info())", path=copied_package).stdout
     assert "absent: the compiled module fusedopt._C is not built" in listed
 
 

@@ -367,7 +367,7 @@ def test_the_plan_does_not_grow_over_steps() -> None:
     for seed in range(5):
         set_gradients(params, seed)
         optimizer.step()
-    plan = optimizer._get_engine()._plan  # type: ignore[attr-defined]
+    plan = optimizer._chosen_backend()._plan  # type: ignore[attr-defined]
     assert plan.row_count == len(SMALL)
     assert plan.chunk_count == sum(-(-param.numel() // 16384) for param in params)
 

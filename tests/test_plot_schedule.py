@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from fusedopt import build_optim_wrapper
-from fusedopt.registry import MODELS
-from fusedopt.schedulers import ExponentialLR, build_param_schedulers, plot_schedule, simulate_schedule
+from fusedopt.training.registry import MODELS
+from fusedopt.training.schedulers import ExponentialLR, build_param_schedulers, plot_schedule, simulate_schedule
 
 
 class Net(nn.Sequential):

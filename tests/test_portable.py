@@ -13,11 +13,11 @@ import torch
 from engine_cases import assert_same as assert_same_state
 from engine_cases import config, train
 
-from fusedopt.engine import EpochBasedTrainLoop, Hook, Runner
-from fusedopt.engine.checkpoint import read_checkpoint, write_checkpoint
-from fusedopt.portable import as_before, portable
-from fusedopt.schedulers import MultiStepLR, _ParamScheduler
-from fusedopt.wrappers import OptimWrapper, SkipAwareScheduler
+from fusedopt.training.engine import EpochBasedTrainLoop, Hook, Runner
+from fusedopt.training.engine.checkpoint import read_checkpoint, write_checkpoint
+from fusedopt.training.portable import as_before, portable
+from fusedopt.training.schedulers import MultiStepLR, _ParamScheduler
+from fusedopt.training.wrappers import OptimWrapper, SkipAwareScheduler
 
 
 class Phase(enum.Enum):

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import fusedopt
-from fusedopt.registry import (
+from fusedopt.training.registry import (
     DATASETS,
     MODELS,
     OPTIM_WRAPPER_CONSTRUCTORS,
@@ -311,7 +311,7 @@ class TestImports:
         (package / "__init__.py").write_text("")
         # As in mmpretrain: a registry of the package's own, and modules that fill it.
         (package / "registry.py").write_text(
-            "from fusedopt.registry import OPTIMIZERS as PARENT, Registry\n"
+            "from fusedopt.training.registry import OPTIMIZERS as PARENT, Registry\n"
             "OPTIMIZERS = Registry('optimizer', parent=PARENT, locations=['my_package.engine'])\n"
         )
         (package / "engine" / "__init__.py").write_text("from .my_optimizer import MyOptimizer\n")
@@ -336,7 +336,7 @@ class TestImports:
         folder.mkdir()
         (folder / "__init__.py").write_text("")
         (folder / "registry.py").write_text(
-            "from fusedopt.registry import OPTIMIZERS as PARENT, Registry\n"
+            "from fusedopt.training.registry import OPTIMIZERS as PARENT, Registry\n"
             "OPTIMIZERS = Registry('optimizer', parent=PARENT, locations=['my_pk.engine'])\n"
         )
         (folder / "engine.py").write_text(

@@ -12,10 +12,10 @@ from engine_cases import assert_same, by_iterations, config, recorded, state_of,
 
 import fusedopt
 from fusedopt.cli import main
-from fusedopt.engine import CheckpointError, Config, Hook, Runner
-from fusedopt.engine.settings import differing, optimizer_settings, scheduler_settings
-from fusedopt.schedulers import StepLR
-from fusedopt.wrappers import OptimWrapper
+from fusedopt.training.engine import CheckpointError, Config, Hook, Runner
+from fusedopt.training.engine.settings import differing, optimizer_settings, scheduler_settings
+from fusedopt.training.schedulers import StepLR
+from fusedopt.training.wrappers import OptimWrapper
 
 
 class Watch(Hook):

@@ -8,9 +8,9 @@ import pytest
 from engine_cases import assert_same, by_iterations, config, loader, recorded, state_of, train
 from torch import nn
 
-from fusedopt.averaging import BaseAveragedModel
-from fusedopt.engine import BaseModel, Hook, Runner
-from fusedopt.registry import HOOKS, MODELS, PARAM_SCHEDULERS
+from fusedopt.training.averaging import BaseAveragedModel
+from fusedopt.training.engine import BaseModel, Hook, Runner
+from fusedopt.training.registry import HOOKS, MODELS, PARAM_SCHEDULERS
 
 
 class Line(BaseModel):

@@ -17,9 +17,10 @@ from schedules import OPTIMIZERS, parameter_groups
 from torch import nn
 
 import fusedopt
-from fusedopt import FusedAdamW, FusedSGD, OptimWrapper, OptimWrapperDict, SkipAwareScheduler, schedulers
-from fusedopt.registry import PARAM_SCHEDULERS
-from fusedopt.schedulers import build_param_schedulers
+from fusedopt import FusedAdamW, FusedSGD, OptimWrapper, OptimWrapperDict, SkipAwareScheduler
+from fusedopt.training import schedulers
+from fusedopt.training.registry import PARAM_SCHEDULERS
+from fusedopt.training.schedulers import build_param_schedulers
 
 #: A config of every registered scheduler, for a span of 12 steps.
 CONFIGS = {
@@ -551,7 +552,7 @@ def test_a_cycled_momentum_stays_the_tensor_it_is(kind) -> None:
 
 
 def test_the_registry_knows_them_without_an_import() -> None:
-    code = "from fusedopt.registry import PARAM_SCHEDULERS; assert 'StepLR' in PARAM_SCHEDULERS"
+    code = "from fusedopt.training.registry import PARAM_SCHEDULERS; assert 'StepLR' in PARAM_SCHEDULERS"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 

@@ -18,7 +18,7 @@ with warnings.catch_warnings():
     from mmengine.registry import PARAM_SCHEDULERS
 
 import fusedopt
-from fusedopt.schedulers import build_param_schedulers
+from fusedopt.training.schedulers import build_param_schedulers
 
 
 def fractions(least=0.05, most=0.95):

@@ -10,9 +10,9 @@ import torch
 from test_resume_registry import SCHEDULERS
 
 import fusedopt
-from fusedopt.registry import PARAM_SCHEDULERS
-from fusedopt.schedulers import CyclicLR, LambdaLR, OneCycleLR, ReduceLROnPlateau, ReduceOnPlateauLR
-from fusedopt.wrappers import OptimWrapper
+from fusedopt.training.registry import PARAM_SCHEDULERS
+from fusedopt.training.schedulers import CyclicLR, LambdaLR, OneCycleLR, ReduceLROnPlateau, ReduceOnPlateauLR
+from fusedopt.training.wrappers import OptimWrapper
 
 CLASSES = {"SGD": fusedopt.FusedSGD, "AdamW": fusedopt.FusedAdamW, "torch": torch.optim.SGD}
 

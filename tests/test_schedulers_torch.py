@@ -8,7 +8,7 @@ from schedules import OPTIMIZERS, assert_same, parameter_groups, values
 from torch.optim import lr_scheduler
 
 import fusedopt
-from fusedopt import schedulers
+from fusedopt.training import schedulers
 
 #: Ours, torch's, and the arguments of both, for 12 steps.
 TORCH_TWINS = {

@@ -14,7 +14,7 @@ from cases import DTYPES, HAS_EMULATOR, EmulatedBackend, bits, module, parameter
 from torch._subclasses import FakeTensorMode
 
 import fusedopt
-from fusedopt import backends, info
+from fusedopt import backends
 from fusedopt.backends import (
     Backend,
     BackendUnavailable,
@@ -25,7 +25,7 @@ from fusedopt.backends import (
     selftest,
 )
 from fusedopt.backends import triton as triton_backend
-from fusedopt.cli import main
+from fusedopt.cli import info, main
 from fusedopt.rules import RULES
 
 CPU = torch.device("cpu")
@@ -400,12 +400,12 @@ def test_in_a_capture_it_waits_for_the_next_step_outside_of_one(
     optimizer = fusedopt.FusedAdamW(params)
     set_gradients(params, 0)
     optimizer.step()
-    engine = optimizer._engine
+    backend = optimizer._backend
     assert (counted.trials, optimizer.backend_in_use) == (0, "counted")
     monkeypatch.setattr(selftest, "must_wait", lambda device: False)
     optimizer.step()
     assert counted.trials == 3
-    assert optimizer._engine is engine, "what a graph has captured is kept"
+    assert optimizer._backend is backend, "what a graph has captured is kept"
     optimizer.step()
     assert counted.trials == 3
 
@@ -557,10 +557,10 @@ def test_tritons_launches_are_not_tuned_for_it(monkeypatch: pytest.MonkeyPatch) 
     (launcher,) = made
     launcher.interpreted = False
     dtypes = (0, 0, 0, 0, -1)
-    assert launcher._tuning_for(0, dtypes) == triton_backend._TUNINGS[0]
+    assert launcher.tuning_for(0, dtypes) == triton_backend._TUNINGS[0]
     assert not triton_backend._chosen, "a later step finds it out"
     monkeypatch.setattr(triton_backend.Launcher, "_kept_tuning", lambda self, key: known)
-    assert launcher._tuning_for(0, dtypes) == known
+    assert launcher.tuning_for(0, dtypes) == known
 
 
 @needs_emulator

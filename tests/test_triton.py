@@ -905,7 +905,7 @@ class Device:
         launcher.capturing = lambda device: self.capturing  # type: ignore[method-assign]
         launcher._kernels = SimpleNamespace(update_kernel=SimpleNamespace(cache_key=source))
         launcher._mine = launcher._mine._replace(update=SimpleNamespace(cache_key=update))
-        return launcher._tuning_for(0, dtypes)
+        return launcher.tuning_for(0, dtypes)
 
     def restart(self) -> None:
         """As if in another process."""

@@ -22,20 +22,14 @@ from test_resume_registry import AVERAGES, SCHEDULERS, ours
 from torch import nn
 
 import fusedopt
-from fusedopt.averaging import BaseAveragedModel
-from fusedopt.engine import Evaluator, Hook, Runner
-from fusedopt.registry import (
-    MODELS,
-    OPTIM_WRAPPER_CONSTRUCTORS,
-    OPTIM_WRAPPERS,
-    OPTIMIZERS,
-    PARAM_SCHEDULERS,
-)
-from fusedopt.schedulers import build_param_schedulers
-from fusedopt.schedulers.base import _is_watched
+from fusedopt.training.averaging import BaseAveragedModel
+from fusedopt.training.engine import Evaluator, Hook, Runner
+from fusedopt.training.registry import MODELS, OPTIM_WRAPPER_CONSTRUCTORS, OPTIM_WRAPPERS, OPTIMIZERS, PARAM_SCHEDULERS
+from fusedopt.training.schedulers import build_param_schedulers
+from fusedopt.training.schedulers.watching import is_watched
+from fusedopt.training.wrappers import OptimWrapper, OptimWrapperDict, SkipAwareScheduler
+from fusedopt.training.wrappers.base import DRIVEN
 from fusedopt.undo import unchanged_on_error
-from fusedopt.wrappers import OptimWrapper, OptimWrapperDict, SkipAwareScheduler
-from fusedopt.wrappers.base import DRIVEN
 
 SOURCE = str(Path(fusedopt.__file__).resolve().parent)
 #: Where notes are taken and put back, and what is around a constructor, are no part of what fails.
@@ -100,7 +94,7 @@ def everything(value: Any, depth: int = 8) -> Any:
     if isinstance(value, (list, tuple)):
         return id(value), [everything(item, depth - 1) for item in value]
     if isinstance(value, torch.optim.Optimizer):
-        driven = (value in DRIVEN, _is_watched(value))
+        driven = (value in DRIVEN, is_watched(value))
         own = [(key, everything(item, depth - 2)) for key, item in vars(value).items() if key != "state"]
         return id(value), driven, own
     if isinstance(value, nn.Module):

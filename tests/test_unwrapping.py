@@ -13,9 +13,9 @@ import torch.distributed as dist
 from torch import nn
 
 from fusedopt import build_optim_wrapper
-from fusedopt.averaging import AveragedModel, ExponentialMovingAverage
-from fusedopt.engine import BaseModel, Runner
-from fusedopt.unwrapping import (
+from fusedopt.training.averaging import AveragedModel, ExponentialMovingAverage
+from fusedopt.training.engine import BaseModel, Runner
+from fusedopt.training.unwrapping import (
     bare_copy,
     bare_state_dict,
     fitted_state_dict,
@@ -344,7 +344,7 @@ def test_checkpoints_of_the_engine(tmp_path, writer, reader):
         if kind == "parts":
             model.inner.backbone = compiled(model.inner.backbone)
         if kind == "DDP":
-            from fusedopt.engine import MMDistributedDataParallel
+            from fusedopt.training.engine import MMDistributedDataParallel
 
             return MMDistributedDataParallel(model)
         return compiled(model) if kind == "compiled" else model

@@ -11,15 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fusedopt import (
-    AmpOptimWrapper,
-    ApexOptimWrapper,
-    BaseOptimWrapper,
-    FusedAdam,
-    FusedAdamW,
-    FusedSGD,
-    OptimWrapper,
-)
+from fusedopt import AmpOptimWrapper, BaseOptimWrapper, FusedAdam, FusedAdamW, FusedSGD, OptimWrapper
 from fusedopt.optimizers import FUSED_TWINS
 
 SETTINGS = {
@@ -493,10 +485,6 @@ class TestAmp:
             AmpOptimWrapper(dtype=16, optimizer=optimizer)
         with pytest.raises(NotImplementedError, match="use_fsdp=True is not supported"):
             AmpOptimWrapper(use_fsdp=True, optimizer=optimizer)
-
-    def test_apex_is_not_offered(self):
-        with pytest.raises(NotImplementedError, match="use AmpOptimWrapper"):
-            ApexOptimWrapper(optimizer=make_optimizer(torch.optim.SGD, make_model()))
 
 
 class TestParamGroups:

@@ -16,9 +16,9 @@ import torch
 
 from fusedopt import FusedAdam, FusedAdamW, FusedSGD, OptimWrapperDict
 from fusedopt.cli import main
-from fusedopt.engine import Config, Runner
-from fusedopt.engine.validation import check_names
-from fusedopt.schedulers import simulate_schedule
+from fusedopt.training.engine import Config, Runner
+from fusedopt.training.engine.validation import check_names
+from fusedopt.training.schedulers import simulate_schedule
 
 with contextlib.suppress(ImportError), warnings.catch_warnings():
     # Where another test has loaded a part of MMEngine, configs load the rest. What it warns of then is not ours.

@@ -12,7 +12,7 @@ _no_decay = ("norm", "attn.qkv.bias", "attn.proj.bias", "fc1.bias", "fc2.bias")
 _lr_mult = {f"layers.{i}": _layer_decay ** (_num_layers - i) for i in range(_num_layers)}
 
 model = dict(
-    type="fusedopt.demo.DigitsViT", embed_dims=1024, num_layers=_num_layers, num_heads=16, patch_size=2, dropout=0.0
+    type="examples.digits.DigitsViT", embed_dims=1024, num_layers=_num_layers, num_heads=16, patch_size=2, dropout=0.0
 )
 
 train_dataloader = dict(batch_size=128)

@@ -9,7 +9,8 @@ from collections.abc import Iterable
 
 import torch
 
-from ..rules import Rule, did_you_mean
+from ..messages import did_you_mean
+from ..rules import Rule
 from . import selftest
 from .base import Backend, BackendUnavailable, StepReport, StepRequest
 from .native import NativeBackend

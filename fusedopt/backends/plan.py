@@ -10,17 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..rules import (
-    HiddenCounts,
-    NormClip,
-    Rule,
-    ValueClip,
-    check_gradient,
-    check_parameter,
-    check_state_kinds,
-    parameter_name,
-    plain_groups,
-)
+from ..messages import check_gradient, check_parameter, check_state_kinds, parameter_name, plain_groups
+from ..rules import HiddenCounts, NormClip, Rule, ValueClip
 from .base import Backend, BackendUnavailable, StepReport, StepRequest
 
 __all__ = ["PlanBackend"]

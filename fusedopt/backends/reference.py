@@ -11,19 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..rules import (
-    HiddenCounts,
-    NormClip,
-    ValueClip,
-    check_gradient,
-    check_parameter,
-    check_state_kinds,
-    clip_coefficient,
-    compute_dtype,
-    global_norm,
-    parameter_name,
-    plain_groups,
-)
+from ..messages import check_gradient, check_parameter, check_state_kinds, parameter_name, plain_groups
+from ..rules import HiddenCounts, NormClip, ValueClip, clip_coefficient, compute_dtype, global_norm
 from .base import Backend, StepReport, StepRequest
 
 __all__ = ["ReferenceBackend"]

@@ -15,7 +15,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..rules import RULES, SUPPORTED_DTYPES, NormClip, Rule
+from ..messages import SUPPORTED_DTYPES
+from ..rules import RULES, NormClip, Rule
 from ..rules.bounds import CLIPPED_ROUNDINGS, ROUNDINGS, error_bound
 from .base import Backend, StepReport, StepRequest
 from .reference import ReferenceBackend

@@ -186,7 +186,7 @@ class Launcher:
         variant = (device, dtypes, a.reverse, a.write_back)
         if variant in self._settings:
             return
-        tuning = self._tuning_for(device, dtypes)
+        tuning = self.tuning_for(device, dtypes)
         settings = {
             "UPDATE": self._mine.update,
             **dict(zip(("PARAM", "GRAD", "A", "B", "C"), dtypes, strict=True)),
@@ -214,7 +214,7 @@ class Launcher:
         """Whether float64 arithmetic is so slow that a norm is first added up, in short runs, in float32."""
         return self.device_type == "cuda" and _has_slow_double(device)
 
-    def _tuning_for(self, device: int, dtypes: tuple[int, ...]) -> Tuning:
+    def tuning_for(self, device: int, dtypes: tuple[int, ...]) -> Tuning:
         if self.tuning is not None:
             return self.tuning
         if self.interpreted:
@@ -416,5 +416,5 @@ def warm_up(device: torch.device) -> list[WarmUp]:
             for clip in (False, True):
                 step(clip)
             getattr(torch, device.type).synchronize(device)
-            results.append(WarmUp(rule.name, dtype, time.perf_counter() - begin, launcher._tuning_for(index, dtypes)))
+            results.append(WarmUp(rule.name, dtype, time.perf_counter() - begin, launcher.tuning_for(index, dtypes)))
     return results

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-from . import peers  # noqa: F401  registers its contenders
 from .cases import DTYPES, OPTIMIZERS, RECIPES, Case
 from .contenders import CONTENDERS, Contender
 from .run import Result, run

@@ -8,8 +8,8 @@ import torch
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from ..optimizers import FusedOptimizer
-from ..wrappers import AmpOptimWrapper, OptimWrapper
-from ..wrappers.base import DRIVEN
+from ..training.wrappers import AmpOptimWrapper, OptimWrapper
+from ..training.wrappers.base import DRIVEN
 
 __all__ = ["announce_path", "announce_stock_path", "gradient_passes"]
 

@@ -1,6 +1,5 @@
 """Fused optimizers with the interface of ``torch.optim``."""
 
-from ..registry import OPTIMIZERS
 from .adam import FusedAdam
 from .adamw import FusedAdamW
 from .base import FusedOptimizer
@@ -8,6 +7,3 @@ from .fuse import FUSED_TWINS, fuse
 from .sgd import FusedSGD
 
 __all__ = ["FUSED_TWINS", "FusedAdam", "FusedAdamW", "FusedOptimizer", "FusedSGD", "fuse"]
-
-for _optimizer in (FusedSGD, FusedAdam, FusedAdamW):
-    OPTIMIZERS.register_module(module=_optimizer)

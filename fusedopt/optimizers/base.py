@@ -18,22 +18,17 @@ from torch.optim import optimizer as optimizer_module
 from torch.optim.optimizer import ParamsT
 
 from ..backends import Backend, BackendUnavailable, StepReport, StepRequest, check_backend_name, create_backend
-from ..rules import (
-    HiddenCounts,
-    Hyperparameters,
-    NormClip,
-    Rule,
-    ValueClip,
+from ..messages import (
     check_no_model,
     check_parameter,
     parameter_name,
-    parse_clip_grad,
     plain,
     plain_groups,
     refuse_norm_of_shards,
     refuse_scaling_of_shards,
     sharded_parameter,
 )
+from ..rules import HiddenCounts, Hyperparameters, NormClip, Rule, ValueClip, parse_clip_grad
 from ..undo import parameter_groups, unchanged_on_error
 from .loading import read_state_dict, take_steps_out
 from .saving import leave_out_unreal_state
@@ -95,7 +90,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         self._shared = Shared(parse_clip_grad(clip_grad), plain(write_back_grads))
         check_backend_name(backend)
         self.backend = backend
-        self._engine: Backend | None = None
+        self._backend: Backend | None = None
         check_no_model(params)
         if not isinstance(params, (Tensor, Mapping)):
             params = list(params)  # type: ignore[assignment]
@@ -169,8 +164,8 @@ class FusedOptimizer(torch.optim.Optimizer):
     @property
     def _sharded(self) -> str | None:
         """How errors call its first parameter that is a shard; None without."""
-        self._get_engine()
-        # All were looked at when the engine was chosen; in a model that was sharded since, the first one is too.
+        self._chosen_backend()
+        # All were looked at when the backend was chosen; in a model that was sharded since, the first one is too.
         return sharded_parameter(self.param_groups) if self._has_shards or self._first_is_shard() else None
 
     def _first_is_shard(self) -> bool:
@@ -180,16 +175,16 @@ class FusedOptimizer(torch.optim.Optimizer):
     @property
     def backend_in_use(self) -> str:
         """Name of the backend that runs the steps of this optimizer's parameters where they are now."""
-        return self._get_engine().name
+        return self._chosen_backend().name
 
-    def _get_engine(self) -> Backend:
-        engine = self._engine
-        if engine is None or engine.unproved:
+    def _chosen_backend(self) -> Backend:
+        backend = self._backend
+        if backend is None or backend.unproved:
             params = [param for group in self.param_groups for param in group["params"]]
             devices, dtypes = {param.device for param in params}, {param.dtype for param in params}
-            engine = self._engine = create_backend(self.backend, self.rule, devices, dtypes, engine)
+            backend = self._backend = create_backend(self.backend, self.rule, devices, dtypes, backend)
             self._has_shards = sharded_parameter(self.param_groups) is not None
-        return engine
+        return backend
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, as ``torch.optim.Optimizer.add_param_group``, checking its settings and parameters first.
@@ -240,7 +235,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         with unchanged_on_error(self.param_groups, *parameter_groups([param_group])):
             super().add_param_group(param_group)
             plain_groups(self.param_groups[-1:])
-            self._engine = None
+            self._backend = None
 
     def step(  # type: ignore[override]
         self,
@@ -315,11 +310,11 @@ class FusedOptimizer(torch.optim.Optimizer):
             refuse_norm_of_shards(self._sharded)
         request = StepRequest(grad_scale, found_inf, check, clip, shared.write_back_grads)
         try:
-            shared.last_step = self._get_engine().step(self.param_groups, self.state, request, self._counts)
+            shared.last_step = self._chosen_backend().step(self.param_groups, self.state, request, self._counts)
         except BackendUnavailable:
             # Parameters have moved to another device since: choose again, and raise if that does not help.
-            self._engine = None
-            shared.last_step = self._get_engine().step(self.param_groups, self.state, request, self._counts)
+            self._backend = None
+            shared.last_step = self._chosen_backend().step(self.param_groups, self.state, request, self._counts)
         return loss
 
     _step_with_hooks = torch.optim.Optimizer.profile_hook_step(_step)
@@ -386,7 +381,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             own = state.pop("_clip", None), state.pop("write_back_grads", False), state.pop("takes_scale", None)
             self._shared = Shared(*own)
         super().__setstate__(state)
-        self._engine = None
+        self._backend = None
         if fresh:
             self._settle()
             if self._counts is not None:

@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from ..rules import Rule, check_state_kinds, count_problem, new_count, parameter_name, state_problem
-from ..rules.checks import is_number
+from ..messages import check_state_kinds, is_number, parameter_name
+from ..rules import Rule, count_problem, new_count, state_problem
 from .names import in_the_order_of
 
 __all__ = ["Loaded", "check_state", "read_state_dict", "take_steps_out"]

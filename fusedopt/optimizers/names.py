@@ -6,8 +6,8 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..rules import group_names
-from ..unwrapping import barest_name
+from ..messages import group_names
+from ..messages.wrapping import barest_name
 
 __all__ = ["in_the_order_of"]
 

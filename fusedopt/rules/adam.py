@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .checks import check_number
+from ..messages import check_number
 from .rule import Hyperparameters, Rule, StateColumn, scalar
 
 __all__ = ["Adam", "AdamHyperparameters"]

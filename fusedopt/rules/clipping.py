@@ -10,8 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .checks import check_number, did_you_mean
-from .plain import plain
+from ..messages import check_number, did_you_mean, plain
 
 __all__ = ["CLIP_EPS", "NormClip", "ValueClip", "clip_coefficient", "global_norm", "parse_clip_grad"]
 

@@ -10,8 +10,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from ..messages import plain_settings
 from .counts import HiddenCounts, fit_count, fit_problem, new_count
-from .plain import plain_settings
 from .state import state_problem
 
 __all__ = ["Hyperparameters", "Rule", "StateColumn", "compute_dtype", "scalar"]

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from .checks import _unsupported_kind
+from ..messages.tensors import unsupported_kind
 from .counts import count_problem
 
 if TYPE_CHECKING:
@@ -86,7 +86,7 @@ def state_problem(
         elif not isinstance(value, Tensor):
             problem = f"is {value!s:.80}; expected a tensor"
         elif loading:
-            problem = _unsupported_kind(value)
+            problem = unsupported_kind(value)
             if value.shape != param.shape:
                 problem = f"has shape {tuple(value.shape)}, expected {tuple(param.shape)}"
         if problem is not None:

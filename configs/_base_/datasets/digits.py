@@ -4,16 +4,16 @@ train_dataloader = dict(
     batch_size=32,
     num_workers=0,
     drop_last=True,
-    dataset=dict(type="fusedopt.demo.DigitsDataset", split="train"),
+    dataset=dict(type="examples.digits.DigitsDataset", split="train"),
     sampler=dict(type="DefaultSampler", shuffle=True),
     collate_fn=dict(type="default_collate"),
 )
 val_dataloader = dict(
     batch_size=359,
     num_workers=0,
-    dataset=dict(type="fusedopt.demo.DigitsDataset", split="val"),
+    dataset=dict(type="examples.digits.DigitsDataset", split="val"),
     sampler=dict(type="DefaultSampler", shuffle=False),
     collate_fn=dict(type="default_collate"),
 )
 val_cfg = dict()
-val_evaluator = dict(type="fusedopt.demo.ClassificationMetrics")
+val_evaluator = dict(type="examples.digits.ClassificationMetrics")

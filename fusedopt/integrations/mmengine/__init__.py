@@ -12,9 +12,9 @@ from typing import Any
 
 from mmengine.registry import OPTIM_WRAPPER_CONSTRUCTORS, OPTIM_WRAPPERS, OPTIMIZERS
 
+from ...messages import warn_caller
 from ...optimizers import FusedAdam, FusedAdamW, FusedOptimizer, FusedSGD
-from ...registry import OPTIMIZERS as OUR_OPTIMIZERS
-from ...registry import warn_caller
+from ...training.registry import OPTIMIZERS as OUR_OPTIMIZERS
 from ..mmengine_log import announce_stock_path
 from . import constructors
 from .wrappers import FusedAmpOptimWrapper, FusedOptimWrapper

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import mmengine.optim
 from mmengine.registry import OPTIM_WRAPPERS, OPTIMIZERS
 
-from ... import constructors
+from ...training import constructors
 
 __all__ = [
     "LearningRateDecayOptimWrapperConstructor",

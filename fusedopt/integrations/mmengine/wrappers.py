@@ -10,8 +10,8 @@ import torch
 from mmengine.logging import HistoryBuffer, MessageHub
 from torch import Tensor
 
-from ...wrappers import AmpOptimWrapper, OptimWrapper
-from ...wrappers.base import taking
+from ...training.wrappers import AmpOptimWrapper, OptimWrapper
+from ...training.wrappers.base import taking
 from ..mmengine_log import announce_path
 
 __all__ = ["FusedAmpOptimWrapper", "FusedOptimWrapper"]

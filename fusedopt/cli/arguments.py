@@ -1,0 +1,57 @@
+"""What the commands have in common: arguments, and the mistakes in them."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+from typing import NoReturn
+
+__all__ = ["TRUSTED", "Parser", "UsageError", "common", "configured", "whole_number"]
+
+TRUSTED = "The config file is Python and is run: use only files you trust."
+
+
+class UsageError(Exception):
+    """The user asked for something that cannot be; the message is one line."""
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
+
+
+def whole_number(least: int = 1) -> Callable[[str], int]:
+    def parse(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            value = least - 1
+        if value < least:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above {least - 1}")
+        return value
+
+    return parse
+
+
+def common() -> Parser:
+    """The arguments that every command has."""
+    parser = Parser(add_help=False)
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    return parser
+
+
+def configured() -> Parser:
+    """The arguments of a command that takes a config."""
+    parser = Parser(add_help=False, parents=[common()])
+    parser.add_argument("config", metavar="CONFIG", type=Path, help="config file, such as configs/digits_vit.py")
+    parser.add_argument(
+        "--cfg-options",
+        metavar="KEY=VALUE",
+        nargs="+",
+        action="extend",
+        default=[],
+        help="change the config: train_cfg.max_epochs=5, param_scheduler.0.end=10, optim_wrapper.clip_grad=None, "
+        "model.channels=(8,16), custom_hooks=[]",
+    )
+    return parser

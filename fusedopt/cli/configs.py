@@ -1,0 +1,50 @@
+"""The config that a command is given."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from typing import TYPE_CHECKING
+
+from ..messages import MissingExtraError
+
+if TYPE_CHECKING:
+    from ..training.config import Config
+
+__all__ = ["epoch_length_of", "load_config"]
+
+
+def load_config(arguments: argparse.Namespace) -> Config:
+    """The config with the options of the command line."""
+    from ..messages import did_you_mean
+    from ..training.config import ConfigError
+    from ..training.engine import Config, Runner, parse_options
+
+    # For custom_imports; `python -m fusedopt` finds modules of the current folder anyway.
+    if os.getcwd() not in map(os.path.abspath, sys.path):
+        sys.path.insert(0, os.getcwd())
+    options = parse_options(arguments.cfg_options)
+    config = Config.fromfile(arguments.config, import_custom_modules=False)
+    known = {"custom_imports", *config, *Runner.config_keys()}
+    for option in options:
+        if option.partition(".")[0] not in known:
+            hint = did_you_mean(option.partition(".")[0], known)
+            raise ConfigError(f"--cfg-options {option}: there is no such setting; {hint}")
+    config.merge_from_dict(options)
+    config.import_custom_modules()
+    return config
+
+
+def epoch_length_of(config: Config) -> int | None:
+    """Iterations in an epoch of the config's training data; None where the data are not there."""
+    from ..training.config import naming
+    from ..training.engine import ConfigError, build_dataloader
+
+    if config.get("train_dataloader") is None:
+        return None
+    try:
+        with naming(config):
+            return len(build_dataloader(config.train_dataloader, seed=0, shuffle=True))
+    except (ConfigError, MissingExtraError):
+        return None

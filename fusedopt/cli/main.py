@@ -1,0 +1,84 @@
+"""The command line: ``fusedopt``, or ``python -m fusedopt``."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import traceback
+import warnings
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from ..messages import MissingExtraError
+from . import bench, compare, info, plot_schedule, train
+from .arguments import Parser, UsageError
+
+__all__ = ["main"]
+
+
+def _build_parser() -> Parser:
+    parser = Parser(
+        prog="fusedopt",
+        description="Fused SGD, Adam and AdamW for PyTorch.",
+        epilog="'fusedopt COMMAND --help' tells more of a command. Exit codes: 0; 1, what was compared or timed is not "
+        "as it should be; 2, a mistake in the arguments, the config or a checkpoint; 130, interrupted.",
+    )
+    commands = parser.add_subparsers(title="commands", dest="command", metavar="COMMAND")
+    for command in (train, compare, plot_schedule, bench, info):
+        command.add(commands)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command and return the exit code: 0, 1 (what was compared disagrees), 2 (the user's mistake), 130.
+
+    Args:
+        argv: the arguments, by default those of the process.
+
+    Raises:
+        SystemExit: the arguments cannot be parsed (2), or help was asked for (0).
+    """
+    parser = _build_parser()
+    arguments = parser.parse_args(argv)
+    if arguments.command is None:
+        parser.print_help()
+        return 0
+    try:
+        with _short_warnings():
+            return arguments.run(arguments)
+    except KeyboardInterrupt:
+        print("fusedopt: interrupted", file=sys.stderr)
+        return 130
+    except Exception as error:
+        if not _is_mistake(error):
+            raise
+        if arguments.debug:
+            traceback.print_exc()
+        else:
+            print(f"fusedopt: {error}", file=sys.stderr)
+        return 2
+
+
+@contextlib.contextmanager
+def _short_warnings() -> Iterator[None]:
+    """Show warnings as one line, without the line of Python that they are from."""
+    show = warnings.showwarning
+
+    def show_line(message: Warning | str, category: type[Warning], *place: Any, **file: Any) -> None:
+        if issubclass(category, UserWarning):
+            print(f"fusedopt: warning: {' '.join(str(message).split())}", file=sys.stderr)
+        else:
+            show(message, category, *place, **file)
+
+    warnings.showwarning = show_line
+    try:
+        yield
+    finally:
+        warnings.showwarning = show
+
+
+def _is_mistake(error: Exception) -> bool:
+    """Whether ``error`` is the user's to correct, rather than a fault in the program."""
+    from ..training.engine import CheckpointError, ConfigError
+
+    return isinstance(error, (CheckpointError, ConfigError, MissingExtraError, UsageError))

@@ -1,0 +1,90 @@
+"""``fusedopt train``."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+from typing import Any
+
+from .arguments import TRUSTED, UsageError, configured
+from .configs import load_config
+
+__all__ = ["add", "run"]
+
+#: ``--resume`` without a checkpoint.
+_NEWEST = "newest"
+
+
+def add(commands: Any) -> None:
+    """Add the command to the parser's ``commands``."""
+    parser = commands.add_parser(
+        "train",
+        parents=[configured()],
+        help="train what a config describes",
+        description=f"Train what a config describes. {TRUSTED}",
+    )
+    parser.add_argument(
+        "--work-dir",
+        metavar="DIR",
+        help="folder for logs and checkpoints (default: the config's work_dir, else work_dirs/<config name>)",
+    )
+    parser.add_argument("--amp", action="store_true", help="mixed precision: OptimWrapper becomes AmpOptimWrapper")
+    parser.add_argument(
+        "--resume",
+        metavar="CHECKPOINT",
+        nargs="?",
+        const=_NEWEST,
+        help="go on with a training: that of CHECKPOINT, or of the newest checkpoint in the work folder",
+    )
+    parser.add_argument(
+        "--resume-overrides",
+        action="store_true",
+        help="with --resume: settings of optimizers and schedulers that were edited since count from there on, as if "
+        "they had been so all along; else the checkpoint's do",
+    )
+    parser.add_argument(
+        "--launcher",
+        choices=("none", "pytorch"),
+        help="pytorch: one of several processes, which torchrun starts: torchrun --nproc-per-node 2 -m fusedopt train "
+        "CONFIG --launcher pytorch (default: the config's, else none)",
+    )
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Run the command; return its exit code."""
+    from ..training.builder import enable_amp
+    from ..training.config import naming
+    from ..training.engine import Runner
+    from ..training.engine.validation import check_names
+
+    config = load_config(arguments)
+    if arguments.amp:
+        with naming(config, "optim_wrapper"):
+            config.optim_wrapper = enable_amp(config.get("optim_wrapper", {}))
+    if arguments.work_dir is not None:
+        config.work_dir = arguments.work_dir
+    if config.get("work_dir") is None:
+        config.work_dir = str(Path("work_dirs") / arguments.config.stem)
+    if arguments.resume is not None:
+        config.resume = True
+        config.load_from = None if arguments.resume is _NEWEST else arguments.resume
+    if arguments.resume_overrides:
+        if not config.get("resume"):
+            raise UsageError("--resume-overrides: there is nothing to resume; give --resume too")
+        config.resume_overrides = True
+    if arguments.launcher is not None:
+        config.launcher = arguments.launcher
+    if config.get("launcher") == "pytorch" and "RANK" not in os.environ:
+        raise UsageError(
+            "--launcher pytorch: start the processes with torchrun, as in torchrun --nproc-per-node 2 -m fusedopt "
+            f"train {arguments.config} --launcher pytorch"
+        )
+    check_names(config)
+    with naming(config):
+        runner = Runner.from_cfg(config)
+        if runner.train_loop is None:
+            raise ValueError("there is nothing to train: set train_dataloader, train_cfg and optim_wrapper")
+    runner.train()
+    return 0

@@ -1,0 +1,1 @@
+"""One config, trained with a stock optimizer and with its fused twin, side by side."""

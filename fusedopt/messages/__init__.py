@@ -1,0 +1,42 @@
+"""What all parts say in the same words: checks of what comes in, names in errors, warnings, extras to install."""
+
+from .caller import warn_caller
+from .extras import MissingExtraError, require
+from .names import did_you_mean, group_names, parameter_name
+from .numbers import check_number, check_whole_number, is_number
+from .plain import plain, plain_groups, plain_settings
+from .shards import refuse_norm_of_shards, refuse_scaling_of_shards, sharded_parameter
+from .tables import aligned
+from .tensors import (
+    SUPPORTED_DTYPES,
+    check_gradient,
+    check_no_model,
+    check_parameter,
+    check_state_kinds,
+    parse_dtype,
+)
+
+__all__ = [
+    "SUPPORTED_DTYPES",
+    "MissingExtraError",
+    "aligned",
+    "check_gradient",
+    "check_no_model",
+    "check_number",
+    "check_parameter",
+    "check_state_kinds",
+    "check_whole_number",
+    "did_you_mean",
+    "group_names",
+    "is_number",
+    "parameter_name",
+    "parse_dtype",
+    "plain",
+    "plain_groups",
+    "plain_settings",
+    "refuse_norm_of_shards",
+    "refuse_scaling_of_shards",
+    "require",
+    "sharded_parameter",
+    "warn_caller",
+]

@@ -1,0 +1,36 @@
+"""How messages call things: the known name closest to a wrong one, and a parameter by its name and place."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["did_you_mean", "group_names", "parameter_name"]
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """A closing clause for an error about an unknown ``name``: the closest known name, or all of them."""
+    known = sorted(known)
+    folded = {candidate.lower(): candidate for candidate in known}
+    close = difflib.get_close_matches(str(name).lower(), folded, 1)
+    return f"did you mean {folded[close[0]]!r}?" if close else f"expected one of {', '.join(known)}"
+
+
+def group_names(group: Mapping[str, Any]) -> list[str]:
+    """The names of a group's parameters, as far as it carries them: torch's ``param_names``, else ``param_name``."""
+    return list(group.get("param_names") or ([group["param_name"]] if "param_name" in group else []))
+
+
+def parameter_name(group: Mapping[str, Any], group_index: int, index: int) -> str:
+    """How errors call a parameter: by its name where the group carries names, and always by its place and shape."""
+    names = group_names(group)
+    params = group["params"]
+    param = params[index]
+    known = isinstance(param, Tensor) and not torch.nn.parameter.is_lazy(param)
+    shape = f", shape {tuple(param.shape)}" if known else ""
+    quoted = f" {names[index]!r}" if index < len(names) else ""
+    return f"parameter{quoted} (param_groups[{group_index}]['params'][{index}]{shape})"

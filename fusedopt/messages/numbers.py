@@ -1,0 +1,63 @@
+"""Checks of numbers, with errors that name the setting, the value and what was expected."""
+
+from __future__ import annotations
+
+import math
+import numbers
+from typing import Any
+
+from torch import Tensor
+
+from .plain import plain
+
+__all__ = ["check_number", "check_whole_number", "is_number"]
+
+
+def check_number(
+    name: str, value: Any, minimum: float = 0.0, below: float = math.inf, *, exclusive: bool = False
+) -> Any:
+    """Require ``minimum <= value < below`` (``minimum < value`` when exclusive; inf passes an infinite ``below``).
+
+    Returns:
+        ``value``, a number as Python's: see Note [Plain numbers].
+
+    Raises:
+        TypeError: ``value`` is neither a number nor a tensor.
+        ValueError: out of range, NaN, or a tensor with other than one element.
+    """
+    value = plain(value)
+    if isinstance(value, Tensor):
+        if value.numel() != 1:
+            raise ValueError(f"Tensor {name} must be 1-element, got shape {tuple(value.shape)}")
+    elif isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"Invalid {name}: {value!r}; expected a number or a 1-element tensor")
+    high_enough = value > minimum if exclusive else value >= minimum
+    if not (high_enough and (below == math.inf or value < below)):
+        bounds = f"{'>' if exclusive else '>='} {minimum:g}" if below == math.inf else f"in [{minimum:g}, {below:g})"
+        raise ValueError(f"Invalid {name}: {value}; expected a number {bounds}")
+    return value
+
+
+def check_whole_number(name: str, value: Any, minimum: int | None = None) -> int:
+    """``value`` as an int.
+
+    Raises:
+        TypeError: it is no number.
+        ValueError: it is not whole, or below ``minimum``.
+    """
+    value = plain(value)
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"Invalid {name}: {value!r}; expected a whole number")
+    number = float(value)
+    if not number.is_integer() or (minimum is not None and number < minimum):
+        bound = "" if minimum is None else f" >= {minimum}"
+        raise ValueError(f"Invalid {name}: {value!r}; expected a whole number{bound}")
+    return int(number)
+
+
+def is_number(value: Any) -> bool:
+    """Whether ``value`` is a number or a 1-element tensor; True and False are no numbers."""
+    if isinstance(value, Tensor):
+        return value.numel() == 1
+    value = plain(value)
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)

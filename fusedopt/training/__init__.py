@@ -1,0 +1,24 @@
+"""The training layer: MMEngine's interface, around any optimizer of torch's kind.
+
+Registries, optimizer wrappers, constructors of parameter groups, schedulers, averages of weights, configs, the Runner.
+"""
+
+from . import optimizers as _optimizers  # noqa: F401  registers them
+from .registry import (
+    DATA_SAMPLERS,
+    FUNCTIONS,
+    HOOKS,
+    LOOPS,
+    MODEL_WRAPPERS,
+    MODELS,
+    PARAM_SCHEDULERS,
+    VISBACKENDS,
+    VISUALIZERS,
+)
+
+# Imported when a name is asked for: most who use an optimizer wrapper need none of them.
+PARAM_SCHEDULERS.add_locations("fusedopt.training.schedulers")
+for _name in ("StochasticWeightAverage", "ExponentialMovingAverage", "MomentumAnnealingEMA"):
+    MODELS.register_lazily(_name, f"fusedopt.training.averaging.{_name}")
+for _registry in (DATA_SAMPLERS, FUNCTIONS, HOOKS, LOOPS, MODEL_WRAPPERS, VISBACKENDS, VISUALIZERS):
+    _registry.add_locations("fusedopt.training.engine")

@@ -1,0 +1,172 @@
+"""Config: a whole config, read from a file, changed by options, written to a file."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NoReturn
+
+from ...messages import did_you_mean, require, warn_caller
+from ..errors import ConfigError
+from ..registry import check_config
+from .dicts import ConfigDict
+from .files import load
+from .merging import merged
+from .naming import config_error, naming
+from .writing import is_argument, python_source, writable
+
+__all__ = ["Config"]
+
+
+class Config(ConfigDict):
+    """A whole config: a dict with attribute access, read from a file, changed by options, written to a file.
+
+    It is a ``dict``, so that it and its parts go wherever a dict is asked for.
+
+    Args:
+        config: the items.
+        filename: file that it came from, which errors name.
+
+    Raises:
+        TypeError: ``config`` is not a dict.
+    """
+
+    _filename: str | None = None
+
+    def __init__(self, config: Mapping[str, Any] | None = None, *, filename: str | Path | None = None):
+        if config is not None:
+            check_config("config", config)
+        super().__init__(config or {})
+        object.__setattr__(self, "_filename", None if filename is None else str(filename))
+
+    @property
+    def filename(self) -> str | None:
+        """The file that it was read from, as given; None when there was none."""
+        return self._filename
+
+    @property
+    def pretty_text(self) -> str:
+        """The config as Python text, for people: what :meth:`dump` would refuse stands there as its ``repr``."""
+        return python_source(writable(self, "", None))
+
+    @classmethod
+    def fromfile(cls, filename: str | Path, import_custom_modules: bool = True) -> Config:
+        """Read a ``.py``, ``.json``, ``.yaml`` or ``.yml`` file, and the files that it inherits.
+
+        A Python file is run, with everything that Python may do: read only files you trust. Names that begin with an
+        underscore, modules, functions and classes are the file's own and no part of the config. A JSON or YAML file
+        runs no code and inherits only from its like.
+
+        ``_base_`` names a file, or a list of files, relative to this one; their items are inherited, dicts within dicts
+        are merged, and a dict with ``_delete_=True`` replaces the inherited one. A Python file can read what it
+        inherits as ``_base_.key``, or ``{{_base_.key}}`` as MMEngine writes it; ``{{ fileDirname }}``,
+        ``{{ fileBasename }}``, ``{{ fileBasenameNoExtension }}`` and ``{{ fileExtname }}`` stand for the file's own
+        name.
+
+        Args:
+            filename: the file.
+            import_custom_modules: import what ``custom_imports`` asks for.
+
+        Raises:
+            ConfigError: a file cannot be read, is wrong, fails when run, or inherits from itself; two bases set the
+                same key; a dict meets something else; or a module cannot be imported.
+            MissingExtraError: PyYAML is not installed.
+        """
+        try:
+            config = cls(load(Path(filename), ()), filename=filename)
+        except RecursionError as error:
+            raise config_error(filename, "", "the file is nested too deeply") from error
+        if import_custom_modules:
+            config.import_custom_modules()
+        return config
+
+    def import_custom_modules(self) -> None:
+        """Import what ``custom_imports`` asks for: ``dict(imports=[...], allow_failed_imports=False)``.
+
+        Raises:
+            ConfigError: a module cannot be imported, or what is asked for is of the wrong kind.
+        """
+        if not self.get("custom_imports"):
+            return
+        with naming(self, "custom_imports"):
+            check_config("custom_imports", self["custom_imports"])
+            settings = dict(self["custom_imports"])
+            names = settings.pop("imports", [])
+            may_fail = settings.pop("allow_failed_imports", False)
+            for key in settings:
+                raise ValueError(f"unknown key {key!r}; {did_you_mean(key, ('imports', 'allow_failed_imports'))}")
+            names = [names] if isinstance(names, str) else names
+            if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+                raise TypeError(f"imports must be a list of module names, got {names!r}")
+            for name in names:
+                if not name or name.startswith("."):
+                    raise ValueError(f"imports must be a list of whole module names; {name!r} is none")
+        for name in names:
+            try:
+                importlib.import_module(name)
+            except ImportError as error:
+                if not may_fail:
+                    message = f"cannot import {name!r}: {error} (folders in PYTHONPATH are searched, too)"
+                    raise config_error(self.filename, "custom_imports", message) from error
+                warn_caller(f"{self.filename}: custom_imports: {name!r} is left out: {error}")
+
+    def merge_from_dict(self, options: Mapping[str, Any], allow_list_keys: bool = True) -> None:
+        """Change what ``options`` names, as the ``--cfg-options`` of a command line; on an error nothing changes.
+
+        Args:
+            options: values by key; dots go into dicts, as in ``{'optim_wrapper.optimizer.lr': 0.1}``, and a dict value
+                is merged, or replaces with ``_delete_=True``.
+            allow_list_keys: numbers go into lists and tuples, as in ``{'param_scheduler.0.end': 5}``.
+
+        Raises:
+            ConfigError: a key leads through something that has no items, or past the end of a list.
+        """
+        nested: dict[str, Any] = {}
+        for key, value in ConfigDict(options).items():
+            *parents, last = key.split(".")
+            place = nested
+            for parent in parents:
+                place = place.setdefault(parent, {})
+                if not isinstance(place, dict):
+                    raise config_error(self.filename, key, f"{parent!r} is given as {place!r} at the same time")
+            place[last] = merged(place[last], value, key, self.filename) if last in place else value
+        changed = merged(self, nested, "", self.filename, allow_list_keys)
+        self.clear()
+        self.update(changed)
+
+    def dump(self, filename: str | Path | None = None) -> str:
+        """Write the config to a file that loads back equal; return the text.
+
+        Classes and functions are written as their import paths, which a ``type`` may be as well, and paths as strings.
+        JSON and YAML know no tuples: they come back as lists.
+
+        Args:
+            filename: a ``.py``, ``.json``, ``.yaml`` or ``.yml`` file; None only returns :attr:`pretty_text`.
+
+        Raises:
+            ConfigError: a value has no such form, such as a lambda; nothing has been written then.
+            MissingExtraError: PyYAML is not installed.
+        """
+        if filename is None:
+            return self.pretty_text
+        suffix = Path(filename).suffix
+
+        def refuse(where: str, message: str) -> NoReturn:
+            raise config_error(self.filename, where, message)
+
+        settings = writable(self, "", refuse, (str,) if suffix == ".json" else (str, int, float))
+        if suffix == ".py":
+            for key in settings:
+                if not is_argument(key) or key.startswith("_"):
+                    refuse(str(key), "a Python config file cannot set this name; dump to JSON or YAML")
+            text = python_source(settings)
+        elif suffix == ".json":
+            text = json.dumps(settings, indent=2) + "\n"
+        elif suffix in (".yaml", ".yml"):
+            text = require("yaml", "engine").safe_dump(settings, sort_keys=False, allow_unicode=True)
+        else:
+            raise ConfigError(f"{filename}: unknown suffix {suffix!r}; expected .py, .json, .yaml or .yml")
+        Path(filename).write_text(text, encoding="utf-8")
+        return text

@@ -1,0 +1,32 @@
+"""Errors that name the file and the key that they are about."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from ...messages import MissingExtraError
+from ..errors import CheckpointError, ConfigError
+
+__all__ = ["config_error", "naming"]
+
+
+def config_error(filename: str | Path | None, key: str, message: str) -> ConfigError:
+    """A ConfigError of one line: the file, the key, and what is wrong."""
+    return ConfigError(": ".join(part for part in (str(filename or ""), key, " ".join(message.split())) if part))
+
+
+@contextmanager
+def naming(config: Mapping[str, Any], key: str = "") -> Iterator[None]:
+    """Turn the errors of building what ``config`` describes into one line that names its file and ``key``."""
+    try:
+        yield
+    except (CheckpointError, ConfigError, MissingExtraError):
+        raise
+    except (ImportError, LookupError, OSError, RuntimeError, TypeError, ValueError) as error:
+        # str() of a KeyError quotes its message.
+        message = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
+        message = message or type(error).__name__
+        raise config_error(getattr(config, "filename", None), key, message.removeprefix(f"{key}: ")) from error

@@ -1,0 +1,74 @@
+"""The options of a command line."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from ..errors import ConfigError
+
+__all__ = ["parse_options"]
+
+
+def parse_options(options: Iterable[str]) -> dict[str, Any]:
+    """The values that ``--cfg-options`` gives, for :meth:`Config.merge_from_dict`.
+
+    Args:
+        options: ``KEY=VALUE`` each. Ints, floats, ``true`` and ``false``, and ``None`` are known; ``[a, b]`` and
+            ``a,b`` are lists, ``(a, b)`` is a tuple, one in another too; all else, and what is in quotes, is a string.
+
+    Raises:
+        ConfigError: there is no ``=``, or brackets or quotes do not match.
+    """
+    values = {}
+    for option in options:
+        key, equals, text = option.partition("=")
+        if not equals or not key:
+            raise ConfigError(f"--cfg-options {option}: expected KEY=VALUE")
+        try:
+            values[key] = _parse_value(text)
+        except ValueError as error:
+            raise ConfigError(f"--cfg-options {option}: {error}") from error
+    return values
+
+
+def _parse_value(text: str) -> Any:
+    text = text.strip()
+    parts = _split(text) if "," in text or text[:1] in ("[", "(") else [text]
+    if len(parts) > 1:
+        return [_parse_value(part) for part in (parts if parts[-1].strip() else parts[:-1])]
+    if text[:1] in ("[", "(") and text[-1:] in ("]", ")"):
+        inner = _split(text[1:-1])
+        items = [_parse_value(part) for part in (inner if inner[-1].strip() else inner[:-1])]
+        return items if text[0] == "[" else tuple(items)
+    if len(text) > 1 and text[0] in "'\"" and text[-1] == text[0]:
+        return text[1:-1]
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            pass
+    return {"true": True, "false": False}.get(text.lower(), None if text == "None" else text)
+
+
+def _split(text: str) -> list[str]:
+    """The parts between the commas that are outside of brackets and quotes."""
+    parts, brackets, quote = [""], "", ""
+    for character in text:
+        if quote:
+            quote = "" if character == quote else quote
+        elif character in "'\"" and (not parts[-1].strip() or parts[-1].rstrip()[-1] in "[(,"):
+            quote = character
+        elif character in "[(":
+            brackets += {"[": "]", "(": ")"}[character]
+        elif character in "])":
+            if brackets[-1:] != character:
+                raise ValueError(f"unexpected {character!r}")
+            brackets = brackets[:-1]
+        elif character == "," and not brackets:
+            parts.append("")
+            continue
+        parts[-1] += character
+    if quote or brackets:
+        raise ValueError(f"expected {(quote or brackets)[-1]!r} at the end")
+    return parts

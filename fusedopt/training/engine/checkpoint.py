@@ -1,0 +1,162 @@
+"""Checkpoint files: written whole or not at all, read without running code."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+from torch import Tensor, nn
+
+from ...messages import plain_settings
+from ..errors import CheckpointError
+from ..unwrapping import bare_state_dict
+
+__all__ = [
+    "CheckpointError",
+    "check_fit",
+    "find_latest_checkpoint",
+    "read_checkpoint",
+    "unloadable_parts",
+    "write_atomically",
+    "write_checkpoint",
+]
+
+#: Name of the file in ``work_dir`` that names the newest checkpoint.
+LAST_CHECKPOINT = "last_checkpoint"
+
+#: Ending of a file that is being written; one that is left over belongs to a process that was killed.
+UNFINISHED = ".unfinished"
+
+_ESCAPES = re.compile(r"\x1b\[[\d;]*m")
+
+_PLAIN = (str, bytes, int, float, complex, bool, type(None), torch.dtype, torch.device, torch.Size)
+
+
+def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
+    """Call ``write`` with a file that becomes ``path`` when all of it is on the disk, and never before.
+
+    The folder is made where it is not there.
+
+    Raises:
+        CheckpointError: it cannot be written; what was at ``path`` before is still there.
+    """
+    unfinished = path.with_name(path.name + UNFINISHED)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(unfinished, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(unfinished, path)
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+    except BaseException as error:
+        with contextlib.suppress(OSError):  # on a disk that became read-only
+            unfinished.unlink(missing_ok=True)
+        if isinstance(error, (OSError, RuntimeError)):  # torch's writer raises a RuntimeError on a full disk
+            raise CheckpointError(f"{path} cannot be written, and is what it was before: {error}") from error
+        raise
+
+
+def unloadable_parts(value: Any, name: str) -> Iterator[str]:
+    """The parts of ``value`` that ``torch.load(weights_only=True)`` refuses."""
+    if type(value) in (dict, OrderedDict, Counter):
+        for key, item in value.items():
+            yield from unloadable_parts(key, f"the key {key!r} of {name}")
+            yield from unloadable_parts(item, f"{name}[{key!r}]")
+    elif type(value) in (list, tuple, set):
+        for index, item in enumerate(value):
+            yield from unloadable_parts(item, f"{name}[{index}]")
+    elif type(value) not in (*_PLAIN, *torch.serialization.get_safe_globals()) and not isinstance(value, Tensor):
+        yield f"{name} ({type(value).__name__})"
+
+
+def write_checkpoint(checkpoint: Mapping[str, Any], path: Path) -> None:
+    """Write a checkpoint.
+
+    Args:
+        checkpoint: tensors and plain values, in dicts and lists; NumPy's numbers are written as Python's.
+        path: the file.
+
+    Raises:
+        CheckpointError: something in it could not be loaded again with ``weights_only=True``, or the file cannot be
+            written. What was at ``path`` before is still there.
+    """
+    checkpoint = plain_settings(checkpoint)  # what others put into the message hub, say: Note [Plain numbers]
+    refused = next(unloadable_parts(checkpoint, "checkpoint"), None)
+    if refused is not None:
+        raise CheckpointError(
+            f"{path} was not written: {refused} is neither a tensor nor a plain value, so the file could not be loaded "
+            "again with weights_only=True"
+        )
+    write_atomically(path, lambda file: torch.save(checkpoint, file))
+
+
+def read_checkpoint(path: str | Path) -> dict[str, Any]:
+    """Read a checkpoint into CPU memory, with ``weights_only=True``.
+
+    Raises:
+        CheckpointError: there is no such file, it is no checkpoint or not all of one, or holds more than tensors and
+            plain values.
+    """
+    if not Path(path).is_file():
+        raise CheckpointError(f"{path}: there is no such checkpoint")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # whatever comes out of a file that may hold anything
+        reason = _ESCAPES.sub("", str(error)).strip().partition("\n")[0]
+        raise CheckpointError(
+            f"{path}: truncated, not written by torch.save, or holding more than tensors and plain values "
+            f"({type(error).__name__}: {reason})"
+        ) from error
+    if not isinstance(checkpoint, Mapping):
+        raise CheckpointError(f"{path}: a checkpoint holds a dict, this file a {type(checkpoint).__name__}")
+    return dict(checkpoint)
+
+
+def find_latest_checkpoint(work_dir: str | Path) -> Path | None:
+    """The newest checkpoint of a ``work_dir``, or None when none was written.
+
+    Raises:
+        CheckpointError: the file that is named as the newest is not there.
+    """
+    pointer = Path(work_dir) / LAST_CHECKPOINT
+    if not pointer.is_file():
+        return None
+    path = Path(work_dir) / pointer.read_text().strip()
+    if not path.is_file():
+        raise CheckpointError(f"{pointer} names {path}, which is not there")
+    return path
+
+
+def check_fit(state_dict: Mapping[str, Any], model: nn.Module) -> list[str]:
+    """What keeps ``state_dict`` from being that of ``model``, a clause for each kind of difference."""
+    own = bare_state_dict(model)
+    reshaped = [
+        f"{name} has {_shape(state_dict[name])} instead of {_shape(value)}"
+        for name, value in own.items()
+        if name in state_dict and isinstance(value, Tensor) and _shape(state_dict[name]) != _shape(value)
+    ]
+    missing = [name for name in own if name not in state_dict]
+    unknown = [name for name in state_dict if name not in own]
+    clauses = [f"it lacks {_some(missing)}"] if missing else []
+    clauses += [f"it has {_some(unknown)}, which the model has not"] if unknown else []
+    return clauses + ([_some(reshaped)] if reshaped else [])
+
+
+def _shape(value: Any) -> str:
+    return f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
+
+
+def _some(names: list[str], most: int = 5) -> str:
+    rest = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + rest

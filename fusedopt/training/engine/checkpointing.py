@@ -1,0 +1,126 @@
+"""The checkpoints of a Runner: saving, loading and resuming."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from . import distributed
+from .checkpoint import find_latest_checkpoint, read_checkpoint, write_checkpoint
+from .hooking import HasHooks
+from .state import check_training, check_weights, load_training, load_weights, training_state
+
+if TYPE_CHECKING:
+    from .runner import Runner
+
+__all__ = ["HasCheckpoints"]
+
+
+class HasCheckpoints(HasHooks):
+    """The part of :class:`Runner` that saves and loads."""
+
+    work_dir: str
+    logger: logging.Logger
+    _load_from: str | Path | None
+    _resume: bool
+    _loaded: bool
+
+    @property
+    def resumes(self) -> bool:
+        """Whether this run goes on with one that a checkpoint holds."""
+        return self._resume
+
+    @property
+    def _runner(self) -> Runner:
+        return cast("Runner", self)
+
+    def save_checkpoint(
+        self,
+        out_dir: str | Path,
+        filename: str,
+        save_optimizer: bool = True,
+        save_param_scheduler: bool = True,
+        meta: Mapping[str, Any] | None = None,
+    ) -> Path:
+        """Write a checkpoint, whole or not at all. All processes must call this; the main one writes.
+
+        Args:
+            out_dir: the folder; it is made.
+            filename: name of the file.
+            save_optimizer: whether with the optimizer's state; without it a training cannot be resumed.
+            save_param_scheduler: whether with the schedulers' states; without them a training cannot be resumed.
+            meta: entries of the checkpoint's ``meta``, over the runner's own.
+
+        Raises:
+            CheckpointError: it cannot be written. What was there before still is.
+            RuntimeError: the config has no training.
+        """
+        if self.train_loop is None:
+            raise RuntimeError("there is no training whose checkpoint could be saved")
+        checkpoint = training_state(self._runner, save_optimizer, save_param_scheduler, meta)
+        self.call_hook("before_save_checkpoint", checkpoint=checkpoint)
+        path = Path(out_dir) / filename
+        if distributed.is_main_process():
+            write_checkpoint(checkpoint, path)
+        return path
+
+    def load_or_resume(self) -> None:
+        """Load or resume what ``load_from`` and ``resume`` say; once, whatever runs first.
+
+        Raises:
+            CheckpointError: it cannot be. Nothing has been loaded then.
+        """
+        if self._loaded:
+            return
+        if self._resume:
+            path = self._load_from or find_latest_checkpoint(self.work_dir)
+            if path is None:
+                self.logger.info(f"There is no checkpoint in {self.work_dir} to resume from: starting anew")
+            else:
+                self.resume(path)
+        elif self._load_from is not None:
+            self.load_checkpoint(self._load_from)
+        self._loaded = True
+
+    def load_checkpoint(self, filename: str | Path, strict: bool = False) -> dict[str, Any]:
+        """Load the weights of a checkpoint into the model, and return the checkpoint.
+
+        Args:
+            filename: a checkpoint, or a file with a state dict alone. Names may begin with ``module.``.
+            strict: whether every weight must be in it and fit; otherwise what does not is logged and stays.
+
+        Raises:
+            CheckpointError: it cannot be read, nothing in it fits, or with ``strict`` not all does. Nothing has been
+                loaded then.
+        """
+        checkpoint = read_checkpoint(filename)
+        if "state_dict" not in checkpoint:
+            checkpoint = {"state_dict": checkpoint}
+        check_weights(self._runner, filename, checkpoint, strict)
+        self.call_hook("after_load_checkpoint", checkpoint=checkpoint)
+        load_weights(self._runner, checkpoint)
+        self.logger.info(f"Loaded {filename}")
+        return checkpoint
+
+    def resume(self, filename: str | Path) -> None:
+        """Go on with the training that wrote a checkpoint; without a training of one's own, load its weights.
+
+        Args:
+            filename: the checkpoint.
+
+        Raises:
+            CheckpointError: it cannot be read, is not one of a training like this, or lacks something. Nothing has
+                been loaded then.
+        """
+        self._resume = True  # hooks ask for it
+        if self.train_loop is None:
+            self.load_checkpoint(filename, strict=True)
+            self._loaded = True
+            return
+        checkpoint = read_checkpoint(filename)
+        check_training(self._runner, filename, checkpoint)
+        load_training(self._runner, filename, checkpoint)
+        self._loaded = True
+        self.logger.info(f"Resumed {filename}: {self._runner.epoch} epochs and {self._runner.iter} iterations are done")

@@ -1,0 +1,219 @@
+"""CheckpointHook: writes checkpoints, keeps the newest and the best."""
+
+from __future__ import annotations
+
+import math
+import numbers
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from ....messages import check_whole_number, did_you_mean, plain
+from ...registry import HOOKS
+from ..checkpoint import LAST_CHECKPOINT, UNFINISHED, write_atomically
+from ..distributed import is_main_process
+from .hook import Hook
+
+if TYPE_CHECKING:
+    from ..runner import Runner
+
+__all__ = ["CheckpointHook"]
+
+_GREATER_KEYS = ("acc", "top", "AR@", "auc", "precision", "mAP", "mDice", "mIoU", "mAcc", "aAcc")
+_LESS_KEYS = ("loss",)
+_RULES = ("greater", "less")
+
+
+def _as_list(name: str, value: str | Sequence[str] | None) -> list[str]:
+    values = [value] if isinstance(value, str) else value or ()
+    if not isinstance(values, (list, tuple)) or not all(isinstance(each, str) for each in values):
+        raise TypeError(f"{name} must be a string or a list of strings, got {value!r}")
+    return list(values)
+
+
+@HOOKS.register_module()
+class CheckpointHook(Hook):
+    """Writes a checkpoint every so often and at the end, with the names and files of ``mmengine.hooks.CheckpointHook``.
+
+    A checkpoint is on the disk before older ones are removed, and before ``last_checkpoint`` names it: at every moment
+    the newest one is whole.
+
+    Args:
+        interval: number of epochs or iterations from one to the next; -1 for none.
+        by_epoch: whether in epochs.
+        save_optimizer: whether with the optimizer's state, which resuming takes.
+        save_param_scheduler: whether with the schedulers' states, which resuming takes.
+        out_dir: where to, in a folder of the name of ``work_dir``; by default ``work_dir`` itself.
+        max_keep_ckpts: how many are kept, the newest; -1 for all. The best ones are not counted.
+        save_last: whether at the end too, whatever the interval.
+        save_best: names of metrics, a checkpoint of weights being kept for the best value of each; ``'auto'`` is the
+            first metric.
+        rule: ``'greater'`` or ``'less'`` is better: for all of ``save_best``, or a list with one for each. By default
+            the name of the metric tells.
+        greater_keys: metrics of which more is better have one of these in their name.
+        less_keys: metrics of which less is better have one of these in their name.
+        filename_tmpl: name of a file, ``{}`` being the epoch or iteration; ``'epoch_{}.pth'`` or ``'iter_{}.pth'`` by
+            default.
+        save_begin: number of the epoch or iteration from which on the interval counts.
+
+    Raises:
+        TypeError, ValueError: an argument is of the wrong kind or out of range, or a rule cannot be told.
+    """
+
+    priority = "VERY_LOW"
+
+    def __init__(
+        self,
+        interval: int = -1,
+        by_epoch: bool = True,
+        save_optimizer: bool = True,
+        save_param_scheduler: bool = True,
+        out_dir: str | Path | None = None,
+        max_keep_ckpts: int = -1,
+        save_last: bool = True,
+        save_best: str | Sequence[str] | None = None,
+        rule: str | Sequence[str] | None = None,
+        greater_keys: str | Sequence[str] | None = None,
+        less_keys: str | Sequence[str] | None = None,
+        filename_tmpl: str | None = None,
+        save_begin: int = 0,
+    ):
+        self.interval = check_whole_number("interval", interval)
+        self.max_keep_ckpts = check_whole_number("max_keep_ckpts", max_keep_ckpts)
+        self.save_begin = check_whole_number("save_begin", save_begin, 0)
+        for name, number in (("interval", interval), ("max_keep_ckpts", max_keep_ckpts)):
+            if number == 0:
+                raise ValueError(f"Invalid {name}: 0; expected a whole number above 0, or -1")
+        self.by_epoch = by_epoch
+        self.save_optimizer = save_optimizer
+        self.save_param_scheduler = save_param_scheduler
+        self.out_dir = out_dir
+        self.save_last = save_last
+        self.filename_tmpl = filename_tmpl or ("epoch_{}.pth" if by_epoch else "iter_{}.pth")
+        if self.filename_tmpl.count("{}") != 1:
+            raise ValueError(f"filename_tmpl must have {{}} once, got {filename_tmpl!r}")
+        self.greater_keys = _as_list("greater_keys", greater_keys) or list(_GREATER_KEYS)
+        self.less_keys = _as_list("less_keys", less_keys) or list(_LESS_KEYS)
+        self.save_best = _as_list("save_best", save_best)
+        if len(set(self.save_best)) < len(self.save_best) or ("auto" in self.save_best and len(self.save_best) > 1):
+            raise ValueError(f"save_best must name each metric once, or be 'auto' alone, got {save_best!r}")
+        rules = _as_list("rule", rule)
+        for each in rules:
+            if each not in _RULES:
+                raise ValueError(f"Invalid rule: {each!r}; {did_you_mean(each, _RULES)}")
+        if len(rules) not in (0, 1, len(self.save_best)):
+            raise ValueError(f"rule has {len(rules)} entries for {len(self.save_best)} metrics of save_best")
+        self._given_rules = rules
+        self.rules = {} if self.save_best == ["auto"] else self._tell_rules(self.save_best)
+        self._folder: Path | None = None  # outside of a training
+        self._kept: list[int] = []
+
+    def _tell_rules(self, metrics: Sequence[str]) -> dict[str, str]:
+        if self._given_rules:
+            given = self._given_rules * len(metrics) if len(self._given_rules) == 1 else self._given_rules
+            return dict(zip(metrics, given, strict=True))
+        return {metric: self._tell_rule(metric) for metric in metrics}
+
+    def _tell_rule(self, metric: str) -> str:
+        name = metric.lower()
+        keys = {"greater": [key.lower() for key in self.greater_keys], "less": [key.lower() for key in self.less_keys]}
+        for rule in _RULES:
+            if name in keys[rule]:
+                return rule
+        for rule in _RULES:
+            if any(key in name for key in keys[rule]):
+                return rule
+        raise ValueError(f"save_best={metric!r}: its name does not tell whether more or less is better; set rule")
+
+    def before_train(self, runner: Runner) -> None:
+        """Find the folder, and remove what a killed process left there."""
+        work_dir = Path(runner.work_dir)
+        self._folder = work_dir if self.out_dir is None else Path(self.out_dir) / work_dir.name
+        if is_main_process():
+            for left_over in self._folder.glob(f"*{UNFINISHED}"):
+                left_over.unlink()
+        self._kept = list(runner.message_hub.get_info("keep_ckpt_ids", ()))
+        self._remove_outdated(runner)
+
+    def after_train(self, runner: Runner) -> None:
+        """A validation that follows is no part of the training."""
+        self._folder = None
+
+    def after_train_epoch(self, runner: Runner) -> None:
+        """Save, where it counts epochs."""
+        if self.by_epoch and (
+            self.every_n_epochs(runner, self.interval, self.save_begin)
+            or (self.save_last and self.is_last_train_epoch(runner))
+        ):
+            self._save(runner, runner.epoch + 1)
+
+    def after_train_iter(
+        self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: dict[str, Any] | None = None
+    ) -> None:
+        """Save, where it counts iterations."""
+        if not self.by_epoch and (
+            self.every_n_train_iters(runner, self.interval, self.save_begin)
+            or (self.save_last and self.is_last_train_iter(runner))
+        ):
+            self._save(runner, runner.iter + 1)
+
+    def _save(self, runner: Runner, step: int) -> None:
+        assert self._folder is not None
+        if self.max_keep_ckpts > 0:
+            # The outdated one is still among them: if the process is killed now, who resumes removes it.
+            self._kept = [*(kept for kept in self._kept if kept != step), step]
+            runner.message_hub.update_info("keep_ckpt_ids", list(self._kept))
+        filename = self.filename_tmpl.format(step)
+        path = runner.save_checkpoint(self._folder, filename, self.save_optimizer, self.save_param_scheduler)
+        runner.logger.info(f"Saved {path}")
+        if is_main_process():
+            work_dir = Path(runner.work_dir)
+            name = path.name if path.parent == work_dir else str(path.resolve())
+            write_atomically(work_dir / LAST_CHECKPOINT, lambda file: file.write(name.encode()))
+        self._remove_outdated(runner)
+
+    def _remove_outdated(self, runner: Runner) -> None:
+        if self.max_keep_ckpts <= 0:
+            return
+        assert self._folder is not None
+        while len(self._kept) > self.max_keep_ckpts:
+            outdated = self._folder / self.filename_tmpl.format(self._kept.pop(0))
+            if is_main_process():
+                outdated.unlink(missing_ok=True)
+        runner.message_hub.update_info("keep_ckpt_ids", list(self._kept))
+
+    def after_val_epoch(self, runner: Runner, metrics: Mapping[str, Any] | None = None) -> None:
+        """Save the weights where a metric is better than ever before."""
+        if not self.save_best or self._folder is None:
+            return
+        if not metrics:
+            runner.logger.warning("The validation gave no metrics, so save_best does nothing")
+            return
+        if not self.rules:
+            self.rules = self._tell_rules([next(iter(metrics))])
+        for metric, rule in self.rules.items():
+            if metric not in metrics:
+                raise KeyError(f"save_best={metric!r} is not among the metrics; {did_you_mean(metric, metrics)}")
+            score = plain(metrics[metric])
+            if not isinstance(score, (numbers.Real, Tensor)):
+                raise TypeError(f"save_best={metric!r} is a {type(score).__name__}, not a number")
+            self._save_if_best(runner, metric, float(score), rule)
+
+    def _save_if_best(self, runner: Runner, metric: str, score: float, rule: str) -> None:
+        hub = runner.message_hub
+        suffix = "" if len(self.rules) == 1 else f"_{metric}"
+        best = hub.get_info(f"best_score{suffix}", -math.inf if rule == "greater" else math.inf)
+        if not (score > best if rule == "greater" else score < best):
+            return
+        assert self._folder is not None
+        before = hub.get_info(f"best_ckpt{suffix}")
+        step = runner.epoch if self.by_epoch else runner.iter
+        filename = f"best_{metric}_{self.filename_tmpl.format(step)}".replace("/", "_")
+        hub.update_info(f"best_score{suffix}", score)
+        hub.update_info(f"best_ckpt{suffix}", filename)
+        path = runner.save_checkpoint(self._folder, filename, save_optimizer=False, save_param_scheduler=False)
+        if is_main_process() and before not in (None, filename):
+            (self._folder / before).unlink(missing_ok=True)
+        runner.logger.info(f"Saved {path}, the best so far with {metric} {score:.4f}")

@@ -1,0 +1,235 @@
+"""EMAHook: trains a model, and evaluates and saves the average of its weights."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from copy import copy
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+
+from ....messages import did_you_mean, plain_settings
+from ...averaging import BaseAveragedModel, ExponentialMovingAverage, MomentumAnnealingEMA, StochasticWeightAverage
+from ...portable import as_before
+from ...registry import HOOKS, MODELS, accepted_arguments
+from ...unwrapping import fitted_state_dict
+from ..checkpoint import CheckpointError, check_fit
+from .hook import Hook
+
+if TYPE_CHECKING:
+    from ..runner import Runner
+
+__all__ = ["EMAHook"]
+
+#: What the names of the model's weights begin with in the average.
+_PREFIX = "module."
+
+
+@HOOKS.register_module()
+class EMAHook(Hook):
+    """Keeps an average of the model's weights, as ``mmengine.hooks.EMAHook``.
+
+    From the beginning on every iteration updates the average. A validation or test finds the average's weights in the
+    model. In a checkpoint they are the ``state_dict``, and what the model has itself is in ``ema_state_dict``, so that
+    training is resumed with the one and the other. Before the beginning the average is the model.
+
+    Args:
+        ema_type: the averaged model: a registered name, an import path or a class.
+        strict_load: whether a checkpoint that lacks something of the average, or has something else, is an error
+            rather than a warning.
+        begin_iter: number of the iteration, from 1 on, that is the first to update the average.
+        begin_epoch: number of the epoch, from 1 on, whose iterations are the first to. Only one of the two may be set.
+        start_iters: another name of ``begin_iter``.
+        kwargs: arguments of the averaged model: ``momentum``, ``interval``, ``update_buffers``, ``device``, ``dtype``,
+            and what else it has.
+
+    Attributes:
+        ema_model: the average; None before it is first needed.
+        src_model: the model it is of; likewise.
+
+    Raises:
+        KeyError: an unknown ``ema_type``.
+        TypeError, ValueError: an argument is unknown, of the wrong kind or out of range.
+    """
+
+    priority = "NORMAL"
+
+    def __init__(
+        self,
+        ema_type: str | Callable[..., BaseAveragedModel] = "ExponentialMovingAverage",
+        strict_load: bool = False,
+        begin_iter: int = 0,
+        begin_epoch: int = 0,
+        start_iters: int | None = None,
+        **kwargs: Any,
+    ):
+        begins = {"begin_iter": begin_iter, "begin_epoch": begin_epoch, "start_iters": start_iters or 0}
+        begins = plain_settings(begins)
+        for name, number in begins.items():
+            if isinstance(number, bool) or not isinstance(number, int):
+                raise TypeError(f"{name} must be an int, got {number!r}")
+            if number < 0:
+                raise ValueError(f"Invalid {name}: {number}; expected an int of at least 0")
+        given = [f"{name}={number}" for name, number in begins.items() if number]
+        if len(given) > 1:
+            raise ValueError(f"the average begins once, and {' and '.join(given)} are given")
+        if not isinstance(strict_load, bool):
+            raise TypeError(f"strict_load must be True or False, got {strict_load!r}")
+        self.strict_load = strict_load
+        self.begin_iter = begins["begin_iter"] or begins["start_iters"]
+        self.begin_epoch = begins["begin_epoch"]
+        self.ema_cfg: dict[str, Any] = {"type": ema_type, **kwargs}
+        self._check_config()
+        self.ema_model: BaseAveragedModel | None = None
+        self.src_model: nn.Module | None = None
+        self._applied: AbstractContextManager[nn.Module] | None = None
+
+    def _check_config(self) -> None:
+        """Raise what building the average would raise, as far as can be told without the model."""
+        kind = MODELS.resolve(self.ema_cfg["type"])
+        if isinstance(kind, type) and not issubclass(kind, BaseAveragedModel):
+            raise TypeError(f"ema_type must be a BaseAveragedModel, got {kind.__name__}")
+        accepted = accepted_arguments(kind)
+        for key in self.ema_cfg:
+            if accepted is not None and key not in {*accepted, "type"} - {"model"}:
+                known = {*accepted, "ema_type", "strict_load", "begin_iter", "begin_epoch", "start_iters"} - {"model"}
+                raise TypeError(f"EMAHook has no argument {key!r}; {did_you_mean(key, known)}")
+        # Another class may want more of its model than an empty one has.
+        if kind in (ExponentialMovingAverage, MomentumAnnealingEMA, StochasticWeightAverage):
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # they come when the model is averaged
+                MODELS.build(self.ema_cfg, model=nn.Module())
+
+    def before_run(self, runner: Runner) -> None:
+        """Make the average, unless an earlier run with this model has."""
+        self._models(runner)
+
+    def before_train(self, runner: Runner) -> None:
+        """Warn where the training ends before the average begins."""
+        for name, begin, end in (
+            ("begin_iter", self.begin_iter, runner.max_iters),
+            ("begin_epoch", self.begin_epoch, runner.max_epochs),
+        ):
+            if begin > end:
+                runner.logger.warning(
+                    f"EMAHook: {name}={begin} is past the end of the training, which is {end}: nothing is averaged"
+                )
+
+    def before_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None) -> None:
+        """See to it that the model has its own weights, although an evaluation may have failed."""
+        self._restore()
+
+    def after_train_iter(
+        self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: dict[str, Any] | None = None
+    ) -> None:
+        """Update the average."""
+        if runner.iter + 1 >= self.begin_iter and runner.epoch + 1 >= self.begin_epoch:
+            average, model = self._models(runner)
+            average.update_parameters(model)
+
+    def before_val_epoch(self, runner: Runner) -> None:
+        """Put the average's weights into the model."""
+        self._apply(runner)
+
+    def after_val_epoch(self, runner: Runner, metrics: Mapping[str, Any] | None = None) -> None:
+        """Give the model its own weights back."""
+        self._restore()
+
+    def before_test_epoch(self, runner: Runner) -> None:
+        """Put the average's weights into the model."""
+        self._apply(runner)
+
+    def after_test_epoch(self, runner: Runner, metrics: Mapping[str, Any] | None = None) -> None:
+        """Give the model its own weights back."""
+        self._restore()
+
+    def close(self) -> None:
+        """Give the model its own weights back, although an evaluation may have failed."""
+        self._restore()
+
+    def before_save_checkpoint(self, runner: Runner, checkpoint: dict[str, Any]) -> None:
+        """Save the average's weights as the model's, and the model's own beside them.
+
+        Raises:
+            RuntimeError: in an evaluation, where the model does not have its own.
+        """
+        if self._applied is not None:
+            raise RuntimeError(
+                "EMAHook: the model has the average's weights while it is evaluated, so no checkpoint can be saved; "
+                f"save in a hook that acts after this one, whose priority is {self.priority}"
+            )
+        average = self._refreshed(runner)
+        own = checkpoint["state_dict"]
+        # Copies and updates, because state dicts carry the versions of modules as an attribute.
+        state = copy(average.state_dict())
+        state.update({name: value.cpu() for name, value in state.items() if isinstance(value, Tensor)})
+        names = [name for name in own if _PREFIX + name in state]
+        checkpoint["state_dict"] = averaged = copy(own)
+        averaged.update({name: state[_PREFIX + name] for name in names})
+        state.update({_PREFIX + name: own[name] for name in names})
+        checkpoint["ema_state_dict"] = state
+
+    def after_load_checkpoint(self, runner: Runner, checkpoint: dict[str, Any]) -> None:
+        """Where training is resumed, take both sets of weights back. Weights that are only loaded begin a new average.
+
+        Raises:
+            CheckpointError: ``ema_state_dict`` lacks weights of the model; or, with ``strict_load``, what is loaded is
+                not just that of the average.
+        """
+        average, model = self._models(runner)
+        weights = checkpoint["state_dict"]
+        if not runner.resumes or "ema_state_dict" not in checkpoint:
+            if runner.resumes:
+                runner.logger.warning("EMAHook: the checkpoint has no ema_state_dict; a new average begins")
+            if self.strict_load:
+                self._check_fit(runner, "state_dict", weights, model, True)
+            average.steps.zero_()
+            return
+        state: Any = fitted_state_dict(checkpoint.pop("ema_state_dict"), average.state_dict())
+        own = copy(weights)
+        own.clear()
+        own.update({name.removeprefix(_PREFIX): value for name, value in state.items() if name.startswith(_PREFIX)})
+        self._check_fit(runner, "ema_state_dict", own, model, True)
+        state = copy(state)
+        state.update({_PREFIX + name: value for name, value in weights.items()})
+        self._check_fit(runner, "ema_state_dict", state, average, self.strict_load)
+        known = average.state_dict()
+        state.update({name: as_before(value, known.get(name)) for name, value in state.items()})
+        average.load_state_dict(state, strict=False)
+        checkpoint["state_dict"] = own
+
+    def _models(self, runner: Runner) -> tuple[BaseAveragedModel, nn.Module]:
+        """The average, made where there is none of this model yet, and the model."""
+        model = runner.bare_model
+        if self.ema_model is None or self.src_model is not model:
+            self.ema_model, self.src_model = MODELS.build(self.ema_cfg, model=model), model
+        return self.ema_model, model
+
+    def _check_fit(self, runner: Runner, name: str, state: Mapping[str, Any], model: nn.Module, strict: bool) -> None:
+        differences = check_fit(state, model)
+        if differences:
+            message = f"EMAHook: the checkpoint's {name} is not that of the average: {'; '.join(differences)}"
+            if strict:
+                raise CheckpointError(message)
+            runner.logger.warning(message)
+
+    def _refreshed(self, runner: Runner) -> BaseAveragedModel:
+        """The average with what it takes from the model as it is: all before its first update, buffers at any time."""
+        average, model = self._models(runner)
+        if average.steps == 0:
+            average.copy_parameters(model)
+        else:
+            average.copy_buffers(model)
+        return average
+
+    def _apply(self, runner: Runner) -> None:
+        self._restore()
+        self._applied = self._refreshed(runner).applied_to(runner.bare_model)
+        self._applied.__enter__()
+
+    def _restore(self) -> None:
+        applied, self._applied = self._applied, None
+        if applied is not None:
+            applied.__exit__(None, None, None)

@@ -1,0 +1,153 @@
+"""MessageHub: what is logged, and where a training stands."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...messages import check_whole_number
+from ..portable import as_before, portable
+from .checkpoint import unloadable_parts
+
+__all__ = ["HistoryBuffer", "MessageHub"]
+
+
+class HistoryBuffer:
+    """The last values of a logged scalar.
+
+    Tensors stay where they are until a value is read, so that logging an iteration does not wait for the device.
+
+    Args:
+        size: how many values are kept.
+        values: the first ones, with None for one that is left out.
+    """
+
+    def __init__(self, size: int, values: Iterable[float | None] = ()):
+        # A number, None, or what is still on the device: the value, and maybe whether it is left out.
+        self._values: deque[float | tuple[Tensor, ...] | None] = deque(maxlen=size)
+        self._values.extend(None if value is None else float(value) for value in values)
+
+    def update(self, value: float | Tensor, unless: Tensor | None = None) -> None:
+        """Add a number, or a tensor of one element.
+
+        Args:
+            value: the number.
+            unless: a bool of one element: whether the value, a tensor then, is left out when it is read.
+
+        Raises:
+            TypeError, ValueError: ``value`` is neither.
+        """
+        if not isinstance(value, Tensor):
+            self._values.append(float(value))
+        elif value.numel() != 1:
+            raise ValueError(f"a tensor of one element is expected, got shape {tuple(value.shape)}")
+        else:
+            self._values.append((value.detach(),) if unless is None else (value.detach(), unless))
+
+    @property
+    def slots(self) -> list[float | None]:
+        """The values, oldest first, with None for one that is left out."""
+        pending = [tensor for entry in self._values if isinstance(entry, tuple) for tensor in entry]
+        tensors = [tensor.reshape(()).to(pending[0].device, torch.float64) for tensor in pending]
+        read = iter(torch.stack(tensors).tolist() if tensors else ())
+        slots: list[float | None] = []
+        for entry in self._values:
+            if isinstance(entry, tuple):
+                number, *left_out = [next(read) for _ in entry]
+                slots.append(None if any(left_out) else number)
+            else:
+                slots.append(entry)
+        self._values = deque(slots, self._values.maxlen)
+        return slots
+
+    @property
+    def data(self) -> list[float]:
+        """The values, oldest first, without those that are left out."""
+        return [value for value in self.slots if value is not None]
+
+    def current(self) -> float:
+        """The last value."""
+        return self.data[-1]
+
+    def mean(self) -> float:
+        """The mean of the values that are kept."""
+        values = self.data
+        return sum(values) / len(values)
+
+
+class MessageHub:
+    """Scalars and information by name, in which hooks leave and find things, as ``mmengine.logging.MessageHub``.
+
+    Args:
+        window_size: how many values of a scalar are kept, to be averaged in the log.
+
+    Attributes:
+        log_scalars: a :class:`HistoryBuffer` by name, such as ``'train/loss'``.
+        runtime_info: anything else by name, such as ``'iter'``.
+    """
+
+    def __init__(self, window_size: int = 10):
+        self.window_size = check_whole_number("window_size", window_size, 1)
+        self.log_scalars: dict[str, HistoryBuffer] = {}
+        self.runtime_info: dict[str, Any] = {}
+
+    def update_scalar(self, key: str, value: float | Tensor, unless: Tensor | None = None) -> None:
+        """Add a value to a scalar.
+
+        Args:
+            key: name of the scalar.
+            value: a number, or a tensor of one element.
+            unless: as for :meth:`HistoryBuffer.update`.
+
+        Raises:
+            ValueError: ``value`` is neither a number nor a tensor of one element.
+        """
+        buffer = self.log_scalars.get(key)
+        if buffer is None:
+            buffer = HistoryBuffer(self.window_size)
+        try:
+            buffer.update(value, unless)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{key!r} is logged as a number: {error}") from error
+        self.log_scalars[key] = buffer
+
+    def update_info(self, key: str, value: Any) -> None:
+        """Set an information."""
+        self.runtime_info[key] = value
+
+    def pop_info(self, key: str, default: Any = None) -> Any:
+        """Remove an information and return it."""
+        return self.runtime_info.pop(key, default)
+
+    def get_scalar(self, key: str) -> HistoryBuffer:
+        """The values of a scalar; KeyError for one that was never updated."""
+        if key not in self.log_scalars:
+            raise KeyError(f"no scalar {key!r} was logged")
+        return self.log_scalars[key]
+
+    def get_info(self, key: str, default: Any = None) -> Any:
+        """An information, or ``default``."""
+        return self.runtime_info.get(key, default)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Values and information, without what a checkpoint cannot hold; it waits for the device."""
+        infos = {key: portable(info) for key, info in self.runtime_info.items()}
+        return {
+            "log_scalars": {key: buffer.slots for key, buffer in self.log_scalars.items()},
+            "runtime_info": {key: infos[key] for key in infos if not any(unloadable_parts(infos[key], key))},
+        }
+
+    def unsaved(self) -> dict[str, str]:
+        """The information that :meth:`state_dict` leaves out, by name, and why: what a checkpoint cannot hold of it."""
+        parts = {key: next(unloadable_parts(portable(info), key), None) for key, info in self.runtime_info.items()}
+        return {key: part for key, part in parts.items() if part is not None}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Load what :meth:`state_dict` returned; information that is here already keeps its type."""
+        buffers = {key: HistoryBuffer(self.window_size, values) for key, values in state_dict["log_scalars"].items()}
+        infos = {key: as_before(info, self.runtime_info.get(key)) for key, info in state_dict["runtime_info"].items()}
+        self.log_scalars, self.runtime_info = buffers, infos

@@ -1,0 +1,442 @@
+"""Runner: a training, from its config to its last checkpoint."""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import inspect
+import random
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.data import DataLoader
+
+from ...messages import plain, warn_caller
+from .. import schedulers
+from ..builder import build_optim_wrapper
+from ..config import Config, ConfigError, naming
+from ..registry import LOOPS, check_config
+from ..unwrapping import stateful
+from ..wrappers import OptimWrapper
+from . import distributed
+from .checkpointing import HasCheckpoints
+from .data import build_dataloader
+from .hooks.hook import Hook
+from .log import build_logger
+from .loops import TestLoop, TrainLoop, ValLoop
+from .message_hub import MessageHub
+from .parts import (
+    ENVIRONMENT_KEYS,
+    build_evaluator,
+    build_model,
+    build_train_loop,
+    build_visualizer,
+    check_together,
+    section,
+    set_environment,
+)
+from .preflight import warn_of_what_will_not_act
+from .random_states import fix_cublas_workspace, seed_everything
+from .settings import optimizer_settings, scheduler_settings
+from .undoing import leaves_no_trace_on_error
+from .visualizer import Visualizer
+
+__all__ = ["Runner"]
+
+
+class Runner(HasCheckpoints):
+    """Trains a model as a config says, with the names of ``mmengine.runner.Runner``.
+
+    Everything is built at once, so that what is wrong with a config shows before anything runs. Arguments of MMEngine's
+    Runner that are not here are not offered; whoever needs them trains with MMEngine's own Runner, where fusedopt's
+    optimizers work too.
+
+    Args:
+        model: the model, with ``train_step`` and ``val_step`` as :class:`BaseModel` has them, or its config.
+        work_dir: folder for logs and checkpoints; it is made.
+        train_dataloader: training data: a loader or its config, see :func:`build_dataloader`.
+        val_dataloader: validation data.
+        test_dataloader: test data.
+        train_cfg: ``dict(by_epoch=True, max_epochs=…, val_begin=1, val_interval=1)``, or ``dict(by_epoch=False,
+            max_iters=…, val_begin=1, val_interval=1000)``; instead of ``by_epoch``, ``type`` may name a loop.
+        val_cfg: ``dict(fp16=False)``.
+        test_cfg: as ``val_cfg``.
+        auto_scale_lr: MMEngine's scaling of learning rates; only accepted when it is off.
+        optim_wrapper: the optimizer wrapper or its config, see :func:`fusedopt.build_optim_wrapper`.
+        param_scheduler: schedulers, their configs, or a dict of these for several optimizers.
+        val_evaluator: metrics of a validation: one, its config, or a list.
+        test_evaluator: metrics of a test.
+        default_hooks: merged by key over ``runtime_info``, ``timer``, ``sampler_seed``, ``logger``,
+            ``param_scheduler`` and ``checkpoint``; None removes one.
+        custom_hooks: a list of hooks and configs; ``priority`` in a config overrides the hook's own.
+        data_preprocessor: argument of that name for the config of the model.
+        load_from: checkpoint to start from.
+        resume: go on with the training of ``load_from``, or of the newest checkpoint in ``work_dir``; where there is
+            none, start from the beginning.
+        launcher: ``'none'``, or ``'pytorch'`` under ``torchrun``.
+        env_cfg: ``dist_cfg=dict(backend=…)``, ``cudnn_benchmark``, ``mp_cfg=dict(mp_start_method=…)``, and ``device``,
+            by default a GPU where there is one. MMEngine's ``resource_limit`` and ``opencv_num_threads`` have no
+            effect.
+        log_processor: ``window_size``, how many iterations the logged losses are averaged over (10), and ``by_epoch``,
+            whether the log counts in epochs (by default as the training does).
+        log_level: ``'INFO'`` and the like.
+        visualizer: a visualizer or its config; by default scalars go to ``vis_data/scalars.json`` in ``work_dir``.
+        default_scope: MMEngine's; names are looked up in fusedopt's registries whatever it is.
+        randomness: ``seed`` (random by default), ``diff_rank_seed`` (add the number of the process to it) and
+            ``deterministic`` (torch's deterministic algorithms).
+        experiment_name: by default the name of the config file.
+        model_wrapper_cfg: of the wrapper for several processes: ``type`` and its arguments, such as
+            ``find_unused_parameters``.
+        resume_overrides: where the config was edited since the checkpoint that is resumed was written, whether its
+            settings of optimizers and schedulers count from there on: those of the checkpoint do otherwise, and a
+            warning lists the edits.
+        cfg: the whole config. A :class:`Config` that comes from a file is saved beside the checkpoints, and is named
+            in errors.
+
+    Raises:
+        KeyError: an unknown ``type``.
+        TypeError, ValueError: something is of the wrong kind, out of range, unknown or missing.
+        ConfigError: any of these, where ``cfg`` is a :class:`Config`.
+
+    An error leaves models, wrappers and all else that was given, and the random generators, as they were.
+    """
+
+    @leaves_no_trace_on_error
+    def __init__(
+        self,
+        model: nn.Module | Mapping[str, Any],
+        work_dir: str | Path,
+        train_dataloader: DataLoader | Mapping[str, Any] | None = None,
+        val_dataloader: DataLoader | Mapping[str, Any] | None = None,
+        test_dataloader: DataLoader | Mapping[str, Any] | None = None,
+        train_cfg: Mapping[str, Any] | None = None,
+        val_cfg: Mapping[str, Any] | None = None,
+        test_cfg: Mapping[str, Any] | None = None,
+        auto_scale_lr: Mapping[str, Any] | None = None,
+        optim_wrapper: OptimWrapper | Mapping[str, Any] | None = None,
+        param_scheduler: Any = None,
+        val_evaluator: Any = None,
+        test_evaluator: Any = None,
+        default_hooks: Mapping[str, Hook | Mapping[str, Any] | None] | None = None,
+        custom_hooks: Sequence[Hook | Mapping[str, Any]] | None = None,
+        data_preprocessor: Mapping[str, Any] | None = None,
+        load_from: str | Path | None = None,
+        resume: bool = False,
+        launcher: str = "none",
+        env_cfg: Mapping[str, Any] | None = None,
+        log_processor: Mapping[str, Any] | None = None,
+        log_level: int | str = "INFO",
+        visualizer: Visualizer | Mapping[str, Any] | None = None,
+        default_scope: str | None = None,
+        randomness: Mapping[str, Any] | None = None,
+        experiment_name: str | None = None,
+        model_wrapper_cfg: Mapping[str, Any] | None = None,
+        resume_overrides: bool = False,
+        cfg: Mapping[str, Any] | None = None,
+    ):
+        trains = check_together(train_dataloader=train_dataloader, train_cfg=train_cfg, optim_wrapper=optim_wrapper)
+        validates = check_together(val_dataloader=val_dataloader, val_cfg=val_cfg, val_evaluator=val_evaluator)
+        tests = check_together(test_dataloader=test_dataloader, test_cfg=test_cfg, test_evaluator=test_evaluator)
+        if param_scheduler is not None and not trains:
+            raise ValueError("param_scheduler is given, and there is no optim_wrapper whose settings it could change")
+        if section("auto_scale_lr", auto_scale_lr).get("enable", False):
+            raise ValueError("auto_scale_lr is not offered; write the learning rate of your batch size into the config")
+
+        self.cfg = {} if cfg is None else cfg
+        if not isinstance(work_dir, str | Path) or not work_dir:
+            raise TypeError(f"work_dir must be a path, got {work_dir!r}")
+        if load_from is not None and not isinstance(load_from, str | Path):
+            raise TypeError(f"load_from must be a path or None, got {load_from!r}")
+        if experiment_name is not None and not isinstance(experiment_name, str):
+            raise TypeError(f"experiment_name must be a string or None, got {experiment_name!r}")
+        for flag, value in (("resume", resume), ("resume_overrides", resume_overrides)):
+            if not isinstance(value, bool):
+                raise TypeError(f"{flag} must be True or False, got {value!r}")
+        with self._naming("env_cfg"):
+            environment = section("env_cfg", env_cfg, ENVIRONMENT_KEYS)
+            dist_cfg = section("env_cfg.dist_cfg", environment.get("dist_cfg"))
+        self._cuda_was_in_use = torch.cuda.is_initialized()
+        with self._naming("launcher"):
+            self.launcher = launcher
+            distributed.launch(launcher, **dist_cfg)
+        with self._naming("env_cfg"):
+            self.device, self._start_method = set_environment(environment)
+        with self._naming("randomness"):
+            randomness = section("randomness", randomness, ("seed", "diff_rank_seed", "deterministic"))
+            self.set_randomness(**randomness)
+        self.work_dir = str(Path(work_dir).resolve())
+        self.timestamp = distributed.broadcast(time.strftime("%Y%m%d_%H%M%S"))
+        filename = cfg.filename if isinstance(cfg, Config) else None
+        name = experiment_name or (Path(filename).stem if filename else "")
+        self.experiment_name = "_".join(filter(None, (name, self.timestamp)))
+        self.logger = build_logger(self.work_dir, self.timestamp, log_level)
+        log_settings = section("log_processor", log_processor, ("type", "by_epoch", "window_size"))
+        self.message_hub = MessageHub(log_settings.get("window_size", 10))
+        self.log_by_epoch: bool | None = log_settings.get("by_epoch")
+        self._warned_of: set[str] = set()
+        self._hooks: list[Hook] = []
+        self._load_from = load_from
+        self._resume = resume
+        self.resume_overrides = resume_overrides
+        # What the config says, and what is in effect instead where a training was resumed, see Note [Settings of a
+        # resumed training].
+        self.settings: dict[str, Any] = {}
+        self.settings_in_effect: Mapping[str, Any] = self.settings
+        self._loaded = False
+        with self._naming("visualizer"):
+            self.visualizer = build_visualizer(visualizer, Path(self.work_dir) / "vis_data")
+        with self._naming("model"):
+            distributes = launcher != "none"
+            self.model: Any = build_model(model, data_preprocessor, model_wrapper_cfg, self.device, distributes)
+
+        self.train_loop: TrainLoop | None = None
+        self.val_loop: ValLoop | None = None
+        self.test_loop: TestLoop | None = None
+        self.optim_wrapper: OptimWrapper | None = None
+        self.param_schedulers: Any = None
+        if validates:
+            self.val_loop = self._build_evaluation_loop("val", val_dataloader, val_evaluator, val_cfg)
+        if tests:
+            self.test_loop = self._build_evaluation_loop("test", test_dataloader, test_evaluator, test_cfg)
+        if trains:
+            with self._naming("train_dataloader"):
+                loader = self.build_dataloader(train_dataloader, shuffle=True)
+            with self._naming("train_cfg"):
+                self.train_loop = build_train_loop(self, train_cfg, loader)
+            with self._naming("optim_wrapper"):
+                self.optim_wrapper = self._build_optim_wrapper(optim_wrapper)
+                self.settings.update(optimizer_settings(optim_wrapper))
+            with self._naming("param_scheduler"):
+                self.param_schedulers = self._build_param_schedulers(param_scheduler)
+                self.settings.update(scheduler_settings(param_scheduler, self.max_epochs, self.max_iters))
+        with self._naming("default_hooks"):
+            self.register_default_hooks(default_hooks)
+        with self._naming("custom_hooks"):
+            self.register_custom_hooks(custom_hooks or ())
+        warn_of_what_will_not_act(self)
+        with self._naming("work_dir"):
+            Path(self.work_dir).mkdir(parents=True, exist_ok=True)
+
+    @classmethod
+    def from_cfg(cls, cfg: Mapping[str, Any]) -> Runner:
+        """A runner from a config, whose keys are the arguments of the class. Other keys are the config's own matter.
+
+        Args:
+            cfg: needs ``model`` and ``work_dir``. Not changed.
+
+        Raises:
+            KeyError: one of these is missing, or a ``type`` is unknown.
+            TypeError, ValueError: as for the class.
+        """
+        check_config("cfg", cfg)
+        known = cls.config_keys()
+        for key in ("model", "work_dir"):
+            if key not in cfg:
+                raise KeyError(f"the config of a Runner needs the key {key!r}; it has {', '.join(map(repr, cfg))}")
+        for key in set(cfg) - known:
+            close = difflib.get_close_matches(key, known, 1, cutoff=0.9)
+            if close:
+                warn_caller(f"the config has {key!r}, which the Runner does not use; did you mean {close[0]!r}?")
+        return cls(**{key: cfg[key] for key in cfg if key in known}, cfg=cfg)
+
+    @classmethod
+    def config_keys(cls) -> set[str]:
+        """The keys of a config that :meth:`from_cfg` uses."""
+        return set(inspect.signature(cls).parameters) - {"cfg"}
+
+    @property
+    def iter(self) -> int:
+        """Number of iterations done; within an iteration its number, from 0 on."""
+        return 0 if self.train_loop is None else self.train_loop.iter
+
+    @property
+    def epoch(self) -> int:
+        """Number of epochs done; within an epoch its number, from 0 on."""
+        return 0 if self.train_loop is None else self.train_loop.epoch
+
+    @property
+    def max_iters(self) -> int:
+        """Number of iterations in all."""
+        return 0 if self.train_loop is None else self.train_loop.max_iters
+
+    @property
+    def max_epochs(self) -> int:
+        """Number of epochs in all; 1 in training by iterations."""
+        return 0 if self.train_loop is None else self.train_loop.max_epochs
+
+    @property
+    def train_dataloader(self) -> Any:
+        """The loader of the training data, or None."""
+        return None if self.train_loop is None else self.train_loop.dataloader
+
+    @property
+    def val_dataloader(self) -> Any:
+        """The loader of the validation data, or None."""
+        return None if self.val_loop is None else self.val_loop.dataloader
+
+    @property
+    def test_dataloader(self) -> Any:
+        """The loader of the test data, or None."""
+        return None if self.test_loop is None else self.test_loop.dataloader
+
+    @property
+    def rank(self) -> int:
+        """The number of this process."""
+        return distributed.rank()
+
+    @property
+    def world_size(self) -> int:
+        """The number of processes."""
+        return distributed.world_size()
+
+    @property
+    def bare_model(self) -> nn.Module:
+        """The model without what torch.compile or DistributedDataParallel put around it; see :func:`stateful`."""
+        return stateful(self.model)
+
+    def _naming(self, key: str) -> contextlib.AbstractContextManager[None]:
+        """Where there is a :class:`Config`, its file and ``key`` begin the message of an error."""
+        return naming(self.cfg, key) if isinstance(self.cfg, Config) else contextlib.nullcontext()
+
+    def set_randomness(
+        self, seed: int | None = None, diff_rank_seed: bool = False, deterministic: bool = False
+    ) -> None:
+        """Seed all random generators.
+
+        Args:
+            seed: from 0 to 2**32 - 1; random by default, and the same in all processes.
+            diff_rank_seed: add the number of the process.
+            deterministic: whether torch is to use deterministic algorithms only. For a GPU, this also sets
+                ``CUBLAS_WORKSPACE_CONFIG`` where the environment has none.
+
+        Raises:
+            ValueError: ``seed`` is out of range, or cuBLAS cannot be made deterministic any more.
+        """
+        self.seed_is_given = seed is not None
+        if seed is None:
+            seed = distributed.broadcast(random.SystemRandom().getrandbits(31))
+        seed = plain(seed)
+        if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**32:
+            raise ValueError(f"Invalid randomness.seed: {seed!r}; expected an int from 0 to 2**32 - 1, or None")
+        self.seed = seed
+        if deterministic:
+            if self.device.type == "cuda":
+                fix_cublas_workspace(self._cuda_was_in_use)
+            torch.backends.cudnn.benchmark = False
+            torch.use_deterministic_algorithms(True)
+        seed_everything((seed + self.rank) % 2**32 if diff_rank_seed else seed)
+
+    def build_dataloader(self, dataloader: Any, shuffle: bool = False) -> DataLoader:
+        """A data loader from its config, see :func:`build_dataloader`.
+
+        Args:
+            dataloader: the config.
+            shuffle: whether it shuffles, where the config does not say.
+        """
+        if isinstance(dataloader, Mapping):
+            for part in ("dataset", "sampler", "batch_sampler"):
+                if isinstance(dataloader.get(part), bool | float | int | str):
+                    check_config(part, dataloader[part])
+        return build_dataloader(dataloader, self.seed, shuffle, self._start_method)
+
+    def _build_evaluation_loop(self, mode: str, dataloader: Any, evaluator: Any, cfg: Any) -> Any:
+        with self._naming(f"{mode}_dataloader"):
+            loader = self.build_dataloader(dataloader)
+        with self._naming(f"{mode}_evaluator"):
+            judge = build_evaluator(mode, evaluator)
+        with self._naming(f"{mode}_cfg"):
+            check_config(f"{mode}_cfg", cfg)
+            settings = {"type": f"{mode.capitalize()}Loop", **cfg}
+            return LOOPS.build(settings, runner=self, dataloader=loader, evaluator=judge)
+
+    def _build_optim_wrapper(self, cfg: Any) -> OptimWrapper:
+        return cfg if isinstance(cfg, OptimWrapper) else build_optim_wrapper(self.bare_model, cfg)
+
+    def _build_param_schedulers(self, cfg: Any) -> Any:
+        if cfg is None:
+            return None
+        assert self.train_loop is not None
+        assert self.optim_wrapper is not None
+        return schedulers.build_param_schedulers(
+            cfg,
+            self.optim_wrapper,
+            epoch_length=len(self.train_loop.dataloader),
+            max_epochs=self.max_epochs,
+            max_iters=self.max_iters,
+        )
+
+    def warn_once(self, message: str) -> None:
+        """Log a warning, unless this one was logged before."""
+        if message not in self._warned_of:
+            self._warned_of.add(message)
+            self.logger.warning(message)
+
+    def train(self) -> nn.Module:
+        """Train, and return the model.
+
+        Raises:
+            RuntimeError: the config has no training.
+            CheckpointError: what was to be loaded or resumed cannot be, or a checkpoint cannot be written.
+        """
+        if self.train_loop is None or self.optim_wrapper is None:
+            raise RuntimeError("there is nothing to train with: train_dataloader, train_cfg and optim_wrapper are None")
+        if self.val_loop is not None and not hasattr(self.bare_model, "val_step"):
+            raise TypeError(f"{type(self.bare_model).__name__} has no val_step; derive it from BaseModel")
+        with self.running():
+            self.optim_wrapper.initialize_count_status(self.model, self.iter, self.max_iters)
+            self.load_or_resume()
+            self._dump_config()
+            self.train_loop.run()
+        return self.model
+
+    def val(self) -> dict[str, Any]:
+        """Validate, and return the metrics.
+
+        Raises:
+            RuntimeError: the config has no validation.
+            CheckpointError: what was to be loaded cannot be.
+        """
+        return self._evaluate(self.val_loop, "val")
+
+    def test(self) -> dict[str, Any]:
+        """Test, and return the metrics.
+
+        Raises:
+            RuntimeError: the config has no test.
+            CheckpointError: what was to be loaded cannot be.
+        """
+        return self._evaluate(self.test_loop, "test")
+
+    def _evaluate(self, loop: ValLoop | TestLoop | None, mode: str) -> dict[str, Any]:
+        if loop is None:
+            raise RuntimeError(f"there is no {mode}: {mode}_dataloader, {mode}_cfg and {mode}_evaluator are None")
+        with self.running():
+            self.load_or_resume()
+            return loop.run()
+
+    @contextlib.contextmanager
+    def running(self) -> Iterator[None]:
+        """``with runner.running():`` the hooks' ``before_run`` and ``after_run``; everything is closed at the end."""
+        with contextlib.ExitStack() as stack:  # which closes all, although one cannot be closed
+            stack.callback(self.visualizer.close)
+            for hook in reversed(self._hooks):
+                stack.callback(hook.close)
+            self.call_hook("before_run")
+            yield
+            self.call_hook("after_run")
+
+    def _dump_config(self) -> None:
+        """Save the config beside the checkpoints, under the name of its file."""
+        if not isinstance(self.cfg, Config) or self.cfg.filename is None or not distributed.is_main_process():
+            return
+        path = Path(self.work_dir) / Path(self.cfg.filename).name
+        if path.resolve() == Path(self.cfg.filename).resolve():
+            return
+        try:
+            self.cfg.dump(path)
+        except (ConfigError, OSError) as error:
+            self.logger.warning(f"The config is not saved beside the checkpoints: {error}")

@@ -1,0 +1,66 @@
+"""A Runner that cannot be made leaves what it was given, and the process, as they were."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from types import ModuleType
+from typing import Any, TypeVar
+
+import torch
+
+from ...undo import unchanged_on_error
+from .evaluator import Evaluator
+from .random_states import random_states, set_random_states
+
+__all__ = ["leaves_no_trace_on_error"]
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+
+def leaves_no_trace_on_error(init: _Function) -> _Function:
+    """A constructor whose arguments, and the settings of the process, are put back when it fails.
+
+    These are the objects in the arguments, in lists and dicts too; the states of the random generators; and which of
+    torch's algorithms are used. A process group that was made stays.
+    """
+    signature = inspect.signature(init)
+
+    @functools.wraps(init)
+    def construct(*args: Any, **kwargs: Any) -> None:
+        try:
+            given = signature.bind(*args, **kwargs).arguments
+        except TypeError:  # the constructor has the better message
+            given = {}
+        objects = [each for name in given if name not in ("self", "cfg") for each in _objects(given[name])]
+        with _settings_unchanged_on_error(), unchanged_on_error(*objects):
+            init(*args, **kwargs)
+
+    return construct  # type: ignore[return-value]
+
+
+def _objects(value: Any) -> list[Any]:
+    """The objects in an argument that have a state of their own."""
+    if isinstance(value, Mapping):
+        return [each for item in value.values() for each in _objects(item)]
+    if isinstance(value, (list, tuple)):
+        return [each for item in value for each in _objects(item)]
+    if isinstance(value, (type, ModuleType)) or not hasattr(value, "__dict__"):
+        return []
+    return [value, *value.metrics] if isinstance(value, Evaluator) else [value]
+
+
+@contextlib.contextmanager
+def _settings_unchanged_on_error() -> Iterator[None]:
+    random, cudnn = random_states(), torch.backends.cudnn.benchmark
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    try:
+        yield
+    except BaseException:
+        set_random_states(random)
+        torch.backends.cudnn.benchmark = cudnn
+        torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
+        raise

@@ -1,0 +1,13 @@
+"""Errors that say in one line what is wrong with a file that was given."""
+
+from __future__ import annotations
+
+__all__ = ["CheckpointError", "ConfigError"]
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint cannot be written, read or used; the message names the file and what is wrong."""
+
+
+class ConfigError(ValueError):
+    """A config cannot be used; the message, one line, names the file, the key and what is wrong."""

@@ -1,0 +1,43 @@
+"""Registries: what the ``type`` of a config may name, and how such a config becomes an object.
+
+:mod:`fusedopt.training` says which modules fill them.
+"""
+
+from .building import accepted_arguments, build_optimizer, build_scheduler, check_config
+from .registry import Registry
+
+__all__ = [
+    "DATASETS",
+    "DATA_SAMPLERS",
+    "FUNCTIONS",
+    "HOOKS",
+    "LOOPS",
+    "METRICS",
+    "MODELS",
+    "MODEL_WRAPPERS",
+    "OPTIMIZERS",
+    "OPTIM_WRAPPERS",
+    "OPTIM_WRAPPER_CONSTRUCTORS",
+    "PARAM_SCHEDULERS",
+    "VISBACKENDS",
+    "VISUALIZERS",
+    "Registry",
+    "accepted_arguments",
+    "check_config",
+]
+
+OPTIMIZERS = Registry("optimizer", build_func=build_optimizer)
+OPTIM_WRAPPERS = Registry("optimizer wrapper")
+OPTIM_WRAPPER_CONSTRUCTORS = Registry("optimizer wrapper constructor")
+PARAM_SCHEDULERS = Registry("parameter scheduler", build_func=build_scheduler)
+HOOKS = Registry("hook")
+MODELS = Registry("model")
+MODEL_WRAPPERS = Registry("model wrapper")
+DATASETS = Registry("dataset")
+DATA_SAMPLERS = Registry("data sampler")
+#: Functions that a config names, such as ``collate_fn``.
+FUNCTIONS = Registry("function")
+METRICS = Registry("metric")
+LOOPS = Registry("loop")
+VISUALIZERS = Registry("visualizer")
+VISBACKENDS = Registry("visualization backend")

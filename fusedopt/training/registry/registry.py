@@ -1,0 +1,274 @@
+"""Registry: what the ``type`` of a config may name."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextvars import ContextVar
+from typing import Any
+
+from ...messages import did_you_mean, warn_caller
+from .building import build_from_cfg
+from .paths import dotted_name, import_dotted, import_registry_of
+
+__all__ = ["Registry"]
+
+#: The scope that a config's ``_scope_`` asked for, while it and what it holds are built.
+_default_scope: ContextVar[str | None] = ContextVar("default_scope", default=None)
+
+
+class Registry:
+    """A table of classes and functions by name, from which configs are built; as ``mmengine.Registry``.
+
+    Registries of one kind form a tree: a package with a registry of its own makes it a child of ours. A name is looked
+    for here, then in the parents; ``scope.Name`` in the registry of that scope; and an import path such as
+    ``torch.optim.AdamW`` at last. A registry imports its ``locations`` before it passes a name on.
+
+    Args:
+        name: what it holds, as messages call it, such as ``'optimizer'``.
+        build_func: called as ``build_func(cfg, *args, registry=self, **kwargs)`` by :meth:`build`; by default the
+            parent's, else the one that :meth:`build` describes.
+        parent: the registry that is asked for what is not here.
+        scope: name by which the other registries of the tree know this one; by default the package in which it is made.
+        locations: modules to import when a name is not here yet, so that what they register is found.
+
+    Raises:
+        TypeError: an argument is of the wrong kind.
+        ValueError: ``parent`` has a child of that scope.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        build_func: Callable[..., Any] | None = None,
+        parent: Registry | None = None,
+        scope: str | None = None,
+        locations: Sequence[str] = (),
+    ):
+        if scope is None:
+            scope = sys._getframe(1).f_globals.get("__name__", "").partition(".")[0]
+        if not isinstance(scope, str) or "." in scope:
+            raise TypeError(f"scope of a registry must be a string without dots, got {scope!r}")
+        if isinstance(locations, str) or not all(isinstance(location, str) for location in locations):
+            raise TypeError(f"locations must be a list of module names, got {locations!r}")
+        if parent is not None and not isinstance(parent, Registry):
+            raise TypeError(f"parent must be a Registry, got {type(parent).__name__}")
+        self.name = name
+        self.scope = scope
+        self.parent = parent
+        self.children: dict[str, Registry] = {}
+        self.build_func: Callable[..., Any] = build_func or (
+            parent.build_func if parent is not None else build_from_cfg
+        )
+        self._locations = list(locations)
+        self._modules: dict[str, Callable[..., Any]] = {}
+        self._lazy: dict[str, str] = {}
+        if parent is not None:
+            if scope in parent.children:
+                raise ValueError(f"the {parent.name} registry has a child of scope {scope!r} already")
+            parent.children[scope] = self
+
+    @property
+    def module_dict(self) -> dict[str, Callable[..., Any]]:
+        """What is registered here, by name; without what :meth:`register_lazily` names."""
+        return self._modules
+
+    @property
+    def root(self) -> Registry:
+        """The registry at the top of the tree."""
+        return self if self.parent is None else self.parent.root
+
+    def register_module(
+        self, name: str | Sequence[str] | None = None, force: bool = False, module: Callable[..., Any] | None = None
+    ) -> Any:
+        """Register a class or function: ``@register_module()`` above it, or ``register_module(module=cls)``.
+
+        Args:
+            name: name or names to register under; by default the object's own.
+            force: replace what is registered under a name.
+            module: the object, when this is not used as a decorator.
+
+        Returns:
+            ``module``, or the decorator.
+
+        Raises:
+            KeyError: a name is taken. Nothing has been registered then.
+            TypeError: a name is not a string, ``force`` is not a bool, or the object is not callable.
+        """
+        if not isinstance(force, bool):
+            raise TypeError(f"force must be True or False, got {force!r}")
+        names = [name] if isinstance(name, str) else name
+        if names is not None and not (isinstance(names, (list, tuple)) and all(isinstance(n, str) for n in names)):
+            raise TypeError(
+                f"name must be a string, a list of strings or None, got {name!r} (the decorator is written with "
+                "parentheses: @register_module())"
+            )
+
+        def register(target: Callable[..., Any]) -> Callable[..., Any]:
+            if not callable(target):
+                raise TypeError(f"the {self.name} registry holds classes and functions, got {target!r}")
+            keys = names or [target.__name__]
+            entries = self._entries()
+            taken = [key for key in keys if key in entries and not self._is_reloaded(key, target)]
+            if taken and not force:
+                raise KeyError(
+                    f"{taken[0]!r} is already in the {self.name} registry as {entries[taken[0]]}; "
+                    "force=True replaces it"
+                )
+            self._modules.update(dict.fromkeys(keys, target))
+            return target
+
+        return register if module is None else register(module)
+
+    def _is_reloaded(self, key: str, target: Callable[..., Any]) -> bool:
+        """Whether a module of this package that is reloaded registers again what it has registered as ``key``."""
+        known, own = self._modules.get(key), __name__.partition(".")[0]
+        if known is target:
+            return self.scope == own
+        ours = str(getattr(target, "__module__", "")).partition(".")[0] == own
+        return ours and known is not None and dotted_name(known) == dotted_name(target)
+
+    def add_locations(self, *modules: str) -> None:
+        """Import ``modules`` too before a name is passed on; for who makes a registry that others fill."""
+        self._locations.extend(modules)
+
+    def register_lazily(self, name: str, path: str) -> None:
+        """Register what is at an import path, to be imported when it is first asked for by ``name``."""
+        self._lazy[name] = path
+
+    def get(self, key: str) -> Any:
+        """What ``key`` stands for, or None.
+
+        Args:
+            key: a name, registered here or in a parent; ``scope.Name``; or an import path. For a scope that is not
+                known, the module ``scope.registry`` is imported first, where there is one.
+
+        Raises:
+            TypeError: ``key`` is not a string.
+        """
+        if not isinstance(key, str):
+            raise TypeError(f"a {self.name} is looked up by a string, got {key!r}")
+        scope, dot, _ = key.partition(".")
+        if dot and key not in self._modules and self._search(scope) is None:
+            import_registry_of(scope)
+        found = self._find(key)
+        return import_dotted(key) if found is None else found
+
+    def _find(self, key: str) -> Any:
+        """What is registered as ``key`` in this tree, or None."""
+        found = self._find_here(key)
+        if found is not None:
+            return found
+        scope, dot, rest = key.partition(".")
+        if not dot:
+            return None if self.parent is None else self.parent._find(key)
+        if scope == self.scope:
+            return self._find_here(rest)
+        registry = self._search(scope)
+        return None if registry is None else registry._find(rest)
+
+    def _search(self, scope: str) -> Registry | None:
+        """The registry of ``scope``: this one or below it, else anywhere in the tree."""
+        below = self._search_below(scope)
+        return self.root._search_below(scope) if below is None else below
+
+    def _search_below(self, scope: str) -> Registry | None:
+        if scope == self.scope:
+            return self
+        found = (child._search_below(scope) for child in self.children.values())
+        return next((registry for registry in found if registry is not None), None)
+
+    def _find_here(self, key: str) -> Any:
+        """What is registered as ``key`` in this registry alone, or None."""
+        if key not in self._modules:
+            self._import_locations()
+        if key not in self._modules and key in self._lazy:
+            return import_dotted(self._lazy[key])
+        return self._modules.get(key)
+
+    def _import_locations(self) -> None:
+        # Emptied first: what is imported may look something up here.
+        locations, self._locations = self._locations, []
+        try:
+            for location in locations:
+                importlib.import_module(location)
+        except BaseException:
+            self._locations = locations
+            raise
+
+    @contextlib.contextmanager
+    def switch_scope_and_registry(self, scope: str | None) -> Iterator[Registry]:
+        """Make ``scope`` the default one, for builds within builds too, and give the registry of that scope.
+
+        Args:
+            scope: None leaves the default scope as it is. One that no registry of the tree has is a warning, and this
+                registry serves.
+        """
+        token = _default_scope.set(_default_scope.get() if scope is None else scope)
+        try:
+            current = _default_scope.get()
+            registry = None if current is None else self._search(current)
+            if current is not None and registry is None:
+                import_registry_of(current)
+                registry = self._search(current)
+            if registry is None and scope is not None:
+                warn_caller(f"no {self.name} registry has the scope {scope!r}; {self.scope!r} serves")
+            yield self if registry is None else registry
+        finally:
+            _default_scope.reset(token)
+
+    def resolve(self, kind: str | Callable[..., Any]) -> Callable[..., Any]:
+        """The class or function that the ``type`` of a config stands for.
+
+        Args:
+            kind: what :meth:`get` takes, or the class or function itself.
+
+        Raises:
+            KeyError: nothing goes by that name; the message gives the closest registered one.
+            TypeError: it is, or leads to, something that cannot be called.
+        """
+        target = self.get(kind) if isinstance(kind, str) else kind
+        if target is None:
+            known = self._names()
+            hint = did_you_mean(str(kind), known) if known else "nothing is registered"
+            raise KeyError(f"{kind!r} is not in the {self.name} registry and is no import path; {hint}")
+        if not callable(target):
+            raise TypeError(f"type of {self.name} must be a registered name, an import path or a class, got {kind!r}")
+        return target
+
+    def _names(self) -> set[str]:
+        return set(self) | (set() if self.parent is None else self.parent._names())
+
+    def build(self, cfg: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """Make the object a config describes; the config is not changed.
+
+        Args:
+            cfg: ``type`` (see :meth:`resolve`), the keyword arguments, and maybe ``_scope_``, the scope to build in.
+            args: positional arguments.
+            kwargs: keyword arguments for which ``cfg`` has no value of its own. MMEngine's way of writing them is
+                known too: ``default_args``, a dict, which may also hold the ``type``.
+
+        Raises:
+            KeyError: ``type`` is missing or unknown.
+            TypeError: ``cfg`` is not a dict, or the arguments do not fit; the message names the class.
+        """
+        return self.build_func(cfg, *args, registry=self, **kwargs)
+
+    def __contains__(self, key: str) -> bool:
+        return self.get(key) is not None
+
+    def _entries(self) -> dict[str, str]:
+        """The import path of each entry, by name."""
+        return {**self._lazy, **{name: dotted_name(target) for name, target in self._modules.items()}}
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._entries())
+
+    def __len__(self) -> int:
+        return len(self._entries())
+
+    def __repr__(self) -> str:
+        entries = "".join(f"\n  {name}: {path}" for name, path in sorted(self._entries().items()))
+        return f"{type(self).__name__}(name={self.name!r}, scope={self.scope!r}, {len(self)} registered){entries}"

@@ -1,0 +1,189 @@
+"""Schedulers along a cosine (SGDR, Loshchilov and Hutter, 2017)."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...messages import check_number, plain_settings
+from ..registry import PARAM_SCHEDULERS
+from .base import INF, LRSchedulerMixin, MomentumSchedulerMixin, _ParamScheduler
+from .lengths import check_steps, warn_of_fraction
+from .watching import OptimizerLike
+
+__all__ = [
+    "CosineAnnealingLR",
+    "CosineAnnealingMomentum",
+    "CosineAnnealingParamScheduler",
+    "CosineAnnealingWeightDecay",
+    "CosineRestartLR",
+    "CosineRestartMomentum",
+    "CosineRestartParamScheduler",
+]
+
+
+class _Cosine(_ParamScheduler):
+    """What both have: where the cosine ends, and how it goes on from the current value.
+
+    Args:
+        eta_min: value at the end, 0 unless ``eta_min_ratio`` is given.
+        eta_min_ratio: value at the end over the one before any schedule.
+    """
+
+    def _set_minimum(self, eta_min: float | None, eta_min_ratio: float | None) -> None:
+        if eta_min is not None and eta_min_ratio is not None:
+            raise ValueError(f"eta_min={eta_min} and eta_min_ratio={eta_min_ratio} are both given; expected one")
+        if eta_min is None and eta_min_ratio is None:
+            eta_min = 0.0
+        self.eta_min = None if eta_min is None else check_number("eta_min", eta_min)
+        self.eta_min_ratio = None if eta_min_ratio is None else check_number("eta_min_ratio", eta_min_ratio)
+
+    def _minimum(self, base: Any) -> Any:
+        return self.eta_min if self.eta_min_ratio is None else base * self.eta_min_ratio
+
+    def _along(self, value: Any, base: Any, step: float, period: float) -> Any:
+        """From the value at ``step - 1`` of a half wave of ``period`` steps to the one at ``step``."""
+        ratio = (1 + math.cos(math.pi * step / period)) / (1 + math.cos(math.pi * (step - 1) / period))
+        return ratio * (value - self._minimum(base)) + self._minimum(base)
+
+
+@PARAM_SCHEDULERS.register_module()
+class CosineAnnealingParamScheduler(_Cosine):
+    """eta_min + (base - eta_min) (1 + cos(pi t / T_max)) / 2, as ``torch.optim.lr_scheduler.CosineAnnealingLR``.
+
+    After ``T_max`` steps it goes up again.
+
+    Args:
+        T_max: steps of the way down, which may be a fraction; ``end - begin`` by default.
+        eta_min: value at the end, 0 unless ``eta_min_ratio`` is given.
+        args, kwargs: see :class:`_ParamScheduler`.
+        eta_min_ratio: value at the end over the one before any schedule, instead of ``eta_min``.
+
+    Raises:
+        ValueError: neither ``T_max`` nor ``end`` is given; both ``eta_min`` and ``eta_min_ratio`` are.
+    """
+
+    _in_steps = ("T_max",)
+    _may_be_fractions = ("T_max",)
+
+    def __init__(
+        self,
+        optimizer: OptimizerLike,
+        param_name: str,
+        T_max: float | None = None,  # noqa: N803
+        eta_min: float | None = None,
+        *args: Any,
+        eta_min_ratio: float | None = None,
+        **kwargs: Any,
+    ):
+        self.T_max = None if T_max is None else check_number("T_max", T_max, 1)
+        self._set_minimum(eta_min, eta_min_ratio)
+        super().__init__(optimizer, param_name, *args, **kwargs)
+
+    def _prepare(self) -> None:
+        if self.T_max is None:
+            if self.end == INF:
+                raise ValueError(f"{type(self).__name__} must know where its cosine ends; expected T_max or end")
+            self.T_max = self.end - self.begin
+
+    def _next(self, value: Any, base: Any) -> Any:
+        assert self.T_max is not None
+        if self.last_step == 0:
+            return value
+        if (self.last_step - 1 - self.T_max) % (2 * self.T_max) == 0:  # from the minimum, where the ratio is 0 / 0
+            return value + (base - self._minimum(base)) * (1 - math.cos(math.pi / self.T_max)) / 2
+        return self._along(value, base, self.last_step, self.T_max)
+
+
+@PARAM_SCHEDULERS.register_module()
+class CosineAnnealingLR(LRSchedulerMixin, CosineAnnealingParamScheduler):
+    """:class:`CosineAnnealingParamScheduler` of the learning rate."""
+
+
+@PARAM_SCHEDULERS.register_module()
+class CosineAnnealingMomentum(MomentumSchedulerMixin, CosineAnnealingParamScheduler):
+    """:class:`CosineAnnealingParamScheduler` of the momentum."""
+
+
+@PARAM_SCHEDULERS.register_module()
+class CosineAnnealingWeightDecay(CosineAnnealingParamScheduler):
+    """:class:`CosineAnnealingParamScheduler` of the weight decay, as MMPretrain's: what was 0 stays 0."""
+
+    def __init__(self, optimizer: OptimizerLike, *args: Any, **kwargs: Any):
+        super().__init__(optimizer, "weight_decay", *args, **kwargs)
+
+    def _next(self, value: Any, base: Any) -> Any:
+        new = super()._next(value, base)
+        if isinstance(base, Tensor):
+            return torch.where(base == 0, value, new)
+        return value if base == 0 else new
+
+
+@PARAM_SCHEDULERS.register_module()
+class CosineRestartParamScheduler(_Cosine):
+    """Cosines one after the other, each from ``base * restart_weight`` down to the minimum.
+
+    Args:
+        periods: steps of each cosine. After the last the value stays.
+        restart_weights: one for each period.
+        eta_min: value at the ends, 0 unless ``eta_min_ratio`` is given.
+        eta_min_ratio: value at the ends over the one before any schedule, instead of ``eta_min``.
+        args, kwargs: see :class:`_ParamScheduler`.
+
+    Raises:
+        ValueError: ``periods`` and ``restart_weights`` are of different lengths.
+    """
+
+    _in_steps = ("periods",)
+    _may_be_fractions = ("periods",)
+
+    def __init__(
+        self,
+        optimizer: OptimizerLike,
+        param_name: str,
+        periods: Sequence[int],
+        restart_weights: Sequence[float] = (1,),
+        eta_min: float | None = None,
+        eta_min_ratio: float | None = None,
+        *args: Any,
+        **kwargs: Any,
+    ):
+        for name, value in (("periods", periods), ("restart_weights", restart_weights)):
+            if isinstance(value, str) or not isinstance(value, Sequence):
+                raise TypeError(f"Invalid {name}: {value!r}; expected a list")
+        if len(periods) != len(restart_weights):
+            raise ValueError(
+                f"periods has {len(periods)} entries and restart_weights {len(restart_weights)}; expected as many"
+            )
+        self.periods = [check_steps(f"periods[{index}]", each, 1) for index, each in enumerate(periods)]
+        for index, weight in enumerate(restart_weights):
+            check_number(f"restart_weights[{index}]", weight)
+        self.restart_weights = plain_settings(restart_weights)
+        self.cumulative_periods = list(itertools.accumulate(self.periods))
+        for restart in self.cumulative_periods[:-1]:
+            warn_of_fraction("a restart of periods", restart)
+        self._set_minimum(eta_min, eta_min_ratio)
+        super().__init__(optimizer, param_name, *args, **kwargs)
+
+    def _next(self, value: Any, base: Any) -> Any:
+        ends = self.cumulative_periods
+        index = next((index for index, end in enumerate(ends) if self.last_step < end), None)
+        if index is None:
+            return value
+        step = self.last_step - (ends[index - 1] if index else 0)
+        return self._along(value, base, step, self.periods[index]) if step else base * self.restart_weights[index]
+
+
+@PARAM_SCHEDULERS.register_module()
+class CosineRestartLR(LRSchedulerMixin, CosineRestartParamScheduler):
+    """:class:`CosineRestartParamScheduler` of the learning rate."""
+
+
+@PARAM_SCHEDULERS.register_module()
+class CosineRestartMomentum(MomentumSchedulerMixin, CosineRestartParamScheduler):
+    """:class:`CosineRestartParamScheduler` of the momentum."""

@@ -1,0 +1,169 @@
+"""ZeroRedundancyOptimizer. Imported when the registry is asked for it: torch's class takes seconds to import."""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from ..backends import StepReport
+from ..messages import (
+    check_no_model,
+    did_you_mean,
+    plain_groups,
+    plain_settings,
+    refuse_norm_of_shards,
+    sharded_parameter,
+)
+from ..optimizers.base import FusedOptimizer
+from ..optimizers.loading import read_state_dict
+from ..rules import NormClip, ValueClip, clip_coefficient, global_norm, parse_clip_grad
+from ..undo import parameter_groups, unchanged_on_error
+from .registry import OPTIMIZERS, accepted_arguments
+
+with warnings.catch_warnings():
+    warnings.filterwarnings("ignore", ".torch.jit.* is deprecated", DeprecationWarning)  # torch's own use of it
+    from torch.distributed.optim import ZeroRedundancyOptimizer as _ZeroRedundancyOptimizer
+
+__all__ = ["ZeroRedundancyOptimizer"]
+
+
+class ZeroRedundancyOptimizer(_ZeroRedundancyOptimizer):
+    """Each process keeps the state of, and updates, its share of the parameters, then all send theirs around.
+
+    torch's class for any registered optimizer; as ``mmengine.optim.ZeroRedundancyOptimizer``, which reaches those of
+    torch only. Each process must have all gradients, as DistributedDataParallel leaves them.
+
+    Args:
+        params: tensors or group dicts, the same in every process.
+        optimizer_type: what steps the share: a registered name, an import path or a class.
+        clip_grad: clipping inside the step, see :func:`fusedopt.rules.parse_clip_grad`. The norm is that of the
+            gradients of all processes' shares.
+        process_group: the processes, all of them by default.
+        parameters_as_bucket_view: see ``torch.distributed.optim.ZeroRedundancyOptimizer``.
+        kwargs: arguments of the optimizer.
+
+    Attributes:
+        optim: the optimizer of this process' share.
+        last_step: a :class:`~fusedopt.backends.StepReport` of the last step's norm clipping; None without it.
+
+    Raises:
+        KeyError: an unknown ``optimizer_type``.
+        TypeError, ValueError: an argument that the optimizer does not know, of the wrong kind or out of range.
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        optimizer_type: str | Callable[..., torch.optim.Optimizer],
+        clip_grad: Mapping[str, Any] | None = None,
+        process_group: dist.ProcessGroup | None = None,
+        parameters_as_bucket_view: bool = False,
+        **kwargs: Any,
+    ):
+        self._clip = parse_clip_grad(clip_grad)
+        kwargs = plain_settings(kwargs)
+        check_no_model(params)
+        self.last_step: StepReport | None = None
+        build = OPTIMIZERS.resolve(optimizer_type)
+        if isinstance(params, Tensor):
+            raise TypeError("params must be a list of tensors or group dicts, got a tensor")
+        accepted = accepted_arguments(build)
+        for key in kwargs:
+            if accepted is not None and key not in accepted:
+                known = {*accepted, "clip_grad", "process_group", "parameters_as_bucket_view"} - {"params"}
+                name = getattr(build, "__name__", repr(build))
+                raise TypeError(f"unexpected argument {key!r} for {name}; {did_you_mean(key, known)}")
+        params = list(params)  # type: ignore[assignment]
+        with unchanged_on_error(*parameter_groups(params)):
+            super().__init__(
+                params,
+                # The settings reach the groups through the local optimizer, which tells them from its other arguments.
+                functools.partial(build, **kwargs),  # type: ignore[arg-type]
+                process_group=process_group,
+                parameters_as_bucket_view=parameters_as_bucket_view,
+            )
+            self.defaults.update(self.optim.defaults)
+            if isinstance(self._clip, NormClip):
+                refuse_norm_of_shards(sharded_parameter(self.param_groups))
+
+    @property
+    def clip_grad(self) -> dict[str, Any] | None:
+        """The settings of the clipping inside the step, or None."""
+        return None if self._clip is None else self._clip.as_dict()
+
+    def step(self, closure: Callable[[], float] | None = None, **kwargs: Any) -> Any:
+        """Clip, step this process' share, and exchange the parameters.
+
+        Raises:
+            RuntimeError: the norm is not finite under ``error_if_nonfinite``. Nothing has been changed then.
+        """
+        if self._clip is None:
+            return super().step(closure, **kwargs)
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        params = [param for group in self.optim.param_groups for param in group["params"] if param.grad is not None]
+        if isinstance(self._clip, ValueClip):
+            if params:  # torch refuses none, which a small share may have
+                torch.nn.utils.clip_grad_value_(params, self._clip.clip_value)
+        else:
+            norm = self._global_norm(params, self._clip)
+            coefficient = clip_coefficient(norm, self._clip.max_norm)
+            self.last_step = StepReport(torch.stack([norm, coefficient]))
+            if isinstance(self.optim, FusedOptimizer):
+                # The share is multiplied inside its step. Infinities are not looked for: the norm shows them.
+                kwargs.update(grad_scale=coefficient.reciprocal(), found_inf=torch.zeros((), device=norm.device))
+            elif params:
+                torch._foreach_mul_([param.grad for param in params], coefficient)
+        super().step(**kwargs)
+        return loss
+
+    def _global_norm(self, params: list[torch.nn.Parameter], clip: NormClip) -> Tensor:
+        """Norm of the gradients of all shares, of which ``params`` are this one's; the same bits in every process."""
+        grads = (param.grad for param in params if param.grad is not None)
+        share = global_norm(grads, clip.norm_type, self.join_device)
+        shares = [torch.empty_like(share) for _ in range(self.world_size)]
+        # The norm of norms, and not a sum or maximum made on the way: reductions may lose NaN.
+        dist.all_gather(shares, share, group=self.process_group)
+        norm = torch.linalg.vector_norm(torch.stack(shares), clip.norm_type)
+        if clip.error_if_nonfinite and not bool(norm.isfinite()):
+            raise RuntimeError(
+                f"The total norm of order {clip.norm_type} for gradients is non-finite, so it cannot be clipped"
+            )
+        return norm
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state of all shares in the first process, ``{}`` in the others. Every process must call it."""
+        plain_groups(self.param_groups)  # others may have written to them
+        self.consolidate_state_dict()
+        return super().state_dict() if self.rank == 0 else {}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Load the state of all shares, of which this process keeps its own. The dict is not changed.
+
+        Raises:
+            ValueError, KeyError: as :meth:`FusedOptimizer.load_state_dict`, when a fused optimizer steps the share.
+                Nothing has been changed then, in any process.
+        """
+        if not isinstance(self.optim, FusedOptimizer):
+            super().load_state_dict({**state_dict, "state": dict(state_dict["state"])})
+            self.optim.load_state_dict(self.optim.state_dict())
+            return
+        # All shares are read, so that either all processes refuse the dict or none. torch loads the parts itself.
+        loaded = read_state_dict(self.optim.rule, self.param_groups, state_dict, type(self.optim).__name__)
+        params = (param for group in self.param_groups for param in group["params"])
+        indices = {param: index for index, param in enumerate(params)}
+        groups = [{**group, "params": [indices[param] for param in group["params"]]} for group in loaded.param_groups]
+        self.optim.state.clear()  # a parameter without an entry has not stepped
+        state = {indices[param]: entry for param, entry in loaded.state.items() if param in indices}
+        super().load_state_dict({"state": state, "param_groups": groups})
+        # torch has filled in the local optimizer's state by itself: not copied, and step counts on the CPU.
+        self.optim.load_state_dict(self.optim.state_dict())
