@@ -9,12 +9,17 @@ export PATH := $(BIN):$(PATH)
 # Idle OpenMP threads sleep instead of spinning, so tests do not slow down on a busy machine.
 TEST_ENV := OMP_WAIT_POLICY=passive
 
+# A process for each core, each taking tests from the others when it has done its own.
+PYTEST := pytest -n auto --dist worksteal
+SMOKE := $(addprefix tests/test_,steps.py layouts.py clipping.py amp.py plan.py loading.py torch_parity.py bad_input.py \
+	wrappers.py constructors.py builder.py registry.py schedulers.py averaging.py config.py package.py)
+
 # Where the benchmarks' figures go.
 BENCH_OUT ?= work_dirs/bench
 BENCH := pytest benchmarks --benchmark-enable --benchmark-quiet -q --benchmark-json=$(BENCH_OUT)/bench.json
 REPORT := python -m benchmarks.report $(BENCH_OUT)/bench.json --out $(BENCH_OUT)
 
-.PHONY: setup demo test test-quick test-ptx lint format bench bench-full bench-gate sanitize clean
+.PHONY: setup demo test smoke test-full test-ptx lint format bench bench-full bench-gate sanitize clean
 
 setup: $(VENV)/.built
 
@@ -23,7 +28,7 @@ $(VENV)/.installed: constraints.txt pyproject.toml
 	@echo "Setting up $(VENV) (torch and tools; a few minutes the first time)"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@$(PIP) 'setuptools>=77' wheel 'cmake>=3.18' ninja torch
-	@$(PIP) scikit-learn matplotlib rich tensorboard PyYAML pytest pytest-benchmark hypothesis numpy 'tomli; python_version < "3.11"' ruff mypy clang-format 'triton>=3.6'
+	@$(PIP) scikit-learn matplotlib rich tensorboard PyYAML pytest pytest-xdist pytest-benchmark hypothesis numpy 'tomli; python_version < "3.11"' ruff mypy clang-format 'triton>=3.6'
 	@$(PIP) mmengine && $(PIP) --force-reinstall --no-deps opencv-python-headless
 	@touch $@
 
@@ -35,16 +40,22 @@ $(VENV)/.built: $(VENV)/.installed $(SOURCES)
 demo: setup
 	python -m fusedopt compare configs/digits_vit.py
 
+# Of products of three parameters or more, as many cases as it takes for every two values to meet: tests/sampling.py.
 test: setup
-	$(TEST_ENV) pytest
+	$(TEST_ENV) $(PYTEST)
 
-test-quick: setup
-	$(TEST_ENV) pytest -m 'not slow'
+# A minute's look: each value once, and nothing slow.
+smoke: setup
+	$(TEST_ENV) $(PYTEST) -q -m 'not slow' --cover values $(SMOKE)
+
+# Every case, and the tests marked full.
+test-full: setup
+	$(TEST_ENV) $(PYTEST) --cover all
 
 # The kernels' PTX, nvcc's and Triton's, in the interpreter: all tests of a backend. docs/ptx.md.
 test-ptx: setup
-	$(TEST_ENV) FUSEDOPT_PTX=nvcc pytest -q -m ptx
-	$(TEST_ENV) FUSEDOPT_PTX=triton pytest -q -m ptx
+	$(TEST_ENV) FUSEDOPT_PTX=nvcc $(PYTEST) -q -m ptx --cover all
+	$(TEST_ENV) FUSEDOPT_PTX=triton $(PYTEST) -q -m ptx --cover all
 
 lint: setup
 	ruff check .

@@ -7,11 +7,40 @@ from pathlib import Path
 import pytest
 import torch
 from cases import HAS_EMULATOR, ISAS, module, on_gpu
+from sampling import chosen, products
 
 #: For processes that tests start: where examples/ and benchmarks/ are, which are not installed.
 os.environ["PYTHONPATH"] = os.pathsep.join(
     filter(None, [os.environ.get("PYTHONPATH"), str(Path(__file__).resolve().parent.parent)])
 )
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--cover",
+        choices=("values", "pairs", "all"),
+        default="pairs",
+        help="of parametrized tests, the cases that have every value, every pair of values (default), or all; with all "
+        "also the tests that are marked full",
+    )
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    cover = config.getoption("--cover")
+    if cover == "all" or any("::" in argument for argument in config.args):  # somebody asks for this very test
+        return
+    left_out = {item for item in items if item.get_closest_marker("full")}
+    for cases in products(items):
+        left_out |= set(cases) - chosen(cases, 1 if cover == "values" else 2)
+    if left_out:
+        config.hook.pytest_deselected(items=[item for item in items if item in left_out])
+        items[:] = [item for item in items if item not in left_out]
+
+
+@pytest.fixture
+def thorough(request: pytest.FixtureRequest) -> bool:
+    """Whether the run is `make test-full`; tests that repeat something do it less often otherwise."""
+    return request.config.getoption("--cover") == "all"
 
 
 @pytest.fixture(autouse=True)

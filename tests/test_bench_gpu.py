@@ -14,6 +14,7 @@ NVCC = shutil.which(os.environ.get("CUDACXX", "nvcc"))
 
 pytestmark = [
     pytest.mark.slow,
+    pytest.mark.full,  # compiling the program takes half a minute
     pytest.mark.skipif(NVCC is None or not SOURCE.exists(), reason="nvcc or the sources are not here"),
 ]
 

@@ -23,6 +23,7 @@ from fusedopt.training.engine import (
     Hook,
     Runner,
 )
+from fusedopt.training.engine.parts import set_environment
 
 
 def test_training_by_epochs_trains_validates_logs_and_saves(tmp_path):
@@ -137,7 +138,7 @@ class TestDeterministicOnAGpu:
         """A Runner up to its randomness; what comes after needs a real GPU."""
         runner = Runner.__new__(Runner)
         runner._cuda_was_in_use = torch.cuda.is_initialized()
-        runner._set_environment(env_cfg)
+        runner.device, _ = set_environment(env_cfg)
         runner.set_randomness(seed=0, deterministic=True)
 
     def test_the_runner_sets_it(self):

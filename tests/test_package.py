@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -211,7 +212,26 @@ def test_info_lists_every_backend_and_why_it_is_unavailable() -> None:
     assert native.NativeBackend.unavailable(torch.device("meta")) == "this build has no kernels for meta tensors"
 
 
+def test_the_sdist_has_all_that_a_build_reads(tmp_path: Path) -> None:
+    if not (REPOSITORY / ".git").exists():
+        pytest.skip("not in a clone")
+    tracked = subprocess.run(["git", "ls-files"], cwd=REPOSITORY, capture_output=True, text=True, check=True).stdout
+    needed = {name for name in tracked.split("\n") if name.startswith(("csrc/", "fusedopt/"))}
+    for name in [*needed, "setup.py", "pyproject.toml", "CMakeLists.txt", "MANIFEST.in", "README.md", "LICENSE"]:
+        if (REPOSITORY / name).is_file():
+            (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(REPOSITORY / name, tmp_path / name)
+    code = "import setuptools.build_meta as b; print(b.build_sdist('dist'))"
+    built = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert built.returncode == 0, built.stderr
+    (archive,) = (tmp_path / "dist").glob("*.tar.gz")
+    with tarfile.open(archive) as files:
+        there = {name.partition("/")[2] for name in files.getnames()}
+    assert needed - there == set()
+
+
 @pytest.mark.slow
+@pytest.mark.full
 def test_wheel_and_sdist_install_and_work(tmp_path: Path) -> None:
     if not (REPOSITORY / "setup.py").exists():
         pytest.skip("not in a source tree")

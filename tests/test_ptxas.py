@@ -11,6 +11,7 @@ import shutil
 import struct
 import subprocess
 from collections import Counter
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +28,8 @@ RELATIVES = {"86": "80", "89": "80", "103": "100", "120": "100"}
 #: Four blocks of 256 threads on a multiprocessor, see Note [Registers].
 MOST_REGISTERS = 64
 NORMS = 5
+#: The one that every run compiles for.
+USUAL = "90"
 
 needs_nvcc = pytest.mark.skipif(NVCC is None or not CUDA.exists(), reason="nvcc or the sources are not here")
 
@@ -39,6 +42,12 @@ class Kernel:
     stack: int
     spill_stores: int
     spill_loads: int
+
+
+def each_architecture(names: Iterable[str]) -> pytest.MarkDecorator:
+    """All but the usual one take a minute of compiling, and are left to `make test-full`."""
+    marks = {name: () if name == USUAL else (pytest.mark.full,) for name in names}
+    return pytest.mark.parametrize("arch", [pytest.param(name, marks=mark) for name, mark in marks.items()])
 
 
 def parse_report(text: str) -> dict[str, Kernel]:
@@ -84,9 +93,13 @@ def assemble(source: str, arch: str, folder: Path) -> Output:
 
 
 @pytest.fixture(scope="module")
-def compiled(tmp_path_factory: pytest.TempPathFactory) -> Compiled:
-    """By source and architecture, of all that this nvcc knows."""
-    folder, known = tmp_path_factory.mktemp("ptxas"), known_architectures()
+def compiled(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Compiled:
+    """By source and architecture, of what the tests of this run ask for and this nvcc knows."""
+    folder = tmp_path_factory.mktemp("ptxas")
+    wanted = {
+        item.callspec.params["arch"] for item in request.session.items if "arch" in getattr(item, "fixturenames", ())
+    }
+    known = known_architectures() & (wanted | {RELATIVES.get(arch, arch) for arch in wanted} | {USUAL})
     jobs = [(source, arch) for arch in ARCHITECTURES for source in SOURCES if arch in known]
     more = [(source, arch) for arch in RELATIVES for source in SOURCES if arch in known and source != "upload"]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -132,7 +145,7 @@ def test_the_report_is_read() -> None:
 @needs_nvcc
 @pytest.mark.slow
 class TestKernels:
-    @pytest.mark.parametrize("arch", ARCHITECTURES)
+    @each_architecture(ARCHITECTURES)
     def test_all_are_there(self, compiled: Compiled, arch: str) -> None:
         names = set(reports(compiled, arch))
         expected = {f"statistics_kernel<{kind}>" for kind in range(NORMS)} | {"conclude_kernel", "map_kernel"}
@@ -144,13 +157,13 @@ class TestKernels:
             assert {name for name in names if name.startswith("update_kernel")} == rules
         assert set(rest) == {"upload_kernel", "update_kernel"}, "and no others"
 
-    @pytest.mark.parametrize("arch", [*ARCHITECTURES, *RELATIVES])
+    @each_architecture([*ARCHITECTURES, *RELATIVES])
     def test_registers_suffice_without_spills(self, compiled: Compiled, arch: str) -> None:
         for name, kernel in reports(compiled, arch).items():
             assert kernel.registers <= MOST_REGISTERS, name
             assert (kernel.stack, kernel.spill_stores, kernel.spill_loads) == (0, 0, 0), name
 
-    @pytest.mark.parametrize("arch", ARCHITECTURES)
+    @each_architecture(ARCHITECTURES)
     def test_streams_move_in_16_bytes_of_global_memory(self, compiled: Compiled, arch: str) -> None:
         """An access to what might be shared memory as well is slower, and a sign that the compiler was not told."""
         reports(compiled, arch)
@@ -164,7 +177,7 @@ class TestKernels:
         for name, body in {**updates, **statistics}.items():
             assert re.findall(r"\b(?:ld|st)\.v[248]\.\w+", body) == [], name
 
-    @pytest.mark.parametrize("arch", ARCHITECTURES)
+    @each_architecture(ARCHITECTURES)
     def test_the_update_can_start_early_from_sm_90_on(self, compiled: Compiled, arch: str) -> None:
         reports(compiled, arch)
         early = int(arch) >= 90
@@ -173,7 +186,7 @@ class TestKernels:
         for name, body in entries(compiled["statistics", arch].ptx).items():
             assert ("griddepcontrol.launch_dependents" in body) == (early and name.startswith("statistics")), name
 
-    @pytest.mark.parametrize("arch", ARCHITECTURES)
+    @each_architecture(ARCHITECTURES)
     def test_nothing_is_contracted(self, compiled: Compiled, arch: str) -> None:
         """See Note [Same bits everywhere]: fma appears where it was asked for, and never in float."""
         reports(compiled, arch)

@@ -42,7 +42,8 @@ def step_both(stock: Any, fused: Any, copies: list[Any], params: list[Any], seed
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
 @each_option
-def test_200_steps_stay_with_torchs_for_loop(option: str, dtype: torch.dtype) -> None:
+def test_many_steps_stay_with_torchs_for_loop(option: str, dtype: torch.dtype, thorough: bool) -> None:
+    steps = 200 if thorough else 60
     cls, settings = OPTIONS[option]
     start = parameters(SMALL, dtype)
     copies = [nn.Parameter(param.detach().clone()) for param in start]
@@ -53,7 +54,7 @@ def test_200_steps_stay_with_torchs_for_loop(option: str, dtype: torch.dtype) ->
     for backend in BACKENDS:
         params = [nn.Parameter(param.detach().clone()) for param in start]
         fused.append((backend, params, cls(params, **settings, backend=backend_name(backend))))
-    for step in range(200):
+    for step in range(steps):
         set_gradients(copies, step)
         stock.step()
         for backend, params, optimizer in fused:
@@ -63,7 +64,7 @@ def test_200_steps_stay_with_torchs_for_loop(option: str, dtype: torch.dtype) ->
             for copied, param in zip(copies, params, strict=True):
                 param.grad = copied.grad
             optimizer.step()
-        if step not in (11, 199):
+        if step not in (11, steps - 1):
             continue
         for backend, params, _ in fused:
             if backend == "triton" and step > 11:

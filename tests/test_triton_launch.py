@@ -35,7 +35,13 @@ def dry_run(*arguments: str) -> list[dict[str, Any]]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("target", [("cuda", "90", "32"), ("hip", "gfx942", "64")], ids=["sm_90", "gfx942"])
+@pytest.mark.parametrize(
+    "target",
+    [
+        pytest.param(("cuda", "90", "32"), id="sm_90"),
+        pytest.param(("hip", "gfx942", "64"), id="gfx942", marks=pytest.mark.full),
+    ],
+)
 def test_a_step_is_two_or_three_launches_each_loaded_once(target: tuple[str, ...]) -> None:
     from triton.backends import backends
 

@@ -247,6 +247,7 @@ def test_a_failure_at_every_ninth_line_changes_nothing(name: str) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.parametrize("name", CASES)
 def test_a_failure_at_any_line_changes_nothing(name: str) -> None:
     check(name, 0, 1)

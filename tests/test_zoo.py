@@ -112,6 +112,7 @@ class TestTraining:
         assert (tmp_path / f"epoch_{EPOCHS}.pth").is_file()
 
     @pytest.mark.slow
+    @pytest.mark.full
     @pytest.mark.parametrize("name", CLASSIFIERS)
     def test_to_the_end(self, name, tmp_path):
         assert self.train(name, tmp_path)[-1]["accuracy"] > 0.97
