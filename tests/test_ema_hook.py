@@ -540,7 +540,7 @@ class TestWhatGoesWrong:
             EMAHook(**arguments)
 
 
-def test_the_notes_custom_hooks(tmp_path, capsys):
+def test_custom_hooks_as_documented(tmp_path, capsys):
     custom_hooks = [dict(type="EMAHook", start_iters=500, priority="NORMAL")]
     runner = make_runner(tmp_path, *custom_hooks)
     (hook,) = (each for each in runner.hooks if isinstance(each, EMAHook))

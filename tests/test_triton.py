@@ -27,7 +27,7 @@ import numpy as np
 import pytest
 import torch
 from cases import DTYPES, INF, OPTIONS, bits, each_option, global_norm, module, parameters, set_gradients, whole_state
-from test_cuda import CLIPS, LOOSE, NORMS, contents, each_clip, make, mixed, placed, reported
+from cuda_cases import CLIPS, LOOSE, NORMS, contents, each_clip, make, mixed, placed, reported
 from torch import nn
 
 import fusedopt

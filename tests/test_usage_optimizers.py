@@ -1,4 +1,4 @@
-"""The fragments on optimizers in the notes on torch.optim that this project was asked for with, stock and fused."""
+"""Usage from the MMEngine family's documentation and courses: optimizers, stock and fused, as users write them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The fragments on hooks in the notes that this project was asked for with, as they stand there."""
+"""Usage from the MMEngine family's documentation and courses: hooks."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class SegVisualizationHook(Hook):
                     outputs: Sequence[SegDataSample],
                     mode: str = 'val') -> None:
         ...
-        # 如果是训练阶段或者 self.draw 为 False 则直接跳出
+        # skip while training, or when self.draw is False
         if self.draw is False or mode == 'train':
             return
         ...

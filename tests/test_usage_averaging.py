@@ -1,4 +1,4 @@
-"""The fragments on stochastic weight averaging in the notes on torch.optim that this project was asked for with."""
+"""Usage from the MMEngine family's documentation and courses: stochastic weight averaging."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from fusedopt.training.averaging import SWALR, StochasticWeightAverage
 
 
 class AveragedModel(Module):
-    """As the notes quote it from torch 1.7."""
+    """As the documentation quotes it from torch 1.7."""
 
     def __init__(self, model, device=None, avg_fn=None):
         super(AveragedModel, self).__init__()  # noqa: UP008
@@ -45,7 +45,7 @@ class AveragedModel(Module):
 
 
 def update_bn(loader, model, device=None):
-    """As the notes quote it from torch 1.7."""
+    """As the documentation quotes it from torch 1.7."""
     momenta = {}
     for module in model.modules():
         if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
@@ -84,7 +84,7 @@ def loader():
 
 
 @pytest.mark.parametrize("cls", [SGD, FusedSGD])
-def test_the_class_of_the_notes_and_ours_keep_the_same_average(cls, model, loader):
+def test_the_documented_class_and_ours_keep_the_same_average(cls, model, loader):
     optimizer = cls(model.parameters(), lr=0.1, momentum=0.9)
     averages = [AveragedModel(model), torch.optim.swa_utils.AveragedModel(model), StochasticWeightAverage(model)]
     for _ in range(5):

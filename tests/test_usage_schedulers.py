@@ -1,4 +1,4 @@
-"""The fragments on schedulers in the documents that this project was asked for with, stock and fused."""
+"""Usage from the MMEngine family's documentation and courses: schedulers, with stock and fused optimizers."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from functools import wraps
 
 import pytest
 import torch
-from test_notes import DummyModel
+from test_usage_optimizers import DummyModel
 from torch.optim import SGD, Optimizer, lr_scheduler
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from fusedopt import FusedSGD, OptimWrapper, build_optim_wrapper
 from fusedopt.training.schedulers import build_param_schedulers
 
-# The notes draw curves without stepping the optimizer, and their base class is older than torch's.
+# The examples draw curves without stepping the optimizer, and their base class is older than torch's.
 pytestmark = pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler.step")
 
 
@@ -145,7 +145,7 @@ def test_reduce_lr_on_plateau(sgd, model):
 
 
 class _LRScheduler(object):  # noqa: UP004
-    """The base class as the notes quote it, of a torch that is older than any this project runs with."""
+    """torch's base class as the documentation quotes it, from a version older than any that is supported here."""
 
     def __init__(self, optimizer, last_epoch=-1, verbose=False):
         if not isinstance(optimizer, Optimizer):
@@ -188,7 +188,7 @@ class _LRScheduler(object):  # noqa: UP004
         self.step()
 
     def step(self):
-        """What the notes leave to the reader."""
+        """What the documentation leaves to the reader."""
         self._step_count += 1
         self.last_epoch += 1
         self._get_lr_called_within_step = True
@@ -220,7 +220,7 @@ class _LRScheduler(object):  # noqa: UP004
 
 
 class StepLR(_LRScheduler):
-    """As the notes quote it."""
+    """As the documentation quotes it."""
 
     def __init__(self, optimizer, step_size, gamma=0.1, last_epoch=-1, verbose=False):
         self.step_size = step_size
@@ -240,7 +240,7 @@ class StepLR(_LRScheduler):
         return [base_lr * self.gamma ** (self.last_epoch // self.step_size) for base_lr in self.base_lrs]
 
 
-def test_the_base_class_of_the_notes_drives_ours(create_optimizer, plot_lr, capsys):
+def test_the_documented_base_class_drives_ours(create_optimizer, plot_lr, capsys):
     optimizer = create_optimizer()
     scheduler = StepLR(optimizer, step_size=30, gamma=0.1)
     for parameter in optimizer.param_groups[0]["params"]:
