@@ -80,7 +80,7 @@ def test_the_list_is_whole() -> None:
 
 def test_mmengines_names_are_exported() -> None:
     optim = pytest.importorskip("mmengine.optim")
-    for name in optim.__all__:
+    for name in set(optim.__all__) - {"ApexOptimWrapper"}:
         assert hasattr(fusedopt, name) or hasattr(schedulers, name), name
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import functools
 import itertools
+import os
 import random
 import sys
 import warnings
@@ -33,7 +34,16 @@ from fusedopt.undo import unchanged_on_error
 
 SOURCE = str(Path(fusedopt.__file__).resolve().parent)
 #: Where notes are taken and put back, and what is around a constructor, are no part of what fails.
-APART = tuple(f"{SOURCE}/{name}" for name in ("undo.py", "engine/undoing.py", "registry.py"))
+APART = tuple(
+    f"{SOURCE}/{name}"
+    for name in (
+        "undo.py",
+        "training/engine/undoing.py",
+        "training/registry/registry.py",
+        "training/registry/building.py",
+    )
+)
+assert all(map(os.path.exists, APART))
 
 
 class Injected(Exception):
