@@ -308,7 +308,7 @@ def test_resuming_a_finished_training_does_nothing(tmp_path):
 def test_resume_with_nothing_to_resume_begins(tmp_path, capsys):
     runner = train(config(tmp_path, resume=True, log_level="INFO"))
     assert len(recorded(runner).losses) == 20
-    assert f"There is no checkpoint in {tmp_path} to resume from: starting anew" in capsys.readouterr().out
+    assert f"There is no checkpoint in {tmp_path} to resume from: starting from scratch" in capsys.readouterr().out
 
 
 def test_resume_of_a_checkpoint_that_is_named(tmp_path):
@@ -505,7 +505,7 @@ class TestFailures:
             raise OSError(errno.EIO, os.strerror(errno.EIO))
 
         monkeypatch.setattr(os, "fsync", fsync)
-        with pytest.raises(CheckpointError, match=r"epoch_1\.pth cannot be written, and is what it was before"):
+        with pytest.raises(CheckpointError, match=r"epoch_1\.pth cannot be written and is unchanged"):
             write_checkpoint(dict(meta={}, value=torch.zeros(2)), path)
         assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
 
@@ -531,7 +531,7 @@ class TestFailures:
         (tmp_path / "epoch_2.pth").write_bytes(b"")
         self.refused(tmp_path, r"epoch_2\.pth: truncated")
         (tmp_path / "epoch_2.pth").unlink()
-        self.refused(tmp_path, r"last_checkpoint names .*epoch_2\.pth, which is not there")
+        self.refused(tmp_path, r"last_checkpoint names .*epoch_2\.pth, which does not exist")
         with pytest.raises(CheckpointError, match=r"nowhere\.pth: there is no such checkpoint"):
             Runner.from_cfg(config(tmp_path, resume=True, load_from="nowhere.pth")).train()
 
@@ -620,7 +620,7 @@ class TestFailures:
 
         monkeypatch.setattr(os, "fsync", refuse)
         monkeypatch.setattr(Path, "unlink", refuse)
-        with pytest.raises(CheckpointError, match=r"cannot be written, and is what it was before: .*Read-only"):
+        with pytest.raises(CheckpointError, match=r"cannot be written and is unchanged: .*Read-only"):
             write_checkpoint(dict(value=1), tmp_path / "file.pth")
 
     def test_file_and_folder_are_brought_to_the_disk(self, tmp_path, monkeypatch):
