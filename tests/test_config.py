@@ -194,10 +194,10 @@ class TestPythonFile:
             pytest.param("_base_ = 'a.toml'", r"a\.toml: unknown suffix '\.toml'; expected \.py, \.json", id="suffix"),
             pytest.param("_base_ = 3", r"config\.py: _base_: expected a file name or a list .* got 3", id="base_type"),
             pytest.param(
-                "x = 1\n_base_ = ['a' + b]", r"config\.py:2: _base_ must be a string or a list", id="base_code"
+                "x = 1\n_base_ = ['a' + b]", r"config\.py:2: _base_ must be a literal string or list", id="base_code"
             ),
             pytest.param(
-                "if True:\n    _base_ = 'base.py'", r"config\.py: _base_: must be set on a line", id="in_block"
+                "if True:\n    _base_ = 'base.py'", r"config\.py: _base_: must be set on its own line", id="in_block"
             ),
             pytest.param(
                 "_base_ = ['base.py', 'other.py']", r"config\.py: model: Duplicate key: .*other\.py", id="twice"

@@ -552,11 +552,11 @@ class TestFailures:
             (dict(meta=[1]), "it lacks meta."),
             (dict(param_schedulers=None), "it lacks param_schedulers."),
             (dict(param_schedulers=[{}]), "epoch_2.pth cannot be resumed from: it has 1 schedulers instead of 2"),
-            (dict(param_schedulers=dict(gen=[])), "of one optimizer and those of several do not mix"),
-            (dict(state_dict=dict(weight=torch.ones(3))), "is not that of the model: it lacks backbone.0.weight"),
+            (dict(param_schedulers=dict(gen=[])), "of one optimizer and schedulers of several do not fit"),
+            (dict(state_dict=dict(weight=torch.ones(3))), "does not fit the model: it lacks backbone.0.weight"),
             (dict(state_dict=dict(weight="none")), "epoch_2.pth has no weights"),
             (dict(optimizer=dict(state={}, param_groups=[])), "epoch_2.pth cannot be resumed from: "),
-            (dict(accumulation=dict(generator=1)), "is of other optimizers: generator instead of one"),
+            (dict(accumulation=dict(generator=1)), "is from other optimizers: generator instead of one"),
             (dict(accumulation={"": None}), "accumulation is not as it was written: {'': None}"),
             (dict(processes=[{}]), "processes[0] is not as it was written: {}"),
             (
@@ -583,7 +583,7 @@ class TestFailures:
         before = state_of(runner)
         names = [name.removeprefix("Fused") for name in (first, second)]
         with pytest.raises(
-            CheckpointError, match=rf"of other optimizers: .*'{names[0]}'}} instead of .*'{names[1]}'}}"
+            CheckpointError, match=rf"from other optimizers: .*'{names[0]}'}} instead of .*'{names[1]}'}}"
         ):
             runner.load_or_resume()
         assert_same(state_of(runner), before)
@@ -606,7 +606,7 @@ class TestFailures:
         weights = dict(Runner.from_cfg(config(tmp_path)).bare_model.state_dict())
         name = next(reversed(weights))
         self.foreign(tmp_path, state_dict={**weights, name: 3})
-        self.refused(tmp_path, re.escape(f"is not that of the model: {name} has a int instead of shape"))
+        self.refused(tmp_path, re.escape(f"does not fit the model: {name} has a int instead of shape"))
 
     def test_where_no_folder_can_be(self, tmp_path):
         (tmp_path / "file").write_bytes(b"")
@@ -652,12 +652,12 @@ class TestFailures:
     def test_without_a_training_there_is_nothing_to_save(self, tmp_path):
         cfg = config(tmp_path)
         without = {key: cfg[key] for key in cfg if not key.startswith(("train", "optim", "param"))}
-        with pytest.raises(RuntimeError, match="no training whose checkpoint"):
+        with pytest.raises(RuntimeError, match="nothing to save: the config does not train"):
             Runner.from_cfg(without).save_checkpoint(tmp_path, "file.pth")
 
     def test_the_checkpoint_of_another_kind_of_training(self, tmp_path):
         train(config(tmp_path))
-        with pytest.raises(CheckpointError, match="of a training by epochs, this one is by iterations"):
+        with pytest.raises(CheckpointError, match="from training by epochs, but this run is by iterations"):
             Runner.from_cfg(config(tmp_path, **by_iterations(), resume=True)).train()
 
     @pytest.mark.parametrize("content", [[torch.ones(2)], dict(a=1), torch.nn.Linear(2, 2)])
