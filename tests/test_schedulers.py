@@ -752,7 +752,7 @@ def test_a_scheduler_drives_one_optimizer() -> None:
     [
         ("StepLR", "CosineAnnealingLR", "not that of a StepLR: it lacks 'step_size', 'gamma' and has 'T_max'"),
         ("StepLR", "StepMomentum", "'momentum'; this StepLR schedules 'lr'"),
-        ("CyclicLR", "SWALR", "is that of a SWALR, not of a CyclicLR"),
+        ("CyclicLR", "SWALR", "is from a SWALR, not from a CyclicLR"),
         ("LinearLR", "LambdaLR", "has 'kind', 'torch_state'"),
     ],
 )
@@ -782,7 +782,7 @@ def test_the_state_for_other_groups_is_refused() -> None:
     with pytest.raises(ValueError, match="base_values for 3 parameter groups"):
         build("StepLR", sgd(1)).load_state_dict({**build("StepLR", sgd(1)).state_dict(), "base_values": 3})
     cyclic = build("CyclicLR", sgd())
-    with pytest.raises(ValueError, match=r"torch_state'\] is not that of this torch's CyclicLR: it lacks"):
+    with pytest.raises(ValueError, match=r"torch_state'\] does not fit this torch's CyclicLR: it lacks"):
         cyclic.load_state_dict({**cyclic.state_dict(), "torch_state": {}})
     with pytest.raises(TypeError, match="state_dict must be a dict, got list"):
         build("StepLR", sgd(1)).load_state_dict([])
@@ -815,7 +815,7 @@ def test_names_that_do_not_fit_the_wrappers_are_named() -> None:
     wrappers = OptimWrapperDict(gen=OptimWrapper(sgd()), disc=OptimWrapper(sgd()))
     with pytest.raises(KeyError, match=r"nothing for 'disc'; expected disc=\[\]"):
         build_param_schedulers(dict(gen=[]), wrappers)
-    with pytest.raises(ValueError, match="'dics', which is no optimizer wrapper; did you mean 'disc'"):
+    with pytest.raises(ValueError, match="'dics', which is not an optimizer wrapper; did you mean 'disc'"):
         build_param_schedulers(dict(gen=[], dics=[]), wrappers)
 
 
@@ -825,7 +825,7 @@ def test_one_step_more_than_a_cycle_has_is_an_error() -> None:
     optimizer.step()
     scheduler.step()
     scheduler.step()
-    with pytest.raises(ValueError, match="total_steps=2 times, and was once more"):
+    with pytest.raises(ValueError, match="was stepped more than total_steps=2 times"):
         scheduler.step()
 
 

@@ -75,7 +75,7 @@ class Case:
 
     Args:
         workload: a key of ``WORKLOADS``, or any name together with ``custom``.
-        grouping: one of ``GROUPINGS``. With more than one group, parameters with fewer than two dimensions do not decay.
+        grouping: one of ``GROUPINGS``. Unless it is ``'one'``, parameters with fewer than two dimensions do not decay.
         optimizer: a key of ``OPTIMIZERS``.
         recipe: a key of ``RECIPES``.
         dtype: a key of ``DTYPES``.

@@ -52,9 +52,9 @@ class DefaultOptimWrapperConstructor:
       group.
     - ``bias_lr_mult``: biases, except those of norm layers and of a deformable convolution's offset.
     - ``dcn_offset_lr_mult``: ``conv_offset`` of a deformable convolution.
-    - weight decay, by the first of these that is given and applies: ``norm_decay_mult`` (batch, instance, group and layer
-      norm), ``bias_decay_mult``, ``dwconv_decay_mult`` (``Conv2d`` with as many groups as input channels, its bias
-      too), ``flat_decay_mult`` (1-dim parameters).
+    - weight decay, by the first of these that is given and applies: ``norm_decay_mult`` (batch, instance, group and
+      layer norm), ``bias_decay_mult``, ``dwconv_decay_mult`` (``Conv2d`` with as many groups as input channels, its
+      bias too), ``flat_decay_mult`` (1-dim parameters).
     - ``bypass_duplicate``: a shared parameter is added once; without this it is an error.
 
     Args:

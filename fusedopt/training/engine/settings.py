@@ -16,10 +16,10 @@ from ..wrappers import OptimWrapper, OptimWrapperDict
 __all__ = ["differing", "optimizer_settings", "scheduler_settings", "settings_of_text"]
 
 # Note [Settings of a resumed run]
-# A checkpoint holds the settings of parameter groups, schedulers and the loss scaler in their states. These override the
-# config, as in MMEngine: edits of the config before resuming have no effect on them. To detect such edits, a checkpoint
-# records the settings of the config by key, including defaults. For a wrapper or scheduler that was passed as an object,
-# it records the settings of the object.
+# A checkpoint holds the settings of parameter groups, schedulers and the loss scaler in their states. These override
+# the config, as in MMEngine: edits of the config before resuming have no effect on them. To detect such edits, a
+# checkpoint records the settings of the config by key, including defaults. For a wrapper or scheduler that was passed
+# as an object, it records the settings of the object.
 
 #: Arguments of optimizers that no state holds, so that the config's values are in effect.
 _EFFECTIVE = {
