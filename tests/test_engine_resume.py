@@ -361,7 +361,7 @@ def test_another_seed_gives_way_to_that_of_the_checkpoint(changes, tmp_path, cap
 def test_other_data_are_a_warning(tmp_path, capsys):
     train(config(tmp_path, train_cfg=dict(by_epoch=True, max_epochs=2)))
     train(config(tmp_path, resume=True, train_dataloader=loader(48, 8, shuffle=True)))
-    assert "a training with 5 batches in an epoch, this one has 6" in capsys.readouterr().out
+    assert "from a run with 5 batches in an epoch, but this run has 6" in capsys.readouterr().out
 
 
 class TestFilesOfTheHook:
@@ -453,7 +453,7 @@ class TestFilesOfTheHook:
             (dict(interval=0), ValueError, "Invalid interval: 0"),
             (dict(interval="1"), TypeError, "Invalid interval: '1'; expected a whole number"),
             (dict(max_keep_ckpts=0), ValueError, "Invalid max_keep_ckpts: 0"),
-            (dict(save_best="score"), ValueError, "save_best='score': its name does not tell"),
+            (dict(save_best="score"), ValueError, "save_best='score': its name does not say"),
             (dict(save_best="acc", rule="more"), ValueError, "Invalid rule: 'more'; expected one of greater, less"),
             (dict(save_best=["acc", "loss"], rule=["less"] * 3), ValueError, "rule has 3 entries for 2 metrics"),
             (dict(save_best=["acc", "acc"]), ValueError, "save_best must name each metric once"),

@@ -162,7 +162,7 @@ class TestDeterministicOnAGpu:
 
     def test_where_cuda_was_used_before_it_is_too_late(self):
         self.used = True
-        with pytest.raises(ValueError, match=r"deterministic=True .* used CUDA before: set it where"):
+        with pytest.raises(ValueError, match=r"deterministic=True .* already used CUDA: set it before"):
             self.start()
         assert not self.asked
         assert "CUBLAS_WORKSPACE_CONFIG" not in os.environ

@@ -272,7 +272,7 @@ def test_the_model_of_the_config_is_built(monkeypatch: pytest.MonkeyPatch) -> No
             dict(param_scheduler=dict(type="StepLR", step_size=1, by_epoch=False)),
             {},
             ValueError,
-            "expected epoch_length, iterations in one",
+            "expected epoch_length, iterations in an epoch",
         ),
         ({}, dict(epoch_length=0), ValueError, "Invalid epoch_length: 0"),
     ],

@@ -426,7 +426,7 @@ def test_a_group_that_is_added_takes_part(name, wrapped) -> None:
     optimizer.add_param_group(dict(params=[nn.Parameter(torch.zeros(2))], lr=5.0, weight_decay=3.0, betas=(0.5, 0.9)))
     if name in ("CyclicLR", "OneCycleLR"):
         before = copy.deepcopy(scheduler.state_dict())
-        with pytest.raises(ValueError, match=r"had \d parameter groups when this .* was built, and has \d"):
+        with pytest.raises(ValueError, match=r"had \d parameter groups when this .* was built, and now has \d"):
             scheduler.step()
         assert scheduler.state_dict() == before
         return

@@ -63,7 +63,7 @@ class Result:
         return self.case.parameters * self.case.bytes_per_parameter / statistics.median(self.times[name].work)
 
     def share_of_bandwidth(self, name: str) -> float:
-        """``bytes_per_second`` over what the memory moved in the same round: the median of the rounds."""
+        """``bytes_per_second`` divided by the memory bandwidth of the same round: the median of the rounds."""
         moved = self.case.parameters * self.case.bytes_per_parameter
         rounds = zip(self.times[name].work, self.bandwidth, strict=True)
         return statistics.median(moved / seconds / bandwidth for seconds, bandwidth in rounds)

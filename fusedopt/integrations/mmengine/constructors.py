@@ -1,4 +1,4 @@
-"""fusedopt's wrapper constructors, which build what is in MMEngine's registries."""
+"""fusedopt's wrapper constructors, which build classes from MMEngine's registries."""
 
 from __future__ import annotations
 

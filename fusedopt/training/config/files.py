@@ -198,6 +198,6 @@ def _with_base_values(value: Any, bases: ConfigDict, path: Path) -> Any:
     found: Any = bases
     for key in name.split("."):
         if not isinstance(found, ConfigDict) or key not in found:
-            raise config_error(path, f"{{{{_base_.{name}}}}}", f"what it inherits has no {key!r}")
+            raise config_error(path, f"{{{{_base_.{name}}}}}", f"the inherited files have no {key!r}")
         found = found[key]
     return found

@@ -99,7 +99,7 @@ class DefaultSampler(_ShardedSampler):
 class InfiniteSampler(_ShardedSampler):
     """An endless stream of samples, pass after pass, as ``mmengine.dataset.InfiniteSampler``.
 
-    For training by iterations. Its length is that of the data set.
+    For training by iterations. Its length is the size of the data set.
 
     Args:
         dataset: the data set.

@@ -27,7 +27,7 @@ def _note_step(watched: weakref.ref[torch.optim.Optimizer], *_: Any) -> None:
 
 
 def optimizer_of(driven: OptimizerLike) -> torch.optim.Optimizer:
-    """The optimizer itself, or that of a wrapper."""
+    """The optimizer itself, or a wrapper's optimizer."""
     return driven.optimizer if isinstance(driven, BaseOptimWrapper) else driven
 
 

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 __all__ = ["EMAHook"]
 
-#: What the names of the model's weights begin with in the average.
+#: Prefix of the names of the model's weights in the average's state dict.
 _PREFIX = "module."
 
 
