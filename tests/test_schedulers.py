@@ -649,7 +649,7 @@ BAD = [
     (dict(type="OneCycleLR", eta_max=[1.0, 2.0], end=9), ValueError, "eta_max has 2 entries"),
     (dict(type="OneCycleLR", eta_max=1.0, end=9, anneal_strategy="cosine"), ValueError, "Invalid anneal_strategy"),
     (dict(type="OneCycleLR", eta_max=1.0, end=9, pct_start=30), ValueError, "Invalid pct_start: 30"),
-    (dict(type="OneCycleParamScheduler", eta_max=1.0, end=9, param_name="momentum"), ValueError, "schedules 'lr'"),
+    (dict(type="OneCycleParamScheduler", eta_max=1.0, end=9, param_name="momentum"), ValueError, "schedules only 'lr'"),
     (dict(type="LinearLR", start_factor=0), ValueError, "Invalid start_factor: 0"),
     (dict(type="LinearLR", end_factor=2), ValueError, "Invalid end_factor: 2"),
     (dict(type="ConstantLR", factor=1.5), ValueError, "Invalid factor: 1.5"),
@@ -693,7 +693,7 @@ def test_bad_arguments_are_named_and_nothing_changes(cfg, error, message) -> Non
 def test_a_momentum_scheduler_needs_a_momentum() -> None:
     optimizer = torch.optim.Adagrad(parameter_groups(1), lr=0.1)
     with pytest.raises(
-        ValueError, match=r"StepMomentum schedules 'momentum' or betas\[0\], and param_groups\[0\] has n"
+        ValueError, match=r"StepMomentum schedules 'momentum' or betas\[0\], but param_groups\[0\] has n"
     ):
         schedulers.StepMomentum(optimizer, step_size=2)
     adam = FusedAdamW(parameter_groups(1), lr=0.1)
@@ -750,7 +750,7 @@ def test_a_scheduler_drives_one_optimizer() -> None:
 @pytest.mark.parametrize(
     ("name", "state_of", "message"),
     [
-        ("StepLR", "CosineAnnealingLR", "not that of a StepLR: it lacks 'step_size', 'gamma' and has 'T_max'"),
+        ("StepLR", "CosineAnnealingLR", "does not fit a StepLR: it lacks 'step_size', 'gamma' and has 'T_max'"),
         ("StepLR", "StepMomentum", "'momentum'; this StepLR schedules 'lr'"),
         ("CyclicLR", "SWALR", "is from a SWALR, not from a CyclicLR"),
         ("LinearLR", "LambdaLR", "has 'kind', 'torch_state'"),

@@ -180,7 +180,9 @@ def test_a_dict_holds_no_dict(pair):
 
 @pytest.mark.parametrize("name", ["optimizer", "base_param_settings", "_inner_count"])
 def test_what_only_a_single_wrapper_has_is_no_attribute(pair, name):
-    with pytest.raises(AttributeError, match=rf"no {name} of its own: ask one.*as in optim_wrapper\['gen'\]\.{name}"):
+    with pytest.raises(
+        AttributeError, match=rf"no {name} of its own: read it from one.*as in optim_wrapper\['gen'\]\.{name}"
+    ):
         getattr(pair, name)
     assert not hasattr(pair, name)
     assert list(copy.deepcopy(pair)) == ["gen", "disc"]
