@@ -8,8 +8,8 @@ train_cfg = dict(by_epoch=True, max_epochs=5)
 
 optim_wrapper = dict(
     type="AmpOptimWrapper",
-    # float16 for its dynamic loss scale, which works on the CPU too. Few CPUs convolve float16 natively: on them
-    # 'bfloat16' or 'float32' is many times faster.
+    # float16 shows the dynamic loss scale, which works on a CPU too. Few CPUs have native float16 convolutions; on the
+    # others 'bfloat16' or 'float32' is many times faster.
     dtype="float16",
     loss_scale="dynamic",
     optimizer=dict(type="SGD", lr=0.05, momentum=0.9, nesterov=True, weight_decay=5e-4),

@@ -1,4 +1,4 @@
-"""A small ResNet on handwritten digits with the classic schedule of ImageNet, in a tenth of its time."""
+"""A small ResNet on handwritten digits with the classic ImageNet schedule, shortened to 10 epochs."""
 
 _base_ = ["_base_/datasets/digits.py", "_base_/schedules/imagenet_sgd_step.py", "_base_/default_runtime.py"]
 

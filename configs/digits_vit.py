@@ -1,6 +1,6 @@
-"""ViT on handwritten digits: AdamW in bfloat16, a rate of its own for each layer, clipping, accumulation.
+"""ViT on handwritten digits: AdamW in bfloat16, a learning rate for each layer, clipping, accumulation.
 
-The demonstration of what fusedopt is for: `paramwise_cfg` makes one param group per parameter. Change
+It shows what fusedopt is for: `paramwise_cfg` makes one param group per parameter. Change
 `type='AdamW'` to `type='FusedAdamW'` and nothing else to train with the fused optimizer;
 `python -m fusedopt compare configs/digits_vit.py` trains both and compares them.
 """
@@ -25,7 +25,7 @@ _embedding = dict(lr_mult=_layer_decay ** (_num_layers + 1), decay_mult=0.0)
 optim_wrapper = dict(
     type="AmpOptimWrapper",
     # bfloat16 runs fast on CPUs with AVX512-BF16 or AMX and on GPUs from sm_80 on; elsewhere use 'float32'.
-    # loss_scale is 'dynamic' by default: bfloat16 does not need it, the run has it to show the whole path.
+    # loss_scale is 'dynamic' by default; bfloat16 does not need it, but it exercises the whole path.
     dtype="bfloat16",
     optimizer=dict(type="AdamW", lr=1.5e-3, betas=(0.9, 0.98), weight_decay=0.05),
     clip_grad=dict(max_norm=1.0),
@@ -46,7 +46,7 @@ optim_wrapper = dict(
     ),
 )
 
-# Counted in iterations, two of which are an optimizer step.
+# Counted in iterations; an optimizer step takes two.
 param_scheduler = [
     dict(type="LinearLR", start_factor=0.01, by_epoch=False, end=40),
     dict(type="CosineAnnealingLR", by_epoch=False, begin=40, eta_min=1e-5),

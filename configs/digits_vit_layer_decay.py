@@ -1,4 +1,4 @@
-"""A small ViT on handwritten digits with layer-wise decay of the learning rate."""
+"""A small ViT on handwritten digits with layer-wise learning-rate decay."""
 
 _base_ = ["_base_/datasets/digits.py", "_base_/schedules/adamw_layer_decay.py", "_base_/default_runtime.py"]
 

@@ -1,11 +1,11 @@
-"""GAN on handwritten digits: two networks, each with a fused optimizer and gradient accumulation of its own.
+"""GAN on handwritten digits: two networks, each with its own fused optimizer and gradient accumulation.
 
-`python -m examples.gan_digits` trains it and draws what it has learned.
+`python -m examples.gan_digits` trains it and saves a picture of its samples.
 """
 
 _base_ = ["_base_/datasets/digits.py", "_base_/default_runtime.py"]
 
-# Where MMEngine's Runner reads this, it learns of the constructor here.
+# Registers the constructor in MMEngine when MMEngine's Runner reads this config.
 custom_imports = dict(imports=["fusedopt.integrations.current"])
 
 model = dict(
@@ -13,13 +13,13 @@ model = dict(
     noise_size=32,
     generator=dict(type="DigitsGenerator", channels=32),
     discriminator=dict(type="DigitsDiscriminator", channels=32),
-    # Steps of a network before it is the other's turn: two of the discriminator, then one of the generator.
+    # Steps of one network before the other's turn: two of the discriminator, then one of the generator.
     discriminator_steps=2,
     generator_steps=1,
 )
 
 train_dataloader = dict(batch_size=16)
-# Nothing to validate: whether images are good is for the eye to judge.
+# No validation: the quality of the images is judged by eye.
 val_dataloader = None
 val_cfg = None
 val_evaluator = None
@@ -28,7 +28,7 @@ train_cfg = dict(by_epoch=True, max_epochs=80)
 
 optim_wrapper = dict(
     constructor="MultiOptimWrapperConstructor",
-    # A step of either takes two iterations. So the generator's turn comes after every fourth batch.
+    # A step of either network takes two iterations, so the generator's turn comes after every fourth batch.
     generator=dict(
         accumulative_counts=2,
         optimizer=dict(type="fusedopt.FusedAdam", lr=1e-3, betas=(0.5, 0.99)),

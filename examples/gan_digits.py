@@ -1,4 +1,4 @@
-"""Train a GAN on handwritten digits and save a picture of what it draws.
+"""Train a GAN on handwritten digits and save a picture of its samples.
 
     python -m examples.gan_digits [CONFIG] [--epochs N] [--out FOLDER]
 
@@ -49,10 +49,12 @@ def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("config", nargs="?", type=Path, default=CONFIG)
-    parser.add_argument("--epochs", type=int, help="instead of the config's")
-    parser.add_argument("--out", type=Path, default=Path("work_dirs/gan_digits"), help="folder for what is saved")
+    parser.add_argument("--epochs", type=int, help="number of epochs (default: the config's)")
+    parser.add_argument(
+        "--out", type=Path, default=Path("work_dirs/gan_digits"), help="output folder (default: work_dirs/gan_digits)"
+    )
     arguments = parser.parse_args()
-    torch.set_num_threads(1)  # more only wait for each other on images of 8 x 8
+    torch.set_num_threads(1)  # more threads only wait for each other on images of 8 x 8
     try:
         config = Config.fromfile(arguments.config)
         config.work_dir = str(arguments.out)
@@ -62,7 +64,7 @@ def main() -> None:
     except ConfigError as error:
         parser.exit(2, f"{parser.prog}: {error}\n")
     if not isinstance(runner.model, DigitsGAN) or runner.train_loop is None:
-        parser.exit(2, f"{parser.prog}: {arguments.config}: not the training of a DigitsGAN\n")
+        parser.exit(2, f"{parser.prog}: {arguments.config}: this config does not train a DigitsGAN\n")
     start = time.perf_counter()
     model = runner.train()
     seconds = time.perf_counter() - start

@@ -18,11 +18,11 @@ __all__ = ["GradScaler"]
 
 
 class GradScaler(torch.amp.GradScaler):
-    """``torch.amp.GradScaler`` whose ``step`` makes no gradient pass of its own for a fused optimizer.
+    """``torch.amp.GradScaler`` whose ``step`` adds no pass over the gradients of a fused optimizer.
 
-    The optimizer's statistics pass finds the infs, in the same read that finds the norm when it clips. Arguments,
+    The optimizer's statistics pass finds the infs; with clipping, the same read also yields the norm. Arguments,
     state dict, growth and backoff are torch's; any number of fused and stock optimizers may share one scaler.
-    ``unscale_(optimizer)`` still works, and then writes the gradients as torch's does.
+    ``unscale_(optimizer)`` still works; like torch's, it then writes the gradients.
 
     Args:
         device, init_scale, growth_factor, backoff_factor, growth_interval, enabled: see ``torch.amp.GradScaler``.
@@ -100,7 +100,7 @@ class GradScaler(torch.amp.GradScaler):
         record["stage"] = OptState.STEPPED
         return result
 
-    _step_outside_of_graphs = _disable_dynamo(step)  # as the optimizer's
+    _step_outside_of_graphs = _disable_dynamo(step)  # as the optimizer's step
 
     def update(self, new_scale: float | torch.Tensor | None = None) -> None:
         """Update the scale, as ``torch.amp.GradScaler.update``."""
@@ -113,7 +113,7 @@ class GradScaler(torch.amp.GradScaler):
             records.clear()
             return
         if len(records) > 1:
-            # torch adds the flags of several optimizers up in place; those are the optimizers' reports.
+            # torch adds up the flags of several optimizers in place, but they belong to the optimizers' reports.
             for record in records.values():
                 flags = record["found_inf_per_device"]
                 record["found_inf_per_device"] = {device: flag.clone() for device, flag in flags.items()}
@@ -137,11 +137,11 @@ class GradScaler(torch.amp.GradScaler):
         )
 
     def _stock_step(self, optimizer: FusedOptimizer, **kwargs: Any) -> Any:
-        """torch's step, which hands scale and found_inf over as attributes and leaves them there when it fails."""
+        """torch's step, which passes scale and found_inf as attributes and leaves them set when it fails."""
         shared = optimizer._shared
         before = shared.grad_scale, shared.found_inf
         takes_scale = shared.takes_scale
-        shared.takes_scale = True  # switched off it is for scalers that know nothing of the report
+        shared.takes_scale = True  # off only for scalers that do not know of the report
         try:
             return super().step(optimizer, **kwargs)
         except BaseException:

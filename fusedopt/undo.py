@@ -1,4 +1,4 @@
-"""What fails changes nothing: what a caller handed over is put back as it was."""
+"""A call that fails changes nothing: the objects of its caller are restored."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from torch import Tensor, nn
 __all__ = ["parameter_groups", "unchanged_on_error"]
 
 # Note [What fails changes nothing]
-# A constructor that writes to what it was given (groups of an optimizer, an optimizer's clip_grad, a model's device)
-# may fail after that: in itself, in a subclass, or because the next entry of a list is refused. Whoever mends the
-# mistake and calls it again must find what was there before. So all of them run inside of unchanged_on_error(...),
-# which notes what there is, one level deep, and puts it back.
+# A constructor that writes to its arguments (an optimizer's groups or clip_grad, a model's device) may then fail:
+# in its own code, in a subclass, or because the next entry of a list is rejected. A user who fixes the mistake and
+# calls it again must find everything as it was. So all of them run inside unchanged_on_error(...), which records the
+# state of the arguments, one level deep, and restores it on an error.
 
 
 @contextlib.contextmanager
@@ -24,8 +24,8 @@ def unchanged_on_error(*holders: Any, finally_undo: Callable[[], object] | None 
 
     Args:
         holders: optimizers and optimizer wrappers, with their groups; modules, with their parameters and buffers;
-            lists; dicts, as groups; other objects, with their attributes. None is left out.
-        finally_undo: called last, for what is noted elsewhere.
+            lists; dicts, such as groups; other objects, with their attributes. None is ignored.
+        finally_undo: called last after an error, to restore what is recorded elsewhere.
     """
     undo: list[Callable[[], object]] = [] if finally_undo is None else [finally_undo]
     seen: set[int] = set()
@@ -40,9 +40,9 @@ def unchanged_on_error(*holders: Any, finally_undo: Callable[[], object] | None 
 
 
 def parameter_groups(params: Any) -> list[dict[str, Any]]:
-    """The groups among the first argument of an optimizer; iterators of parameters in them become lists.
+    """The groups in an optimizer's first argument, with iterators of parameters in them turned into lists.
 
-    So that a group can be used again although what it was made for fails. A generator that is used up stays.
+    A group can then be used again after a failure. An exhausted generator is left as it is.
     """
     groups = [each for each in params if isinstance(each, dict)] if isinstance(params, (list, tuple)) else []
     for group in groups:
@@ -68,14 +68,14 @@ def _note(holder: Any, undo: list[Callable[[], object]], seen: set[int]) -> None
     elif hasattr(holder, "__dict__"):
         _note_attributes(holder, undo)
         if isinstance(holder, torch.optim.Optimizer):
-            if (shared := getattr(holder, "_shared", None)) is not None:  # of a fused one
+            if (shared := getattr(holder, "_shared", None)) is not None:  # a fused optimizer
                 _note_slots(shared, undo)
             for group in holder.param_groups:
                 _note(group, undo, seen)
         elif isinstance(getattr(holder, "optimizer", None), torch.optim.Optimizer):  # a wrapper
             _note(holder.optimizer, undo, seen)
             _note(holder.base_param_settings, undo, seen)
-        elif isinstance(wrappers := getattr(holder, "optim_wrappers", None), dict):  # several
+        elif isinstance(wrappers := getattr(holder, "optim_wrappers", None), dict):  # an OptimWrapperDict
             for wrapper in wrappers.values():
                 _note(wrapper, undo, seen)
 
@@ -83,7 +83,7 @@ def _note(holder: Any, undo: list[Callable[[], object]], seen: set[int]) -> None
 def _note_dict(held: dict[Any, Any], undo: list[Callable[[], object]]) -> None:
     undo.append(_put_items_back(held))
     for key, value in held.items():
-        if key != "params":  # of a group: what is trained
+        if key != "params":  # a group's parameters are not settings
             for tensor in _tensors(value):
                 _note_value(tensor, undo)
         if isinstance(value, list):

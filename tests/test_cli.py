@@ -92,7 +92,7 @@ def test_info_shows_the_backend_of_the_environment(monkeypatch):
 
     assert "FUSEDOPT_BACKEND" not in info.info()
     monkeypatch.setenv("FUSEDOPT_BACKEND", "triton")
-    assert "triton: taken in place of 'auto'" in info.info()
+    assert "triton: used instead of 'auto'" in info.info()
 
 
 def test_warm_up_tells_of_each_gpu_what_was_compiled_or_why_not(monkeypatch):

@@ -187,17 +187,17 @@ class TestPythonFile:
                 "_base_ = 'base.py'\n\nx = _base_.modle", r"config\.py:3: .*did you mean 'model'", id="base_key"
             ),
             pytest.param(
-                "_base_ = 'base.py'\nx = 'a{{_base_.model}}'", r"config\.py:2: .*a value of its own", id="in_string"
+                "_base_ = 'base.py'\nx = 'a{{_base_.model}}'", r"config\.py:2: .*a whole value", id="in_string"
             ),
             pytest.param("_base_ = 'gone.py'", r"config\.py: _base_: cannot read .*gone\.py: No such", id="no_base"),
             pytest.param("_base_ = '.'", r"config\.py: _base_: cannot read .*: Is a directory", id="folder_as_base"),
             pytest.param("_base_ = 'a.toml'", r"a\.toml: unknown suffix '\.toml'; expected \.py, \.json", id="suffix"),
             pytest.param("_base_ = 3", r"config\.py: _base_: expected a file name or a list .* got 3", id="base_type"),
             pytest.param(
-                "x = 1\n_base_ = ['a' + b]", r"config\.py:2: _base_ must be a string or a list", id="base_code"
+                "x = 1\n_base_ = ['a' + b]", r"config\.py:2: _base_ must be a literal string or list", id="base_code"
             ),
             pytest.param(
-                "if True:\n    _base_ = 'base.py'", r"config\.py: _base_: must be set on a line", id="in_block"
+                "if True:\n    _base_ = 'base.py'", r"config\.py: _base_: must be set on its own line", id="in_block"
             ),
             pytest.param(
                 "_base_ = ['base.py', 'other.py']", r"config\.py: model: Duplicate key: .*other\.py", id="twice"
@@ -279,7 +279,7 @@ class TestJsonAndYaml:
                 (
                     f"c__{suffix}",
                     source,
-                    rf"c\.{suffix}: \{{\{{_base_\.x\}}\}}: is a value of its own, no part of a string",
+                    rf"c\.{suffix}: \{{\{{_base_\.x\}}\}}: must be a whole value, not part of a string",
                 )
                 for suffix, source in (
                     ("json", '{"_base_": "base.json", "a": "run {{ _base_.x }}"}'),
@@ -324,7 +324,7 @@ class TestCustomImports:
 
     def test_one_that_may_fail_is_a_warning(self, write, module):
         path = write(config=f"custom_imports = dict(imports=['no_such', '{module}'], allow_failed_imports=True)")
-        with pytest.warns(UserWarning, match="custom_imports: 'no_such' is left out: No module named") as caught:
+        with pytest.warns(UserWarning, match="custom_imports: 'no_such' is skipped: No module named") as caught:
             Config.fromfile(path)
         assert caught[0].filename == __file__ and module in sys.modules
 
@@ -335,8 +335,8 @@ class TestCustomImports:
             ("['os']", "custom_imports must be a dict, got list"),
             ("dict(import_='os')", "unknown key 'import_'; did you mean 'imports'"),
             ("dict(imports=[3])", r"imports must be a list of module names, got \[3\]"),
-            ("dict(imports=[''])", "imports must be a list of whole module names; '' is none"),
-            ("dict(imports=['.x'])", "imports must be a list of whole module names; '.x' is none"),
+            ("dict(imports=[''])", "imports must be a list of absolute module names; '' is not one"),
+            ("dict(imports=['.x'])", "imports must be a list of absolute module names; '.x' is not one"),
         ],
     )
     def test_errors(self, write, value, message):

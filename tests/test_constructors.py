@@ -202,7 +202,7 @@ class TestCustomKeys:
         assert changed(dict(custom_keys={".scale": dict(lr_mult=2)}), key="lr", optimizer=optimizer) == {"scale": 2}
 
     def test_a_key_that_matches_nothing_is_a_warning(self, optimizer):
-        with pytest.warns(UserWarning, match="'backbone' is part of no parameter's name and has no effect"):
+        with pytest.warns(UserWarning, match="'backbone' matches no parameter name and has no effect"):
             construct(Model(), dict(custom_keys={"backbone": dict(lr_mult=2), "bn": {}}), optimizer)
 
     def test_a_key_that_matches_frozen_parameters_only_is_none(self, optimizer):

@@ -391,7 +391,7 @@ class TestLoading:
         torch.save(checkpoint, tmp_path / "part.pth")
         runner = make_runner(tmp_path / "new", EMAHook(), load_from=tmp_path / "part.pth", resume=True)
         before = copy.deepcopy(runner.bare_model.state_dict())
-        with pytest.raises(CheckpointError, match=r"ema_state_dict is not that of the average: it lacks fc[.]bias"):
+        with pytest.raises(CheckpointError, match=r"ema_state_dict does not fit the average: it lacks fc[.]bias"):
             runner.train()
         assert_same(runner.bare_model.state_dict(), before)
 
@@ -421,7 +421,7 @@ class TestLoading:
         torch.save(checkpoint, tmp_path / "other.pth")
         hook = EMAHook(strict_load=strict)
         runner = make_runner(tmp_path / "new", hook, load_from=tmp_path / "other.pth", resume=True)
-        message = "it lacks steps; it has calls, which the model has not"
+        message = "it lacks steps; it has calls, which the model does not have"
         if strict:
             with pytest.raises(CheckpointError, match=message):
                 runner.train()
@@ -435,7 +435,7 @@ class TestLoading:
         hook = EMAHook(strict_load=strict)
         runner = make_runner(tmp_path / "new", hook, load_from=tmp_path / "bias.pth")
         if strict:
-            with pytest.raises(CheckpointError, match=r"state_dict is not that of the average: it lacks fc[.]weight"):
+            with pytest.raises(CheckpointError, match=r"state_dict does not fit the average: it lacks fc[.]weight"):
                 runner.test()
         else:
             runner.test()

@@ -229,7 +229,10 @@ def test_one_process_resumes_what_two_began(outcomes, folder, tmp_path, capsys):
 
 def test_a_model_that_would_bypass_the_averaging_is_refused(outcomes):
     for outcome in outcomes["wrong_model"]:
-        assert "several processes train a BaseModel" in outcome["message"] and "NoBase is none" in outcome["message"]
+        assert (
+            "several processes can only train a BaseModel" in outcome["message"]
+            and "NoBase is not one" in outcome["message"]
+        )
 
 
 def test_a_random_seed_is_one_for_all(outcomes):

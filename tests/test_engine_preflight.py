@@ -42,7 +42,7 @@ class TestMetricsThatDoNotCome:
     def test_a_run_without_validation(self, name: str, tmp_path: Any) -> None:
         schedulers = [dict(type="StepLR", step_size=1), plateau(name, patience=0)]
         (message,) = warnings_of(config(tmp_path, validates=False, param_scheduler=schedulers))
-        assert f"param_scheduler.1 ({name}) looks at 'accuracy' of the validations, and there are none" in message
+        assert f"param_scheduler.1 ({name}) monitors 'accuracy' of the validations, but there are none" in message
         assert "so it never acts; expected val_dataloader, val_cfg and val_evaluator" in message
         assert warnings_of(config(tmp_path, param_scheduler=schedulers)) == []
 
@@ -122,7 +122,7 @@ class TestEpochsThatDoNotEnd:
         (message,) = warnings_of(cfg)
         for clause in (
             "train_cfg.max_iters=20",
-            "param_scheduler.0 (LinearLR, by_epoch=True) stands still to the end",
+            "param_scheduler.0 (LinearLR, by_epoch=True) makes no step before the end",
             "param_scheduler.2 (StepMomentum, by_epoch=True)",
             "CheckpointHook (by_epoch=True) writes checkpoints once, at the end",
             "LoggerHook (log_metric_by_epoch=True) logs the metrics of all validations at step 0",

@@ -308,7 +308,7 @@ def test_resuming_a_finished_training_does_nothing(tmp_path):
 def test_resume_with_nothing_to_resume_begins(tmp_path, capsys):
     runner = train(config(tmp_path, resume=True, log_level="INFO"))
     assert len(recorded(runner).losses) == 20
-    assert f"There is no checkpoint in {tmp_path} to resume from: starting anew" in capsys.readouterr().out
+    assert f"There is no checkpoint in {tmp_path} to resume from: starting from scratch" in capsys.readouterr().out
 
 
 def test_resume_of_a_checkpoint_that_is_named(tmp_path):
@@ -361,7 +361,7 @@ def test_another_seed_gives_way_to_that_of_the_checkpoint(changes, tmp_path, cap
 def test_other_data_are_a_warning(tmp_path, capsys):
     train(config(tmp_path, train_cfg=dict(by_epoch=True, max_epochs=2)))
     train(config(tmp_path, resume=True, train_dataloader=loader(48, 8, shuffle=True)))
-    assert "a training with 5 batches in an epoch, this one has 6" in capsys.readouterr().out
+    assert "from a run with 5 batches in an epoch, but this run has 6" in capsys.readouterr().out
 
 
 class TestFilesOfTheHook:
@@ -453,7 +453,7 @@ class TestFilesOfTheHook:
             (dict(interval=0), ValueError, "Invalid interval: 0"),
             (dict(interval="1"), TypeError, "Invalid interval: '1'; expected a whole number"),
             (dict(max_keep_ckpts=0), ValueError, "Invalid max_keep_ckpts: 0"),
-            (dict(save_best="score"), ValueError, "save_best='score': its name does not tell"),
+            (dict(save_best="score"), ValueError, "save_best='score': its name does not say"),
             (dict(save_best="acc", rule="more"), ValueError, "Invalid rule: 'more'; expected one of greater, less"),
             (dict(save_best=["acc", "loss"], rule=["less"] * 3), ValueError, "rule has 3 entries for 2 metrics"),
             (dict(save_best=["acc", "acc"]), ValueError, "save_best must name each metric once"),
@@ -487,7 +487,7 @@ class TestFailures:
             write(checkpoint, file)
 
         monkeypatch.setattr(torch, "save", full)
-        with pytest.raises(CheckpointError, match=r"epoch_3\.pth cannot be written, .*: .*No space left on device"):
+        with pytest.raises(CheckpointError, match=r"epoch_3\.pth cannot be written .*: .*No space left on device"):
             train(config(tmp_path / "resumed", default_hooks=dict(checkpoint=dict(type="CheckpointHook", interval=1))))
         folder = tmp_path / "resumed"
         assert {path.name for path in folder.glob("*epoch*")} == {"epoch_1.pth", "epoch_2.pth"}
@@ -505,7 +505,7 @@ class TestFailures:
             raise OSError(errno.EIO, os.strerror(errno.EIO))
 
         monkeypatch.setattr(os, "fsync", fsync)
-        with pytest.raises(CheckpointError, match=r"epoch_1\.pth cannot be written, and is what it was before"):
+        with pytest.raises(CheckpointError, match=r"epoch_1\.pth cannot be written and is unchanged"):
             write_checkpoint(dict(meta={}, value=torch.zeros(2)), path)
         assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
 
@@ -531,7 +531,7 @@ class TestFailures:
         (tmp_path / "epoch_2.pth").write_bytes(b"")
         self.refused(tmp_path, r"epoch_2\.pth: truncated")
         (tmp_path / "epoch_2.pth").unlink()
-        self.refused(tmp_path, r"last_checkpoint names .*epoch_2\.pth, which is not there")
+        self.refused(tmp_path, r"last_checkpoint names .*epoch_2\.pth, which does not exist")
         with pytest.raises(CheckpointError, match=r"nowhere\.pth: there is no such checkpoint"):
             Runner.from_cfg(config(tmp_path, resume=True, load_from="nowhere.pth")).train()
 
@@ -552,11 +552,11 @@ class TestFailures:
             (dict(meta=[1]), "it lacks meta."),
             (dict(param_schedulers=None), "it lacks param_schedulers."),
             (dict(param_schedulers=[{}]), "epoch_2.pth cannot be resumed from: it has 1 schedulers instead of 2"),
-            (dict(param_schedulers=dict(gen=[])), "of one optimizer and those of several do not mix"),
-            (dict(state_dict=dict(weight=torch.ones(3))), "is not that of the model: it lacks backbone.0.weight"),
+            (dict(param_schedulers=dict(gen=[])), "of one optimizer and schedulers of several do not fit"),
+            (dict(state_dict=dict(weight=torch.ones(3))), "does not fit the model: it lacks backbone.0.weight"),
             (dict(state_dict=dict(weight="none")), "epoch_2.pth has no weights"),
             (dict(optimizer=dict(state={}, param_groups=[])), "epoch_2.pth cannot be resumed from: "),
-            (dict(accumulation=dict(generator=1)), "is of other optimizers: generator instead of one"),
+            (dict(accumulation=dict(generator=1)), "is from other optimizers: generator instead of one"),
             (dict(accumulation={"": None}), "accumulation is not as it was written: {'': None}"),
             (dict(processes=[{}]), "processes[0] is not as it was written: {}"),
             (
@@ -583,7 +583,7 @@ class TestFailures:
         before = state_of(runner)
         names = [name.removeprefix("Fused") for name in (first, second)]
         with pytest.raises(
-            CheckpointError, match=rf"of other optimizers: .*'{names[0]}'}} instead of .*'{names[1]}'}}"
+            CheckpointError, match=rf"from other optimizers: .*'{names[0]}'}} instead of .*'{names[1]}'}}"
         ):
             runner.load_or_resume()
         assert_same(state_of(runner), before)
@@ -606,7 +606,7 @@ class TestFailures:
         weights = dict(Runner.from_cfg(config(tmp_path)).bare_model.state_dict())
         name = next(reversed(weights))
         self.foreign(tmp_path, state_dict={**weights, name: 3})
-        self.refused(tmp_path, re.escape(f"is not that of the model: {name} has a int instead of shape"))
+        self.refused(tmp_path, re.escape(f"does not fit the model: {name} has a int instead of shape"))
 
     def test_where_no_folder_can_be(self, tmp_path):
         (tmp_path / "file").write_bytes(b"")
@@ -620,7 +620,7 @@ class TestFailures:
 
         monkeypatch.setattr(os, "fsync", refuse)
         monkeypatch.setattr(Path, "unlink", refuse)
-        with pytest.raises(CheckpointError, match=r"cannot be written, and is what it was before: .*Read-only"):
+        with pytest.raises(CheckpointError, match=r"cannot be written and is unchanged: .*Read-only"):
             write_checkpoint(dict(value=1), tmp_path / "file.pth")
 
     def test_file_and_folder_are_brought_to_the_disk(self, tmp_path, monkeypatch):
@@ -652,12 +652,12 @@ class TestFailures:
     def test_without_a_training_there_is_nothing_to_save(self, tmp_path):
         cfg = config(tmp_path)
         without = {key: cfg[key] for key in cfg if not key.startswith(("train", "optim", "param"))}
-        with pytest.raises(RuntimeError, match="no training whose checkpoint"):
+        with pytest.raises(RuntimeError, match="nothing to save: the config does not train"):
             Runner.from_cfg(without).save_checkpoint(tmp_path, "file.pth")
 
     def test_the_checkpoint_of_another_kind_of_training(self, tmp_path):
         train(config(tmp_path))
-        with pytest.raises(CheckpointError, match="of a training by epochs, this one is by iterations"):
+        with pytest.raises(CheckpointError, match="from training by epochs, but this run is by iterations"):
             Runner.from_cfg(config(tmp_path, **by_iterations(), resume=True)).train()
 
     @pytest.mark.parametrize("content", [[torch.ones(2)], dict(a=1), torch.nn.Linear(2, 2)])

@@ -162,7 +162,7 @@ class TestDeterministicOnAGpu:
 
     def test_where_cuda_was_used_before_it_is_too_late(self):
         self.used = True
-        with pytest.raises(ValueError, match=r"deterministic=True .* used CUDA before: set it where"):
+        with pytest.raises(ValueError, match=r"deterministic=True .* already used CUDA: set it before"):
             self.start()
         assert not self.asked
         assert "CUBLAS_WORKSPACE_CONFIG" not in os.environ
@@ -462,7 +462,7 @@ def test_losses_are_added_up(losses, total, logged):
     ("losses", "error", "message"),
     [
         (dict(loss=1.0), TypeError, "loss 'loss' must be a tensor or a list of tensors, got 1.0"),
-        (dict(hits=torch.tensor(1.0)), ValueError, "no name of 'hits' contains 'loss'"),
+        (dict(hits=torch.tensor(1.0)), ValueError, "expected a name that contains 'loss', got 'hits'"),
         (torch.tensor(1.0), TypeError, "must return a dict of losses, got Tensor"),
     ],
 )
@@ -513,9 +513,9 @@ def test_losses_that_are_none(losses, error, message):
             KeyError,
             "did you mean 'default_collate'?",
         ),
-        (dict(train_dataloader=None), ValueError, "belong together, and train_dataloader is missing"),
+        (dict(train_dataloader=None), ValueError, "belong together, but train_dataloader is missing"),
         (dict(val_cfg=dict(fp_16=True)), TypeError, "did you mean 'fp16'?"),
-        (dict(val_evaluator=None), ValueError, "belong together, and val_evaluator is missing"),
+        (dict(val_evaluator=None), ValueError, "belong together, but val_evaluator is missing"),
         (dict(val_evaluator=dict(type="HitRates")), KeyError, "did you mean 'HitRate'?"),
         (dict(model=dict(type="PointNets")), KeyError, "did you mean 'PointNet'?"),
         (dict(model=torch.nn.Linear(2, 2)), TypeError, "Linear has no train_step; derive it from BaseModel"),
@@ -544,7 +544,7 @@ def test_losses_that_are_none(losses, error, message):
         (dict(randomness=dict(sead=1)), ValueError, "randomness has the unknown key 'sead'; did you mean 'seed'?"),
         (dict(launcher="slurm"), ValueError, "Invalid launcher: 'slurm'"),
         (dict(launcher="pytorch"), RuntimeError, "start the training with torchrun"),
-        (dict(auto_scale_lr=dict(base_batch_size=16, enable=True)), ValueError, "auto_scale_lr is not offered"),
+        (dict(auto_scale_lr=dict(base_batch_size=16, enable=True)), ValueError, "auto_scale_lr is not supported"),
         (
             dict(visualizer=dict(vis_backends=[dict(type="LocalVisBackends")])),
             KeyError,
@@ -627,8 +627,8 @@ def test_load_from_takes_the_weights_that_fit(tmp_path, capsys):
     assert torch.equal(target.model.backbone[0].weight, source.model.backbone[0].weight)
     assert torch.equal(target.model.head.weight, before)
     output = capsys.readouterr().out
-    assert "it has extra, which the model has not; head.weight has shape (5, 8) instead of shape (3, 8)" in output
-    with pytest.raises(CheckpointError, match=r"weights\.pth is not that of the model"):
+    assert "it has extra, which the model does not have; head.weight has shape (5, 8) instead of shape (3, 8)" in output
+    with pytest.raises(CheckpointError, match=r"weights\.pth does not fit the model"):
         target.load_checkpoint(tmp_path / "weights.pth", strict=True)
 
 

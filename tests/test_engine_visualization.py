@@ -210,7 +210,7 @@ def test_wrong_settings(hook, settings, error, message):
 def test_a_batch_without_images(tmp_path):
     runner = SimpleNamespace(rank=0, visualizer=Visualizer([Kept()]), val_dataloader=SimpleNamespace(dataset=None))
     hook = VisualizationHook(enable=True, interval=1)
-    with pytest.raises(KeyError, match=r"what is drawn is data_batch\['inputs'\]; the batch has 'imgs'"):
+    with pytest.raises(KeyError, match=r"images to draw must be in data_batch\['inputs'\]; the batch has 'imgs'"):
         hook.after_val_iter(runner, batch_idx=0, data_batch=dict(imgs=torch.zeros(1, 4, 4)), outputs=[1])
 
 

@@ -120,7 +120,7 @@ def test_a_short_training_saves_a_picture(tmp_path):
     [
         (["nowhere.py"], "nowhere.py: cannot read the config file"),
         (["--epochs", "0"], "train_cfg: Invalid train_cfg.max_epochs: 0"),
-        ([str(REPOSITORY / "configs" / "digits_resnet.py")], "not the training of a DigitsGAN"),
+        ([str(REPOSITORY / "configs" / "digits_resnet.py")], "this config does not train a DigitsGAN"),
     ],
 )
 def test_a_mistake_is_one_line(tmp_path, arguments, message, monkeypatch, capsys):

@@ -309,7 +309,7 @@ class TestPretrain:
 
     def test_names_at_the_root_have_no_dot_in_front(self, optimizer):
         model = VisionTransformer()
-        with pytest.warns(UserWarning, match=r"'\.cls_token' is part of no parameter's name"):
+        with pytest.warns(UserWarning, match=r"'\.cls_token' matches no parameter name"):
             pretrain(model, optimizer, layer_decay_rate=0.5, custom_keys={".cls_token": dict(decay_mult=0.0)})
         groups = pretrain(model, optimizer, layer_decay_rate=0.5, custom_keys={"cls_token": dict(decay_mult=0.0)})
         assert groups["cls_token"]["weight_decay"] == 0

@@ -192,7 +192,7 @@ class TestWrongConfigs:
         ("cfg", "error", "message"),
         [
             (dict(generatr=adam()), ValueError, r"'generatr' is neither .*did you mean 'generator'\?"),
-            ({"gen(": adam()}, ValueError, r"'gen\(' is no regular expression"),
+            ({"gen(": adam()}, ValueError, r"'gen\(' is not a regular expression"),
             (
                 dict(generator=adam(modules=3)),
                 TypeError,
@@ -210,7 +210,7 @@ class TestWrongConfigs:
             (
                 dict(generator=adam(constructor="DefaultOptimWrapperConstructor")),
                 ValueError,
-                r"optim_wrapper\['generator'\]: 'constructor' stands at the top",
+                r"optim_wrapper\['generator'\]: 'constructor' belongs at the top level",
             ),
             (dict(generator=adam(clip_gard=None)), ValueError, "unknown key 'clip_gard'; did you mean 'clip_grad'"),
         ],

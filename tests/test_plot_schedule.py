@@ -101,7 +101,7 @@ def test_several_optimizers_have_curves_of_their_own() -> None:
             disc=dict(type="ReduceOnPlateauLR"),
         ),
     )
-    with pytest.warns(UserWarning, match="a scheduler by epoch never advances in a training by iterations"):
+    with pytest.warns(UserWarning, match="a scheduler by epoch never advances in training by iterations"):
         schedule = simulate_schedule(cfg)
     assert curve_of(schedule, "lr", 0, "gen").values.tolist() == [0.1, 0.05, 0.025, 0.0125]
     assert curve_of(schedule, "lr", 0, "disc").values.tolist() == [0.2] * 4
@@ -221,7 +221,11 @@ def test_configs_of_several_optimizers_without_their_model() -> None:
     ("changes", "error", "message"),
     [
         (dict(param_scheduler=dict(gen=[])), KeyError, "nothing for 'disc'"),
-        (dict(param_scheduler=dict(gen=[], disc=[], other=[])), ValueError, "'other', which is no optimizer wrapper"),
+        (
+            dict(param_scheduler=dict(gen=[], disc=[], other=[])),
+            ValueError,
+            "'other', which is not an optimizer wrapper",
+        ),
         (dict(optim_wrapper=dict(type="AmpOptimWrapper", clip_grad=dict(max_norm=1.0))), KeyError, "'optimizer'"),
     ],
 )
@@ -268,7 +272,7 @@ def test_the_model_of_the_config_is_built(monkeypatch: pytest.MonkeyPatch) -> No
             dict(param_scheduler=dict(type="StepLR", step_size=1, by_epoch=False)),
             {},
             ValueError,
-            "expected epoch_length, iterations in one",
+            "expected epoch_length, iterations in an epoch",
         ),
         ({}, dict(epoch_length=0), ValueError, "Invalid epoch_length: 0"),
     ],

@@ -260,7 +260,7 @@ class TestTree:
                 assert inner is right
         with right.switch_scope_and_registry(None) as registry:
             assert registry is right
-        with pytest.warns(UserWarning, match="no tool registry has the scope 'middle'; 'root' serves"):
+        with pytest.warns(UserWarning, match="no tool registry has the scope 'middle'; 'root' is used"):
             assert root.build(dict(type="Hammer", _scope_="middle")) == 0
         with pytest.warns(UserWarning, match="'middle'") as caught, root.switch_scope_and_registry("middle"):
             pass

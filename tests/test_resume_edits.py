@@ -361,7 +361,7 @@ def test_on_the_command_line(tmp_path: Path, capsys: Any) -> None:
     group = torch.load(tmp_path / "runs" / "epoch_2.pth", weights_only=True)["optimizer"]["param_groups"][0]
     assert group["lr"] == 0.05
     assert main([*command, *more, "--resume-overrides"]) == 0
-    assert "the settings of the config count" in capsys.readouterr().out
+    assert "the settings of the config apply" in capsys.readouterr().out
     group = torch.load(tmp_path / "runs" / "epoch_2.pth", weights_only=True)["optimizer"]["param_groups"][0]
     assert group["lr"] == 0.2
     assert main([*command, "--resume-overrides"]) == 2

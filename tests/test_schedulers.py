@@ -426,7 +426,7 @@ def test_a_group_that_is_added_takes_part(name, wrapped) -> None:
     optimizer.add_param_group(dict(params=[nn.Parameter(torch.zeros(2))], lr=5.0, weight_decay=3.0, betas=(0.5, 0.9)))
     if name in ("CyclicLR", "OneCycleLR"):
         before = copy.deepcopy(scheduler.state_dict())
-        with pytest.raises(ValueError, match=r"had \d parameter groups when this .* was built, and has \d"):
+        with pytest.raises(ValueError, match=r"had \d parameter groups when this .* was built, and now has \d"):
             scheduler.step()
         assert scheduler.state_dict() == before
         return
@@ -649,7 +649,7 @@ BAD = [
     (dict(type="OneCycleLR", eta_max=[1.0, 2.0], end=9), ValueError, "eta_max has 2 entries"),
     (dict(type="OneCycleLR", eta_max=1.0, end=9, anneal_strategy="cosine"), ValueError, "Invalid anneal_strategy"),
     (dict(type="OneCycleLR", eta_max=1.0, end=9, pct_start=30), ValueError, "Invalid pct_start: 30"),
-    (dict(type="OneCycleParamScheduler", eta_max=1.0, end=9, param_name="momentum"), ValueError, "schedules 'lr'"),
+    (dict(type="OneCycleParamScheduler", eta_max=1.0, end=9, param_name="momentum"), ValueError, "schedules only 'lr'"),
     (dict(type="LinearLR", start_factor=0), ValueError, "Invalid start_factor: 0"),
     (dict(type="LinearLR", end_factor=2), ValueError, "Invalid end_factor: 2"),
     (dict(type="ConstantLR", factor=1.5), ValueError, "Invalid factor: 1.5"),
@@ -693,7 +693,7 @@ def test_bad_arguments_are_named_and_nothing_changes(cfg, error, message) -> Non
 def test_a_momentum_scheduler_needs_a_momentum() -> None:
     optimizer = torch.optim.Adagrad(parameter_groups(1), lr=0.1)
     with pytest.raises(
-        ValueError, match=r"StepMomentum schedules 'momentum' or betas\[0\], and param_groups\[0\] has n"
+        ValueError, match=r"StepMomentum schedules 'momentum' or betas\[0\], but param_groups\[0\] has n"
     ):
         schedulers.StepMomentum(optimizer, step_size=2)
     adam = FusedAdamW(parameter_groups(1), lr=0.1)
@@ -750,9 +750,9 @@ def test_a_scheduler_drives_one_optimizer() -> None:
 @pytest.mark.parametrize(
     ("name", "state_of", "message"),
     [
-        ("StepLR", "CosineAnnealingLR", "not that of a StepLR: it lacks 'step_size', 'gamma' and has 'T_max'"),
+        ("StepLR", "CosineAnnealingLR", "does not fit a StepLR: it lacks 'step_size', 'gamma' and has 'T_max'"),
         ("StepLR", "StepMomentum", "'momentum'; this StepLR schedules 'lr'"),
-        ("CyclicLR", "SWALR", "is that of a SWALR, not of a CyclicLR"),
+        ("CyclicLR", "SWALR", "is from a SWALR, not from a CyclicLR"),
         ("LinearLR", "LambdaLR", "has 'kind', 'torch_state'"),
     ],
 )
@@ -782,7 +782,7 @@ def test_the_state_for_other_groups_is_refused() -> None:
     with pytest.raises(ValueError, match="base_values for 3 parameter groups"):
         build("StepLR", sgd(1)).load_state_dict({**build("StepLR", sgd(1)).state_dict(), "base_values": 3})
     cyclic = build("CyclicLR", sgd())
-    with pytest.raises(ValueError, match=r"torch_state'\] is not that of this torch's CyclicLR: it lacks"):
+    with pytest.raises(ValueError, match=r"torch_state'\] does not fit this torch's CyclicLR: it lacks"):
         cyclic.load_state_dict({**cyclic.state_dict(), "torch_state": {}})
     with pytest.raises(TypeError, match="state_dict must be a dict, got list"):
         build("StepLR", sgd(1)).load_state_dict([])
@@ -815,7 +815,7 @@ def test_names_that_do_not_fit_the_wrappers_are_named() -> None:
     wrappers = OptimWrapperDict(gen=OptimWrapper(sgd()), disc=OptimWrapper(sgd()))
     with pytest.raises(KeyError, match=r"nothing for 'disc'; expected disc=\[\]"):
         build_param_schedulers(dict(gen=[]), wrappers)
-    with pytest.raises(ValueError, match="'dics', which is no optimizer wrapper; did you mean 'disc'"):
+    with pytest.raises(ValueError, match="'dics', which is not an optimizer wrapper; did you mean 'disc'"):
         build_param_schedulers(dict(gen=[], dics=[]), wrappers)
 
 
@@ -825,7 +825,7 @@ def test_one_step_more_than_a_cycle_has_is_an_error() -> None:
     optimizer.step()
     scheduler.step()
     scheduler.step()
-    with pytest.raises(ValueError, match="total_steps=2 times, and was once more"):
+    with pytest.raises(ValueError, match="was stepped more than total_steps=2 times"):
         scheduler.step()
 
 

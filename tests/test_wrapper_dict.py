@@ -158,17 +158,17 @@ def test_a_state_that_is_no_dict_is_a_type_error(pair, state, name):
 
 
 def test_the_state_of_a_dict_and_of_a_single_wrapper_do_not_mix(pair):
-    with pytest.raises(ValueError, match=r"is that of a single wrapper.*one for each of 'gen', 'disc'"):
+    with pytest.raises(ValueError, match=r"is from a single wrapper.*one for each of 'gen', 'disc'"):
         pair.load_state_dict(pair["gen"].state_dict())
     for kind in (OptimWrapper, AmpOptimWrapper):
-        with pytest.raises(ValueError, match=r"is that of an OptimWrapperDict of 'gen', 'disc'; a single"):
+        with pytest.raises(ValueError, match=r"is from an OptimWrapperDict of 'gen', 'disc'; a single"):
             wrapper(kind=kind).load_state_dict(pair.state_dict())
 
 
 def test_an_unknown_name_loads_nothing(pair):
     saved = pair.state_dict()
     saved["gen"]["param_groups"][0]["lr"] = 0.5
-    with pytest.raises(KeyError, match=r"state_dict has 'disk', which is no wrapper here; did you mean 'disc'\?"):
+    with pytest.raises(KeyError, match=r"state_dict has 'disk', which is not a wrapper here; did you mean 'disc'\?"):
         pair.load_state_dict({"gen": saved["gen"], "disk": saved["disc"]})
     assert pair.get_lr()["gen.lr"] == [0.01, 0.01]
 
@@ -180,7 +180,9 @@ def test_a_dict_holds_no_dict(pair):
 
 @pytest.mark.parametrize("name", ["optimizer", "base_param_settings", "_inner_count"])
 def test_what_only_a_single_wrapper_has_is_no_attribute(pair, name):
-    with pytest.raises(AttributeError, match=rf"no {name} of its own: ask one.*as in optim_wrapper\['gen'\]\.{name}"):
+    with pytest.raises(
+        AttributeError, match=rf"no {name} of its own: read it from one.*as in optim_wrapper\['gen'\]\.{name}"
+    ):
         getattr(pair, name)
     assert not hasattr(pair, name)
     assert list(copy.deepcopy(pair)) == ["gen", "disc"]

@@ -280,7 +280,7 @@ class TestAccumulation:
         wrapper = OptimWrapper(make_optimizer(torch.optim.SGD, model), accumulative_counts=2)
         wrapper.initialize_count_status(model, 0, 4)
         train(model, wrapper, batches(4))
-        with pytest.raises(RuntimeError, match="told of 4 iterations, and this is one more"):
+        with pytest.raises(RuntimeError, match="max_counts=4, and this is one more"):
             train(model, wrapper, batches(1))
 
     def test_warns_once_of_batch_norm(self, recwarn):

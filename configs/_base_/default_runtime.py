@@ -1,4 +1,4 @@
-"""What most trainings have in common."""
+"""Settings that most configs share."""
 
 default_hooks = dict(
     timer=dict(type="IterTimerHook"),

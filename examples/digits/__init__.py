@@ -1,6 +1,6 @@
 """Handwritten digits: data, models and a GAN, for the configs, the demonstration and the tests.
 
-What a config names is here, as in ``type='examples.digits.DigitsViT'``.
+Configs name these classes by import path, as in ``type='examples.digits.DigitsViT'``.
 """
 
 from examples.digits.data import DigitsDataset

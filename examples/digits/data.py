@@ -22,11 +22,11 @@ class Digits(NamedTuple):
 
 
 def load_digits(val_fraction: float = 0.2, seed: int = 0) -> tuple[Digits, Digits]:
-    """The training and the validation split.
+    """Load the training and the validation split.
 
     Args:
         val_fraction: share of the images that goes into the validation split, between 0 and 1.
-        seed: which images these are.
+        seed: seed of the random split.
 
     Raises:
         MissingExtraError: scikit-learn is not installed.

@@ -1,4 +1,4 @@
-"""A GAN of 8 x 8 grey images: two networks with an optimizer each, which take turns as MMagic's do."""
+"""A GAN of 8 x 8 grey images: two networks, each with its own optimizer, trained in turns as in MMagic."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ __all__ = ["DigitsDiscriminator", "DigitsGAN", "DigitsGenerator"]
 
 @MODELS.register_module()
 class DigitsGenerator(nn.Sequential):
-    """Noise to images of 1 x 8 x 8, from -1 to 1.
+    """Maps noise, N x ``noise_size``, to images, N x 1 x 8 x 8, from -1 to 1.
 
     Args:
-        noise_size: numbers that an image is drawn from.
-        channels: of the larger feature maps.
+        noise_size: length of the noise vector of one image.
+        channels: number of channels of the larger feature maps.
     """
 
     def __init__(self, noise_size: int, channels: int):
@@ -42,10 +42,10 @@ class DigitsGenerator(nn.Sequential):
 
 @MODELS.register_module()
 class DigitsDiscriminator(nn.Sequential):
-    """Images to one score each, high for real ones.
+    """Maps images, N x 1 x 8 x 8, to scores, N x 1, that are high for real images.
 
     Args:
-        channels: of the larger feature maps.
+        channels: number of channels of the larger feature maps.
     """
 
     def __init__(self, channels: int):
@@ -61,14 +61,14 @@ class DigitsDiscriminator(nn.Sequential):
 
 @MODELS.register_module()
 class DigitsGAN(BaseModel):
-    """A generator and a discriminator, and how they take turns.
+    """A generator and a discriminator, trained in turns.
 
     Args:
-        noise_size: numbers that the generator draws an image from.
+        noise_size: length of the noise vector of one image.
         generator: config of the generator.
         discriminator: config of the discriminator.
-        generator_steps: steps of the generator before it is the discriminator's turn.
-        discriminator_steps: steps of the discriminator before it is the generator's turn.
+        generator_steps: steps of the generator before the discriminator's turn.
+        discriminator_steps: steps of the discriminator before the generator's turn.
     """
 
     batches: Tensor
@@ -87,7 +87,7 @@ class DigitsGAN(BaseModel):
         self.discriminator = MODELS.build(discriminator)
         self.generator_steps = generator_steps
         self.discriminator_steps = discriminator_steps
-        # A buffer, so that a resumed training knows whose turn it is.
+        # A buffer, so that a resumed run knows whose turn it is.
         self.register_buffer("batches", torch.zeros((), dtype=torch.int64))
 
     def sample(self, count: int) -> Tensor:
@@ -95,20 +95,20 @@ class DigitsGAN(BaseModel):
         return self.generator(torch.randn(count, self.noise_size, device=self.batches.device))
 
     def forward(self, inputs: Tensor, labels: Any = None, mode: str = "tensor") -> Any:  # type: ignore[override]
-        """As many new images as there are inputs; in mode ``'predict'`` a list of dicts with one ``fake`` each."""
+        """Return a new image for each input; in mode ``'predict'``, a list of dicts with one ``fake`` each."""
         fakes = self.sample(len(inputs))
         return [{"fake": fake} for fake in fakes] if mode == "predict" else fakes
 
     def train_step(self, data: Any, optim_wrapper: Any) -> dict[str, Tensor]:
-        """One iteration of the discriminator on a batch, and those of the generator when it is its turn.
+        """Run one iteration of the discriminator, and the generator's iterations when its turn comes.
 
         Args:
             data: a batch of :class:`DigitsDataset`.
-            optim_wrapper: an :class:`fusedopt.OptimWrapperDict`, or MMEngine's, of ``generator`` and
+            optim_wrapper: an :class:`fusedopt.OptimWrapperDict` or MMEngine's, with the keys ``generator`` and
                 ``discriminator``.
 
         Returns:
-            The losses, ``loss_discriminator`` and in its turn ``loss_generator``.
+            The losses: ``loss_discriminator`` and, in the generator's turn, ``loss_generator``.
         """
         images = self.data_preprocessor(data, True)["inputs"]
         discriminator, generator = optim_wrapper["discriminator"], optim_wrapper["generator"]
@@ -127,7 +127,7 @@ class DigitsGAN(BaseModel):
         with wrapper.optim_context(self.discriminator):
             with torch.no_grad():
                 fakes = self.sample(len(images))
-            # The hinge loss: scores beyond 1 and -1 are good enough.
+            # Hinge loss: scores beyond 1 and -1 do not count.
             loss = functional.relu(1 - self.discriminator(images)).mean()
             loss = loss + functional.relu(1 + self.discriminator(fakes)).mean()
         wrapper.update_params(loss)

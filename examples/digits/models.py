@@ -1,4 +1,4 @@
-"""Two small classifiers of 8 x 8 grey images, and how well they do."""
+"""Two small classifiers of 8 x 8 grey images, and their metrics."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ IMAGE_SIZE = 8
 
 
 class _Classifier(BaseModel):
-    """What both models share: the cross entropy to train with, and predictions to judge."""
+    """Base of both models: the cross-entropy loss and the predictions."""
 
     def logits(self, images: Tensor) -> Tensor:
         """N x ``num_classes`` logits of N x 1 x 8 x 8 images."""
@@ -30,7 +30,7 @@ class _Classifier(BaseModel):
 
         Args:
             inputs: images, N x 1 x 8 x 8.
-            labels: N of them, int64; only ``'tensor'`` works without.
+            labels: N, int64; may be None in mode ``'tensor'`` only.
             mode: ``'loss'``, ``'predict'`` or ``'tensor'``.
         """
         logits = self.logits(inputs)
@@ -48,12 +48,12 @@ class ClassificationMetrics(BaseMetric):
     """``accuracy``, the share of right labels from 0 to 1, and ``loss``, the mean cross entropy."""
 
     def process(self, data_batch: Any, data_samples: Sequence[dict[str, Tensor]]) -> None:
-        """Keep loss and hit of each sample."""
+        """Store the loss of each sample and whether its label is right."""
         hits = (sample["pred_label"] == sample["gt_label"] for sample in data_samples)
         self.results += [(float(sample["loss"]), float(hit)) for sample, hit in zip(data_samples, hits, strict=True)]
 
     def compute_metrics(self, results: list[tuple[float, float]]) -> dict[str, float]:
-        """The means."""
+        """Return the means."""
         loss, accuracy = torch.tensor(results, dtype=torch.float64).mean(dim=0).tolist()
         return {"accuracy": accuracy, "loss": loss}
 
@@ -93,12 +93,12 @@ class DigitsViT(_Classifier):
     """Vision transformer (Dosovitskiy et al., 2021) for N x 1 x 8 x 8 images.
 
     Args:
-        embed_dims: width of the stream.
-        num_layers: number of pre-norm transformer blocks, ``layers.0`` and on.
+        embed_dims: embedding width.
+        num_layers: number of pre-norm transformer blocks, named ``layers.0`` and so on.
         num_heads: attention heads; divides ``embed_dims``.
-        mlp_ratio: width of a block's hidden layer over ``embed_dims``.
+        mlp_ratio: width of a block's hidden layer divided by ``embed_dims``.
         patch_size: side of a patch in pixels; divides 8.
-        dropout: of every branch, and of the embedded patches.
+        dropout: dropout probability of every branch and of the embedded patches.
         num_classes: number of logits.
 
     Raises:
@@ -133,7 +133,7 @@ class DigitsViT(_Classifier):
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
 
     def get_layer_depth(self, name: str) -> tuple[int, int]:
-        """Layer of a parameter, and the number of layers with stem and head, for a rate that decays by layers."""
+        """A parameter's layer, and the number of layers with stem and head, for layer-wise learning-rate decay."""
         depths = len(self.layers) + 2
         if name.startswith("layers."):
             return int(name.split(".")[1]) + 1, depths

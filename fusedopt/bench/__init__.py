@@ -1,6 +1,6 @@
-"""Measuring the optimizer step: workloads x recipes x contenders, checked, then interleaved.
+"""Measures the optimizer step: workloads x recipes x contenders, checked, then timed in turns.
 
-``python -m fusedopt bench`` runs single cases, ``benchmarks/`` of the source tree the whole suite.
+``python -m fusedopt bench`` runs single cases; ``benchmarks/`` in the source tree runs the whole suite.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What is measured: a workload, how it is grouped, an optimizer, a recipe, dtypes, a device."""
+"""What is measured: a workload, its parameter groups, an optimizer, a recipe, dtypes and a device."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ SCALE = 1024.0
 
 @dataclass(frozen=True)
 class Recipe:
-    """What a training asks of a step.
+    """What a step has to do besides the update.
 
     Args:
-        amp: gradients come scaled, from a GradScaler.
-        clip: the global norm is clipped.
-        accumulate: micro-batches of a step; each further one is added to the gradients, as backward does.
+        amp: unscale gradients that were scaled by a GradScaler.
+        clip: clip the global norm.
+        accumulate: micro-batches per step; each one after the first is added to the gradients, as backward does.
     """
 
     amp: bool = False
@@ -43,15 +43,15 @@ RECIPES: dict[str, Recipe] = {
 
 @dataclass(frozen=True)
 class OptimizerSpec:
-    """A torch optimizer with its settings; ``states`` arrays of state per parameter."""
+    """A torch optimizer with its settings; ``states`` is its number of state tensors per parameter."""
 
     name: str
     settings: Mapping[str, Any]
     states: int
 
 
-#: eps and weight decay are larger than in a training, so that the check of the results sees what forgets to unscale, to
-#: clip or to decay: with a small eps a step of Adam hardly depends on the size of the gradients.
+#: eps and weight decay are larger than usual, so that the check of the results notices a missing unscaling, clipping or
+#: decay: with a small eps a step of Adam hardly depends on the size of the gradients.
 OPTIMIZERS: dict[str, OptimizerSpec] = {
     "sgd": OptimizerSpec("SGD", {"lr": 0.01, "momentum": 0.9, "weight_decay": 0.05}, 1),
     "adam": OptimizerSpec("Adam", {"lr": 0.01, "eps": 0.1, "weight_decay": 0.05}, 2),
@@ -71,16 +71,16 @@ DTYPES: dict[str, tuple[torch.dtype, torch.dtype]] = {
 
 @dataclass(frozen=True)
 class Case:
-    """One workload in one recipe, on which contenders are compared.
+    """One workload with one recipe, on which contenders are compared.
 
     Args:
         workload: a key of ``WORKLOADS``, or any name together with ``custom``.
-        grouping: of ``GROUPINGS``. Parameters with fewer than two dimensions have no weight decay, unless in one group.
+        grouping: one of ``GROUPINGS``. Unless it is ``'one'``, parameters with fewer than two dimensions do not decay.
         optimizer: a key of ``OPTIMIZERS``.
         recipe: a key of ``RECIPES``.
         dtype: a key of ``DTYPES``.
-        device: where parameters are: ``'cpu'`` or ``'cuda'``.
-        warm: run a step that is not timed right before each timed one, instead of flushing the caches.
+        device: device of the parameters, ``'cpu'`` or ``'cuda'``.
+        warm: run an untimed step right before each timed one, instead of flushing the caches.
         custom: shapes of a workload that is not in ``WORKLOADS``.
 
     Raises:
@@ -111,14 +111,14 @@ class Case:
 
     @property
     def name(self) -> str:
-        """As in ``vit-b/each/adamw/amp-clip``; what is fp32, on a CPU and cold goes without saying."""
+        """As in ``vit-b/each/adamw/amp-clip``; the defaults fp32, CPU and cold caches are left out."""
         parts = [self.workload, self.grouping, self.optimizer, self.recipe]
         parts += [part for part, usual in ((self.dtype, "fp32"), (self.device, "cpu")) if part != usual]
         return "/".join([*parts, "warm"] if self.warm else parts)
 
     @cached_property
     def shapes(self) -> Shapes:
-        """The named shapes."""
+        """The parameter shapes by name."""
         return self.custom() if self.custom else WORKLOADS[self.workload].shapes()
 
     @cached_property
@@ -142,7 +142,7 @@ class Case:
 
     @property
     def max_norm(self) -> float:
-        """The norm to clip to: about a third of what the gradients have, so that clipping recipes do clip."""
+        """The norm to clip to: about a third of the gradients' norm, so that clipping recipes do clip."""
         return 0.5 * self.parameters**0.5
 
     def settings(self, group: list[str]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The optimizers that are compared: ours, and torch's in all its ways."""
+"""The optimizers that are compared: ours, and all of torch's implementations."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from .cases import DTYPES, OPTIMIZERS, RECIPES, SCALE, Case
 
 __all__ = ["CONTENDERS", "OURS", "RIVAL", "Contender", "initial_tensors"]
 
-#: The contender that ratios are of, and the one that floors are against.
+#: The base of the ratios, and the contender that the required speed-ups refer to.
 OURS, RIVAL = "fusedopt", "torch-fused"
 
 
 def initial_tensors(case: Case) -> Iterator[tuple[str, Tensor, Tensor]]:
     """(name, parameter, gradient) of each tensor of a case, the same for every contender.
 
-    Parameters are small, as after initialization. Gradients are of one micro-batch, scaled where the recipe has AMP,
-    and of a magnitude that no state of fp16 loses to underflow.
+    Parameters are small, as after initialization. Gradients are those of one micro-batch, scaled if the recipe has AMP,
+    and large enough not to underflow in fp16 state.
     """
     recipe = RECIPES[case.recipe]
     factor = (SCALE if recipe.amp else 1.0) / recipe.accumulate
@@ -39,21 +39,21 @@ def initial_tensors(case: Case) -> Iterator[tuple[str, Tensor, Tensor]]:
 
 
 class Contender:
-    """One optimizer on parameters of its own, with all that a training does between backward and the next batch.
+    """One optimizer with its own parameters, and everything that happens between backward and the next batch.
 
     Args:
-        case: what to step through.
-        gradients: of one micro-batch, by name; not changed.
+        case: the case to run.
+        gradients: those of one micro-batch, by name; not changed.
 
     Attributes:
-        params: by name.
+        params: the parameters by name.
     """
 
     #: Shown by ``--list``.
     description: ClassVar[str]
-    #: Tells apart results that may differ by more than rounding, such as those of an 8-bit state.
+    #: Whether results may differ by more than rounding, as with 8-bit state.
     approximate: ClassVar[bool] = False
-    #: Whether a step writes into the gradients, which then are restored before the next one.
+    #: Whether a step writes to the gradients, which are then restored before the next step.
     writes_gradients: ClassVar[bool] = True
 
     def __init__(self, case: Case, gradients: dict[str, Tensor]):
@@ -76,12 +76,12 @@ class Contender:
 
     @property
     def clip_grad(self) -> dict[str, float] | None:
-        """What fused optimizers and wrappers take to clip as the recipe says."""
+        """The argument with which fused optimizers and wrappers clip as the recipe says."""
         return None if self.max_norm is None else {"max_norm": self.max_norm}
 
     @classmethod
     def unavailable(cls, case: Case) -> str | None:
-        """Why it cannot take part, or None."""
+        """Why it cannot run this case, or None."""
         return None
 
     def build(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
@@ -93,7 +93,7 @@ class Contender:
         return torch.amp.GradScaler(self.case.device, init_scale=SCALE, enabled=self.recipe.amp)
 
     def set_gradients(self, factor: float = 1.0) -> None:
-        """Leave in the gradients what one micro-batch's backward leaves there, times ``factor``."""
+        """Set the gradients to those of one micro-batch, times ``factor``."""
         for param, grad in zip(self.params.values(), self._grads, strict=True):
             param.grad = grad
         torch._foreach_copy_(self._grads, self._originals)
@@ -106,7 +106,7 @@ class Contender:
             self.set_gradients()
 
     def __call__(self) -> None:
-        """The timed part: the further micro-batches' gradients, and the step."""
+        """The timed part: adding the other micro-batches' gradients, and the step."""
         for _ in range(self.recipe.accumulate - 1):
             torch._foreach_add_(self._grads, self._originals)
         self.step()
@@ -150,7 +150,7 @@ class OnBackend(Fused):
 
 
 class FusedWrapper(Fused):
-    """What a config of MMEngine's kind makes of the fused optimizer."""
+    """The fused optimizer in a wrapper, as built from an MMEngine-style config."""
 
     description = "fusedopt's OptimWrapper or AmpOptimWrapper around the fused optimizer"
 
@@ -169,7 +169,7 @@ class FusedWrapper(Fused):
 
 
 class Stock(Contender):
-    """A torch optimizer, or one that is used as such: the scaler unscales, torch.nn.utils clips, the scaler steps."""
+    """A torch optimizer, or one used like it: the scaler unscales, torch.nn.utils clips, the scaler steps."""
 
     flags: ClassVar[dict[str, Any]] = {}
 
@@ -183,7 +183,7 @@ class Stock(Contender):
         return getattr(torch.optim, OPTIMIZERS[self.case.optimizer].name)(groups, **self.flags)
 
     def cast_gradients(self) -> None:
-        """Give the gradients the dtype of their parameters, without which torch's optimizers do not take them."""
+        """Cast the gradients to the dtype of their parameters, which torch's optimizers require."""
         if self.case.dtype.endswith("-grads"):
             for param in self.params.values():
                 param.grad = param.grad.to(param.dtype)  # type: ignore[union-attr]
@@ -214,7 +214,7 @@ class Foreach(Stock):
 class TorchFused(Stock):
     """torch's own fused kernels."""
 
-    description = "torch, fused=True: what floors are against"
+    description = "torch, fused=True: required speed-ups refer to it"
     flags: ClassVar[dict[str, Any]] = {"fused": True}
 
 
@@ -237,7 +237,7 @@ class Compiled(Stock):
         return optimizer
 
 
-#: By the names that a user types; the suite in benchmarks/ adds more.
+#: Contenders by their names on the command line; the suite in benchmarks/ adds more.
 CONTENDERS: dict[str, type[Contender]] = {
     OURS: Fused,
     "fusedopt-wrapper": FusedWrapper,

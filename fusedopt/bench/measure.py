@@ -1,4 +1,4 @@
-"""Interleaved measurement: every round runs every contender once, so that a drift of the machine meets them all."""
+"""Interleaved measurement: every round runs every contender once, so that a drift of the machine affects all."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ __all__ = ["BandwidthProbe", "CacheFlush", "Quantiles", "QueuedTimer", "Times", 
 
 
 def _last_level_cache() -> int:
-    """Bytes of the processor's largest cache, or 32 MiB where the system does not tell."""
+    """Bytes of the processor's largest cache, or 32 MiB if the system does not report it."""
     units = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30}
     sizes = []
     for file in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
@@ -39,7 +39,7 @@ class CacheFlush:
         self._buffer.add_(1.0)
 
     def read(self) -> None:
-        """Evict by reading as much memory that nobody writes: then what comes next writes back no lines but its own."""
+        """Evict by reading as much memory, which is never written: the next call writes back only its own lines."""
         if self._read is None:
             self._read = torch.zeros_like(self._buffer)
         self._read.sum()
@@ -52,7 +52,7 @@ class Times:
     Attributes:
         total: until the work is done; on a GPU between two CUDA events, the first on an idle device.
         host: until the call returns. The same as ``total`` on a CPU.
-        queued: of the device's work alone, see :class:`QueuedTimer`; empty where that was not asked for.
+        queued: of the device's work alone, see :class:`QueuedTimer`; empty unless requested.
     """
 
     total: list[float] = field(default_factory=list)
@@ -61,7 +61,7 @@ class Times:
 
     @property
     def work(self) -> list[float]:
-        """What to compare with the memory's bandwidth: ``queued``, or ``total`` without."""
+        """The times to compare with memory bandwidth: ``queued``, or ``total`` if that is empty."""
         return self.queued or self.total
 
 
@@ -84,16 +84,16 @@ def _time(function: Callable[[], object], device: torch.device) -> tuple[float, 
 
 
 class QueuedTimer:
-    """Times the work of a GPU without the host's: all of it is in the queue before the device comes to its beginning.
+    """Times the work of a GPU without the host's: all of it is queued before the device starts on it.
 
-    The device is kept busy meanwhile. That it was busy for long enough is seen when the host is done, from the first
-    event, which must not have been reached; if it has been, the call is repeated behind twice the delay. What waits for
-    the device itself cannot be queued: it is timed as it is, its waiting included.
+    A delay keeps the device busy meanwhile. If the device has reached the first event before the host is done, the
+    delay was too short, and the call is repeated with twice the delay. A call that waits for the device itself cannot
+    be queued: it is timed as it is, including the waiting.
     """
 
-    #: Seconds of delay, at first and at most.
+    #: The first and the longest delay in seconds.
     LEAST, MOST = 1e-3, 0.064
-    #: Above any GPU's clock: a delay is rather too long.
+    #: Above any GPU's clock: a delay may be too long, never too short.
     _CYCLES_PER_SECOND = 3e9
 
     def __init__(self, device: torch.device):
@@ -101,7 +101,7 @@ class QueuedTimer:
         self._delays: dict[str, float] = {}
 
     def __call__(self, name: str, function: Callable[[], object], prepare: Callable[[], object]) -> float:
-        """Seconds of one call, ``prepare`` left out; ``name`` tells what is known of its host time."""
+        """Seconds of one call, without ``prepare``; the delay that it needs is remembered by ``name``."""
         while True:
             delay = self._delays.get(name, self.LEAST)
             begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -120,10 +120,10 @@ class QueuedTimer:
 
 
 class BandwidthProbe:
-    """Moves memory as fast as torch can, to be timed among the contenders.
+    """Moves memory as fast as torch can; timed among the contenders.
 
-    On a CPU ``a += b`` on 128 MiB arrays, which reads two and writes one, as an in-place update does; on a GPU a copy
-    of 1 GiB.
+    On a CPU, ``a += b`` on 128 MiB arrays, which reads two and writes one, as an in-place update does; on a GPU, a
+    copy of 1 GiB.
 
     Attributes:
         moved: bytes that one call reads and writes.
@@ -152,7 +152,7 @@ class Quantiles:
 
     @classmethod
     def of(cls, values: list[float]) -> Quantiles:
-        """Of at least two values."""
+        """The quantiles of at least two values."""
         tenths = statistics.quantiles(values, n=10, method="inclusive")
         return cls(tenths[0], statistics.median(values), tenths[-1])
 
@@ -165,21 +165,21 @@ def interleave(
     warmup: int = 3,
     prepare_queued: Callable[[str], None] | None = None,
 ) -> dict[str, Times]:
-    """Times of each function in each round; their order within a round is drawn anew each time.
+    """Time each function once per round, in an order that is drawn anew for each round.
 
     Args:
         functions: what to time, by name.
-        rounds: counted rounds.
-        prepare: called with the name before each timed call, outside the time.
-        device: where the work is done.
-        warmup: rounds before that are not counted.
-        prepare_queued: on a GPU, time each function a second time in each round, by a :class:`QueuedTimer`; this is
-            called with the name before.
+        rounds: number of timed rounds.
+        prepare: called with the name before each timed call; not timed.
+        device: the device that does the work.
+        warmup: number of untimed rounds before.
+        prepare_queued: if given, on a GPU, each function is timed again in each round by a :class:`QueuedTimer`; this
+            is called with the name before, untimed.
     """
     times = {name: Times() for name in functions}
     timer = QueuedTimer(device)
     order = random.Random(0)
-    # A collection would be charged to whom it happens to meet, and walks through the caches.
+    # A garbage collection would be charged to whichever contender is running, and would disturb the caches.
     gc.collect()
     collecting = gc.isenabled()
     gc.disable()

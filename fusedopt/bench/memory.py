@@ -1,4 +1,4 @@
-"""How much memory a phase of a program takes at its peak."""
+"""Peak memory of a phase of a program."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class PeakMemory:
             self._before = -1
 
     def stop(self) -> int | None:
-        """End the phase and return its peak in bytes, or None where the system does not tell."""
+        """End the phase and return its peak in bytes, or None if the system does not report it."""
         if self._device.type == "cuda":
             return torch.cuda.max_memory_allocated(self._device) - self._before
         return None if self._before < 0 else max(0, _resident_kib()["VmHWM"] - self._before) * 1024

@@ -1,4 +1,4 @@
-"""Running one case: check every contender, then time those that are right."""
+"""Runs one case: checks every contender, then times those with right results."""
 
 from __future__ import annotations
 
@@ -18,30 +18,30 @@ from .memory import PeakMemory
 
 __all__ = ["CHECKED_STEPS", "Result", "expected", "run"]
 
-#: Factors on the gradients (of the first micro-batch) in the steps before the results are compared. They differ, and
-#: by much, so that forgetting the moments, or the largest of them, shows.
+#: Factors on the gradients (of the first micro-batch) in the steps before the results are compared. They differ widely,
+#: so that an optimizer that forgets the moments, or their maximum, is noticed.
 CHECKED_STEPS = (1.0, 1 / 64)
 # Allowed difference, as a share of the largest change of the parameters in those steps: a few roundings of parameters,
-# gradients or state, and a free hand for a quantized state.
+# gradients or state; much more for quantized state.
 _TOLERANCES = {"fp32": 2e-5, "bf16": 0.1, "fp16": 0.02, "bf16-grads": 2e-5, "fp16-grads": 2e-5}
 _ACCUMULATED = {"bf16-grads": 0.02, "fp16-grads": 0.005}  # sums of the micro-batches' gradients are rounded
 _APPROXIMATE = 0.3
 _PROBE = "bandwidth"
-# With fewer elements it is not the memory that limits.
+# With fewer elements, memory bandwidth is not the limit.
 _LARGE = 10**6
 
 
 @dataclass
 class Result:
-    """What was found out about one case.
+    """The results of one case.
 
     Attributes:
         case: the case.
-        times: of each contender that was timed.
-        left_out: of the others, why: not available here, or a wrong result.
-        extra_memory: peak bytes that a step takes beyond what there was before it; None where it cannot be told.
-        bandwidth: bytes per second that the memory moved in each round; empty for a case too small to be limited by it.
-            On a GPU it and what it is compared with are of ``Times.queued``.
+        times: times of each contender that was timed.
+        left_out: the reason for each other contender: not available here, or a wrong result.
+        extra_memory: peak bytes that a step takes beyond those in use before it; None if unknown.
+        bandwidth: memory bandwidth in each round, in bytes per second; empty for a case too small to be limited by it.
+            On a GPU, both it and the times compared with it are ``Times.queued``.
     """
 
     case: Case
@@ -59,11 +59,11 @@ class Result:
         return paired_ratio(self.times[name].total, self.times[to].total)
 
     def bytes_per_second(self, name: str) -> float:
-        """As if the contender moved what two passes have to move."""
+        """Bytes per second, if the contender moves exactly what two passes have to move."""
         return self.case.parameters * self.case.bytes_per_parameter / statistics.median(self.times[name].work)
 
     def share_of_bandwidth(self, name: str) -> float:
-        """``bytes_per_second`` over what the memory moved in the same round: the median of the rounds."""
+        """``bytes_per_second`` divided by the memory bandwidth of the same round: the median of the rounds."""
         moved = self.case.parameters * self.case.bytes_per_parameter
         rounds = zip(self.times[name].work, self.bandwidth, strict=True)
         return statistics.median(moved / seconds / bandwidth for seconds, bandwidth in rounds)
@@ -89,7 +89,7 @@ def expected(case: Case) -> Iterator[tuple[str, Tensor, Tensor]]:
 
 
 def _wrong(case: Case, contenders: dict[str, Contender]) -> dict[str, str]:
-    """Of each contender whose parameters are not what they should be after the CHECKED_STEPS, by how much."""
+    """The reason for each contender whose parameters are wrong after the CHECKED_STEPS."""
     wrong: dict[str, str] = {}
     tolerances = {**_TOLERANCES, **(_ACCUMULATED if RECIPES[case.recipe].accumulate > 1 else {})}
     for parameter, before, after in expected(case):
@@ -99,7 +99,7 @@ def _wrong(case: Case, contenders: dict[str, Contender]) -> dict[str, str]:
         for name, contender in contenders.items():
             allowed = _APPROXIMATE if contender.approximate else tolerances[case.dtype]
             error = float((contender.params[parameter].detach() - after).abs().max()) / max(change, 1e-30)
-            if not error <= allowed:  # nor a NaN
+            if not error <= allowed:  # also catches NaN
                 text = f"wrong result: {parameter} is off by {error:.2g} of its change (allowed: {allowed:g})"
                 wrong.setdefault(name, text)
     return wrong
@@ -129,9 +129,9 @@ def run(
     """Check the contenders of a case, and time those that are available and right, interleaved.
 
     Args:
-        case: what to step through.
+        case: the case to run.
         names: keys of ``CONTENDERS``.
-        rounds: each runs every contender once.
+        rounds: number of rounds, each of which runs every contender once.
         flush: run before each timed step, unless the case is warm; None makes one.
         probe: timed among the contenders of a large case; None makes one.
     """
@@ -150,7 +150,7 @@ def run(
                 contender.set_gradients()
                 contenders[name] = contender
                 continue
-            except Exception as error:  # of a package that is not ours
+            except Exception as error:  # another package's fault
                 if name.startswith(OURS):
                     raise
                 reason = f"fails: {type(error).__name__}: {error}".splitlines()[0]
@@ -162,7 +162,7 @@ def run(
         flush = CacheFlush(device)
 
     functions: dict[str, Callable[[], object]] = {**contenders}
-    if case.parameters >= _LARGE and not case.warm:  # it would cool the caches
+    if case.parameters >= _LARGE and not case.warm:  # the probe would evict the caches
         functions[_PROBE] = probe = probe or BandwidthProbe(device)
 
     def prepare(name: str) -> None:
@@ -188,5 +188,5 @@ def run(
     contenders.clear()
     functions.clear()
     contender = None  # type: ignore[assignment]
-    gc.collect()  # some hold themselves
+    gc.collect()  # some are in reference cycles
     return result

@@ -11,7 +11,7 @@ __all__ = ["case_table", "markdown", "times"]
 
 
 def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A Markdown table, padded so that it also reads well as it is."""
+    """A Markdown table, padded so that it is also readable as plain text."""
     lines = [list(head), *map(list, rows)]
     widths = [max(len(line[column]) for line in lines) for column in range(len(head))]
     lines.insert(1, ["-" * width for width in widths])
@@ -20,7 +20,7 @@ def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def times(seconds: float) -> str:
-    """Seconds with a unit of three digits: ``'56.9 ms'``."""
+    """A time with three digits and a unit, such as ``'56.9 ms'``."""
     for unit, factor in (("s", 1.0), ("ms", 1e3), ("µs", 1e6)):
         value = float(f"{seconds * factor:.3g}")
         if value >= 1 or unit == "µs":
@@ -35,7 +35,7 @@ def _bytes(count: int | None) -> str:
 
 
 def case_table(result: Result) -> str:
-    """One case: a headline, a row for each contender with the fastest first, and who was left out."""
+    """One case: a headline, a row for each contender, fastest first, and the contenders that were left out."""
     case = result.case
     rounds = min((len(times.total) for times in result.times.values()), default=0)
     groups = f"{len(case.groups)} group{'s' if len(case.groups) > 1 else ''}"

@@ -33,7 +33,7 @@ Shapes = dict[str, Shape]
 #: How ``groups`` can split parameters.
 GROUPINGS = ("one", "two", "each")
 
-#: One-dimensional sizes around what kernels like: vectors, blocks and chunks, one off and prime.
+#: One-dimensional sizes next to the sizes of vectors, blocks and chunks in kernels: off by one, or prime.
 ODD_SIZES = (1, 3, 7, 63, 64, 65, 127, 1023, 16381, 16411, 65521, 65537)
 
 
@@ -45,8 +45,8 @@ def numel(shapes: Shapes) -> int:
 def groups(shapes: Shapes, kind: str) -> list[list[str]]:
     """The names of ``shapes`` in parameter groups.
 
-    ``one`` group of all; ``two`` groups, with weight decay (two dimensions or more) and without, or the one of them
-    that has parameters; or a group for ``each`` parameter.
+    ``one`` group of all; ``two`` groups, with weight decay (two dimensions or more) and without, less an empty one; or
+    a group for ``each`` parameter.
 
     Raises:
         ValueError: ``kind`` is not in ``GROUPINGS``.
@@ -138,7 +138,7 @@ def vit(dim: int, depth: int, patch: int = 16, image: int = 224, classes: int = 
 def convnext(
     depths: tuple[int, ...] = (3, 3, 27, 3), dims: tuple[int, ...] = (128, 256, 512, 1024), classes: int = 1000
 ) -> Shapes:
-    """A ConvNeXt (Liu et al., 2022) as its authors' code has it, with layer scale: ConvNeXt-B by default."""
+    """A ConvNeXt (Liu et al., 2022) as in its authors' code, with layer scale: ConvNeXt-B by default."""
 
     def block(dim: int) -> Shapes:
         return {
@@ -172,7 +172,7 @@ def _self_attention(channels: int) -> Shapes:
 
 
 def biggan_128_generator(ch: int = 96, latent: int = 120, embedding: int = 128, classes: int = 1000) -> Shapes:
-    """BigGAN's generator of 128 x 128 images (Brock et al., 2019), as the first author's PyTorch code has it.
+    """BigGAN's generator of 128 x 128 images (Brock et al., 2019), as in the first author's PyTorch code.
 
     Each block's batch norms get their gains and biases from the shared class embedding and a sixth of the latent.
     """
@@ -204,7 +204,7 @@ def biggan_128_generator(ch: int = 96, latent: int = 120, embedding: int = 128, 
 
 
 def biggan_128_discriminator(ch: int = 96, classes: int = 1000) -> Shapes:
-    """BigGAN's discriminator of 128 x 128 images (Brock et al., 2019), as the first author's PyTorch code has it."""
+    """BigGAN's discriminator of 128 x 128 images (Brock et al., 2019), as in the first author's PyTorch code."""
     widths = [3, *(ch * multiple for multiple in (1, 2, 4, 8, 16, 16))]
 
     def block(inputs: int, outputs: int) -> Shapes:
@@ -274,7 +274,7 @@ def ragged(repeats: int = 12, seed: int = 0) -> Shapes:
 
 @dataclass(frozen=True)
 class Workload:
-    """Parameters to optimize. ``gpu_only``: more than a CPU steps through in reasonable time."""
+    """Parameters to optimize. ``gpu_only``: too large for a CPU."""
 
     description: str
     shapes: Callable[[], Shapes]
@@ -294,7 +294,7 @@ WORKLOADS: dict[str, Workload] = {
     "convnext-b": Workload("ConvNeXt-B: depthwise convolutions and layer scale", convnext),
     "biggan-128": Workload("BigGAN at 128 x 128: generator and discriminator", _biggan_128),
     "gpt2-124m": Workload("GPT-2 124M: a large tied embedding", gpt2),
-    "llama-1b": Workload("Llama 3.2 1B: nearly all of it in large matrices", llama, gpu_only=True),
+    "llama-1b": Workload("Llama 3.2 1B: nearly all in large matrices", llama, gpu_only=True),
     "64x1Mi": Workload("64 vectors of 1 Mi elements: memory bandwidth", lambda: uniform(64, 2**20)),
     "400x64": Workload("400 vectors of 64 elements: overhead per tensor", lambda: uniform(400, 64)),
     "10000x64": Workload("10,000 vectors of 64 elements: overhead at scale", lambda: uniform(10_000, 64)),

@@ -1,4 +1,4 @@
-"""The command line, a module for each command."""
+"""The command line, with one module for each command."""
 
 from .main import main
 

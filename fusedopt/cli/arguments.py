@@ -1,4 +1,4 @@
-"""What the commands have in common: arguments, and the mistakes in them."""
+"""What the commands share: arguments and usage errors."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ TRUSTED = "The config file is Python and is run: use only files you trust."
 
 
 class UsageError(Exception):
-    """The user asked for something that cannot be; the message is one line."""
+    """The user asked for something impossible; the message is one line."""
 
 
 class Parser(argparse.ArgumentParser):

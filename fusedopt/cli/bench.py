@@ -16,19 +16,19 @@ def add(commands: Any) -> None:
         "bench",
         parents=[common()],
         help="time the optimizer step against torch's and other packages'",
-        description="Time one optimizer step, with what a training does around it, on the parameter shapes of a model. "
-        "Every contender's result is checked first; then all take turns, round by round. Options that may be repeated "
-        "are combined with one another.",
+        description="Time one optimizer step, with loss scaling, clipping and accumulation, on the parameter shapes of "
+        "a model. Every contender's result is checked first; then all take turns, round by round. All combinations of "
+        "repeated options are run.",
     )
     parser.add_argument(
-        "--list", action="store_true", help="show the workloads, recipes, contenders and so on, and exit"
+        "--list", action="store_true", help="list the workloads, recipes, contenders and so on, and exit"
     )
     for option, default, text in (
-        ("workload", "vit-tiny", "whose parameters"),
-        ("grouping", "one", "parameter groups"),
+        ("workload", "vit-tiny", "model whose parameter shapes are used"),
+        ("grouping", "one", "how parameters are grouped"),
         ("optimizer", "adamw", "optimizer"),
         ("recipe", "amp-clip", "what happens in a step"),
-        ("dtype", "fp32", "dtype of parameters, or of gradients"),
+        ("dtype", "fp32", "dtype of the parameters or gradients"),
     ):
         parser.add_argument(
             f"--{option}", metavar="NAME", action="append", help=f"{text}; may be repeated (default: {default})"
@@ -37,10 +37,10 @@ def add(commands: Any) -> None:
         "--contender",
         metavar="NAME",
         action="append",
-        help="may be repeated, or 'all' that can run here (default: fusedopt and torch's, not compiled)",
+        help="contender; may be repeated; 'all': all that can run here (default: fusedopt and torch's, not compiled)",
     )
     parser.add_argument(
-        "--rounds", metavar="N", type=whole_number(2), default=25, help="paired rounds (default: 25, least: 2)"
+        "--rounds", metavar="N", type=whole_number(2), default=25, help="paired rounds (default: 25, minimum: 2)"
     )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default: cpu")
     parser.add_argument("--threads", metavar="N", type=whole_number(), help="CPU threads (default: torch's choice)")
@@ -106,7 +106,7 @@ def run(arguments: argparse.Namespace) -> int:
     complete = True
     for case in cases:
         result = run(case, names, arguments.rounds, flush)
-        # Nobody asked for these in particular.
+        # The user did not ask for these by name.
         pardoned = [name for name in result.left_out if CONTENDERS[name].unavailable(case)]
         if not arguments.contender:
             for name in pardoned:

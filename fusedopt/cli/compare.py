@@ -23,12 +23,12 @@ def add(commands: Any) -> None:
         f"iteration by iteration, and compare losses, times and memory. {TRUSTED} Needs the extra fusedopt[demo]. "
         "Exits with 1 when the two losses disagree.",
     )
-    parser.add_argument("--out", metavar="DIR", type=Path, help="where to save (default: work_dirs/<config name>)")
+    parser.add_argument("--out", metavar="DIR", type=Path, help="output folder (default: work_dirs/<config name>)")
     parser.add_argument(
         "--epochs", metavar="N", type=whole_number(), help="passes over the data (default: the config's)"
     )
     parser.add_argument(
-        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto, the default, is CUDA when there"
+        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto, the default, means CUDA if available"
     )
     parser.add_argument("--threads", metavar="N", type=whole_number(), help="CPU threads (default: torch's choice)")
     parser.set_defaults(run=run)
@@ -39,7 +39,7 @@ def run(arguments: argparse.Namespace) -> int:
     import torch
 
     for module in ("rich", "matplotlib"):
-        require(module, "demo")  # now rather than after a minute of training
+        require(module, "demo")  # fail now rather than after a minute of training
     from rich.console import Console
 
     from ..compare.compare import compare
@@ -57,7 +57,7 @@ def run(arguments: argparse.Namespace) -> int:
         config.merge_from_dict({"train_cfg.max_epochs": arguments.epochs})
     out = arguments.out or Path("work_dirs") / arguments.config.stem
     try:
-        out.mkdir(parents=True, exist_ok=True)  # now rather than after the training
+        out.mkdir(parents=True, exist_ok=True)  # fail now rather than after training
     except OSError as error:
         raise UsageError(f"--out {out}: cannot make the folder: {error.strerror}") from error
 

@@ -1,4 +1,4 @@
-"""The config that a command is given."""
+"""Loading the config that a command is given."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ __all__ = ["epoch_length_of", "load_config"]
 
 
 def load_config(arguments: argparse.Namespace) -> Config:
-    """The config with the options of the command line."""
+    """Load the config and apply the options of the command line."""
     from ..messages import did_you_mean
     from ..training.config import ConfigError
     from ..training.engine import Config, Runner, parse_options
 
-    # For custom_imports; `python -m fusedopt` finds modules of the current folder anyway.
+    # For custom_imports; `python -m fusedopt` searches the current folder anyway.
     if os.getcwd() not in map(os.path.abspath, sys.path):
         sys.path.insert(0, os.getcwd())
     options = parse_options(arguments.cfg_options)
@@ -37,7 +37,7 @@ def load_config(arguments: argparse.Namespace) -> Config:
 
 
 def epoch_length_of(config: Config) -> int | None:
-    """Iterations in an epoch of the config's training data; None where the data are not there."""
+    """Iterations in an epoch of the config's training data; None if the data are not available."""
     from ..training.config import naming
     from ..training.engine import ConfigError, build_dataloader
 

@@ -1,4 +1,4 @@
-"""``fusedopt info``: what this installation is and can do."""
+"""``fusedopt info``: versions, devices and backends of this installation."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def _devices() -> list[torch.device]:
 
 
 def info() -> str:
-    """Versions, devices, the compiled module, and for each backend and device whether it serves, or why not."""
+    """Versions, devices, the compiled module, and whether each backend can run on each device, or why not."""
     module, reason = load_native_module()
     rows = [
         ("fusedopt", __version__),
@@ -59,7 +59,7 @@ def info() -> str:
             unavailable = backend.unavailable(device)
             rows.append((f"backend {name} on {device}", "available" if unavailable is None else unavailable))
     if os.environ.get(VARIABLE):
-        rows.append((VARIABLE, f"{os.environ[VARIABLE]}: taken in place of 'auto'"))
+        rows.append((VARIABLE, f"{os.environ[VARIABLE]}: used instead of 'auto'"))
     if os.environ.get(selftest.VARIABLE):
         rows.append((selftest.VARIABLE, f"the self-test is {'on' if selftest.switched_on() else 'off'}"))
     return aligned(rows)
@@ -68,15 +68,15 @@ def info() -> str:
 def self_test(
     devices: Iterable[torch.device] | None = None, backends: Iterable[type[Backend]] | None = None
 ) -> tuple[str, bool]:
-    """The table of the self-test, and whether everything in it is as it should be.
+    """Run the self-test; return its results as a table, and whether all of them passed.
 
     Args:
-        devices: where it runs; all GPUs by default.
-        backends: what runs there; by default all whose kernels have to prove themselves.
+        devices: devices to test; all GPUs by default.
+        backends: backends to test; by default all that must pass the self-test on the device before use.
     """
     gpus = _devices()[1:] if devices is None else list(devices)
     if not gpus:
-        return "self-test: there is no GPU here, and what runs on a CPU needs none", True
+        return "self-test: there is no GPU here, and CPU backends need no self-test", True
     rows, good = [], True
     for device in gpus:
         tried = [backend for backend in BACKENDS.values() if backend.must_prove_itself(device)]
@@ -91,9 +91,9 @@ def self_test(
 
 
 def warm_up() -> str:
-    """Make the first steps of the Triton backend on each GPU, and tell what they took: compilation and tuning.
+    """Make the first steps of the Triton backend on each GPU; return their times, which are compilation and tuning.
 
-    Later processes find both in Triton's cache on disk, and this tells what is left then.
+    Later processes find both in Triton's cache on disk and report only the remaining time.
     """
     rows = []
     for device in _devices()[1:]:
@@ -103,7 +103,7 @@ def warm_up() -> str:
         for found in triton.warm_up(device):
             what = f"warm-up of {found.rule}, {str(found.dtype).removeprefix('torch.')} on {device}"
             block, warps = found.tuning
-            rows.append((what, f"{found.seconds:.1f} s, {block} elements and {warps} warps a program"))
+            rows.append((what, f"{found.seconds:.1f} s, {block} elements and {warps} warps per program"))
     return aligned(rows or [("warm-up", "no GPU, so there is nothing to compile")])
 
 
@@ -123,7 +123,7 @@ def add(commands: Any) -> None:
     parser.add_argument(
         "--selftest",
         action="store_true",
-        help="also run the self-test of all kernels on each GPU; exits with 1 when one is not as it should be",
+        help="also run the self-test of all kernels on each GPU; exits with 1 if one fails",
     )
     parser.set_defaults(run=run)
 

@@ -20,8 +20,8 @@ def _build_parser() -> Parser:
     parser = Parser(
         prog="fusedopt",
         description="Fused SGD, Adam and AdamW for PyTorch.",
-        epilog="'fusedopt COMMAND --help' tells more of a command. Exit codes: 0; 1, what was compared or timed is not "
-        "as it should be; 2, a mistake in the arguments, the config or a checkpoint; 130, interrupted.",
+        epilog="'fusedopt COMMAND --help' shows help for a command. Exit codes: 0, success; 1, a comparison, benchmark "
+        "or self-test failed; 2, a mistake in the arguments, the config or a checkpoint; 130, interrupted.",
     )
     commands = parser.add_subparsers(title="commands", dest="command", metavar="COMMAND")
     for command in (train, compare, plot_schedule, bench, info):
@@ -30,10 +30,10 @@ def _build_parser() -> Parser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command and return the exit code: 0, 1 (what was compared disagrees), 2 (the user's mistake), 130.
+    """Run a command and return its exit code: 0, 1 (a check failed), 2 (a user's mistake) or 130 (interrupted).
 
     Args:
-        argv: the arguments, by default those of the process.
+        argv: the arguments; by default, those of the process.
 
     Raises:
         SystemExit: the arguments cannot be parsed (2), or help was asked for (0).
@@ -61,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 @contextlib.contextmanager
 def _short_warnings() -> Iterator[None]:
-    """Show warnings as one line, without the line of Python that they are from."""
+    """Show each warning as one line, without its source line."""
     show = warnings.showwarning
 
     def show_line(message: Warning | str, category: type[Warning], *place: Any, **file: Any) -> None:
@@ -78,7 +78,7 @@ def _short_warnings() -> Iterator[None]:
 
 
 def _is_mistake(error: Exception) -> bool:
-    """Whether ``error`` is the user's to correct, rather than a fault in the program."""
+    """Whether the user can correct ``error``, as opposed to a bug in the program."""
     from ..training.engine import CheckpointError, ConfigError
 
     return isinstance(error, (CheckpointError, ConfigError, MissingExtraError, UsageError))

@@ -18,8 +18,8 @@ def add(commands: Any) -> None:
     parser = commands.add_parser(
         "plot-schedule",
         parents=[configured()],
-        help="draw the learning rates and what else the schedulers of a config move",
-        description="Run the schedulers of a config without the training, and draw every value that they move. "
+        help="plot the learning rates and other values that the schedulers of a config change",
+        description="Run the schedulers of a config without training, and plot every value that they change. "
         f"{TRUSTED} Needs the extra fusedopt[plot].",
     )
     parser.add_argument(
@@ -28,7 +28,7 @@ def add(commands: Any) -> None:
         metavar="FILE",
         type=Path,
         default=Path("schedule.png"),
-        help="picture to write; the suffix tells the format, without one it is .png (default: schedule.png)",
+        help="picture to write; its suffix sets the format, .png without one (default: schedule.png)",
     )
     parser.add_argument(
         "--epoch-length",
@@ -49,7 +49,7 @@ def run(arguments: argparse.Namespace) -> int:
     require("matplotlib", "plot")
     out = arguments.out if arguments.out.suffix else arguments.out.with_name(f"{arguments.out.name}.png")
     config = load_config(arguments)
-    check_names(config, "optim_wrapper", "param_scheduler")  # the model and the data need not be there
+    check_names(config, "optim_wrapper", "param_scheduler")  # the model and the data need not exist
     epoch_length = arguments.epoch_length or epoch_length_of(config)
     try:
         with naming(config):

@@ -12,7 +12,7 @@ from .configs import load_config
 
 __all__ = ["add", "run"]
 
-#: ``--resume`` without a checkpoint.
+#: Value of ``--resume`` without a checkpoint.
 _NEWEST = "newest"
 
 
@@ -35,19 +35,19 @@ def add(commands: Any) -> None:
         metavar="CHECKPOINT",
         nargs="?",
         const=_NEWEST,
-        help="go on with a training: that of CHECKPOINT, or of the newest checkpoint in the work folder",
+        help="resume a run from CHECKPOINT, by default from the newest checkpoint in the work folder",
     )
     parser.add_argument(
         "--resume-overrides",
         action="store_true",
-        help="with --resume: settings of optimizers and schedulers that were edited since count from there on, as if "
-        "they had been so all along; else the checkpoint's do",
+        help="with --resume: apply edited settings of optimizers and schedulers, as if they had been set from the "
+        "start (default: keep those of the checkpoint)",
     )
     parser.add_argument(
         "--launcher",
         choices=("none", "pytorch"),
-        help="pytorch: one of several processes, which torchrun starts: torchrun --nproc-per-node 2 -m fusedopt train "
-        "CONFIG --launcher pytorch (default: the config's, else none)",
+        help="pytorch: for processes started by torchrun, as in torchrun --nproc-per-node 2 -m fusedopt train CONFIG "
+        "--launcher pytorch (default: the config's, else none)",
     )
     parser.set_defaults(run=run)
 

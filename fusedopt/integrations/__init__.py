@@ -1,1 +1,1 @@
-"""fusedopt inside other frameworks. Nothing here imports one of them unless the user does."""
+"""fusedopt inside other frameworks. None of them is imported unless the user imports it."""

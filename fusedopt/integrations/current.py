@@ -1,7 +1,7 @@
-"""Importing this prepares the framework that reads a config, so that one file serves several.
+"""Importing this prepares the framework that reads a config, so that one config file works with several.
 
-Where MMEngine is loaded, which then is what reads it, fusedopt's names are registered there, as by
-:mod:`fusedopt.integrations.mmengine`. fusedopt's own engine needs nothing.
+If MMEngine is loaded, it is the framework, and fusedopt's names are registered there, as by
+:mod:`fusedopt.integrations.mmengine`. fusedopt's own engine needs no preparation.
 """
 
 import sys

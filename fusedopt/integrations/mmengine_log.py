@@ -1,4 +1,4 @@
-"""Which path a training takes, said once in MMEngine's log. Imports MMEngine when there is something to say."""
+"""Logs once, in MMEngine's log, which path a run takes. Imports MMEngine only when it logs."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ..training.wrappers.base import DRIVEN
 __all__ = ["announce_path", "announce_stock_path", "gradient_passes"]
 
 _watching = False
-#: Steps under wrappers of ours that the watch for a stock one lasts at most. A fused step is slower while it does.
+#: The watch for a stock wrapper ends after this many steps under ours. Until then fused steps are slower.
 _MOST_WATCHED = 100
 
 
@@ -25,7 +25,7 @@ def _log(text: str) -> None:
 
 
 def gradient_passes(wrapper: OptimWrapper) -> tuple[int, int]:
-    """Passes over the gradients before the update: the stock ones for this wrapper's settings, and those made here."""
+    """Passes over the gradients before the update: (of stock wrappers with these settings, of this wrapper)."""
     scales = isinstance(wrapper, AmpOptimWrapper) and wrapper.loss_scaler.is_enabled()
     clip = wrapper.clip_grad or {}
     by_norm = clip.get("type") == "norm"
@@ -34,7 +34,7 @@ def gradient_passes(wrapper: OptimWrapper) -> tuple[int, int]:
 
 
 def announce_path(wrapper: OptimWrapper) -> None:
-    """Log the path of a wrapper of ours."""
+    """Log the path that one of our wrappers takes."""
     stock, made = gradient_passes(wrapper)
     optimizer = wrapper.optimizer
     who = f"{type(wrapper).__name__} drives {type(optimizer).__name__}"
@@ -48,10 +48,10 @@ def announce_path(wrapper: OptimWrapper) -> None:
 
 
 def announce_stock_path() -> None:
-    """At the first step of a fused optimizer that no wrapper of ours drives, log that only its update is fused.
+    """At the first step of a fused optimizer that none of our wrappers drives, log that only its update is fused.
 
-    A stock wrapper tells nobody what it drives; but torch calls a hook before each step. It acts once. After 100 steps
-    of optimizers that wrappers of ours drive it watches no more.
+    A stock wrapper does not announce its optimizer, but torch calls a hook before each step. The hook logs once, and
+    removes itself then or after 100 steps of optimizers that our wrappers drive.
     """
     global _watching
     if _watching:
@@ -68,13 +68,13 @@ def announce_stock_path() -> None:
             _watching = left > 0
             if stock:
                 _log(
-                    f"{type(optimizer).__name__} (backend {optimizer.backend_in_use}) is driven by no wrapper of "
-                    "fusedopt: only the update is fused, 0 passes over the gradients are saved. "
+                    f"{type(optimizer).__name__} (backend {optimizer.backend_in_use}) is not driven by a fusedopt "
+                    "wrapper: only the update is fused, 0 passes over the gradients are saved. "
                     "type='FusedOptimWrapper' or 'FusedAmpOptimWrapper' makes unscaling and clipping part of the step"
                 )
         hooks = handle.hooks_dict_ref()
         if not left and hooks is not None and next(reversed(hooks)) == handle.id:
-            # torch is walking over this dict: only its last entry can go without the walk failing.
+            # torch is iterating over this dict: only its last entry can be removed without an error.
             handle.remove()
 
     handle = register_optimizer_step_pre_hook(hook)

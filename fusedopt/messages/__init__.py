@@ -1,4 +1,4 @@
-"""What all parts say in the same words: checks of what comes in, names in errors, warnings, extras to install."""
+"""Messages that all layers share: checks of arguments, names in errors, warnings, and extras to install."""
 
 from .caller import warn_caller
 from .extras import MissingExtraError, require

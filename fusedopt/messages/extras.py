@@ -1,4 +1,4 @@
-"""Packages that only some parts need, imported when these parts run."""
+"""Optional packages, imported when the code that needs them runs."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 __all__ = ["MissingExtraError", "require"]
 
-#: Name on the package index, where it differs from the import name.
+#: Names on the package index that differ from the import names.
 _DISTRIBUTIONS = {"sklearn": "scikit-learn", "yaml": "PyYAML"}
 
 
@@ -19,8 +19,8 @@ def require(module: str, extra: str) -> Any:
     """Import and return ``module``, which belongs to the extra called ``extra``.
 
     Raises:
-        MissingExtraError: it is not installed. A package that is there but fails to import something of its own raises
-            that error unchanged.
+        MissingExtraError: it is not installed. If an installed package fails to import one of its own dependencies,
+            that error passes through unchanged.
     """
     package = module.partition(".")[0]
     try:

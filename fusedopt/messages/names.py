@@ -1,4 +1,4 @@
-"""How messages call things: the known name closest to a wrong one, and a parameter by its name and place."""
+"""Names in messages: the closest known name for a wrong one, and a parameter's name and position."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
 
 
 def group_names(group: Mapping[str, Any]) -> list[str]:
-    """The names of a group's parameters, as far as it carries them: torch's ``param_names``, else ``param_name``."""
+    """The names of a group's parameters: its ``param_names``, else its ``param_name``; empty without either."""
     return list(group.get("param_names") or ([group["param_name"]] if "param_name" in group else []))
 
 
 def parameter_name(group: Mapping[str, Any], group_index: int, index: int) -> str:
-    """How errors call a parameter: by its name where the group carries names, and always by its place and shape."""
+    """A parameter as errors name it: its name, if the group stores names, and always its position and shape."""
     names = group_names(group)
     params = group["params"]
     param = params[index]

@@ -19,11 +19,11 @@ def check_number(
     """Require ``minimum <= value < below`` (``minimum < value`` when exclusive; inf passes an infinite ``below``).
 
     Returns:
-        ``value``, a number as Python's: see Note [Plain numbers].
+        ``value``, as a Python number or a tensor: see Note [Plain numbers].
 
     Raises:
         TypeError: ``value`` is neither a number nor a tensor.
-        ValueError: out of range, NaN, or a tensor with other than one element.
+        ValueError: out of range, NaN, or a tensor that does not have exactly one element.
     """
     value = plain(value)
     if isinstance(value, Tensor):
@@ -42,7 +42,7 @@ def check_whole_number(name: str, value: Any, minimum: int | None = None) -> int
     """``value`` as an int.
 
     Raises:
-        TypeError: it is no number.
+        TypeError: it is not a number.
         ValueError: it is not whole, or below ``minimum``.
     """
     value = plain(value)
@@ -56,7 +56,7 @@ def check_whole_number(name: str, value: Any, minimum: int | None = None) -> int
 
 
 def is_number(value: Any) -> bool:
-    """Whether ``value`` is a number or a 1-element tensor; True and False are no numbers."""
+    """Whether ``value`` is a number or a 1-element tensor; True and False do not count."""
     if isinstance(value, Tensor):
         return value.numel() == 1
     value = plain(value)

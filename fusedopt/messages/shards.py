@@ -1,4 +1,4 @@
-"""Parameters of which each process has a part only, and what cannot be done with them."""
+"""Parameters that are sharded over processes, and errors for what they do not support."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ __all__ = ["refuse_norm_of_shards", "refuse_scaling_of_shards", "sharded_paramet
 
 
 def sharded_parameter(param_groups: Iterable[Mapping[str, Any]]) -> str | None:
-    """How errors call the first parameter that FullyShardedDataParallel has flattened and sharded; None without."""
+    """The first parameter flattened and sharded by FullyShardedDataParallel, as errors name it; None if none is."""
     for group_index, group in enumerate(param_groups):
         for index, param in enumerate(group["params"]):
             if getattr(param, "_fsdp_flattened", False):
@@ -20,17 +20,17 @@ def sharded_parameter(param_groups: Iterable[Mapping[str, Any]]) -> str | None:
 
 
 def refuse_norm_of_shards(name: str | None) -> None:
-    """Raise a ValueError where ``name`` is that of a sharded parameter, whose process knows no norm but its own."""
+    """Raise a ValueError if ``name``, a sharded parameter, is given: a process knows only its own shards' norm."""
     if name is not None:
         raise ValueError(
             f"clip_grad with max_norm cannot be used here: {name} is a shard of a FullyShardedDataParallel model, and "
-            "the norm of one process' shards is not that of the gradients. Leave clip_grad out, and call the model's "
+            "the norm of one process' shards is not the norm of the gradients. Omit clip_grad and call the model's "
             "own clip_grad_norm_(max_norm) before the step"
         )
 
 
 def refuse_scaling_of_shards(name: str | None) -> None:
-    """Raise a ValueError where ``name`` is that of a sharded parameter, whose process does not see all overflows."""
+    """Raise a ValueError if ``name``, a sharded parameter, is given: a process does not see all overflows."""
     if name is not None:
         raise ValueError(
             f"this GradScaler cannot be used here: {name} is a shard of a FullyShardedDataParallel model, and an "

@@ -25,7 +25,7 @@ SUPPORTED_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 def parse_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
-    """One of :data:`SUPPORTED_DTYPES`, given itself or by name such as ``'float32'``; None stays None.
+    """One of :data:`SUPPORTED_DTYPES`, given as a dtype or by name, such as ``'float32'``; None stays None.
 
     Raises:
         TypeError: neither of these.
@@ -42,7 +42,7 @@ def parse_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
 
 
 def unsupported_kind(tensor: Tensor) -> str | None:
-    """Why no kernel can work on this tensor, or None."""
+    """The reason why no kernel can work on this tensor, or None."""
     if tensor.layout != torch.strided:
         return f"has sparse layout {tensor.layout}; dense tensors are expected (torch.optim.SparseAdam takes sparse)"
     if torch._C._dispatch_keys(tensor).has(torch._C.DispatchKey.Python):
@@ -59,13 +59,13 @@ def unsupported_kind(tensor: Tensor) -> str | None:
 
 
 def check_no_model(params: Any, place: str = "params") -> None:
-    """Raise TypeError where a model stands in the place of parameters."""
+    """Raise TypeError if ``params`` is a model instead of its parameters."""
     if isinstance(params, torch.nn.Module):
         raise TypeError(f"{place} is a model, {type(params).__name__}; expected its parameters: model.parameters()")
 
 
 def check_state_kinds(name: str, state: Mapping[str, Any]) -> None:
-    """Raise TypeError for state in tensors of another kind, such as quantised ones, in which no kernel can write."""
+    """Raise TypeError for state in tensor subclasses, such as quantised tensors, which no kernel can write."""
     for key, value in state.items():
         if isinstance(value, Tensor) and torch._C._dispatch_keys(value).has(torch._C.DispatchKey.Python):
             raise TypeError(
@@ -77,7 +77,7 @@ def check_state_kinds(name: str, state: Mapping[str, Any]) -> None:
 def check_parameter(name: str, param: Tensor) -> None:
     """Raise TypeError unless ``param`` is a dense, real, floating-point tensor with storage of its own."""
     if torch.nn.parameter.is_lazy(param):
-        return  # checked like any other when it has been materialized, at the first step
+        return  # checked at the first step, when it has been materialized
     reason = unsupported_kind(param)
     if reason is None and torch._debug_has_internal_overlap(param) == 1:
         reason = "has elements that share memory (an expanded tensor?), so they cannot be updated one by one"

@@ -1,6 +1,6 @@
-"""The training layer: MMEngine's interface, around any optimizer of torch's kind.
+"""The training layer: MMEngine's interface for any torch optimizer.
 
-Registries, optimizer wrappers, constructors of parameter groups, schedulers, averages of weights, configs, the Runner.
+Registries, optimizer wrappers and their constructors, schedulers, averaged models, configs and the Runner.
 """
 
 from . import optimizers as _optimizers  # noqa: F401  registers them
@@ -16,7 +16,7 @@ from .registry import (
     VISUALIZERS,
 )
 
-# Imported when a name is asked for: most who use an optimizer wrapper need none of them.
+# Imported when a name is first looked up: most users of an optimizer wrapper need none of them.
 PARAM_SCHEDULERS.add_locations("fusedopt.training.schedulers")
 for _name in ("StochasticWeightAverage", "ExponentialMovingAverage", "MomentumAnnealingEMA"):
     MODELS.register_lazily(_name, f"fusedopt.training.averaging.{_name}")

@@ -1,4 +1,4 @@
-"""build_optim_wrapper: from a config to an optimizer wrapper."""
+"""build_optim_wrapper: build an optimizer wrapper from a config."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ def build_optim_wrapper(model: nn.Module, cfg: Mapping[str, Any]) -> OptimWrappe
     """Build the optimizer of ``model`` and its wrapper, as ``mmengine.optim.build_optim_wrapper``.
 
     Args:
-        model: the model to train; what torch.compile or DistributedDataParallel put around it is taken off.
+        model: the model to train; wrappers such as torch.compile's or DistributedDataParallel are removed.
         cfg: ``type`` of the wrapper (``'OptimWrapper'`` by default), ``optimizer``, ``paramwise_cfg``, ``constructor``
             (a name, an import path, a class, or a dict with a ``type``; :class:`DefaultOptimWrapperConstructor` by
             default) and the wrapper's own arguments. Not changed.
 
     Raises:
         KeyError: no ``optimizer``, or an unknown ``type`` or ``constructor``.
-        TypeError: ``cfg`` or a part of it is of the wrong kind.
+        TypeError: ``cfg`` or a part of it has the wrong type.
         ValueError: an unknown key, or a value out of range.
     """
     check_config("optim_wrapper", cfg)
     settings = dict(cfg)
-    # A directive to whoever merges config files; it is still there when there was no base to merge with.
+    # A directive for merging config files; it remains if there was no base to merge with.
     settings.pop("_delete_", None)
     constructor = settings.pop("constructor", DefaultOptimWrapperConstructor)
     paramwise_cfg = settings.pop("paramwise_cfg", None)
@@ -45,18 +45,18 @@ def build_optim_wrapper(model: nn.Module, cfg: Mapping[str, Any]) -> OptimWrappe
 
 
 def enable_amp(cfg: Mapping[str, Any]) -> dict[str, Any]:
-    """A copy of a wrapper config with mixed precision on, as the ``--amp`` of training scripts wants it.
+    """A copy of a wrapper config with mixed precision switched on, as for the ``--amp`` of training scripts.
 
     ``type='OptimWrapper'``, the default, becomes ``'AmpOptimWrapper'``, with ``loss_scale='dynamic'`` unless given.
-    Where there are several optimizers, as with :class:`MultiOptimWrapperConstructor`, every entry is set.
+    With several optimizers, as with :class:`MultiOptimWrapperConstructor`, every entry is set.
 
     Args:
-        cfg: what :func:`build_optim_wrapper` takes. Not changed.
+        cfg: a config for :func:`build_optim_wrapper`. Not changed.
 
     Raises:
         KeyError: neither ``cfg`` nor an entry has the key ``optimizer``.
         TypeError: ``cfg`` is not a dict.
-        ValueError: a wrapper is of another type than these two.
+        ValueError: a wrapper has any other type.
     """
     check_config("optim_wrapper", cfg)
     if "optimizer" not in cfg:

@@ -1,4 +1,4 @@
-"""Errors that say in one line what is wrong with a file that was given."""
+"""Errors that say in one line what is wrong with a file."""
 
 from __future__ import annotations
 
@@ -10,4 +10,4 @@ class CheckpointError(RuntimeError):
 
 
 class ConfigError(ValueError):
-    """A config cannot be used; the message, one line, names the file, the key and what is wrong."""
+    """A config cannot be used; the one-line message names the file, the key and what is wrong."""

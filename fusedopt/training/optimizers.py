@@ -1,4 +1,4 @@
-"""Optimizers by name: torch's under their own names, and the fused ones."""
+"""Registers torch's optimizers and the fused ones by name."""
 
 from __future__ import annotations
 

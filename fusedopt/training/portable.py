@@ -1,4 +1,4 @@
-"""State on its way through a file: what a file holds, and the types that it had before."""
+"""State in files: plain types for writing, and the original types after reading."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from ..messages import plain
 __all__ = ["as_before", "portable"]
 
 # Note [Types on the way through a file]
-# Checkpoints are read with weights_only=True, which knows dicts, lists, tuples, sets, OrderedDict, Counter, numbers,
-# strings and tensors. Everything else a state may hold (a defaultdict, an enum, numpy's numbers and arrays) is written
-# as the plain value it stands for. Whoever loads a state knows its types, since it has such a state itself: what comes
-# from the file takes the type of what it replaces. So files that were written with other types load too.
+# Checkpoints are read with weights_only=True, which accepts dicts, lists, tuples, sets, OrderedDict, Counter, numbers,
+# strings and tensors. Everything else that a state may hold (a defaultdict, an enum, numpy's numbers and arrays) is
+# written as a plain value. The object that loads a state has such a state itself, and so knows the types: a value from
+# the file takes the type of the value that it replaces. So files that were written with other types load too.
 
 
 def portable(value: Any) -> Any:
-    """``value`` in the types that ``torch.load(weights_only=True)`` reads; what has no such form stays as it is.
+    """``value`` in types that ``torch.load(weights_only=True)`` reads; other values stay as they are.
 
     Args:
-        value: dicts of any kind, lists, tuples, sets and deques, enums, numpy's numbers and arrays, and what is plain
-            already. Not changed.
+        value: dicts of any class, lists, tuples, sets, deques, enums, numpy's numbers and arrays, and plain values. Not
+            changed.
     """
     kind = type(value)
     if value is None or kind in (bool, int, float, str) or isinstance(value, Tensor):
@@ -40,7 +40,7 @@ def portable(value: Any) -> Any:
     if isinstance(value, (list, collections.deque)):
         return [portable(item) for item in value]
     if isinstance(value, tuple):
-        # torch.Size is one that the file knows.
+        # torch.Size can be read back.
         return value if kind.__module__.partition(".")[0] == "torch" else tuple(portable(item) for item in value)
     if isinstance(value, (set, frozenset)):
         return {portable(item) for item in value}
@@ -53,13 +53,13 @@ def portable(value: Any) -> Any:
 
 
 def as_before(value: Any, before: Any) -> Any:
-    """``value``, which comes out of a file, in the types of ``before``, in whose place it comes.
+    """``value``, from a file, in the types of ``before``, which it replaces.
 
-    Where the two do not correspond ``value`` stays as it is. Neither is changed.
+    Where the two do not correspond, ``value`` stays as it is. Neither is changed.
 
     Args:
-        value: what :func:`portable`, and maybe a file, made of a state.
-        before: a state of the same kind, of the types that the other one had.
+        value: a state after :func:`portable`, and usually after a file.
+        before: a corresponding state with the original types.
     """
     kind = type(before)
     if before is None or value is None or isinstance(before, Tensor) or isinstance(value, Tensor):
@@ -80,14 +80,14 @@ def as_before(value: Any, before: Any) -> Any:
 
 
 def _member(kind: type[enum.Enum], value: Any) -> Any:
-    """The member whose value a file has."""
+    """The enum member with this value."""
     if isinstance(value, kind):
         return value
     return next((member for member in kind if portable(member.value) == value), value)
 
 
 def _mapping_as_before(value: Mapping[Any, Any], before: Mapping[Any, Any]) -> Any:
-    # A key keeps its type where all keys are of one: an enum, or whole numbers that JSON made strings.
+    # If all keys have one type, keys from the file take it: enums, or integers that JSON made strings.
     kinds = {type(key) for key in before}
     kind = kinds.pop() if len(kinds) == 1 else None
 
@@ -99,7 +99,7 @@ def _mapping_as_before(value: Mapping[Any, Any], before: Mapping[Any, Any]) -> A
         return key
 
     keys = {key: key_as_before(key) for key in value}
-    # What has no counterpart takes the types of one that has, where all have the same.
+    # A value without a counterpart takes the type of the others, if they all have the same.
     examples = list(before.values())
     example = examples[0] if examples and len({type(item) for item in examples}) == 1 else None
     items = {keys[key]: as_before(item, before.get(keys[key], example)) for key, item in value.items()}
@@ -107,7 +107,7 @@ def _mapping_as_before(value: Mapping[Any, Any], before: Mapping[Any, Any]) -> A
         return collections.defaultdict(before.default_factory, items)
     try:
         return items if type(before) is dict else type(before)(items)  # type: ignore[call-arg]
-    except TypeError:  # a kind of dict that is made in another way
+    except TypeError:  # a dict class with another constructor
         return items
 
 

@@ -1,8 +1,8 @@
-"""The model within what torch puts around one: torch.compile, DistributedDataParallel, DataParallel, FSDP.
+"""The model inside torch's wrappers: torch.compile, DistributedDataParallel, DataParallel, FSDP.
 
-Note [Unwrapping]: names of parameters decide learning rates, pair a model with its average, and are the keys of a
-checkpoint; whatever is put around a model or a part of it adds to them. So a model is looked at without these, its
-parts too, by everybody who goes by names: what is written by one side then fits the other.
+Note [Unwrapping]: parameter names select learning rates, pair a model with its average, and are the keys of a
+checkpoint, but wrappers of a model or its parts add to these names. So all code that uses names looks at the model, and
+its parts, without wrappers: names from a wrapped model then match those of a bare one.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ __all__ = [
 
 
 def _held(module: nn.Module) -> nn.Module | None:
-    """What ``module`` is put around, or None."""
+    """The module that ``module`` wraps, or None."""
     for cls in type(module).__mro__:
         name = HELD_AS.get(cls.__name__) if cls.__module__.partition(".")[0] == "torch" else None
         name = "module" if name is None and cls in MODEL_WRAPPERS.module_dict.values() else name
@@ -41,12 +41,12 @@ def _held(module: nn.Module) -> nn.Module | None:
 
 
 def holders(model: nn.Module, by_structure: bool = False) -> Iterator[nn.Module]:
-    """``model`` and what it is put around, from the outside in; the last is the model itself.
+    """``model`` and the modules that it wraps, from the outside in; the last is the model itself.
 
     Args:
-        model: the model, in any number of layers.
-        by_structure: whether what has nothing but a child ``module``, of whatever class, counts as put around it. This
-            is for who wants names only: such a class may do something of its own when it is called.
+        model: the model, in any number of wrappers.
+        by_structure: whether any module with only a child ``module`` counts as a wrapper. Use this only for names,
+            since such a module may do more than call its child.
     """
     inner: nn.Module | None = model
     while inner is not None:
@@ -64,7 +64,7 @@ def unwrap(model: nn.Module, by_structure: bool = False) -> nn.Module:
 
 
 def named_children(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """The children, each unwrapped, by name; one that has several names once."""
+    """The children, unwrapped, with their names; a child with several names comes once."""
     seen = set()
     for name, child in module._modules.items():
         if child is not None and (bare := unwrap(child)) not in seen:
@@ -75,7 +75,7 @@ def named_children(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 def named_modules(
     model: nn.Module, prefix: str = "", remove_duplicate: bool = True, seen: set[nn.Module] | None = None
 ) -> Iterator[tuple[str, nn.Module]]:
-    """As ``model.named_modules()``, as if nothing were put around the model or its parts."""
+    """As ``model.named_modules()``, without wrappers around the model or its parts."""
     seen = set() if seen is None else seen
     model = unwrap(model)
     if model in seen:
@@ -89,7 +89,7 @@ def named_modules(
 
 
 def named_parameters(model: nn.Module, remove_duplicate: bool = True) -> Iterator[tuple[str, nn.Parameter]]:
-    """As ``model.named_parameters()``, as if nothing were put around the model or its parts."""
+    """As ``model.named_parameters()``, without wrappers around the model or its parts."""
     seen = set()
     for path, module in named_modules(model, remove_duplicate=remove_duplicate):
         for name, param in module._parameters.items():
@@ -100,7 +100,7 @@ def named_parameters(model: nn.Module, remove_duplicate: bool = True) -> Iterato
 
 
 def bare_copy(model: nn.Module) -> nn.Module:
-    """A deep copy of the model itself, with nothing put around it or its parts."""
+    """A deep copy of the model without wrappers around it or its parts."""
     copied = deepcopy(unwrap(model))
     for module in list(copied.modules()):
         for name, child in module._modules.items():
@@ -110,20 +110,20 @@ def bare_copy(model: nn.Module) -> nn.Module:
 
 
 def stateful(model: nn.Module) -> nn.Module:
-    """Whose ``state_dict`` and ``load_state_dict`` to call: the model's, or that of FSDP, which gathers shards."""
+    """The module to call ``state_dict`` and ``load_state_dict`` of: the model, or FSDP, which gathers shards."""
     *around, bare = holders(model)
     return next((each for each in around if "_fsdp_wrapped_module" in each._modules), bare)
 
 
 def bare_state_dict(model: nn.Module) -> OrderedDict[str, Any]:
-    """The state dict of the model, with the names it has when nothing is put around it or its parts."""
+    """The state dict of the model, with the names that it has without wrappers."""
     state: Any = stateful(model).state_dict()
     inside = [part for _, each in named_modules(model) for part in each._modules.values() if part is not None]
     return fitted_state_dict(state, _names_within(model)) if any(_held(part) is not None for part in inside) else state
 
 
 def _names_within(model: nn.Module) -> set[str]:
-    """Names of parameters and buffers, as if nothing were put around the model's parts."""
+    """Names of parameters and buffers, without wrappers of the model's parts."""
     return {
         f"{path}.{name}" if path else name
         for path, module in named_modules(model, remove_duplicate=False)
@@ -132,13 +132,13 @@ def _names_within(model: nn.Module) -> set[str]:
 
 
 def fitted_state_dict(state_dict: Mapping[str, Any], own: Iterable[str]) -> OrderedDict[str, Any]:
-    """``state_dict`` with its entries called as in ``own``, however either model was wrapped.
+    """``state_dict`` with the names of ``own``, however either model was wrapped.
 
-    Entries that ``own`` has not, in whatever wrapping, keep their names; so do those of which it cannot be told.
+    Entries that ``own`` does not have in any wrapping, and ambiguous ones, keep their names.
 
     Args:
-        state_dict: of a model, a part of which may have been wrapped; its versions are noted in the result too.
-        own: the names that are wanted, such as the keys of a state dict.
+        state_dict: the state dict of a model, parts of which may have been wrapped; its versions are kept.
+        own: the wanted names, such as the keys of a state dict.
     """
     own = list(own)
     exactly = {bare_name(name): name for name in own}

@@ -1,4 +1,4 @@
-"""ZeroRedundancyOptimizer. Imported when the registry is asked for it: torch's class takes seconds to import."""
+"""ZeroRedundancyOptimizer. Imported when it is looked up in the registry: torch's class takes seconds to import."""
 
 from __future__ import annotations
 
@@ -35,16 +35,16 @@ __all__ = ["ZeroRedundancyOptimizer"]
 
 
 class ZeroRedundancyOptimizer(_ZeroRedundancyOptimizer):
-    """Each process keeps the state of, and updates, its share of the parameters, then all send theirs around.
+    """Each process updates its share of the parameters and keeps its state; then all exchange their parameters.
 
-    torch's class for any registered optimizer; as ``mmengine.optim.ZeroRedundancyOptimizer``, which reaches those of
-    torch only. Each process must have all gradients, as DistributedDataParallel leaves them.
+    torch's class, for any registered optimizer; as ``mmengine.optim.ZeroRedundancyOptimizer``, which supports torch's
+    optimizers only. Each process must have all gradients, as DistributedDataParallel provides them.
 
     Args:
         params: tensors or group dicts, the same in every process.
-        optimizer_type: what steps the share: a registered name, an import path or a class.
-        clip_grad: clipping inside the step, see :func:`fusedopt.rules.parse_clip_grad`. The norm is that of the
-            gradients of all processes' shares.
+        optimizer_type: the optimizer of the share: a registered name, an import path or a class.
+        clip_grad: clipping inside the step, see :func:`fusedopt.rules.parse_clip_grad`. The norm is over the gradients
+            of all processes' shares.
         process_group: the processes, all of them by default.
         parameters_as_bucket_view: see ``torch.distributed.optim.ZeroRedundancyOptimizer``.
         kwargs: arguments of the optimizer.
@@ -55,7 +55,7 @@ class ZeroRedundancyOptimizer(_ZeroRedundancyOptimizer):
 
     Raises:
         KeyError: an unknown ``optimizer_type``.
-        TypeError, ValueError: an argument that the optimizer does not know, of the wrong kind or out of range.
+        TypeError, ValueError: an argument is unknown to the optimizer, has the wrong type or is out of range.
     """
 
     def __init__(
@@ -84,7 +84,7 @@ class ZeroRedundancyOptimizer(_ZeroRedundancyOptimizer):
         with unchanged_on_error(*parameter_groups(params)):
             super().__init__(
                 params,
-                # The settings reach the groups through the local optimizer, which tells them from its other arguments.
+                # The settings reach the groups through the local optimizer, which knows which arguments they are.
                 functools.partial(build, **kwargs),  # type: ignore[arg-type]
                 process_group=process_group,
                 parameters_as_bucket_view=parameters_as_bucket_view,
@@ -112,14 +112,14 @@ class ZeroRedundancyOptimizer(_ZeroRedundancyOptimizer):
                 loss = closure()
         params = [param for group in self.optim.param_groups for param in group["params"] if param.grad is not None]
         if isinstance(self._clip, ValueClip):
-            if params:  # torch refuses none, which a small share may have
+            if params:  # torch rejects an empty list, which a small share may have
                 torch.nn.utils.clip_grad_value_(params, self._clip.clip_value)
         else:
             norm = self._global_norm(params, self._clip)
             coefficient = clip_coefficient(norm, self._clip.max_norm)
             self.last_step = StepReport(torch.stack([norm, coefficient]))
             if isinstance(self.optim, FusedOptimizer):
-                # The share is multiplied inside its step. Infinities are not looked for: the norm shows them.
+                # The share is multiplied inside its step. It need not search for infs: the norm shows them.
                 kwargs.update(grad_scale=coefficient.reciprocal(), found_inf=torch.zeros((), device=norm.device))
             elif params:
                 torch._foreach_mul_([param.grad for param in params], coefficient)
@@ -127,11 +127,11 @@ class ZeroRedundancyOptimizer(_ZeroRedundancyOptimizer):
         return loss
 
     def _global_norm(self, params: list[torch.nn.Parameter], clip: NormClip) -> Tensor:
-        """Norm of the gradients of all shares, of which ``params`` are this one's; the same bits in every process."""
+        """Norm of the gradients of all shares; ``params`` is this one's. Bitwise equal in every process."""
         grads = (param.grad for param in params if param.grad is not None)
         share = global_norm(grads, clip.norm_type, self.join_device)
         shares = [torch.empty_like(share) for _ in range(self.world_size)]
-        # The norm of norms, and not a sum or maximum made on the way: reductions may lose NaN.
+        # The norm of all norms, not an all-reduced sum or maximum: reductions may lose NaN.
         dist.all_gather(shares, share, group=self.process_group)
         norm = torch.linalg.vector_norm(torch.stack(shares), clip.norm_type)
         if clip.error_if_nonfinite and not bool(norm.isfinite()):
@@ -142,22 +142,22 @@ class ZeroRedundancyOptimizer(_ZeroRedundancyOptimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """The state of all shares in the first process, ``{}`` in the others. Every process must call it."""
-        plain_groups(self.param_groups)  # others may have written to them
+        plain_groups(self.param_groups)  # other code may have written to them
         self.consolidate_state_dict()
         return super().state_dict() if self.rank == 0 else {}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Load the state of all shares, of which this process keeps its own. The dict is not changed.
+        """Load the state of all shares, of which this process keeps its own. ``state_dict`` is not changed.
 
         Raises:
-            ValueError, KeyError: as :meth:`FusedOptimizer.load_state_dict`, when a fused optimizer steps the share.
+            ValueError, KeyError: as :meth:`FusedOptimizer.load_state_dict`, if a fused optimizer steps the share.
                 Nothing has been changed then, in any process.
         """
         if not isinstance(self.optim, FusedOptimizer):
             super().load_state_dict({**state_dict, "state": dict(state_dict["state"])})
             self.optim.load_state_dict(self.optim.state_dict())
             return
-        # All shares are read, so that either all processes refuse the dict or none. torch loads the parts itself.
+        # All shares are read, so that either all processes reject the dict or none. torch loads the parts itself.
         loaded = read_state_dict(self.optim.rule, self.param_groups, state_dict, type(self.optim).__name__)
         params = (param for group in self.param_groups for param in group["params"])
         indices = {param: index for index, param in enumerate(params)}
@@ -165,5 +165,5 @@ class ZeroRedundancyOptimizer(_ZeroRedundancyOptimizer):
         self.optim.state.clear()  # a parameter without an entry has not stepped
         state = {indices[param]: entry for param, entry in loaded.state.items() if param in indices}
         super().load_state_dict({"state": state, "param_groups": groups})
-        # torch has filled in the local optimizer's state by itself: not copied, and step counts on the CPU.
+        # torch has filled the local optimizer's state itself: not copied, and with step counts on the CPU.
         self.optim.load_state_dict(self.optim.state_dict())

@@ -1,6 +1,6 @@
-"""Fine-tuning of a transformer: AdamW, a learning rate that decays from the head to the stem, and clipping."""
+"""Fine-tuning a transformer: AdamW, a learning rate that decays from the head to the stem, and clipping."""
 
-# Where MMEngine's Runner reads this, it learns of the constructor here.
+# Registers the constructor in MMEngine when MMEngine's Runner reads this config.
 custom_imports = dict(imports=["fusedopt.integrations.current"])
 
 optim_wrapper = dict(

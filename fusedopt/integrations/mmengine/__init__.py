@@ -1,9 +1,9 @@
 """fusedopt inside MMEngine: optimizers and wrappers by name in its registries.
 
-``custom_imports = dict(imports=['fusedopt.integrations.mmengine'])`` in a config makes ``FusedSGD``, ``FusedAdam``,
-``FusedAdamW``, ``FusedOptimWrapper`` and ``FusedAmpOptimWrapper`` known to MMEngine, and constructors that it has not
-itself: ``MultiOptimWrapperConstructor`` and those of layer-wise decay. One line in the log says which path a training
-takes. :mod:`fusedopt.integrations.mmengine.replace` also puts the wrappers in the stock ones' place.
+``custom_imports = dict(imports=['fusedopt.integrations.mmengine'])`` in a config registers ``FusedSGD``, ``FusedAdam``,
+``FusedAdamW``, ``FusedOptimWrapper`` and ``FusedAmpOptimWrapper`` in MMEngine, and the constructors that it lacks:
+``MultiOptimWrapperConstructor`` and those for layer-wise decay. One line in the log says which path a run takes.
+:mod:`fusedopt.integrations.mmengine.replace` also replaces the stock wrappers.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ __all__ = ["FusedAdam", "FusedAdamW", "FusedAmpOptimWrapper", "FusedOptimWrapper
 
 
 def register(registry: Any, name: str, module: type, path: str, also: str = "fusedopt.") -> None:
-    """Register ``module`` in a registry of MMEngine's, unless something that is neither ours nor ``also`` has the name.
+    """Register ``module`` in an MMEngine registry, unless the name is taken by a class that must not be replaced.
 
     Args:
-        registry: MMEngine's.
-        name: what a config calls it.
+        registry: the MMEngine registry.
+        name: the name in configs.
         module: the class.
-        path: what a config can call it in any case.
-        also: what the name of a module begins with whose class may be replaced, beside ours.
+        path: the ``type`` that always works in configs, for the warning.
+        also: classes may be replaced if their module's name begins with this, or with ``fusedopt.``.
     """
     there = registry.module_dict.get(name)
     owner = getattr(there, "__module__", "")
@@ -39,7 +39,7 @@ def register(registry: Any, name: str, module: type, path: str, also: str = "fus
         return
     warn_caller(
         f"{name!r} in MMEngine's {registry.name} registry is {owner}.{getattr(there, '__qualname__', there)}, and "
-        f"stays that; fusedopt's own is type={path!r}"
+        f"is kept; fusedopt's own is type={path!r}"
     )
 
 

@@ -1,4 +1,4 @@
-"""fusedopt's wrapper constructors, which make what MMEngine's registries hold."""
+"""fusedopt's wrapper constructors, which build classes from MMEngine's registries."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ __all__ = [
 
 
 def _resolved(cfg: Mapping[str, Any]) -> dict[str, Any]:
-    """A wrapper config with the classes that MMEngine knows by the names in it; a name it does not know stays."""
+    """A wrapper config whose names are replaced by MMEngine's classes; a name that it does not know stays."""
 
     def found(registry: Any, cfg: Mapping[str, Any]) -> dict[str, Any]:
         kind = cfg.get("type")
@@ -30,7 +30,7 @@ def _resolved(cfg: Mapping[str, Any]) -> dict[str, Any]:
 
 
 class _Resolved:
-    """Before a constructor of fusedopt's among the bases: makes that one build MMEngine's wrappers."""
+    """A mixin, placed before one of fusedopt's constructors: makes it build MMEngine's wrappers."""
 
     def __init__(self, optim_wrapper_cfg: Mapping[str, Any], paramwise_cfg: Mapping[str, Any] | None = None):
         super().__init__(_resolved({"type": "OptimWrapper", **optim_wrapper_cfg}), paramwise_cfg)  # type: ignore[call-arg]

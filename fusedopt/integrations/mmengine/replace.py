@@ -1,4 +1,4 @@
-"""Importing this puts fusedopt's wrappers under the names ``OptimWrapper`` and ``AmpOptimWrapper`` of MMEngine.
+"""Importing this replaces MMEngine's ``OptimWrapper`` and ``AmpOptimWrapper`` by fusedopt's wrappers.
 
 ``custom_imports = dict(imports=['fusedopt.integrations.mmengine.replace'])`` is for configs and scripts that name the
 stock wrappers, as the ``--amp`` of MMPretrain's training script does. Any optimizer works with them.

@@ -1,4 +1,4 @@
-"""fusedopt's wrappers as subclasses of MMEngine's, which its Runner asks for."""
+"""fusedopt's wrappers as subclasses of MMEngine's, which its Runner requires."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from ..mmengine_log import announce_path
 
 __all__ = ["FusedAmpOptimWrapper", "FusedOptimWrapper"]
 
-#: Values that wait on the device for somebody to read them, at most.
+#: The most values that wait on the device until they are read.
 _MOST_PENDING = 1024
 
 
 class _DeferredHistory(HistoryBuffer):
-    """A history of numbers of which the latest are still on the device; whoever reads it waits for them."""
+    """A history of numbers whose latest are still on the device; reading it waits for them."""
 
     def __init__(self, source: HistoryBuffer | None = None):
         self._pending: list[Tensor] = []
@@ -73,7 +73,7 @@ class _InsideMMEngine(OptimWrapper):
             announce_path(self)
 
     def step(self, **kwargs: Any) -> None:
-        """Step, and log ``train/grad_norm`` where gradients are clipped by norm, without waiting for it."""
+        """Step, and log ``train/grad_norm`` if gradients are clipped by norm, without waiting for it."""
         super().step(**kwargs)
         self._log_norm()
 
@@ -85,12 +85,12 @@ class _InsideMMEngine(OptimWrapper):
 
     @property
     def clip_func(self) -> Callable[..., Any]:
-        """What clips the gradients of an optimizer that is not fused; no such attribute without clipping."""
+        """The function that clips for an optimizer that is not fused; AttributeError without clipping."""
         return torch.nn.utils.clip_grad_norm_ if self._clips_by("norm") else torch.nn.utils.clip_grad_value_
 
     @property
     def grad_name(self) -> str:
-        """``'grad_norm'`` or ``'grad_value'``; no such attribute without clipping."""
+        """``'grad_norm'`` or ``'grad_value'``; AttributeError without clipping."""
         return "grad_norm" if self._clips_by("norm") else "grad_value"
 
     def _clips_by(self, kind: str) -> bool:
@@ -99,7 +99,7 @@ class _InsideMMEngine(OptimWrapper):
         return self.clip_grad["type"] == kind
 
     def _clip_grad(self) -> None:
-        """For a ``step`` of a subclass: clip and log the norm; nothing for a fused optimizer, whose step clips."""
+        """For a subclass' ``step``: clip and log the norm. A no-op for a fused optimizer, whose step clips."""
         if self._stock_clip is not None:
             self._clip_gradients(self._stock_clip)
             self._log_norm()
@@ -118,12 +118,12 @@ class _InsideMMEngine(OptimWrapper):
 class FusedOptimWrapper(_InsideMMEngine, mmengine.optim.OptimWrapper):
     """:class:`fusedopt.OptimWrapper` for MMEngine's Runner.
 
-    Arguments, errors, state dict and log are those of :class:`fusedopt.OptimWrapper` and of MMEngine's OptimWrapper.
+    Arguments, errors, state dict and log are as in :class:`fusedopt.OptimWrapper` and MMEngine's OptimWrapper.
     """
 
 
 class FusedAmpOptimWrapper(_InsideMMEngine, AmpOptimWrapper, mmengine.optim.AmpOptimWrapper):
     """:class:`fusedopt.AmpOptimWrapper` for MMEngine's Runner; it also works on a CPU.
 
-    Arguments, errors, state dict and log are those of :class:`fusedopt.AmpOptimWrapper` and of MMEngine's.
+    Arguments, errors, state dict and log are as in :class:`fusedopt.AmpOptimWrapper` and MMEngine's.
     """

@@ -1,4 +1,4 @@
-"""Averages of a model's weights over its training, one multi-tensor call per update; torch's own beside them."""
+"""Averages of a model's weights over a run, with one multi-tensor call per update; also torch's own."""
 
 from torch.optim.swa_utils import (
     SWALR,

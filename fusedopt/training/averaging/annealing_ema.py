@@ -18,8 +18,8 @@ class MomentumAnnealingEMA(ExponentialMovingAverage):
     ``max(momentum, gamma / (gamma + steps))``.
 
     Args:
-        momentum: the least weight, in (0, 1).
-        gamma: how long it takes: after ``gamma`` calls the weight is 1/2; > 0.
+        momentum: the smallest weight, in (0, 1).
+        gamma: how slowly the weight falls: after ``gamma`` calls it is 1/2; > 0.
         model, interval, device, update_buffers, dtype: see :class:`BaseAveragedModel`.
 
     Raises:

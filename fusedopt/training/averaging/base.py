@@ -1,4 +1,4 @@
-"""BaseAveragedModel: what averaged models have in common."""
+"""BaseAveragedModel, the base of averaged models."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ __all__ = ["BaseAveragedModel"]
 
 
 class BaseAveragedModel(nn.Module):
-    """A copy of a model whose parameters are a mean of those that the model had at its updates.
+    """A copy of a model whose parameters are a mean of the model's parameters at the updates.
 
     As ``mmengine.model.BaseAveragedModel``. An update is a fixed number of multi-tensor calls for each device and
-    dtype, and waits for nothing. The copy is ``module``; calling the averaged model calls it.
+    dtype, without synchronization. The copy is ``module``; calling the averaged model calls it.
 
     A subclass defines ``update_weight(steps)``, the weight w of the new value in ``average + w * (value - average)``;
-    or, for any other mean, ``avg_func``, which is called for each tensor.
+    or, for any other mean, ``avg_func``, which averages one tensor.
 
     Args:
-        model: the model to average. It is copied, without what torch.compile or DistributedDataParallel put around it.
+        model: the model to average. It is copied, without wrappers such as torch.compile's or DistributedDataParallel.
         interval: number of calls of :meth:`update_parameters` for each update, >= 1.
-        device: where to keep the average; by default where the model is. From another device each update copies, by
-            way of memory of the average's size.
-        update_buffers: average the buffers too. By default they are copied from the model, at every call. Those
-            without fractions, such as counts, and those that are saved in no state dict are copied in any case.
+        device: device of the average; by default that of the model. If they differ, each update copies the model to
+            extra memory of the average's size.
+        update_buffers: average the buffers too. By default they are copied from the model at every call. Integer and
+            bool buffers, such as counts, and non-persistent buffers are always copied.
         dtype: floating-point dtype of the average, or its name; by default the model's.
 
     Attributes:
@@ -40,7 +40,7 @@ class BaseAveragedModel(nn.Module):
         steps: number of calls of :meth:`update_parameters` so far, a 0-dim int64 buffer.
 
     Raises:
-        TypeError: an argument is of the wrong kind.
+        TypeError: an argument has the wrong type.
         ValueError: ``interval`` < 1, an unknown dtype, or a model with parameters that have no shape yet.
     """
 
@@ -91,11 +91,11 @@ class BaseAveragedModel(nn.Module):
         self._forget()
 
     def update_weight(self, steps: int) -> float:
-        """Weight of the new value at the call number ``steps``, counted from 0; the call 0 copies."""
+        """Weight of the new value at call number ``steps``, counted from 0; call 0 copies."""
         raise NotImplementedError
 
     def avg_func(self, averaged_param: Tensor, source_param: Tensor, steps: int) -> None:
-        """Average one tensor in place. A subclass that defines this has it called for each, instead of one call."""
+        """Average one tensor in place. If a subclass defines this, it is called for each tensor."""
         averaged_param.lerp_(source_param, self.update_weight(steps))
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -104,16 +104,16 @@ class BaseAveragedModel(nn.Module):
 
     @torch.no_grad()
     def update_parameters(self, model: nn.Module) -> None:
-        """Take the model's present values into the average, if this call is one of each ``interval``; count the call.
+        """Update the average from the model at every ``interval``-th call; count the call.
 
         The first call copies.
 
         Args:
-            model: what was given to the constructor, or one with parameters and buffers of the same names and shapes;
-                compiled, in DistributedDataParallel, or as it is.
+            model: the constructor's model, or one with parameters and buffers of the same names and shapes; it may be
+                compiled or in DistributedDataParallel.
 
         Raises:
-            ValueError: it has others; the message names one. Nothing has been changed then.
+            ValueError: a name or shape differs; the message names it. Nothing has been changed then.
         """
         pairing = self._pair(model)
         steps = self._count()
@@ -129,7 +129,7 @@ class BaseAveragedModel(nn.Module):
 
     @torch.no_grad()
     def copy_parameters(self, model: nn.Module) -> None:
-        """Copy the model's parameters and buffers. This is no update: it does not count.
+        """Copy the model's parameters and buffers. This does not count as an update.
 
         Raises:
             ValueError: as :meth:`update_parameters`.
@@ -140,7 +140,7 @@ class BaseAveragedModel(nn.Module):
 
     @torch.no_grad()
     def copy_buffers(self, model: nn.Module) -> None:
-        """Copy what is not averaged: the model's buffers, which may have changed since the last update.
+        """Copy the model's buffers that are not averaged, which may have changed since the last update.
 
         Raises:
             ValueError: as :meth:`update_parameters`.
@@ -150,10 +150,10 @@ class BaseAveragedModel(nn.Module):
 
     @contextlib.contextmanager
     def applied_to(self, model: nn.Module) -> Iterator[nn.Module]:
-        """``with average.applied_to(model):`` the model has the average's parameters and buffers, then its own again.
+        """``with average.applied_to(model):`` gives the model the average's parameters and buffers inside the block.
 
-        Values are written to the tensors that the model has; its optimizer and whoever else holds them need not know.
-        Its own values are kept meanwhile, which takes memory of the model's size.
+        Values are written to the model's own tensors, so its optimizer and other references stay valid. The model's
+        values are kept meanwhile, which takes memory of the model's size.
 
         Raises:
             ValueError: as :meth:`update_parameters`.
@@ -169,9 +169,9 @@ class BaseAveragedModel(nn.Module):
                 pairing.write_source(own)
 
     def torch_state_dict(self) -> dict[str, Any]:
-        """The state for ``load_state_dict`` of ``torch.optim.swa_utils.AveragedModel``: with its ``n_averaged``.
+        """The state for ``load_state_dict`` of ``torch.optim.swa_utils.AveragedModel``, with its ``n_averaged``.
 
-        The other way :meth:`load_state_dict` takes its state as it is.
+        In the other direction, :meth:`load_state_dict` accepts a state of that class as it is.
         """
         state: dict[str, Any] = self.state_dict()
         steps = state.pop("steps")
@@ -199,7 +199,7 @@ class BaseAveragedModel(nn.Module):
         return pairing
 
     def _count(self) -> int:
-        """``steps`` without waiting for its device, unless something else has written to it since the last call."""
+        """``steps`` without a device sync, unless other code has written to it since the last call."""
         tensor, version, count = self._counted
         if tensor is not self.steps or version != self.steps._version:
             return int(self.steps)
@@ -210,7 +210,7 @@ class BaseAveragedModel(nn.Module):
         self._counted = None, 0, 0
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        # An average that was made of a wrapped model before Note [Unwrapping], or by torch's class.
+        # The state may be from before Note [Unwrapping], with names of wrappers, or from torch's class.
         own = self.state_dict(prefix=prefix)
         fitted = fitted_state_dict({key: value for key, value in state_dict.items() if key.startswith(prefix)}, own)
         for key in [key for key in state_dict if key.startswith(prefix)]:
@@ -218,12 +218,12 @@ class BaseAveragedModel(nn.Module):
                 del state_dict[key]
         state_dict.update(fitted)
         averaged = state_dict.pop(f"{prefix}n_averaged", None)
-        if averaged is not None:  # from torch's class: that many updates, the last of them just made
+        if averaged is not None:  # from torch's class: the number of updates; the last one has just been made
             state_dict[f"{prefix}steps"] = ((averaged - 1) * self.interval + 1).clamp(min=0)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def __getstate__(self) -> dict[str, Any]:
-        # What is remembered of a source must not travel along with a copy of the average.
+        # A copy of the average must not keep what is cached about its source.
         return {key: value for key, value in self.__dict__.items() if key not in ("_pairings", "_counted")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -239,5 +239,5 @@ def _warn_of_low_precision(model: nn.Module) -> None:
         name, share = str(dtype).removeprefix("torch."), torch.finfo(dtype).eps / 4
         warn_caller(
             f"the average of {name} parameters is kept in {name} too: it stands still where an update would change a "
-            f"value by less than {share:.1g} of it; pass dtype='float32', or dtype={name!r} if that is meant"
+            f"value by less than {share:.1g} of it; pass dtype='float32', or dtype={name!r} if that is intended"
         )

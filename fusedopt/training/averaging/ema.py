@@ -19,7 +19,7 @@ class ExponentialMovingAverage(BaseAveragedModel):
         average <- (1 - momentum) * average + momentum * value
 
     Args:
-        momentum: weight of the new value, in (0, 1): 1 - decay. May be set later, too.
+        momentum: weight of the new value, 1 - decay, in (0, 1). It may be changed later.
         model, interval, device, update_buffers, dtype: see :class:`BaseAveragedModel`.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Which tensor of an averaged model belongs to which of its source, in lists that one multi-tensor call takes."""
+"""Pairs the tensors of an averaged model with its source's, in lists for multi-tensor calls."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _END = object()
 
 
 class Group:
-    """Pairs of tensors of which those of the average share device and dtype, and so do those of the source.
+    """Pairs of tensors; the average's share one device and dtype, and the source's do too.
 
     Attributes:
         averaged: tensors of the average.
@@ -35,7 +35,7 @@ class Group:
         torch._foreach_copy_(self.averaged, self.source)
 
     def fetch(self) -> list[Tensor]:
-        """The source on the average's device; from another one it is copied, to memory that is kept for it."""
+        """The source on the average's device; from another device it is copied to memory that is kept for it."""
         if self.source[0].device == self.averaged[0].device:
             return self.source
         if self._staged is None:
@@ -47,18 +47,17 @@ class Group:
 class Pairing:
     """The tensors of an average and those of its source, matched by name.
 
-    A tensor with several names counts once. A buffer that is saved in no state dict is made by the model itself: one
-    without a partner of its shape is left out.
+    A tensor with several names counts once. A model makes its non-persistent buffers itself, so one without a partner
+    of the same shape is left out.
 
     Args:
         average: the copy.
-        model: its source. It is not kept alive by this.
-        average_buffers: whether buffers are averaged; those without fractions, and those saved in no state dict, never
-            are.
+        model: its source, which is not kept alive by this.
+        average_buffers: whether buffers are averaged; integer, bool and non-persistent buffers never are.
 
     Attributes:
-        averages: what is averaged.
-        copies: what is copied from the source.
+        averages: the tensors to average.
+        copies: the tensors to copy from the source.
 
     Raises:
         ValueError: a parameter or buffer is missing on one side, or has another shape there; the message names it.
@@ -89,7 +88,7 @@ class Pairing:
         self._kinds = [*map(_kind, self._averaged), *map(_kind, self._source)]
 
     def is_current(self) -> bool:
-        """Whether both models still hold these very tensors, with the dtypes, devices and shapes they had."""
+        """Whether both models still hold the same tensors with the same dtypes, devices and shapes."""
         entries = chain(chain.from_iterable(map(dict.values, self._tables)), (_END,))
         if any(self._empty_tables) or not all(map(is_, entries, self._entries)):
             return False
@@ -103,13 +102,13 @@ class Pairing:
         return values
 
     def write_source(self, values: list[Tensor] | None = None) -> None:
-        """Write ``values`` to the source; those of the average by default."""
+        """Write ``values`` to the source; by default, the average's values."""
         if self._source:
             torch._foreach_copy_(self._source, self._averaged if values is None else values)
 
 
 def _named_tensors(model: nn.Module) -> dict[str, tuple[str, Tensor]]:
-    """(kind, tensor) by name: ``'parameter'``, ``'buffer'``, or ``'unsaved buffer'`` for one in no state dict."""
+    """(kind, tensor) by name; kinds: ``'parameter'``, ``'buffer'``, ``'unsaved buffer'`` (a non-persistent one)."""
     found: dict[str, tuple[str, Tensor]] = {
         name: ("parameter", param) for name, param in named_parameters(model, remove_duplicate=False)
     }

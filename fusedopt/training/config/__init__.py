@@ -1,4 +1,4 @@
-"""Configs: Python, JSON and YAML files, what they inherit, and the options of a command line."""
+"""Configs: Python, JSON and YAML files, their inheritance, and command-line options."""
 
 from ..errors import ConfigError
 from .config import Config

@@ -23,11 +23,11 @@ __all__ = ["Config"]
 class Config(ConfigDict):
     """A whole config: a dict with attribute access, read from a file, changed by options, written to a file.
 
-    It is a ``dict``, so that it and its parts go wherever a dict is asked for.
+    It is a ``dict``, so that it and its parts work wherever a dict is expected.
 
     Args:
         config: the items.
-        filename: file that it came from, which errors name.
+        filename: the file it was read from, for error messages.
 
     Raises:
         TypeError: ``config`` is not a dict.
@@ -43,35 +43,34 @@ class Config(ConfigDict):
 
     @property
     def filename(self) -> str | None:
-        """The file that it was read from, as given; None when there was none."""
+        """The file that it was read from, as given; None without one."""
         return self._filename
 
     @property
     def pretty_text(self) -> str:
-        """The config as Python text, for people: what :meth:`dump` would refuse stands there as its ``repr``."""
+        """The config as readable Python source; values that :meth:`dump` rejects are shown as their ``repr``."""
         return python_source(writable(self, "", None))
 
     @classmethod
     def fromfile(cls, filename: str | Path, import_custom_modules: bool = True) -> Config:
         """Read a ``.py``, ``.json``, ``.yaml`` or ``.yml`` file, and the files that it inherits.
 
-        A Python file is run, with everything that Python may do: read only files you trust. Names that begin with an
-        underscore, modules, functions and classes are the file's own and no part of the config. A JSON or YAML file
-        runs no code and inherits only from its like.
+        A Python file is run and can do anything that Python can: read only files you trust. Names that begin with an
+        underscore, modules, functions and classes are private to the file and not part of the config. A JSON or YAML
+        file runs no code and inherits only from JSON or YAML files.
 
-        ``_base_`` names a file, or a list of files, relative to this one; their items are inherited, dicts within dicts
-        are merged, and a dict with ``_delete_=True`` replaces the inherited one. A Python file can read what it
-        inherits as ``_base_.key``, or ``{{_base_.key}}`` as MMEngine writes it; ``{{ fileDirname }}``,
-        ``{{ fileBasename }}``, ``{{ fileBasenameNoExtension }}`` and ``{{ fileExtname }}`` stand for the file's own
-        name.
+        ``_base_`` names a file, or a list of files, relative to this one; their items are inherited, nested dicts are
+        merged, and a dict with ``_delete_=True`` replaces the inherited one. A Python file reads an inherited value as
+        ``_base_.key``, or as ``{{_base_.key}}`` in MMEngine's notation; ``{{ fileDirname }}``, ``{{ fileBasename }}``,
+        ``{{ fileBasenameNoExtension }}`` and ``{{ fileExtname }}`` stand for the parts of the file's own path.
 
         Args:
             filename: the file.
-            import_custom_modules: import what ``custom_imports`` asks for.
+            import_custom_modules: whether to import the modules in ``custom_imports``.
 
         Raises:
-            ConfigError: a file cannot be read, is wrong, fails when run, or inherits from itself; two bases set the
-                same key; a dict meets something else; or a module cannot be imported.
+            ConfigError: a file cannot be read, is invalid, fails when run, or inherits from itself; two bases set the
+                same key; a dict would be merged into another type; or a module cannot be imported.
             MissingExtraError: PyYAML is not installed.
         """
         try:
@@ -83,10 +82,10 @@ class Config(ConfigDict):
         return config
 
     def import_custom_modules(self) -> None:
-        """Import what ``custom_imports`` asks for: ``dict(imports=[...], allow_failed_imports=False)``.
+        """Import the modules in ``custom_imports``, ``dict(imports=[...], allow_failed_imports=False)``.
 
         Raises:
-            ConfigError: a module cannot be imported, or what is asked for is of the wrong kind.
+            ConfigError: a module cannot be imported, or ``custom_imports`` is invalid.
         """
         if not self.get("custom_imports"):
             return
@@ -102,7 +101,7 @@ class Config(ConfigDict):
                 raise TypeError(f"imports must be a list of module names, got {names!r}")
             for name in names:
                 if not name or name.startswith("."):
-                    raise ValueError(f"imports must be a list of whole module names; {name!r} is none")
+                    raise ValueError(f"imports must be a list of absolute module names; {name!r} is not one")
         for name in names:
             try:
                 importlib.import_module(name)
@@ -110,18 +109,18 @@ class Config(ConfigDict):
                 if not may_fail:
                     message = f"cannot import {name!r}: {error} (folders in PYTHONPATH are searched, too)"
                     raise config_error(self.filename, "custom_imports", message) from error
-                warn_caller(f"{self.filename}: custom_imports: {name!r} is left out: {error}")
+                warn_caller(f"{self.filename}: custom_imports: {name!r} is skipped: {error}")
 
     def merge_from_dict(self, options: Mapping[str, Any], allow_list_keys: bool = True) -> None:
-        """Change what ``options`` names, as the ``--cfg-options`` of a command line; on an error nothing changes.
+        """Change the items in ``options``, as with ``--cfg-options``; on an error nothing changes.
 
         Args:
-            options: values by key; dots go into dicts, as in ``{'optim_wrapper.optimizer.lr': 0.1}``, and a dict value
-                is merged, or replaces with ``_delete_=True``.
-            allow_list_keys: numbers go into lists and tuples, as in ``{'param_scheduler.0.end': 5}``.
+            options: values by key; dots separate nested keys, as in ``{'optim_wrapper.optimizer.lr': 0.1}``; a dict
+                value is merged, or with ``_delete_=True`` replaces the old one.
+            allow_list_keys: let numbers index lists and tuples, as in ``{'param_scheduler.0.end': 5}``.
 
         Raises:
-            ConfigError: a key leads through something that has no items, or past the end of a list.
+            ConfigError: a key leads through a value that has no items, or past the end of a list.
         """
         nested: dict[str, Any] = {}
         for key, value in ConfigDict(options).items():
@@ -139,14 +138,14 @@ class Config(ConfigDict):
     def dump(self, filename: str | Path | None = None) -> str:
         """Write the config to a file that loads back equal; return the text.
 
-        Classes and functions are written as their import paths, which a ``type`` may be as well, and paths as strings.
-        JSON and YAML know no tuples: they come back as lists.
+        Classes and functions are written as import paths, which a ``type`` accepts as well, and paths as strings. JSON
+        and YAML have no tuples; tuples come back as lists.
 
         Args:
             filename: a ``.py``, ``.json``, ``.yaml`` or ``.yml`` file; None only returns :attr:`pretty_text`.
 
         Raises:
-            ConfigError: a value has no such form, such as a lambda; nothing has been written then.
+            ConfigError: a value, such as a lambda, cannot be written; no file has been written then.
             MissingExtraError: PyYAML is not installed.
         """
         if filename is None:

@@ -13,11 +13,11 @@ __all__ = ["ConfigDict"]
 
 
 class ConfigDict(dict[str, Any]):
-    """A dict whose items are attributes too, as ``mmengine.ConfigDict``.
+    """A dict whose items are also attributes, as ``mmengine.ConfigDict``.
 
-    Every dict put into it, in a list or tuple as well, becomes a ConfigDict of its own: what was put in stays as it is
-    when the config is changed. :meth:`update` goes into dicts that both sides have. An item that is called like a
-    method can be reached as ``config['items']`` only.
+    Every dict put into it, even in a list or tuple, is copied to a ConfigDict, so that changes to the config do not
+    change the original. :meth:`update` merges dicts that both sides have. An item with the name of a method can only be
+    read as ``config['items']``.
     """
 
     def __init__(self, *args: Any, **kwargs: Any):
@@ -51,7 +51,7 @@ class ConfigDict(dict[str, Any]):
         return self
 
     def update(self, *args: Any, **kwargs: Any) -> None:
-        """As ``dict.update``, but a dict over a dict updates that one."""
+        """As ``dict.update``, but a dict value updates an existing dict."""
         for key, value in dict(*args, **kwargs).items():
             if isinstance(self.get(key), ConfigDict) and isinstance(value, Mapping):
                 self[key].update(value)
@@ -65,11 +65,11 @@ class ConfigDict(dict[str, Any]):
         return self[key]
 
     def copy(self) -> ConfigDict:
-        """A copy that shares neither dicts nor lists nor tuples with this one."""
+        """A copy that shares no dicts, lists or tuples with this one."""
         return copy.copy(self)
 
     def to_dict(self) -> dict[str, Any]:
-        """The same in plain dicts, those inside lists and tuples too."""
+        """The same as plain dicts, including those inside lists and tuples."""
         return _plain(self)
 
 

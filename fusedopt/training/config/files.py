@@ -21,14 +21,14 @@ from .naming import config_error
 __all__ = ["NO_SETTING", "load"]
 
 _BASE = "_base_"
-#: What a config file may import or define for its own use; such names are no part of the config.
+#: Types that a config file may import or define for its own use; such names are not part of the config.
 NO_SETTING = (ModuleType, FunctionType, BuiltinFunctionType, type)
-#: MMEngine's way of naming an inherited value.
+#: MMEngine's notation for an inherited value.
 _BASE_VALUE = re.compile(r"\{\{\s*_base_\.([\w.]+)\s*\}\}")
 
 
 def load(path: Path, children: Sequence[Path]) -> dict[str, Any]:
-    """What a file sets, merged into what it inherits. ``children`` are the files that led here, the first one first."""
+    """A file's settings merged into what it inherits. ``children`` are the files that led here, first one first."""
     resolved = path.resolve()
     if resolved in [child.resolve() for child in children]:
         chain = " -> ".join(map(str, (*children, path)))
@@ -71,7 +71,7 @@ def _with_file_names(text: str, path: Path) -> str:
 
 
 class _BaseValues(ast.NodeTransformer):
-    """Makes ``_base_.key`` of ``{{_base_.key}}``, a set within a set to Python, and of the same in quotes."""
+    """Turns ``{{_base_.key}}``, to Python a set in a set, or the same in quotes, into ``_base_.key``."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -92,8 +92,8 @@ class _BaseValues(ast.NodeTransformer):
             return node
         if named[0] != node.value:
             raise ConfigError(
-                f"{self.path}:{node.lineno}: {{{{_base_. ...}}}} is a value of its own, no part of a string; there "
-                "write f'... {_base_. ...}'"
+                f"{self.path}:{node.lineno}: {{{{_base_. ...}}}} must be a whole value, not part of a string; in a "
+                "string write f'... {_base_. ...}'"
             )
         expression = ast.parse(f"_base_.{named[1]}", str(self.path), "eval").body
         return ast.fix_missing_locations(ast.copy_location(expression, node))
@@ -118,14 +118,14 @@ def _sets_base(node: ast.stmt) -> bool:
 
 
 def _base_names(tree: ast.Module, path: Path) -> Any:
-    """The value of ``_base_`` in a Python file, which is taken out of it."""
+    """The value of ``_base_`` in a Python file; its assignment is removed from ``tree``."""
     found = [node for node in tree.body if _sets_base(node)]
     tree.body = [node for node in tree.body if node not in found]
     try:
         return ast.literal_eval(found[-1].value) if found else []  # type: ignore[attr-defined]
     except (TypeError, ValueError) as error:
         line = found[-1].lineno
-        raise ConfigError(f"{path}:{line}: {_BASE} must be a string or a list of strings, spelled out") from error
+        raise ConfigError(f"{path}:{line}: {_BASE} must be a literal string or list of strings") from error
 
 
 def _base_paths(names: Any, path: Path) -> list[Path]:
@@ -144,7 +144,7 @@ def _run(tree: ast.Module, path: Path, bases: ConfigDict) -> dict[str, Any]:
     namespace: dict[str, Any] = {"__file__": str(path), "__name__": path.stem, _BASE: bases}
     try:
         code = compile(tree, str(path), "exec", dont_inherit=True)
-    except SyntaxError as error:  # such as a `return`, which only compiling refuses
+    except SyntaxError as error:  # such as a `return`, which only compile() rejects
         raise _syntax_error(path, error) from error
     try:
         exec(code, namespace)
@@ -153,7 +153,7 @@ def _run(tree: ast.Module, path: Path, bases: ConfigDict) -> dict[str, Any]:
         line = lines[-1] if lines else 1
         raise config_error(f"{path}:{line}", type(error).__name__, str(error)) from error
     if namespace[_BASE] is not bases:
-        raise config_error(path, _BASE, "must be set on a line of its own, outside of any block")
+        raise config_error(path, _BASE, "must be set on its own line, outside any block")
     return {
         key: value for key, value in namespace.items() if not key.startswith("_") and not isinstance(value, NO_SETTING)
     }
@@ -164,9 +164,9 @@ _STRING_OR_BASE_VALUE = re.compile(r"""("(?:[^"\\\n]|\\.)*")|('?)(\{\{\s*_base_\
 
 
 def _parse_data(text: str, path: Path) -> dict[str, Any]:
-    """What a JSON or YAML file holds."""
+    """The content of a JSON or YAML file."""
     yaml = None if path.suffix == ".json" else require("yaml", "engine")
-    # What stands for base values becomes strings, which are replaced when the rest is read.
+    # Placeholders for base values become strings, which are replaced after parsing.
     text = _STRING_OR_BASE_VALUE.sub(lambda match: match[1] or f'"{match[3]}"', text)
     try:
         data = json.loads(text) if yaml is None else yaml.safe_load(text)
@@ -194,10 +194,10 @@ def _with_base_values(value: Any, bases: ConfigDict, path: Path) -> Any:
         return value
     name = named[1]
     if named[0] != value:
-        raise config_error(path, f"{{{{_base_.{name}}}}}", "is a value of its own, no part of a string")
+        raise config_error(path, f"{{{{_base_.{name}}}}}", "must be a whole value, not part of a string")
     found: Any = bases
     for key in name.split("."):
         if not isinstance(found, ConfigDict) or key not in found:
-            raise config_error(path, f"{{{{_base_.{name}}}}}", f"what it inherits has no {key!r}")
+            raise config_error(path, f"{{{{_base_.{name}}}}}", f"the inherited files have no {key!r}")
         found = found[key]
     return found

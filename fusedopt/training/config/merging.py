@@ -1,4 +1,4 @@
-"""What a config inherits, and what it says itself over that."""
+"""Merging a config into what it inherits."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ _DELETE = "_delete_"
 
 
 def _without_directives(value: Any) -> Any:
-    """``value`` where nothing is inherited: there is nothing to delete."""
+    """``value`` without ``_delete_`` keys, for where nothing is inherited."""
     if isinstance(value, dict):
         return {key: _without_directives(item) for key, item in value.items() if key != _DELETE}
     return type(value)(map(_without_directives, value)) if type(value) in (list, tuple) else value
 
 
 def merged(base: Any, new: Any, where: str, filename: str | Path | None, allow_list_keys: bool = False) -> Any:
-    """``new`` over ``base``; neither is changed. ``where`` is the key of both."""
+    """``new`` merged into ``base``, in a copy; ``where`` is the key of both."""
     if not isinstance(new, dict) or new.get(_DELETE):
         return _without_directives(new)
     changes = {key: value for key, value in new.items() if key != _DELETE}

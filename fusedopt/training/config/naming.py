@@ -1,4 +1,4 @@
-"""Errors that name the file and the key that they are about."""
+"""Errors that name the config file and the key."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ __all__ = ["config_error", "naming"]
 
 
 def config_error(filename: str | Path | None, key: str, message: str) -> ConfigError:
-    """A ConfigError of one line: the file, the key, and what is wrong."""
+    """A ConfigError with a one-line message: the file, the key, and what is wrong."""
     return ConfigError(": ".join(part for part in (str(filename or ""), key, " ".join(message.split())) if part))
 
 
 @contextmanager
 def naming(config: Mapping[str, Any], key: str = "") -> Iterator[None]:
-    """Turn the errors of building what ``config`` describes into one line that names its file and ``key``."""
+    """Turn errors in building from ``config`` into a ConfigError that names its file and ``key``."""
     try:
         yield
     except (CheckpointError, ConfigError, MissingExtraError):

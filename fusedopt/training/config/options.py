@@ -1,4 +1,4 @@
-"""The options of a command line."""
+"""Command-line options that change a config."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ __all__ = ["parse_options"]
 
 
 def parse_options(options: Iterable[str]) -> dict[str, Any]:
-    """The values that ``--cfg-options`` gives, for :meth:`Config.merge_from_dict`.
+    """Parse the values of ``--cfg-options`` for :meth:`Config.merge_from_dict`.
 
     Args:
-        options: ``KEY=VALUE`` each. Ints, floats, ``true`` and ``false``, and ``None`` are known; ``[a, b]`` and
-            ``a,b`` are lists, ``(a, b)`` is a tuple, one in another too; all else, and what is in quotes, is a string.
+        options: strings ``KEY=VALUE``. A value is an int, a float, ``true``, ``false`` or ``None``; a list ``[a, b]``
+            or ``a,b``; a tuple ``(a, b)``; these may be nested. Anything else, or in quotes, is a string.
 
     Raises:
         ConfigError: there is no ``=``, or brackets or quotes do not match.
@@ -52,7 +52,7 @@ def _parse_value(text: str) -> Any:
 
 
 def _split(text: str) -> list[str]:
-    """The parts between the commas that are outside of brackets and quotes."""
+    """Split at the commas that are outside brackets and quotes."""
     parts, brackets, quote = [""], "", ""
     for character in text:
         if quote:

@@ -1,4 +1,4 @@
-"""Configs as text: the plain form of their values, and Python source of it."""
+"""Configs as text: their values in plain form, and as Python source."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _LINE_WIDTH = 100
 
 
 def _import_path(value: Any) -> str | None:
-    """The import path that leads to this very class or function, or None."""
+    """The import path of a class or function, or None if it leads elsewhere."""
     found: Any = sys.modules.get(getattr(value, "__module__", None) or "")
     if found is None or not isinstance(value, NO_SETTING):
         return None
@@ -28,13 +28,13 @@ def _import_path(value: Any) -> str | None:
 def writable(
     value: Any, where: str, refuse: Callable[[str, str], NoReturn] | None, keys: tuple[type, ...] = (object,)
 ) -> Any:
-    """``value`` in plain dicts, lists, tuples, numbers, strings, bools and None.
+    """``value`` as plain dicts, lists, tuples, numbers, strings, bools and None.
 
     Args:
         value: the value.
         where: its key.
-        refuse: called with the key and the reason where there is no such form; None has a ``repr`` there instead.
-        keys: types of the keys that dicts may have.
+        refuse: called with the key and the reason for a value without such a form; if None, its ``repr`` is used.
+        keys: allowed types of dict keys.
     """
     if value is None or isinstance(value, bool):
         return value

@@ -1,4 +1,4 @@
-"""Optimizer wrapper constructors: from a model and a config to parameter groups, optimizer and wrapper."""
+"""Optimizer wrapper constructors: they build parameter groups, optimizer and wrapper from a model and a config."""
 
 from .default import DefaultOptimWrapperConstructor
 from .layer_decay import LearningRateDecayOptimizerConstructor, LearningRateDecayOptimWrapperConstructor

@@ -23,18 +23,18 @@ _NORMS = (_BatchNorm, _InstanceNorm, nn.GroupNorm, nn.LayerNorm)
 
 
 def _is_deformable_conv(module: nn.Module) -> bool:
-    # By class name, so that mmcv, which defines them, need not be there.
+    # By class name, so that mmcv, which defines them, need not be installed.
     names = {cls.__name__ for cls in type(module).__mro__}
     return not names.isdisjoint(("DeformConv2d", "ModulatedDeformConv2d"))
 
 
 def join(prefix: str, name: str) -> str:
-    """Name of a part of the module that is called ``prefix`` within the model, which is called ''."""
+    """The name within the model of ``name`` in the module ``prefix``; the model itself has the prefix ''."""
     return f"{prefix}.{name}" if prefix else name
 
 
 def multiply(base: Any, factor: Any) -> Any:
-    """Their product: a float, where neither is a tensor."""
+    """The product: a float unless one is a tensor."""
     if isinstance(base, Tensor) or isinstance(factor, Tensor):
         return base * factor
     return float(base) * float(factor)
@@ -45,16 +45,17 @@ class DefaultOptimWrapperConstructor:
     """Builds an optimizer and its wrapper, as ``mmengine.optim.DefaultOptimWrapperConstructor``.
 
     Without ``paramwise_cfg`` the optimizer gets one group of all parameters. With one, every parameter that is not
-    frozen gets a group of its own, with its name noted as ``param_name``, and these rules apply:
+    frozen gets its own group, with its name as ``param_name``, and these rules apply:
 
-    - ``custom_keys``, a dict of dicts: the longest key that is part of the parameter's name (ties alphabetically)
-      decides alone. ``lr_mult`` and ``decay_mult`` multiply; all entries are copied into the group.
-    - ``bias_lr_mult``: biases, not of norm layers or of a deformable convolution's offset.
+    - ``custom_keys``, a dict of dicts: the longest key that is part of the parameter's name (ties in alphabetical
+      order) switches off the other rules. ``lr_mult`` and ``decay_mult`` multiply; all entries are copied into the
+      group.
+    - ``bias_lr_mult``: biases, except those of norm layers and of a deformable convolution's offset.
     - ``dcn_offset_lr_mult``: ``conv_offset`` of a deformable convolution.
-    - weight decay, the first of these that is given and applies: ``norm_decay_mult`` (batch, instance, group and layer
-      norm), ``bias_decay_mult``, ``dwconv_decay_mult`` (``Conv2d`` with as many groups as input channels, its bias
-      too), ``flat_decay_mult`` (1-dim parameters).
-    - ``bypass_duplicate``: a parameter met again is left out; else that is an error.
+    - weight decay, by the first of these that is given and applies: ``norm_decay_mult`` (batch, instance, group and
+      layer norm), ``bias_decay_mult``, ``dwconv_decay_mult`` (``Conv2d`` with as many groups as input channels, its
+      bias too), ``flat_decay_mult`` (1-dim parameters).
+    - ``bypass_duplicate``: a shared parameter is added once; without this it is an error.
 
     Args:
         optim_wrapper_cfg: ``optimizer``, a config of the optimizer; ``type``, the wrapper (``OptimWrapper`` by
@@ -63,12 +64,12 @@ class DefaultOptimWrapperConstructor:
 
     Raises:
         KeyError: no ``optimizer``, or an unknown ``type``.
-        TypeError: a config or rule of the wrong kind.
+        TypeError: a config or rule has the wrong type.
         ValueError: an unknown key in ``optim_wrapper_cfg``; a multiplier without the ``lr`` or ``weight_decay`` that
             it multiplies; or a shared parameter.
     """
 
-    #: Keys of paramwise_cfg that multiply the learning rate; a later one overrides.
+    #: Keys of paramwise_cfg that multiply the learning rate; a later key overrides an earlier one.
     lr_keys: ClassVar[tuple[str, ...]] = ("bias_lr_mult", "dcn_offset_lr_mult")
     #: Keys of paramwise_cfg that multiply the weight decay, in order of precedence.
     decay_keys: ClassVar[tuple[str, ...]] = (
@@ -77,7 +78,7 @@ class DefaultOptimWrapperConstructor:
         "dwconv_decay_mult",
         "flat_decay_mult",
     )
-    #: What else paramwise_cfg may hold.
+    #: Other keys of paramwise_cfg.
     other_keys: ClassVar[tuple[str, ...]] = ("custom_keys", "bypass_duplicate")
     #: Keys of other constructors, which have no effect with this one.
     ignored_keys: ClassVar[tuple[str, ...]] = ()
@@ -115,7 +116,7 @@ class DefaultOptimWrapperConstructor:
                 raise ValueError(f"optim_wrapper: unknown key {key!r}; {hint}")
 
     def _validate_cfg(self) -> None:
-        """Check paramwise_cfg: its keys, the kinds of its values, and that what they multiply is given."""
+        """Check paramwise_cfg: its keys, its values' types, and that the multiplied settings are given."""
         known = (*self.lr_keys, *self.decay_keys, *self.other_keys)
         for key in self.paramwise_cfg:
             if key in self.ignored_keys:
@@ -127,7 +128,7 @@ class DefaultOptimWrapperConstructor:
         for key in self.lr_keys:
             self._check_multiplier(f"paramwise_cfg {key}", self.paramwise_cfg.get(key), "lr", self.base_lr)
         for key in self.decay_keys:
-            # As in MMEngine, this one by itself does nothing where there is no weight decay.
+            # As in MMEngine, this key alone does nothing without weight decay.
             base = 0.0 if key == "flat_decay_mult" and self.base_wd is None else self.base_wd
             self._check_multiplier(f"paramwise_cfg {key}", self.paramwise_cfg.get(key), "weight_decay", base)
         bypass = self.paramwise_cfg.get("bypass_duplicate", False)
@@ -145,7 +146,7 @@ class DefaultOptimWrapperConstructor:
             self._check_multiplier(f"{name} lr_mult", entry.get("lr_mult"), "lr", self.base_lr)
             self._check_multiplier(f"{name} decay_mult", entry.get("decay_mult"), "weight_decay", self.base_wd)
             for setting in entry:
-                # Any setting may be given to a group; but these two are easily mistyped.
+                # A group may have any setting, but these two are easily mistyped.
                 close = difflib.get_close_matches(str(setting), _MULTIPLIERS, 1, cutoff=0.8)
                 if close and setting not in _MULTIPLIERS:
                     warn_caller(
@@ -162,7 +163,7 @@ class DefaultOptimWrapperConstructor:
         check_number(f"optimizer {multiplied}", base)
 
     def _is_in(self, param_group: Mapping[str, Any], param_group_list: list[dict[str, Any]]) -> bool:
-        """Whether a parameter of the group is in one of the list."""
+        """Whether a parameter of the group is in a group of the list."""
         known = {id(param) for group in param_group_list for param in group["params"]}
         return not known.isdisjoint(map(id, param_group["params"]))
 
@@ -171,7 +172,7 @@ class DefaultOptimWrapperConstructor:
     ) -> None:
         """Append a group for each parameter of ``module`` to ``params``.
 
-        It calls itself for each child, so a subclass may treat some modules by itself and leave the rest to this.
+        It calls itself for each child, so a subclass may handle some modules itself and leave the rest to this.
 
         Args:
             params: the groups.
@@ -210,14 +211,14 @@ class DefaultOptimWrapperConstructor:
             params.append({**group, **settings(name, param)})
 
     def _match_name(self, module_name: str, name: str) -> str:
-        """What custom keys are looked for in."""
-        # With the dot in front also at the root, as in MMEngine: the key '.weight' means any weight.
+        """The name in which custom keys are searched."""
+        # With a leading dot at the root too, as in MMEngine: the key '.weight' matches any weight.
         return f"{module_name}.{name}"
 
     def _settings(
         self, module_name: str, name: str, param: nn.Parameter, owner: nn.Module, in_dcn: bool
     ) -> dict[str, Any]:
-        """What the group of one parameter has of its own."""
+        """The settings of the group of one parameter."""
         cfg = self.paramwise_cfg
         custom_keys = cfg.get("custom_keys", {})
         settings: dict[str, Any] = {}
@@ -255,7 +256,7 @@ class DefaultOptimWrapperConstructor:
         names = [self._match_name(module_name, name) for module_name, _, name in paths]
         for key in self.paramwise_cfg.get("custom_keys", {}):
             if not any(key in name for name in names):
-                warn_caller(f"paramwise_cfg['custom_keys']: {key!r} is part of no parameter's name and has no effect")
+                warn_caller(f"paramwise_cfg['custom_keys']: {key!r} matches no parameter name and has no effect")
 
     def __call__(self, model: nn.Module) -> OptimWrapper:
         """Build the optimizer of ``model`` and its wrapper."""
@@ -270,6 +271,6 @@ class DefaultOptimWrapperConstructor:
 
     def build_wrapper(self, params: Any) -> OptimWrapper:
         """Build the optimizer of these parameters or groups, and its wrapper."""
-        # By position: some optimizers call their first argument otherwise.
+        # By position: some optimizers name their first argument differently.
         optimizer = OPTIMIZERS.build(self.optimizer_cfg, params)
         return OPTIM_WRAPPERS.build(self.optim_wrapper_cfg, optimizer=optimizer)

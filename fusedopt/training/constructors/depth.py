@@ -1,7 +1,7 @@
 """How deep in a model a parameter lies, for learning rates that decay from layer to layer.
 
-A depth is ``(layer_id, depths)``: 0 for the stem, ``depths - 1`` for what comes after the backbone, and one number per
-layer, or per few layers, between.
+A depth is ``(layer_id, depths)``: 0 for the stem, ``depths - 1`` for everything after the backbone, and in between one
+number per layer or per few layers.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from ..unwrapping import named_parameters, unwrap
 
 __all__ = ["DepthFunction", "family_of", "family_of_segmentation", "layer_depth", "own_depth", "stage_depth"]
 
-#: The depth of the parameter of this name.
+#: Maps a parameter's name to its depth.
 DepthFunction = Callable[[str], tuple[int, int]]
 
 _STEM = ("cls_token", "mask_token", "pos_embed")
 
-#: Backbones whose rule is known, by the name of their class or of a base.
+#: Backbones with a known rule, by the name of their class or of a base class.
 _FAMILIES = {
     "ConvNeXt": "convnext",
     "SwinTransformer": "swin",
@@ -38,13 +38,13 @@ _ADVICE = "give the model a method get_layer_depth(name) -> (layer_id, number of
 
 
 def family_of(backbone: nn.Module) -> str | None:
-    """``'convnext'``, ``'swin'`` or ``'vit'`` (which BEiT and MAE are too), by the name of the class or of a base."""
+    """``'convnext'``, ``'swin'`` or ``'vit'`` (also BEiT and MAE), by the name of the class or a base; else None."""
     families = (_FAMILIES.get(cls.__name__) for cls in type(backbone).__mro__)
     return next((family for family in families if family is not None), None)
 
 
 def family_of_segmentation(backbone: nn.Module) -> str | None:
-    """As :func:`family_of`; MMSegmentation takes these three also as a part of the class' name."""
+    """As :func:`family_of`; like MMSegmentation, it also finds three of the names within the class name."""
     parts = (part for part in ("ConvNeXt", "BEiT", "MAE") if part in type(backbone).__name__)
     return _FAMILIES.get(next(parts, ""), family_of(backbone))
 
@@ -54,7 +54,7 @@ def _index(name: str, position: int) -> int:
 
 
 def _convnext(name: str, last_layer: int) -> int:
-    """Layer of a ConvNeXt parameter: the third stage counts by three blocks, the others whole."""
+    """Layer of a ConvNeXt parameter: three blocks of the third stage count as one layer, as does each other stage."""
     if name in _STEM:
         return 0
     if name.startswith("downsample_layers."):
@@ -72,7 +72,7 @@ def _vit(name: str, num_layers: int) -> int:
 
 
 def _swin(name: str, blocks_per_stage: list[int]) -> int:
-    """Layer of a Swin parameter; what shrinks the image after a stage belongs to the stage's last block."""
+    """Layer of a Swin parameter; the downsampling after a stage belongs to the stage's last block."""
     if name.startswith("patch_embed"):
         return 0
     if name.startswith("stages."):
@@ -112,10 +112,10 @@ def layer_depth(
     """The rule for a known backbone, by layers.
 
     Args:
-        backbone: of a known family, with parameters that are called as that family's.
-        prefix: what its parameters' names begin with.
-        num_layers: number of layers between stem and head, by default what the backbone has. A Swin's are counted.
-        family: by default what :func:`family_of` gives.
+        backbone: a backbone of a known family, with that family's parameter names.
+        prefix: the prefix of its parameters' names in the model.
+        num_layers: number of layers between stem and head; by default, and always for a Swin, they are counted.
+        family: the family; by default found by :func:`family_of`.
 
     Raises:
         NotImplementedError: the backbone's family is not known, or it has no numbered layers or nothing before them.
@@ -137,8 +137,8 @@ def layer_depth(
         count, layer = layers, functools.partial(_vit, num_layers=layers)
     else:
         raise NotImplementedError(
-            f"no layer depths are known for a {type(backbone).__name__}; known are ViT, BEiT, MAE, ConvNeXt and Swin "
-            f"by the names of their classes. Else {_ADVICE}"
+            f"no layer depths are known for a {type(backbone).__name__}; known are ViT, BEiT, MAE, ConvNeXt and Swin, "
+            f"by class name. For others, {_ADVICE}"
         )
     return _checked_rule(backbone, names, prefix, layer, counted, count + 2)
 
@@ -146,10 +146,10 @@ def layer_depth(
 def stage_depth(
     backbone: nn.Module, prefix: str, num_layers: int | None = None, family: str | None = None
 ) -> DepthFunction:
-    """The rule for a ConvNeXt, by stages: 0 for all that shrinks the image, a number per stage, the last for the rest.
+    """The rule for a ConvNeXt, by stages: 0 for stem and downsampling, one number per stage, the last for the rest.
 
     Raises:
-        NotImplementedError: another backbone.
+        NotImplementedError: the backbone is not a ConvNeXt.
     """
     if (family or family_of(backbone)) != "convnext":
         raise NotImplementedError(
@@ -169,7 +169,7 @@ def stage_depth(
 def _checked_rule(
     backbone: nn.Module, names: list[str], prefix: str, layer: Callable[[str], int], counted: int, depths: int
 ) -> DepthFunction:
-    """The rule for a whole model, where the backbone has what it assumes: what is outside comes after the backbone."""
+    """The rule for a whole model, checked on the backbone; parameters outside come after the backbone."""
     kind = type(backbone).__name__
 
     def depth(name: str) -> tuple[int, int]:
@@ -190,9 +190,9 @@ def _checked_rule(
 
 
 def own_depth(model: nn.Module) -> DepthFunction | None:
-    """The model's ``get_layer_depth``, or its backbone's, or None when there is none that works for this model.
+    """The model's ``get_layer_depth``, or its backbone's, or None if neither works for this model.
 
-    That of the backbone is called as MMPretrain's classifiers do: ``get_layer_depth(name, 'backbone.')``.
+    The backbone's is called as in MMPretrain's classifiers: ``get_layer_depth(name, 'backbone.')``.
     """
     candidates: list[DepthFunction] = []
     if hasattr(model, "get_layer_depth"):
@@ -207,7 +207,7 @@ def own_depth(model: nn.Module) -> DepthFunction | None:
         try:
             if first is not None:
                 candidate(first)
-        except NotImplementedError:  # a model may have it and say that its backbone does not
+        except NotImplementedError:  # a model may have the method although its backbone does not
             continue
         return _checked(candidate)
     return None

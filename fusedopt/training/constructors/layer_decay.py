@@ -16,18 +16,18 @@ __all__ = ["LearningRateDecayOptimWrapperConstructor", "LearningRateDecayOptimiz
 
 
 def _backbone_of(model: nn.Module) -> tuple[nn.Module, str]:
-    """The model's ``backbone``, or itself, and what the names of its parameters begin with."""
+    """The model's ``backbone``, or the model itself, and the prefix of its parameters' names."""
     model = unwrap(model)
     backbone = getattr(model, "backbone", None)
     return (unwrap(backbone), "backbone.") if isinstance(backbone, nn.Module) else (model, "")
 
 
 class _LayerDecayConstructor(DefaultOptimWrapperConstructor):
-    """What both dialects share: the rate that decays must be given, and has no other multipliers."""
+    """Base of both dialects: the learning rate must be given, and has no other multipliers."""
 
     lr_keys: ClassVar[tuple[str, ...]] = ()
     ignored_keys: ClassVar[tuple[str, ...]] = ("bias_lr_mult", "dcn_offset_lr_mult", "dwconv_decay_mult")
-    #: The key of paramwise_cfg by which the learning rate is multiplied per layer.
+    #: The key of paramwise_cfg with the factor on the learning rate per layer.
     rate_key: ClassVar[str]
 
     def _validate_cfg(self) -> None:
@@ -50,15 +50,15 @@ class _LayerDecayConstructor(DefaultOptimWrapperConstructor):
 class LearningRateDecayOptimWrapperConstructor(_LayerDecayConstructor):
     """Layer-wise learning rate decay in MMPretrain's dialect.
 
-    With ``paramwise_cfg=dict(layer_decay_rate=…, …)`` every parameter gets a group of its own with the learning rate
-    ``lr * layer_decay_rate ** (depths - layer_id - 1)``, noted as ``lr_scale``, ``layer_id`` and ``param_name``. Depths
-    come from the model's ``get_layer_depth(name) -> (layer_id, depths)`` or its backbone's
-    ``get_layer_depth(name, prefix)``, else from the rules for ViT, BEiT, MAE, ConvNeXt and Swin, told by the name of
+    With ``paramwise_cfg=dict(layer_decay_rate=…, …)`` every parameter gets its own group with the learning rate
+    ``lr * layer_decay_rate ** (depths - layer_id - 1)`` and the entries ``lr_scale``, ``layer_id`` and ``param_name``.
+    Depths come from the model's ``get_layer_depth(name) -> (layer_id, depths)`` or its backbone's
+    ``get_layer_depth(name, prefix)``, else from the rules for ViT, BEiT, MAE, ConvNeXt and Swin, chosen by the name of
     the backbone's class.
 
-    ``custom_keys``, ``norm_decay_mult``, ``bias_decay_mult``, ``flat_decay_mult`` and ``bypass_duplicate`` are those of
+    ``custom_keys``, ``norm_decay_mult``, ``bias_decay_mult``, ``flat_decay_mult`` and ``bypass_duplicate`` work as in
     :class:`DefaultOptimWrapperConstructor`, except that the ``lr_mult`` of a custom key is copied but has no effect,
-    and that keys match names without a dot in front. ``bias_lr_mult``, ``dwconv_decay_mult`` and ``dcn_offset_lr_mult``
+    and that keys match names without a leading dot. ``bias_lr_mult``, ``dwconv_decay_mult`` and ``dcn_offset_lr_mult``
     have no effect.
 
     Args:
@@ -89,7 +89,7 @@ class LearningRateDecayOptimWrapperConstructor(_LayerDecayConstructor):
             module: the module, with its children.
             prefix: its name within the model.
             is_dcn_module: has no effect.
-            get_layer_depth: depth of a parameter by its name, by default as the class describes.
+            get_layer_depth: maps a parameter's name to its depth; by default as described above.
         """
         depth_of = get_layer_depth or own_depth(module) or layer_depth(*_backbone_of(module))
 
@@ -111,17 +111,17 @@ class LearningRateDecayOptimWrapperConstructor(_LayerDecayConstructor):
 class LearningRateDecayOptimizerConstructor(_LayerDecayConstructor):
     """Layer- or stage-wise learning rate decay in MMSegmentation's dialect.
 
-    ``paramwise_cfg=dict(num_layers=…, decay_rate=…, decay_type='layer_wise')``, where ``num_layers`` is by default what
-    the backbone has. Parameters of the same depth share a group: ``layer_{id}_decay``; or ``layer_{id}_no_decay``, with
-    a weight decay of 0, for biases, 1-dim parameters, and a ``pos_embed`` and ``cls_token`` at the root of the model
+    With ``paramwise_cfg=dict(num_layers=…, decay_rate=…, decay_type='layer_wise')`` (``num_layers`` is the backbone's
+    by default), parameters of the same depth share a group: ``layer_{id}_decay``; or ``layer_{id}_no_decay``, with a
+    weight decay of 0, for biases, 1-dim parameters, and a ``pos_embed`` and ``cls_token`` at the root of the model
     (``backbone.pos_embed`` decays, as in MMSegmentation). The learning rate is
-    ``lr * decay_rate ** (depths - id - 1)``, with ``num_layers + 2`` depths. Groups note ``param_names``, ``lr_scale``
-    and ``group_name``.
+    ``lr * decay_rate ** (depths - id - 1)``, with ``num_layers + 2`` depths. Groups have the entries ``param_names``,
+    ``lr_scale`` and ``group_name``.
 
-    The backbone's class decides: ``'layer_wise'`` knows ViT, BEiT, MAE, ConvNeXt and Swin (whose layers are always
-    counted), ``'stage_wise'`` knows ConvNeXt; as in MMSegmentation, BEiT, MAE or ConvNeXt as a part of the class' name
-    is enough. For any other, a model's own ``get_layer_depth`` serves for both, and then gives the number of depths
-    too.
+    The rule depends on the backbone's class: ``'layer_wise'`` knows ViT, BEiT, MAE, ConvNeXt and Swin (whose layers are
+    always counted), ``'stage_wise'`` knows ConvNeXt; as in MMSegmentation, a class name that contains BEiT, MAE or
+    ConvNeXt is enough. For other backbones both use the model's own ``get_layer_depth``, including its number of
+    depths.
 
     Args:
         optim_wrapper_cfg: see :class:`DefaultOptimWrapperConstructor`.

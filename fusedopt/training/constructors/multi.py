@@ -21,31 +21,31 @@ __all__ = ["MultiOptimWrapperConstructor"]
 class MultiOptimWrapperConstructor:
     """Several optimizers for the parts of a model, as for the networks of a GAN; as MMagic's class of this name.
 
-    ``optim_wrapper_cfg`` has an entry for each optimizer: a wrapper config with its ``optimizer`` and maybe
-    ``paramwise_cfg``. The entry's key names what it trains: a module of the model's first level, or, where there is
-    none of that name, a regular expression that the full name of a module must match. ``modules`` in an entry, a name,
-    an expression or a list of them, stands in for the key. What the wrappers have in common (``type``, ``clip_grad``,
-    …) may stand beside the entries, which win.
+    ``optim_wrapper_cfg`` has an entry for each optimizer: a wrapper config with its ``optimizer`` and, optionally,
+    ``paramwise_cfg``. The entry's key names what it trains: a first-level module of the model or, if no such module
+    exists, a regular expression that must match a module's full name. ``modules`` in an entry (a name, an expression or
+    a list of them) replaces the key. Common settings of the wrappers (``type``, ``clip_grad``, …) may be given beside
+    the entries; an entry's own settings take precedence.
 
-    With ``modules`` at the top there is one optimizer for all of these, in a plain wrapper. Parameters that no
-    entry claims are not trained; where there are several entries, a warning names some of those that are not frozen.
+    With ``modules`` at the top level, one optimizer in a plain wrapper trains all of them. Parameters that no entry
+    claims are not trained; with several entries, a warning names some of those that are not frozen.
 
     Args:
         optim_wrapper_cfg: the above. Not changed.
-        paramwise_cfg: must be None; it belongs into an entry, of one first-level module.
+        paramwise_cfg: must be None; it belongs in an entry for one first-level module.
 
     Raises:
         KeyError, TypeError, ValueError: see :class:`DefaultOptimWrapperConstructor`; and when called with a model:
             names that match nothing, or a parameter that two entries claim.
     """
 
-    #: What holds the wrappers.
+    #: The class that holds the wrappers.
     wrapper_dict: ClassVar[Callable[..., Any]] = OptimWrapperDict
 
     def __init__(self, optim_wrapper_cfg: Mapping[str, Any], paramwise_cfg: Mapping[str, Any] | None = None):
         check_config("optim_wrapper", optim_wrapper_cfg)
         if paramwise_cfg is not None:
-            raise ValueError("paramwise_cfg is set for each optimizer separately: put it into the entry it is for")
+            raise ValueError("paramwise_cfg is set for each optimizer separately: put it into that optimizer's entry")
         self.single = "modules" in optim_wrapper_cfg
         self.constructors: dict[str, DefaultOptimWrapperConstructor] = {}
         self.modules: dict[str, list[str]] = {}
@@ -68,7 +68,7 @@ class MultiOptimWrapperConstructor:
                 has = ", ".join(map(repr, entry)) or "no keys"
                 raise KeyError(f"optim_wrapper[{key!r}] needs the key 'optimizer'; it has {has}")
             if "constructor" in entry:
-                raise ValueError(f"optim_wrapper[{key!r}]: 'constructor' stands at the top, not in an entry")
+                raise ValueError(f"optim_wrapper[{key!r}]: 'constructor' belongs at the top level, not in an entry")
         if not entries:
             raise ValueError(
                 "optim_wrapper has no entries: with MultiOptimWrapperConstructor it is "
@@ -86,7 +86,7 @@ class MultiOptimWrapperConstructor:
             try:
                 re.compile(pattern)
             except re.error as error:
-                raise ValueError(f"modules: {pattern!r} is no regular expression: {error}") from error
+                raise ValueError(f"modules: {pattern!r} is not a regular expression: {error}") from error
         return list(patterns)
 
     def __call__(self, model: nn.Module) -> OptimWrapper:
@@ -124,7 +124,7 @@ class MultiOptimWrapperConstructor:
                 f"paramwise_cfg of optim_wrapper{f'[{key!r}]' if key else ''} works for one first-level module only; "
                 f"this entry has {', '.join(map(repr, modules))}"
             )
-        # A module within one that matches too brings its parameters once.
+        # If a module and one inside it both match, each parameter is added once.
         return constructor.build_wrapper(list(dict.fromkeys(param for _, param in _parameters_of(modules))))
 
     def _find(self, model: nn.Module, key: str) -> dict[str, nn.Module]:

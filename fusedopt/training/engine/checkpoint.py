@@ -27,10 +27,10 @@ __all__ = [
     "write_checkpoint",
 ]
 
-#: Name of the file in ``work_dir`` that names the newest checkpoint.
+#: The file in ``work_dir`` that holds the name of the newest checkpoint.
 LAST_CHECKPOINT = "last_checkpoint"
 
-#: Ending of a file that is being written; one that is left over belongs to a process that was killed.
+#: Suffix of a file that is being written; a leftover one is from a killed process.
 UNFINISHED = ".unfinished"
 
 _ESCAPES = re.compile(r"\x1b\[[\d;]*m")
@@ -39,12 +39,12 @@ _PLAIN = (str, bytes, int, float, complex, bool, type(None), torch.dtype, torch.
 
 
 def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
-    """Call ``write`` with a file that becomes ``path`` when all of it is on the disk, and never before.
+    """Call ``write`` with a file that becomes ``path`` only when all of it is on disk.
 
-    The folder is made where it is not there.
+    The folder is created if needed.
 
     Raises:
-        CheckpointError: it cannot be written; what was at ``path`` before is still there.
+        CheckpointError: it cannot be written; ``path`` is unchanged.
     """
     unfinished = path.with_name(path.name + UNFINISHED)
     try:
@@ -63,12 +63,12 @@ def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
         with contextlib.suppress(OSError):  # on a disk that became read-only
             unfinished.unlink(missing_ok=True)
         if isinstance(error, (OSError, RuntimeError)):  # torch's writer raises a RuntimeError on a full disk
-            raise CheckpointError(f"{path} cannot be written, and is what it was before: {error}") from error
+            raise CheckpointError(f"{path} cannot be written and is unchanged: {error}") from error
         raise
 
 
 def unloadable_parts(value: Any, name: str) -> Iterator[str]:
-    """The parts of ``value`` that ``torch.load(weights_only=True)`` refuses."""
+    """The parts of ``value`` that ``torch.load(weights_only=True)`` rejects."""
     if type(value) in (dict, OrderedDict, Counter):
         for key, item in value.items():
             yield from unloadable_parts(key, f"the key {key!r} of {name}")
@@ -89,9 +89,9 @@ def write_checkpoint(checkpoint: Mapping[str, Any], path: Path) -> None:
 
     Raises:
         CheckpointError: something in it could not be loaded again with ``weights_only=True``, or the file cannot be
-            written. What was at ``path`` before is still there.
+            written. ``path`` is unchanged then.
     """
-    checkpoint = plain_settings(checkpoint)  # what others put into the message hub, say: Note [Plain numbers]
+    checkpoint = plain_settings(checkpoint)  # e.g. numbers that users put into the message hub: Note [Plain numbers]
     refused = next(unloadable_parts(checkpoint, "checkpoint"), None)
     if refused is not None:
         raise CheckpointError(
@@ -105,14 +105,14 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     """Read a checkpoint into CPU memory, with ``weights_only=True``.
 
     Raises:
-        CheckpointError: there is no such file, it is no checkpoint or not all of one, or holds more than tensors and
+        CheckpointError: there is no such file, or it is not a checkpoint, is truncated, or holds more than tensors and
             plain values.
     """
     if not Path(path).is_file():
         raise CheckpointError(f"{path}: there is no such checkpoint")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # whatever comes out of a file that may hold anything
+    except Exception as error:  # a file with arbitrary content can raise anything
         reason = _ESCAPES.sub("", str(error)).strip().partition("\n")[0]
         raise CheckpointError(
             f"{path}: truncated, not written by torch.save, or holding more than tensors and plain values "
@@ -124,22 +124,22 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
 
 
 def find_latest_checkpoint(work_dir: str | Path) -> Path | None:
-    """The newest checkpoint of a ``work_dir``, or None when none was written.
+    """The newest checkpoint in ``work_dir``, or None if none was written.
 
     Raises:
-        CheckpointError: the file that is named as the newest is not there.
+        CheckpointError: the file named as the newest does not exist.
     """
     pointer = Path(work_dir) / LAST_CHECKPOINT
     if not pointer.is_file():
         return None
     path = Path(work_dir) / pointer.read_text().strip()
     if not path.is_file():
-        raise CheckpointError(f"{pointer} names {path}, which is not there")
+        raise CheckpointError(f"{pointer} names {path}, which does not exist")
     return path
 
 
 def check_fit(state_dict: Mapping[str, Any], model: nn.Module) -> list[str]:
-    """What keeps ``state_dict`` from being that of ``model``, a clause for each kind of difference."""
+    """Why ``state_dict`` does not fit ``model``: a clause for each kind of difference."""
     own = bare_state_dict(model)
     reshaped = [
         f"{name} has {_shape(state_dict[name])} instead of {_shape(value)}"
@@ -149,7 +149,7 @@ def check_fit(state_dict: Mapping[str, Any], model: nn.Module) -> list[str]:
     missing = [name for name in own if name not in state_dict]
     unknown = [name for name in state_dict if name not in own]
     clauses = [f"it lacks {_some(missing)}"] if missing else []
-    clauses += [f"it has {_some(unknown)}, which the model has not"] if unknown else []
+    clauses += [f"it has {_some(unknown)}, which the model does not have"] if unknown else []
     return clauses + ([_some(reshaped)] if reshaped else [])
 
 

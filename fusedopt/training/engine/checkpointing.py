@@ -29,7 +29,7 @@ class HasCheckpoints(HasHooks):
 
     @property
     def resumes(self) -> bool:
-        """Whether this run goes on with one that a checkpoint holds."""
+        """Whether this run resumes from a checkpoint."""
         return self._resume
 
     @property
@@ -47,18 +47,18 @@ class HasCheckpoints(HasHooks):
         """Write a checkpoint, whole or not at all. All processes must call this; the main one writes.
 
         Args:
-            out_dir: the folder; it is made.
+            out_dir: the folder; it is created if needed.
             filename: name of the file.
-            save_optimizer: whether with the optimizer's state; without it a training cannot be resumed.
-            save_param_scheduler: whether with the schedulers' states; without them a training cannot be resumed.
-            meta: entries of the checkpoint's ``meta``, over the runner's own.
+            save_optimizer: include the optimizer's state, without which a run cannot be resumed.
+            save_param_scheduler: include the schedulers' states, without which a run cannot be resumed.
+            meta: entries of the checkpoint's ``meta``; they override the runner's own.
 
         Raises:
-            CheckpointError: it cannot be written. What was there before still is.
-            RuntimeError: the config has no training.
+            CheckpointError: it cannot be written. An existing file is unchanged then.
+            RuntimeError: the config does not train.
         """
         if self.train_loop is None:
-            raise RuntimeError("there is no training whose checkpoint could be saved")
+            raise RuntimeError("there is nothing to save: the config does not train")
         checkpoint = training_state(self._runner, save_optimizer, save_param_scheduler, meta)
         self.call_hook("before_save_checkpoint", checkpoint=checkpoint)
         path = Path(out_dir) / filename
@@ -67,17 +67,17 @@ class HasCheckpoints(HasHooks):
         return path
 
     def load_or_resume(self) -> None:
-        """Load or resume what ``load_from`` and ``resume`` say; once, whatever runs first.
+        """Load or resume as ``load_from`` and ``resume`` say; only once, before the first loop runs.
 
         Raises:
-            CheckpointError: it cannot be. Nothing has been loaded then.
+            CheckpointError: loading is not possible. Nothing has been loaded then.
         """
         if self._loaded:
             return
         if self._resume:
             path = self._load_from or find_latest_checkpoint(self.work_dir)
             if path is None:
-                self.logger.info(f"There is no checkpoint in {self.work_dir} to resume from: starting anew")
+                self.logger.info(f"There is no checkpoint in {self.work_dir} to resume from: starting from scratch")
             else:
                 self.resume(path)
         elif self._load_from is not None:
@@ -88,12 +88,12 @@ class HasCheckpoints(HasHooks):
         """Load the weights of a checkpoint into the model, and return the checkpoint.
 
         Args:
-            filename: a checkpoint, or a file with a state dict alone. Names may begin with ``module.``.
-            strict: whether every weight must be in it and fit; otherwise what does not is logged and stays.
+            filename: a checkpoint, or a file with only a state dict. Names may begin with ``module.``.
+            strict: require that every weight is in it and fits; otherwise, weights that do not are logged and kept.
 
         Raises:
-            CheckpointError: it cannot be read, nothing in it fits, or with ``strict`` not all does. Nothing has been
-                loaded then.
+            CheckpointError: it cannot be read, nothing in it fits or, with ``strict``, something does not fit. Nothing
+                has been loaded then.
         """
         checkpoint = read_checkpoint(filename)
         if "state_dict" not in checkpoint:
@@ -105,16 +105,15 @@ class HasCheckpoints(HasHooks):
         return checkpoint
 
     def resume(self, filename: str | Path) -> None:
-        """Go on with the training that wrote a checkpoint; without a training of one's own, load its weights.
+        """Resume the run that wrote a checkpoint; if the config does not train, load only the weights.
 
         Args:
             filename: the checkpoint.
 
         Raises:
-            CheckpointError: it cannot be read, is not one of a training like this, or lacks something. Nothing has
-                been loaded then.
+            CheckpointError: it cannot be read, does not fit this run, or lacks something. Nothing has been loaded then.
         """
-        self._resume = True  # hooks ask for it
+        self._resume = True  # hooks read it
         if self.train_loop is None:
             self.load_checkpoint(filename, strict=True)
             self._loaded = True

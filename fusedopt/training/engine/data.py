@@ -1,4 +1,4 @@
-"""Data loaders from configs: samplers, collate functions, and an order of data that a resumed training finds again."""
+"""Data loaders from configs: samplers, collate functions, and a data order that a resumed run reproduces."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ __all__ = [
 
 
 class _ShardedSampler(Sampler[int]):
-    """What the samplers here have in common: the share of this process, and where the next pass begins."""
+    """Base of the samplers here: the share of this process, and where the next pass begins."""
 
     def __init__(self, dataset: Sized, shuffle: bool, seed: int | None):
         if not len(dataset):
@@ -44,7 +44,7 @@ class _ShardedSampler(Sampler[int]):
         self._skipped = 0
 
     def skip_samples(self, count: int) -> None:
-        """Leave out the first ``count`` samples of the next pass, without loading them."""
+        """Skip the first ``count`` samples of the next pass, without loading them."""
         self._skipped = count
 
     def _take_skipped(self) -> int:
@@ -54,11 +54,11 @@ class _ShardedSampler(Sampler[int]):
 
 @DATA_SAMPLERS.register_module()
 class DefaultSampler(_ShardedSampler):
-    """Every sample once, shared out over the processes, as ``mmengine.dataset.DefaultSampler``.
+    """Every sample once, divided among the processes, as ``mmengine.dataset.DefaultSampler``.
 
     Args:
         dataset: the data set.
-        shuffle: whether in an order drawn from ``seed`` and the epoch.
+        shuffle: shuffle with ``seed`` and the epoch.
         seed: the same in all processes; random by default.
         round_up: repeat the first samples so that every process gets the same number.
 
@@ -97,13 +97,13 @@ class DefaultSampler(_ShardedSampler):
 
 @DATA_SAMPLERS.register_module()
 class InfiniteSampler(_ShardedSampler):
-    """Samples without end, in one order after the other, as ``mmengine.dataset.InfiniteSampler``.
+    """An endless stream of samples, pass after pass, as ``mmengine.dataset.InfiniteSampler``.
 
-    For training by iterations. Its length is that of the data set.
+    For training by iterations. Its length is the size of the data set.
 
     Args:
         dataset: the data set.
-        shuffle: whether in orders drawn from ``seed``.
+        shuffle: shuffle each pass with ``seed``.
         seed: the same in all processes; random by default.
 
     Raises:
@@ -127,12 +127,12 @@ class InfiniteSampler(_ShardedSampler):
         return self.size
 
     def set_epoch(self, epoch: int) -> None:
-        """Does nothing: there is one pass only."""
+        """Does nothing: the stream never ends."""
 
 
 @FUNCTIONS.register_module()
 def pseudo_collate(samples: Sequence[Any]) -> Any:
-    """A batch of the structure of one sample, with lists where a sample has tensors and numbers; nothing is stacked."""
+    """A batch with the structure of one sample, with lists in place of its tensors and numbers; nothing is stacked."""
     first = samples[0]
     if isinstance(first, Mapping):
         return {key: pseudo_collate([sample[key] for sample in samples]) for key in first}
@@ -147,16 +147,16 @@ FUNCTIONS.register_module(module=default_collate)
 
 
 # Note [Random numbers in workers]
-# A worker process seeds its generators for its first batch when it starts, and for the next one whenever it has made
-# one. So what a batch draws depends on its number alone: neither on which worker makes it nor on the batches before
-# it, and a training that resumes in the middle of an epoch need not load them again. A process without workers loads
-# its data with the generators of the training, whose states are in the checkpoint.
+# A worker process seeds its generators for its first batch when it starts, and for its next batch after each batch. So
+# the random numbers of a batch depend only on the batch's number, neither on its worker nor on the batches before it,
+# and a run that resumes in the middle of an epoch need not load those again. Without workers, data are loaded with the
+# generators of the main process, whose states are in the checkpoint.
 class _SeededCollate:
     """A collate function that also seeds the worker it runs in; see Note [Random numbers in workers].
 
     Args:
         collate: the collate function.
-        seed: of the training.
+        seed: the seed of the run.
         length: number of batches in a pass; None for a pass without end.
         worker_init: called with the number of the worker when it starts.
     """
@@ -176,7 +176,7 @@ class _SeededCollate:
         self.begin(0, 0)
 
     def begin(self, epoch: int, batch: int) -> None:
-        """Set where the workers start that are about to be."""
+        """Set the epoch and batch at which the next workers start."""
         self.epoch, self.batch = epoch, batch
 
     def start_worker(self, worker: int) -> None:
@@ -186,9 +186,9 @@ class _SeededCollate:
             self.worker_init(worker)
 
     def _move_on(self, batches: int, worker: int) -> None:
-        """Seed the generators for the next batch of a worker, in this pass or, where none is left for it, the next."""
+        """Seed the generators for a worker's next batch, in this pass or, if none is left, in the next."""
         self.batch += batches
-        if self.length is not None and self.batch >= self.length:  # a persistent worker goes on with the next pass
+        if self.length is not None and self.batch >= self.length:  # a persistent worker continues with the next pass
             self.epoch, self.batch = self.epoch + 1, worker
         place = f"{self.seed}, {self.rank}, {self.epoch}, {self.batch}"
         seed_everything(random.Random(place).getrandbits(32))
@@ -202,7 +202,7 @@ class _SeededCollate:
 
 
 def _function(name: str, cfg: Any) -> Callable[..., Any]:
-    """A function, or what the config of one stands for: ``type``, and its keyword arguments."""
+    """A function, given itself or as a config: ``type``, and its keyword arguments."""
     if callable(cfg):
         return cfg
     check_config(name, cfg)
@@ -216,22 +216,22 @@ def _function(name: str, cfg: Any) -> Callable[..., Any]:
 def build_dataloader(
     cfg: DataLoader | Mapping[str, Any], seed: int, shuffle: bool, start_method: str | None = None
 ) -> DataLoader:
-    """A data loader from its config.
+    """Build a data loader from its config.
 
     Args:
         cfg: ``dataset`` (a config or an object), ``sampler`` (by default a :class:`DefaultSampler`), ``batch_sampler``,
             ``collate_fn`` (``'pseudo_collate'`` by default, as in MMEngine; torch's is ``'default_collate'``),
             ``worker_init_fn``, and the arguments of ``torch.utils.data.DataLoader``. A finished loader is returned as
             it is. Not changed.
-        seed: of the sampler and of the workers.
+        seed: seed of the sampler and the workers.
         shuffle: whether the default sampler shuffles.
         start_method: how worker processes start: ``'fork'``, ``'spawn'`` or ``'forkserver'``; torch's choice by
             default.
 
     Raises:
         KeyError: no ``dataset``, or an unknown ``type``.
-        TypeError: ``cfg`` or a part of it is of the wrong kind.
-        ValueError: an empty data set, or arguments that do not go together.
+        TypeError: ``cfg`` or a part of it has the wrong type.
+        ValueError: an empty data set, or arguments that exclude each other.
     """
     if isinstance(cfg, DataLoader):
         return cfg
@@ -276,12 +276,12 @@ def build_dataloader(
 
 
 def sampler_of(loader: DataLoader) -> Any:
-    """What draws the samples of a loader: the sampler of its batch sampler, if that has one, or its own."""
+    """The sampler of a loader: its batch sampler's, if that has one, or its own."""
     return getattr(loader.batch_sampler, "sampler", loader.sampler)
 
 
 def set_epoch(loader: DataLoader, epoch: int) -> None:
-    """Tell the sampler of ``loader`` the number of the next pass, if it asks for it."""
+    """Set the number of the next pass in the sampler of ``loader``, if it has ``set_epoch``."""
     tell = getattr(sampler_of(loader), "set_epoch", None)
     if tell is not None:
         tell(epoch)
@@ -290,13 +290,13 @@ def set_epoch(loader: DataLoader, epoch: int) -> None:
 def iterate(loader: DataLoader, epoch: int, first: int) -> Iterator[Any]:
     """The batches of a pass over ``loader`` from number ``first`` on.
 
-    Those before are not loaded, if the sampler has ``skip_samples`` and what workers draw does not depend on them;
-    otherwise they are loaded and thrown away.
+    Earlier batches are not loaded if the sampler has ``skip_samples`` and the workers' random numbers do not depend on
+    them; otherwise they are loaded and discarded.
 
     Args:
         loader: the data loader.
         epoch: number of the pass.
-        first: number of the first batch wanted.
+        first: number of the first batch to return, from 0.
     """
     skip_samples = getattr(sampler_of(loader), "skip_samples", None)
     independent = isinstance(loader.collate_fn, _SeededCollate) or not loader.num_workers
@@ -314,7 +314,7 @@ def iterate(loader: DataLoader, epoch: int, first: int) -> Iterator[Any]:
 
 
 def moved(data: Any, device: torch.device | str, non_blocking: bool = False) -> Any:
-    """``data`` with the tensors in it, in dicts, lists and tuples, on ``device``."""
+    """``data`` with all tensors in its dicts, lists and tuples moved to ``device``."""
     if isinstance(data, Tensor):
         return data.to(device, non_blocking=non_blocking)
     if isinstance(data, Mapping):
@@ -327,7 +327,7 @@ def moved(data: Any, device: torch.device | str, non_blocking: bool = False) -> 
 
 
 def reseed(loader: DataLoader, old: int, new: int) -> None:
-    """Give a loader of :func:`build_dataloader` another seed, where it has the ``old`` one."""
+    """Give a loader of :func:`build_dataloader` the seed ``new`` in place of ``old``."""
     if isinstance(loader.collate_fn, _SeededCollate):
         for part in (sampler_of(loader), loader.collate_fn):
             if getattr(part, "seed", None) == old:

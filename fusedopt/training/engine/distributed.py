@@ -1,4 +1,4 @@
-"""Several processes: how they start, who they are, and what they tell one another."""
+"""Several processes: starting them, their ranks, and communication between them."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def _running() -> bool:
 
 
 def rank() -> int:
-    """The number of this process; 0 for one alone."""
+    """The rank of this process; 0 in a single process."""
     return dist.get_rank() if _running() else 0
 
 
@@ -39,16 +39,17 @@ def is_main_process() -> bool:
 
 
 def launch(launcher: str, backend: str | None = None, **settings: Any) -> None:
-    """Join the other processes of a training.
+    """Join the process group of a run.
 
     Args:
-        launcher: ``'none'`` for a process alone, ``'pytorch'`` under ``torchrun``.
-        backend: of ``torch.distributed``; by default gloo on CPUs and NCCL on GPUs. ``'nccl'`` without a GPU is gloo.
+        launcher: ``'none'`` for a single process, ``'pytorch'`` under ``torchrun``.
+        backend: ``torch.distributed`` backend; by default gloo on CPUs and NCCL on GPUs. Without a GPU gloo replaces
+            ``'nccl'``.
         settings: other arguments of ``torch.distributed.init_process_group``; ``timeout`` may be a number of seconds.
 
     Raises:
         ValueError: an unknown launcher.
-        RuntimeError: ``'pytorch'`` without what torchrun sets.
+        RuntimeError: ``'pytorch'`` without torchrun's environment variables.
     """
     if launcher not in LAUNCHERS:
         raise ValueError(f"Invalid launcher: {launcher!r}; {did_you_mean(launcher, LAUNCHERS)}")

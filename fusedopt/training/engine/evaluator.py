@@ -1,4 +1,4 @@
-"""Metrics of a validation, over all processes."""
+"""Evaluation metrics, over all processes."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ __all__ = ["BaseMetric", "Evaluator"]
 class BaseMetric(abc.ABC):
     """Base of the metrics, as ``mmengine.evaluator.BaseMetric``.
 
-    :meth:`process` appends what it needs of each sample to ``results``, and :meth:`compute_metrics` gets those of the
-    whole data set, in its order.
+    :meth:`process` appends what it needs from each sample to ``results``, and :meth:`compute_metrics` gets the results
+    of the whole data set in order.
 
     Args:
-        collect_device: MMEngine's, where results are collected; here it is always the CPU.
-        prefix: put before the names of the metrics, with a slash; by default the class' ``default_prefix``.
+        collect_device: accepted for MMEngine's sake; results are always collected on the CPU.
+        prefix: put before the names of the metrics, with a slash; by default the class's ``default_prefix``.
     """
 
     default_prefix: str | None = None
@@ -34,22 +34,22 @@ class BaseMetric(abc.ABC):
 
     @abc.abstractmethod
     def process(self, data_batch: Any, data_samples: Sequence[Any]) -> None:
-        """Append what is needed of one batch to ``self.results``, one entry for each sample.
+        """Append one entry for each sample of a batch to ``self.results``.
 
         Args:
-            data_batch: what the data loader gave.
-            data_samples: what the model returned for it.
+            data_batch: the batch from the data loader.
+            data_samples: the model's outputs for it.
         """
 
     @abc.abstractmethod
     def compute_metrics(self, results: list[Any]) -> dict[str, Any]:
-        """The metrics by name, from the results of the whole data set."""
+        """Compute the metrics by name from the results of the whole data set."""
 
     def evaluate(self, size: int) -> dict[str, Any]:
-        """The metrics over all processes, and an empty ``results`` for the next time.
+        """Compute the metrics over all processes, and empty ``results``.
 
         Args:
-            size: number of samples in the data set; what processes got twice to have equal shares is left out.
+            size: number of samples in the data set; duplicates that pad the processes' shares are dropped.
         """
         shares = gather(moved(self.results, "cpu"))
         self.results = []
@@ -77,7 +77,7 @@ class Evaluator:
 
     @property
     def dataset_meta(self) -> Mapping[str, Any] | None:
-        """Information on the data set that metrics may use, such as the names of its classes."""
+        """Information about the data set for metrics, such as its class names."""
         return self.metrics[0].dataset_meta if self.metrics else None
 
     @dataset_meta.setter
@@ -86,23 +86,23 @@ class Evaluator:
             metric.dataset_meta = dataset_meta
 
     def begin(self) -> None:
-        """Forget the results of an evaluation that was interrupted."""
+        """Clear the results of an interrupted evaluation."""
         for metric in self.metrics:
             metric.results = []
 
     def process(self, data_samples: Sequence[Any], data_batch: Any = None) -> None:
-        """Show one batch to every metric."""
+        """Pass one batch to every metric."""
         for metric in self.metrics:
             metric.process(data_batch, data_samples)
 
     def evaluate(self, size: int) -> dict[str, Any]:
-        """All metrics by name.
+        """Compute all metrics by name.
 
         Args:
             size: number of samples in the data set.
 
         Raises:
-            ValueError: two metrics have one name.
+            ValueError: two metrics have the same name.
         """
         results: dict[str, Any] = {}
         for metric in self.metrics:

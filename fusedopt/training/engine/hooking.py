@@ -1,4 +1,4 @@
-"""The hooks of a Runner: the default ones, those of a config, and calling them."""
+"""The hooks of a Runner: default hooks, custom hooks, and calling them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .loops import TrainLoop
 
 __all__ = ["DEFAULT_HOOKS", "HasHooks"]
 
-#: The default hooks by key, in the order of registration.
+#: The default hooks by key, in order of registration.
 DEFAULT_HOOKS: dict[str, dict[str, Any]] = {
     "runtime_info": {"type": "RuntimeInfoHook"},
     "timer": {"type": "IterTimerHook"},
@@ -35,16 +35,16 @@ class HasHooks:
         return self._hooks
 
     def register_hook(self, hook: Hook | Mapping[str, Any], priority: int | str | None = None) -> None:
-        """Add a hook, behind those of its priority.
+        """Add a hook after those of the same priority.
 
         Args:
             hook: the hook, or its config, which may have a ``priority`` too.
-            priority: a name such as ``'NORMAL'``, or a number from 0 to 100; by default that of the config, else the
-                hook's own.
+            priority: a name such as ``'NORMAL'``, or a number from 0 to 100; by default the config's, else
+                the hook's own.
 
         Raises:
             KeyError: an unknown ``type``.
-            TypeError: it is no hook.
+            TypeError: it is not a hook.
             ValueError: an unknown priority.
         """
         if isinstance(hook, Mapping):
@@ -66,14 +66,14 @@ class HasHooks:
             check_config("default_hooks", hooks)
         with unchanged_on_error(self._hooks):
             defaults = dict(DEFAULT_HOOKS)
-            if self.train_loop is not None and not self.train_loop.by_epoch:  # whose epoch is 0 to the end
+            if self.train_loop is not None and not self.train_loop.by_epoch:  # its epoch stays 0
                 defaults["logger"] = {**defaults["logger"], "log_metric_by_epoch": False}
             for hook in {**defaults, **(hooks or {})}.values():
                 if hook is not None:
                     self.register_hook(hook)
 
     def register_custom_hooks(self, hooks: Sequence[Hook | Mapping[str, Any]]) -> None:
-        """Add hooks; all of them, or none where one is refused.
+        """Add hooks: all of them, or none if one is rejected.
 
         Raises:
             TypeError: ``hooks`` is not a list.

@@ -1,4 +1,4 @@
-"""The log of a training: lines on the terminal and in a file."""
+"""The log of a run, on the terminal and in a file."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ __all__ = ["build_logger"]
 
 
 class _Console(logging.StreamHandler):
-    """Writes to what ``sys.stdout`` is at the moment: a progress bar replaces it while it shows."""
+    """Writes to the current ``sys.stdout``, which a progress bar replaces while it is shown."""
 
     def __init__(self) -> None:
         super().__init__(sys.stdout)
         self.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", "%H:%M:%S"))
-        # What the progress bar shows already goes to the file alone.
+        # Messages that the progress bar shows go only to the file.
         self.addFilter(lambda record: not getattr(record, "on_progress_bar", False))
 
     @property
@@ -31,7 +31,7 @@ class _Console(logging.StreamHandler):
 
 
 class _File(logging.Handler):
-    """Appends each line and closes the file: nothing is lost when the process is killed."""
+    """Appends each line and closes the file, so that nothing is lost if the process is killed."""
 
     def __init__(self, path: Path):
         super().__init__()
@@ -48,11 +48,11 @@ class _File(logging.Handler):
 
 
 def build_logger(work_dir: str, timestamp: str, level: int | str) -> logging.Logger:
-    """A logger of its own, which writes to the terminal and to ``<timestamp>.log``; silent but in the main process.
+    """A logger that writes to the terminal and to ``<timestamp>.log``, in the main process only.
 
     Args:
-        work_dir: where the file goes.
-        timestamp: name of the file.
+        work_dir: folder of the file.
+        timestamp: name of the file, without suffix.
         level: as for ``logging.Logger``.
 
     Raises:
@@ -62,7 +62,7 @@ def build_logger(work_dir: str, timestamp: str, level: int | str) -> logging.Log
     try:
         logger.setLevel(level)
     except (TypeError, ValueError) as error:
-        raise type(error)(f"Invalid log_level: {level!r}; expected 'INFO' and the like, or a number") from error
+        raise type(error)(f"Invalid log_level: {level!r}; expected a name such as 'INFO', or a number") from error
     if is_main_process():
         logger.addHandler(_Console())
         logger.addHandler(_File(Path(work_dir) / f"{timestamp}.log"))

@@ -22,20 +22,20 @@ __all__ = ["EpochBasedTrainLoop", "IterBasedTrainLoop", "TestLoop", "TrainLoop",
 
 
 # Note [Resuming bit for bit]
-# A checkpoint tells how many passes over the data are complete, how many batches of the current one were trained on,
-# and the states of the random generators, now and when the current pass began. A resumed training restores the latter,
-# begins the pass (a sampler or a loader may draw its seed there), leaves out the batches, and restores the former.
-# Gradients that wait for an accumulation to be complete are in the checkpoint too, and so is, for each process, what
-# differs between them. A checkpoint written before the validation that was due says so, and the validation is made up
-# for, since schedulers and the best checkpoint depend on it. A validation leaves the generators as it found them: the
-# training does not depend on whether there is one.
+# A checkpoint holds the number of complete passes over the data, the number of batches of the current pass that were
+# trained on, and the states of the random generators, now and when the current pass began. A resumed run restores the
+# latter, begins the pass (a sampler or a loader may draw its seed there), skips the batches, and restores the former.
+# The checkpoint also holds the gradients of an incomplete accumulation and, for each process, whatever differs between
+# processes. A checkpoint written before a due validation records that, and the resumed run validates first, since
+# schedulers and the best checkpoint depend on it. A validation restores the generators, so that training does not
+# depend on it.
 
 
 class TrainLoop(abc.ABC):
-    """What training by epochs and by iterations have in common; see Note [Resuming bit for bit].
+    """Base of training by epochs and by iterations; see Note [Resuming bit for bit].
 
     Attributes:
-        stop_training: set by a hook, it ends the training after this epoch or iteration.
+        stop_training: a hook can set this to end the run after the current epoch or iteration.
     """
 
     by_epoch: bool
@@ -69,7 +69,7 @@ class TrainLoop(abc.ABC):
         return self.max_epochs if self.by_epoch else self.max_iters
 
     def validates_after(self, count: int) -> bool:
-        """Whether a validation follows when ``count`` epochs, or iterations, are done."""
+        """Whether a validation follows after ``count`` epochs or iterations."""
         return (
             self.runner.val_loop is not None
             and count >= self.val_begin
@@ -77,9 +77,9 @@ class TrainLoop(abc.ABC):
         )
 
     def progress(self) -> dict[str, Any]:
-        """Epochs and iterations done, passes over the data, batches of the current one, and if a validation is due.
+        """Epochs and iterations done, passes over the data, batches of the current pass, and if a validation is due.
 
-        In a stage after an epoch or iteration that one is done, although its number is still the loop's.
+        In an ``after_train_iter`` or ``after_train_epoch`` hook, the current iteration or epoch counts as done.
         """
         return {
             "epoch": self._passes if self.by_epoch else self.epoch,
@@ -89,16 +89,16 @@ class TrainLoop(abc.ABC):
         }
 
     def process_state(self) -> dict[str, Any]:
-        """What differs between processes: the states of their random generators, for what follows and for the pass."""
+        """The state that differs between processes: their random generators, now and at the start of the pass."""
         now = self._random_after_validation or random_states(self.dataloader.generator)
         return {"random": now, "pass_random": self._pass_random}
 
     def resume(self, meta: Mapping[str, Any], process_state: Mapping[str, Any] | None) -> None:
-        """Go on where a checkpoint was written.
+        """Continue where a checkpoint was written.
 
         Args:
-            meta: of the checkpoint.
-            process_state: of this process; None leaves the random generators as they are.
+            meta: the checkpoint's ``meta``.
+            process_state: the state of this process; None leaves the random generators as they are.
         """
         self.epoch, self.iter = meta["epoch"], meta["iter"]
         self._iters_done = self.iter
@@ -114,7 +114,7 @@ class TrainLoop(abc.ABC):
         self._validate()
 
     def _validate(self) -> None:
-        """Validate, if it is time to."""
+        """Validate if due."""
         due, self._validation_due = self._validation_due, False
         if due and self.runner.val_loop is not None:
             self._random_after_validation = random_states(self.dataloader.generator)
@@ -124,7 +124,7 @@ class TrainLoop(abc.ABC):
                 self._random_after_validation = None
 
     def _pass(self) -> Iterator[Any]:
-        """The batches of one pass, or what is left of it."""
+        """The batches of one pass, or the rest of it."""
         resumed, self._resumed = self._resumed, None
         if resumed is not None and self._batches:
             set_random_states(resumed["pass_random"], self.dataloader.generator)
@@ -137,7 +137,7 @@ class TrainLoop(abc.ABC):
         self._batches = 0
 
     def run_iter(self, batch_idx: int, data_batch: Any) -> None:
-        """One iteration."""
+        """Run one iteration."""
         runner = self.runner
         runner.call_hook("before_train_iter", batch_idx=batch_idx, data_batch=data_batch)
         outputs = runner.model.train_step(data_batch, optim_wrapper=runner.optim_wrapper)
@@ -157,11 +157,11 @@ class EpochBasedTrainLoop(TrainLoop):
         runner: the runner.
         dataloader: its training data.
         max_epochs: number of epochs.
-        val_begin: number of the epoch, from 1 on, after which the first validation may be.
-        val_interval: number of epochs from one validation to the next; there is one after the last epoch too.
+        val_begin: number of the first epoch, counted from 1, after which a validation may follow.
+        val_interval: number of epochs between validations; one also follows the last epoch.
 
     Raises:
-        TypeError, ValueError: an argument is of the wrong kind or out of range, or the data have no end.
+        TypeError, ValueError: an argument has the wrong type or is out of range, or the data have no end.
     """
 
     by_epoch = True
@@ -187,7 +187,7 @@ class EpochBasedTrainLoop(TrainLoop):
         self.runner.call_hook("after_train")
 
     def run_epoch(self) -> None:
-        """One epoch, or what is left of it."""
+        """Run one epoch, or the rest of it."""
         self.runner.call_hook("before_train_epoch")
         self.runner.model.train()
         for batch_idx, data_batch in enumerate(self._pass(), self._batches):
@@ -199,17 +199,17 @@ class EpochBasedTrainLoop(TrainLoop):
 
 @LOOPS.register_module()
 class IterBasedTrainLoop(TrainLoop):
-    """Training by iterations: ``train_cfg=dict(by_epoch=False, ...)``. To hooks it is one epoch.
+    """Training by iterations: ``train_cfg=dict(by_epoch=False, ...)``. Hooks see one epoch.
 
     Args:
         runner: the runner.
-        dataloader: its training data. They start anew when they end, in the sampler's next order.
+        dataloader: its training data. At their end they start again, in the sampler's next order.
         max_iters: number of iterations.
-        val_begin: number of the iteration, from 1 on, after which the first validation may be.
-        val_interval: number of iterations from one validation to the next; there is one after the last too.
+        val_begin: number of the first iteration, counted from 1, after which a validation may follow.
+        val_interval: number of iterations between validations; one also follows the last iteration.
 
     Raises:
-        TypeError, ValueError: an argument is of the wrong kind or out of range.
+        TypeError, ValueError: an argument has the wrong type or is out of range.
     """
 
     by_epoch = False
@@ -247,7 +247,7 @@ class _EvaluationLoop:
     Args:
         runner: the runner.
         dataloader: its data.
-        evaluator: what judges the predictions.
+        evaluator: computes the metrics from the predictions.
         fp16: whether to predict under autocast.
     """
 
@@ -269,7 +269,7 @@ class _EvaluationLoop:
             self.evaluator.dataset_meta = metainfo
 
     def run(self) -> dict[str, Any]:
-        """Go through the data once; returns the metrics."""
+        """Go through the data once; return the metrics."""
         with isolated_random_states(self.dataloader.generator):
             call_hook, mode = self.runner.call_hook, self.mode
             call_hook(f"before_{mode}")
@@ -285,7 +285,7 @@ class _EvaluationLoop:
 
     @torch.no_grad()
     def run_iter(self, batch_idx: int, data_batch: Any) -> None:
-        """One batch."""
+        """Process one batch."""
         call_hook, mode = self.runner.call_hook, self.mode
         call_hook(f"before_{mode}_iter", batch_idx=batch_idx, data_batch=data_batch)
         with torch.autocast(self.runner.device.type, enabled=self.fp16):
@@ -306,4 +306,4 @@ class TestLoop(_EvaluationLoop):
     """Test: ``test_cfg=dict()``."""
 
     mode = "test"
-    __test__ = False  # no test of pytest's
+    __test__ = False  # not a pytest class

@@ -1,4 +1,4 @@
-"""MessageHub: what is logged, and where a training stands."""
+"""MessageHub: logged values, and the progress of a run."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ class HistoryBuffer:
     Tensors stay where they are until a value is read, so that logging an iteration does not wait for the device.
 
     Args:
-        size: how many values are kept.
-        values: the first ones, with None for one that is left out.
+        size: number of values to keep.
+        values: initial values, with None for each one that is left out.
     """
 
     def __init__(self, size: int, values: Iterable[float | None] = ()):
-        # A number, None, or what is still on the device: the value, and maybe whether it is left out.
+        # A number, None, or tensors still on the device: the value, and optionally whether it is left out.
         self._values: deque[float | tuple[Tensor, ...] | None] = deque(maxlen=size)
         self._values.extend(None if value is None else float(value) for value in values)
 
@@ -36,7 +36,7 @@ class HistoryBuffer:
 
         Args:
             value: the number.
-            unless: a bool of one element: whether the value, a tensor then, is left out when it is read.
+            unless: a bool tensor of one element; if True, ``value``, then a tensor, is left out on reading.
 
         Raises:
             TypeError, ValueError: ``value`` is neither.
@@ -50,7 +50,7 @@ class HistoryBuffer:
 
     @property
     def slots(self) -> list[float | None]:
-        """The values, oldest first, with None for one that is left out."""
+        """The values, oldest first, with None for each one that is left out."""
         pending = [tensor for entry in self._values if isinstance(entry, tuple) for tensor in entry]
         tensors = [tensor.reshape(()).to(pending[0].device, torch.float64) for tensor in pending]
         read = iter(torch.stack(tensors).tolist() if tensors else ())
@@ -74,16 +74,16 @@ class HistoryBuffer:
         return self.data[-1]
 
     def mean(self) -> float:
-        """The mean of the values that are kept."""
+        """The mean of the values."""
         values = self.data
         return sum(values) / len(values)
 
 
 class MessageHub:
-    """Scalars and information by name, in which hooks leave and find things, as ``mmengine.logging.MessageHub``.
+    """Scalars and information by name, shared between hooks, as ``mmengine.logging.MessageHub``.
 
     Args:
-        window_size: how many values of a scalar are kept, to be averaged in the log.
+        window_size: number of values of each scalar to keep and to average in the log.
 
     Attributes:
         log_scalars: a :class:`HistoryBuffer` by name, such as ``'train/loss'``.
@@ -116,25 +116,25 @@ class MessageHub:
         self.log_scalars[key] = buffer
 
     def update_info(self, key: str, value: Any) -> None:
-        """Set an information."""
+        """Set an entry of ``runtime_info``."""
         self.runtime_info[key] = value
 
     def pop_info(self, key: str, default: Any = None) -> Any:
-        """Remove an information and return it."""
+        """Remove an entry of ``runtime_info`` and return it."""
         return self.runtime_info.pop(key, default)
 
     def get_scalar(self, key: str) -> HistoryBuffer:
-        """The values of a scalar; KeyError for one that was never updated."""
+        """The values of a scalar; KeyError if it was never updated."""
         if key not in self.log_scalars:
             raise KeyError(f"no scalar {key!r} was logged")
         return self.log_scalars[key]
 
     def get_info(self, key: str, default: Any = None) -> Any:
-        """An information, or ``default``."""
+        """An entry of ``runtime_info``, or ``default``."""
         return self.runtime_info.get(key, default)
 
     def state_dict(self) -> dict[str, Any]:
-        """Values and information, without what a checkpoint cannot hold; it waits for the device."""
+        """All scalars, and the information that a checkpoint can hold; waits for the device."""
         infos = {key: portable(info) for key, info in self.runtime_info.items()}
         return {
             "log_scalars": {key: buffer.slots for key, buffer in self.log_scalars.items()},
@@ -142,12 +142,12 @@ class MessageHub:
         }
 
     def unsaved(self) -> dict[str, str]:
-        """The information that :meth:`state_dict` leaves out, by name, and why: what a checkpoint cannot hold of it."""
+        """The information that :meth:`state_dict` leaves out, by name: the part that a checkpoint cannot hold."""
         parts = {key: next(unloadable_parts(portable(info), key), None) for key, info in self.runtime_info.items()}
         return {key: part for key, part in parts.items() if part is not None}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Load what :meth:`state_dict` returned; information that is here already keeps its type."""
+        """Load a state from :meth:`state_dict`; information that exists already keeps its type."""
         buffers = {key: HistoryBuffer(self.window_size, values) for key, values in state_dict["log_scalars"].items()}
         infos = {key: as_before(info, self.runtime_info.get(key)) for key, info in state_dict["runtime_info"].items()}
         self.log_scalars, self.runtime_info = buffers, infos

@@ -1,4 +1,4 @@
-"""BaseModel: the interface by which loops train and validate a model."""
+"""BaseModel: the interface with which loops train and validate a model."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ __all__ = ["BaseDataPreprocessor", "BaseModel", "MMDistributedDataParallel"]
 
 @MODELS.register_module()
 class BaseDataPreprocessor(nn.Module):
-    """Moves a batch to the device of the model; subclass it to normalize, stack or augment there.
+    """Moves a batch to the model's device; subclass it to also normalize, stack or augment.
 
     Args:
-        non_blocking: do not wait for the copy, which what follows on the device does.
+        non_blocking: let the host not wait for the copy; later work on the device does.
     """
 
     def __init__(self, non_blocking: bool = True):
@@ -39,8 +39,8 @@ class BaseModel(nn.Module, abc.ABC):
     """A model that a :class:`Runner` can train, as ``mmengine.model.BaseModel``.
 
     Args:
-        data_preprocessor: what a batch goes through first, called as ``data_preprocessor(data, training)``: a module
-            or its config; by default a :class:`BaseDataPreprocessor`.
+        data_preprocessor: processes each batch first, as ``data_preprocessor(data, training)``: a module or its
+            config; by default a :class:`BaseDataPreprocessor`.
     """
 
     def __init__(self, data_preprocessor: nn.Module | Mapping[str, Any] | None = None):
@@ -51,15 +51,16 @@ class BaseModel(nn.Module, abc.ABC):
 
     @abc.abstractmethod
     def forward(self, *args: Any, mode: str = "tensor", **kwargs: Any) -> Any:
-        """What a batch leads to; its entries are the arguments.
+        """Process a batch, whose entries are the arguments.
 
         Args:
-            mode: ``'loss'``: a dict of losses by name, tensors or lists of tensors; those whose name contains ``loss``
-                are added up. ``'predict'``: a list with one prediction for each sample. ``'tensor'``: anything.
+            mode: what to return. ``'loss'``: a dict of losses by name, tensors or lists of tensors; those whose name
+                contains ``loss`` are added up. ``'predict'``: a list with one prediction for each sample.
+                ``'tensor'``: anything.
         """
 
     def train_step(self, data: Any, optim_wrapper: OptimWrapper) -> dict[str, Tensor]:
-        """One iteration of training; returns what is logged."""
+        """Run one training iteration; return the values to log."""
         return _train_step(self, self, data, optim_wrapper)
 
     def val_step(self, data: Any) -> list[Any]:
@@ -71,11 +72,11 @@ class BaseModel(nn.Module, abc.ABC):
         return self.val_step(data)
 
     def parse_losses(self, losses: Mapping[str, Tensor | Sequence[Tensor]]) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss, and what is logged: the mean of each entry, and the loss as ``loss`` where no entry has that name.
+        """The loss, and the values to log: the mean of each entry, and the loss as ``loss`` if no entry has that name.
 
         Raises:
-            TypeError: an entry is neither a tensor nor a list of tensors, or ``losses`` is no dict.
-            ValueError: the name of no entry contains ``loss``.
+            TypeError: an entry is neither a tensor nor a list of tensors, or ``losses`` is not a dict.
+            ValueError: no entry's name contains ``loss``.
         """
         if not isinstance(losses, Mapping):
             raise TypeError(f"forward(mode='loss') must return a dict of losses, got {type(losses).__name__}")
@@ -89,7 +90,8 @@ class BaseModel(nn.Module, abc.ABC):
                 raise TypeError(f"loss {name!r} must be a tensor or a list of tensors, got {value!r}")
         parts = [value for name, value in log_vars.items() if "loss" in name]
         if not parts:
-            raise ValueError(f"no name of {', '.join(map(repr, log_vars)) or 'no losses'} contains 'loss'")
+            names = ", ".join(map(repr, log_vars)) or "no losses"
+            raise ValueError(f"expected a name that contains 'loss', got {names}")
         loss = _total(parts)
         return loss, {name: value.detach() for name, value in {"loss": loss, **log_vars}.items()}
 
@@ -108,7 +110,7 @@ def _run_forward(model: nn.Module, data: Any, mode: str) -> Any:
 
 
 def _train_step(model: BaseModel, wrapped: nn.Module, data: Any, optim_wrapper: OptimWrapper) -> dict[str, Tensor]:
-    """One iteration of training ``model``, whose forward pass is that of ``wrapped``."""
+    """One training iteration of ``model``, with the forward pass of ``wrapped``."""
     with optim_wrapper.optim_context(wrapped):
         losses = _run_forward(wrapped, model.data_preprocessor(data, True), mode="loss")
     loss, log_vars = model.parse_losses(losses)
@@ -125,8 +127,7 @@ class MMDistributedDataParallel(nn.parallel.DistributedDataParallel):
         kwargs: torch's arguments.
 
     Raises:
-        TypeError: ``module`` is no :class:`BaseModel`, so that its ``train_step`` could bypass the averaging of
-            gradients.
+        TypeError: ``module`` is not a :class:`BaseModel`: its ``train_step`` could bypass the averaging of gradients.
     """
 
     module: BaseModel
@@ -134,8 +135,8 @@ class MMDistributedDataParallel(nn.parallel.DistributedDataParallel):
     def __init__(self, module: nn.Module, **kwargs: Any):
         if not isinstance(module, BaseModel):
             raise TypeError(
-                f"several processes train a BaseModel, whose forward(mode='loss') returns the losses; "
-                f"{type(module).__name__} is none"
+                f"several processes can only train a BaseModel, whose forward(mode='loss') returns the losses; "
+                f"{type(module).__name__} is not one"
             )
         super().__init__(module, **kwargs)
 

@@ -1,4 +1,4 @@
-"""resume_overrides: the settings of the config count in a resumed training, those of its checkpoint do not."""
+"""resume_overrides: a resumed run uses the settings of the config, not those of the checkpoint."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ __all__ = ["GroupSettings", "check_replay", "replay_schedules"]
 
 
 class GroupSettings:
-    """The settings of all parameter groups of a wrapper, as they are now, to be put back after a state was loaded."""
+    """The present settings of a wrapper's parameter groups, to be restored after a state is loaded."""
 
     def __init__(self, optim_wrapper: OptimWrapper):
         several = isinstance(optim_wrapper, OptimWrapperDict)
@@ -27,7 +27,7 @@ class GroupSettings:
         self._settings = [[_settings(group) for group in each.param_groups] for each in self._wrappers]
 
     def put_back(self) -> None:
-        """Give the groups these settings; what they train stays."""
+        """Restore the settings; the groups' parameters stay."""
         for wrapper, settings in zip(self._wrappers, self._settings, strict=True):
             for group, own in zip(wrapper.param_groups, settings, strict=True):
                 for key in [key for key in group if key not in ("params", "param_names")]:
@@ -40,7 +40,7 @@ def _settings(group: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def check_replay(runner: Runner, filename: Any) -> None:
-    """Raise CheckpointError where a schedule depends on more than the number of steps."""
+    """Raise CheckpointError if a schedule depends on more than the number of steps."""
     for name, scheduler in named_schedulers(runner.param_schedulers):
         reason = None
         if getattr(scheduler, "need_val_args", False):
@@ -57,11 +57,11 @@ def check_replay(runner: Runner, filename: Any) -> None:
 
 
 def replay_schedules(runner: Runner, meta: Mapping[str, Any]) -> None:
-    """Step the schedulers, which were just built, to where a checkpoint was written.
+    """Step newly built schedulers to where a checkpoint was written.
 
     Args:
-        runner: its schedulers have made no step.
-        meta: of the checkpoint: how many iterations and epochs are done.
+        runner: its schedulers must have made no step.
+        meta: the checkpoint's ``meta``, with the numbers of iterations and epochs done.
     """
     loop = runner.train_loop
     assert loop is not None

@@ -1,4 +1,4 @@
-"""The parts of a Runner, from their configs."""
+"""Builds the parts of a Runner from their configs."""
 
 from __future__ import annotations
 
@@ -35,15 +35,15 @@ ENVIRONMENT_KEYS = ("cudnn_benchmark", "device", "dist_cfg", "mp_cfg", "resource
 
 
 def check_together(**settings: Any) -> bool:
-    """Whether all of ``settings`` are given; ValueError where only some are."""
+    """Whether all of ``settings`` are given; ValueError if only some are."""
     missing = [name for name, value in settings.items() if value is None]
     if missing and len(missing) < len(settings):
-        raise ValueError(f"{', '.join(settings)} belong together, and {', '.join(missing)} is missing")
+        raise ValueError(f"{', '.join(settings)} belong together, but {', '.join(missing)} is missing")
     return not missing
 
 
 def section(name: str, value: Mapping[str, Any] | None, known: Sequence[str] = ()) -> dict[str, Any]:
-    """A copy of the dict ``value``, or an empty one for None; the keys are checked where ``known`` are given."""
+    """A copy of the dict ``value``, or an empty dict for None; ``known``, if given, are the allowed keys."""
     if value is None:
         return {}
     check_config(name, value)
@@ -54,7 +54,7 @@ def section(name: str, value: Mapping[str, Any] | None, known: Sequence[str] = (
 
 
 def set_environment(settings: Mapping[str, Any]) -> tuple[torch.device, str | None]:
-    """Do what ``env_cfg`` says; return the device to train on and the start method of the data's workers."""
+    """Apply ``env_cfg``; return the training device and the start method of data workers."""
     if settings.get("cudnn_benchmark"):
         torch.backends.cudnn.benchmark = True
     start_method = section("env_cfg.mp_cfg", settings.get("mp_cfg")).get("mp_start_method")
@@ -71,7 +71,7 @@ def set_environment(settings: Mapping[str, Any]) -> tuple[torch.device, str | No
 
 
 def build_visualizer(visualizer: Visualizer | Mapping[str, Any] | None, save_dir: Path) -> Visualizer:
-    """The visualizer of a run: the one that is given, or one that its config describes."""
+    """Build the visualizer of a run, or return the given one."""
     if isinstance(visualizer, Visualizer):
         return visualizer
     settings = {"type": "Visualizer", **section("visualizer", visualizer)}
@@ -88,7 +88,7 @@ def build_model(
     device: torch.device,
     distributed: bool,
 ) -> nn.Module:
-    """The model on its device, within a wrapper for several processes where there are any."""
+    """Build the model on its device, in a wrapper if there are several processes."""
     if not isinstance(model, nn.Module):
         check_config("model", model)
         extra = {} if data_preprocessor is None else {"data_preprocessor": data_preprocessor}
@@ -105,7 +105,7 @@ def build_model(
 
 
 def build_evaluator(mode: str, evaluator: Any) -> Evaluator:
-    """The evaluator of a validation or test: one that is given, or metrics and their configs."""
+    """Build the evaluator of a validation or test from metrics or their configs, or return the given one."""
     for metric in evaluator if isinstance(evaluator, list | tuple) else [evaluator]:
         if not hasattr(metric, "process"):
             check_config(f"{mode}_evaluator", metric)
@@ -113,7 +113,7 @@ def build_evaluator(mode: str, evaluator: Any) -> Evaluator:
 
 
 def build_train_loop(runner: Runner, cfg: Any, dataloader: DataLoader) -> TrainLoop:
-    """The loop that ``train_cfg`` describes."""
+    """Build the loop that ``train_cfg`` describes."""
     check_config("train_cfg", cfg)
     settings = dict(cfg)
     if "type" not in settings:
@@ -121,7 +121,7 @@ def build_train_loop(runner: Runner, cfg: Any, dataloader: DataLoader) -> TrainL
             raise ValueError(f"train_cfg needs by_epoch=True or False, or a type; got {dict(cfg)!r}")
         settings["type"] = "EpochBasedTrainLoop" if settings.pop("by_epoch") else "IterBasedTrainLoop"
     elif "by_epoch" in settings:
-        raise ValueError("train_cfg has both type and by_epoch; one of them says what loop it is")
+        raise ValueError("train_cfg has both type and by_epoch; use only one of them")
     loop = LOOPS.build(settings, runner=runner, dataloader=dataloader)
     if not isinstance(loop, TrainLoop):
         raise TypeError(f"the loop of train_cfg must be a TrainLoop, got {type(loop).__name__}")

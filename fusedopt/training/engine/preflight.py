@@ -1,4 +1,4 @@
-"""What of a training would never act, or not as its config says: told before it begins."""
+"""Warnings, before a run begins, about parts of it that would never act or not act as configured."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["named_schedulers", "warn_of_what_will_not_act"]
 
 
 def warn_of_what_will_not_act(runner: Runner) -> None:
-    """Warn of schedulers that look at metrics which will not come, and of what counts epochs where there are none."""
+    """Warn of schedulers whose metrics will never come, and of parts that count epochs in training by iterations."""
     if runner.train_loop is None:
         return
     for name, scheduler in named_schedulers(runner.param_schedulers):
@@ -40,14 +40,14 @@ def _kind(scheduler: Any) -> str:
 def _warn_of_idle_plateau(runner: Runner, name: str, scheduler: Any) -> None:
     loop = runner.train_loop
     assert loop is not None
-    what = f"{name} ({_kind(scheduler)}) looks at {getattr(scheduler, 'monitor', 'a metric')!r} of the validations"
+    what = f"{name} ({_kind(scheduler)}) monitors {getattr(scheduler, 'monitor', 'a metric')!r} of the validations"
     if runner.val_loop is None:
         warn_caller(
-            f"{what}, and there are none, so it never acts; expected val_dataloader, val_cfg and val_evaluator, or a "
-            "hook of yours that steps it"
+            f"{what}, but there are none, so it never acts; expected val_dataloader, val_cfg and val_evaluator, or a "
+            "custom hook that steps it"
         )
         return
-    # Its count of epochs is what the training has done, and stays 0 in training by iterations.
+    # It counts epochs of training, which stay 0 when training by iterations.
     length = loop.max_epochs if loop.by_epoch else loop.max_iters
     looked_at = sum(
         loop.validates_after(count) and scheduler.begin <= (count if loop.by_epoch else 0) < scheduler.end
@@ -65,7 +65,7 @@ def _warn_of_idle_plateau(runner: Runner, name: str, scheduler: Any) -> None:
 
 def _warn_of_epochs(runner: Runner) -> None:
     entries = [
-        f"{name} ({_kind(scheduler)}, by_epoch=True) stands still to the end"
+        f"{name} ({_kind(scheduler)}, by_epoch=True) makes no step before the end"
         for name, scheduler in named_schedulers(runner.param_schedulers)
         if scheduler.by_epoch and not getattr(scheduler, "need_val_args", False)
     ]
@@ -84,6 +84,6 @@ def _warn_of_epochs(runner: Runner) -> None:
         entries.append("log_processor (by_epoch=True) counts iterations of an epoch that never ends")
     if entries:
         warn_caller(
-            f"the training is one by iterations, train_cfg.max_iters={runner.max_iters}, and these count epochs: "
+            f"the run trains by iterations, train_cfg.max_iters={runner.max_iters}, but these count epochs: "
             f"{'; '.join(entries)}. Expected by_epoch=False, and log_metric_by_epoch=False, in each"
         )

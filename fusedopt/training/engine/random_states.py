@@ -1,4 +1,4 @@
-"""The random number generators of a process: their seed, and their states."""
+"""The random number generators of a process: seed and states."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ import torch
 __all__ = ["fix_cublas_workspace", "isolated_random_states", "random_states", "seed_everything", "set_random_states"]
 
 _CUBLAS = "CUBLAS_WORKSPACE_CONFIG"
-_CUBLAS_FIXED = (":4096:8", ":16:8")  # of torch.use_deterministic_algorithms
+_CUBLAS_FIXED = (":4096:8", ":16:8")  # the values that torch.use_deterministic_algorithms accepts
 
 
 def _numpy_random() -> Any:
-    """The module ``numpy.random``, or None where numpy, which torch can do without, is not installed."""
+    """The module ``numpy.random``, or None if numpy, which torch does not need, is not installed."""
     try:
         return importlib.import_module("numpy.random")
     except ModuleNotFoundError:
@@ -26,12 +26,12 @@ def _numpy_random() -> Any:
 
 
 def fix_cublas_workspace(cuda_was_in_use: bool) -> None:
-    """Give cuBLAS workspaces of a fixed size, without which torch's deterministic algorithms refuse to multiply.
+    """Give cuBLAS workspaces of a fixed size, which torch's deterministic algorithms require for matrix products.
 
-    cuBLAS reads the setting when it starts, so it cannot be given to a process that has used CUDA already.
+    cuBLAS reads the setting when it starts, so it has no effect in a process that has used CUDA already.
 
     Raises:
-        ValueError: it is too late, or the environment has a setting with which results vary.
+        ValueError: the process has used CUDA already, or the environment has a nondeterministic setting.
     """
     if torch.version.hip is not None:
         return
@@ -39,14 +39,14 @@ def fix_cublas_workspace(cuda_was_in_use: bool) -> None:
     first, second = _CUBLAS_FIXED
     wanted = f"randomness.deterministic=True on a GPU needs {_CUBLAS}={first} (or {second}) in the environment"
     if found is None and cuda_was_in_use:
-        raise ValueError(f"{wanted}, and this process has used CUDA before: set it where the process starts")
+        raise ValueError(f"{wanted}, but this process has already used CUDA: set it before the process starts")
     if found is not None and found not in _CUBLAS_FIXED:
         raise ValueError(f"{wanted}, which has {found!r}")
     os.environ.setdefault(_CUBLAS, first)
 
 
 def seed_everything(seed: int) -> None:
-    """Seed Python's, numpy's and torch's generators, those of all GPUs too.
+    """Seed Python's, numpy's and torch's generators, including those of all GPUs.
 
     Args:
         seed: from 0 to 2**32 - 1.
@@ -59,17 +59,17 @@ def seed_everything(seed: int) -> None:
 
 
 def random_states(generator: torch.Generator | None = None) -> dict[str, Any]:
-    """The states of Python's, numpy's and torch's generators, that of the current GPU too, in plain types.
+    """The states of Python's, numpy's and torch's generators, including the current GPU's, in plain types.
 
     Args:
-        generator: one more, whose state is kept too.
+        generator: another generator whose state is included.
     """
     states: dict[str, Any] = {"python": random.getstate(), "torch": torch.get_rng_state()}
     numpy_random = _numpy_random()
     if numpy_random is not None:
         name, keys, *rest = numpy_random.get_state()
         states["numpy"] = (name, keys.tolist(), *rest)
-    if torch.cuda.is_initialized():  # else nothing was drawn there, and asking would start CUDA
+    if torch.cuda.is_initialized():  # otherwise nothing was drawn there, and asking would start CUDA
         states["cuda"] = torch.cuda.get_rng_state()
     if generator is not None:
         states["generator"] = generator.get_state()
@@ -77,7 +77,7 @@ def random_states(generator: torch.Generator | None = None) -> dict[str, Any]:
 
 
 def set_random_states(states: Mapping[str, Any], generator: torch.Generator | None = None) -> None:
-    """Restore what :func:`random_states` returned; generators that it has no state of stay as they are."""
+    """Restore states from :func:`random_states`; generators without a state there stay as they are."""
     version, values, gauss = states["python"]
     random.setstate((version, tuple(values), gauss))
     torch.set_rng_state(states["torch"])
@@ -92,7 +92,7 @@ def set_random_states(states: Mapping[str, Any], generator: torch.Generator | No
 
 @contextlib.contextmanager
 def isolated_random_states(generator: torch.Generator | None = None) -> Iterator[None]:
-    """Restore all generators at the end, so that what happens inside does not change what is drawn after it.
+    """Restore all generators at the end, so that code inside does not change later random numbers.
 
     Args:
         generator: as for :func:`random_states`.

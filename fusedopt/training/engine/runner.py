@@ -1,4 +1,4 @@
-"""Runner: a training, from its config to its last checkpoint."""
+"""Runner: trains from a config to the last checkpoint."""
 
 from __future__ import annotations
 
@@ -49,15 +49,14 @@ __all__ = ["Runner"]
 
 
 class Runner(HasCheckpoints):
-    """Trains a model as a config says, with the names of ``mmengine.runner.Runner``.
+    """Trains a model as a config describes, with the names of ``mmengine.runner.Runner``.
 
-    Everything is built at once, so that what is wrong with a config shows before anything runs. Arguments of MMEngine's
-    Runner that are not here are not offered; whoever needs them trains with MMEngine's own Runner, where fusedopt's
-    optimizers work too.
+    Everything is built at once, so that mistakes in a config show before anything runs. Arguments of MMEngine's Runner
+    that are missing here are not supported; fusedopt's optimizers also work in MMEngine's own Runner.
 
     Args:
-        model: the model, with ``train_step`` and ``val_step`` as :class:`BaseModel` has them, or its config.
-        work_dir: folder for logs and checkpoints; it is made.
+        model: the model, with ``train_step`` and ``val_step`` as in :class:`BaseModel`, or its config.
+        work_dir: folder for logs and checkpoints; it is created if needed.
         train_dataloader: training data: a loader or its config, see :func:`build_dataloader`.
         val_dataloader: validation data.
         test_dataloader: test data.
@@ -65,7 +64,7 @@ class Runner(HasCheckpoints):
             max_iters=…, val_begin=1, val_interval=1000)``; instead of ``by_epoch``, ``type`` may name a loop.
         val_cfg: ``dict(fp16=False)``.
         test_cfg: as ``val_cfg``.
-        auto_scale_lr: MMEngine's scaling of learning rates; only accepted when it is off.
+        auto_scale_lr: MMEngine's scaling of learning rates; not supported, and accepted only when off.
         optim_wrapper: the optimizer wrapper or its config, see :func:`fusedopt.build_optim_wrapper`.
         param_scheduler: schedulers, their configs, or a dict of these for several optimizers.
         val_evaluator: metrics of a validation: one, its config, or a list.
@@ -73,36 +72,33 @@ class Runner(HasCheckpoints):
         default_hooks: merged by key over ``runtime_info``, ``timer``, ``sampler_seed``, ``logger``,
             ``param_scheduler`` and ``checkpoint``; None removes one.
         custom_hooks: a list of hooks and configs; ``priority`` in a config overrides the hook's own.
-        data_preprocessor: argument of that name for the config of the model.
+        data_preprocessor: passed to the model's config under this name.
         load_from: checkpoint to start from.
-        resume: go on with the training of ``load_from``, or of the newest checkpoint in ``work_dir``; where there is
-            none, start from the beginning.
+        resume: resume from ``load_from``, or else from the newest checkpoint in ``work_dir``; without one, start from
+            the beginning.
         launcher: ``'none'``, or ``'pytorch'`` under ``torchrun``.
         env_cfg: ``dist_cfg=dict(backend=…)``, ``cudnn_benchmark``, ``mp_cfg=dict(mp_start_method=…)``, and ``device``,
-            by default a GPU where there is one. MMEngine's ``resource_limit`` and ``opencv_num_threads`` have no
-            effect.
-        log_processor: ``window_size``, how many iterations the logged losses are averaged over (10), and ``by_epoch``,
-            whether the log counts in epochs (by default as the training does).
-        log_level: ``'INFO'`` and the like.
+            by default a GPU if available. MMEngine's ``resource_limit`` and ``opencv_num_threads`` have no effect.
+        log_processor: ``window_size``, the number of iterations over which logged losses are averaged (10), and
+            ``by_epoch``, whether the log counts epochs (by default, as training does).
+        log_level: a name such as ``'INFO'``, or a number.
         visualizer: a visualizer or its config; by default scalars go to ``vis_data/scalars.json`` in ``work_dir``.
-        default_scope: MMEngine's; names are looked up in fusedopt's registries whatever it is.
-        randomness: ``seed`` (random by default), ``diff_rank_seed`` (add the number of the process to it) and
+        default_scope: accepted for MMEngine's sake; names are always looked up in fusedopt's registries.
+        randomness: ``seed`` (random by default), ``diff_rank_seed`` (add the process's rank to it) and
             ``deterministic`` (torch's deterministic algorithms).
         experiment_name: by default the name of the config file.
-        model_wrapper_cfg: of the wrapper for several processes: ``type`` and its arguments, such as
+        model_wrapper_cfg: config of the model wrapper for several processes: ``type`` and its arguments, such as
             ``find_unused_parameters``.
-        resume_overrides: where the config was edited since the checkpoint that is resumed was written, whether its
-            settings of optimizers and schedulers count from there on: those of the checkpoint do otherwise, and a
-            warning lists the edits.
-        cfg: the whole config. A :class:`Config` that comes from a file is saved beside the checkpoints, and is named
-            in errors.
+        resume_overrides: if the config was edited after the resumed checkpoint was written, use the edited settings of
+            optimizers and schedulers. By default the checkpoint's are used, and a warning lists the edits.
+        cfg: the whole config. A :class:`Config` from a file is saved beside the checkpoints and named in errors.
 
     Raises:
         KeyError: an unknown ``type``.
-        TypeError, ValueError: something is of the wrong kind, out of range, unknown or missing.
-        ConfigError: any of these, where ``cfg`` is a :class:`Config`.
+        TypeError, ValueError: something has the wrong type, or is out of range, unknown or missing.
+        ConfigError: any of these, if ``cfg`` is a :class:`Config`.
 
-    An error leaves models, wrappers and all else that was given, and the random generators, as they were.
+    An error leaves all arguments, such as models and wrappers, and the random generators as they were.
     """
 
     @leaves_no_trace_on_error
@@ -142,9 +138,9 @@ class Runner(HasCheckpoints):
         validates = check_together(val_dataloader=val_dataloader, val_cfg=val_cfg, val_evaluator=val_evaluator)
         tests = check_together(test_dataloader=test_dataloader, test_cfg=test_cfg, test_evaluator=test_evaluator)
         if param_scheduler is not None and not trains:
-            raise ValueError("param_scheduler is given, and there is no optim_wrapper whose settings it could change")
+            raise ValueError("param_scheduler is given, but there is no optim_wrapper whose settings it could change")
         if section("auto_scale_lr", auto_scale_lr).get("enable", False):
-            raise ValueError("auto_scale_lr is not offered; write the learning rate of your batch size into the config")
+            raise ValueError("auto_scale_lr is not supported; set the learning rate for your batch size in the config")
 
         self.cfg = {} if cfg is None else cfg
         if not isinstance(work_dir, str | Path) or not work_dir:
@@ -182,8 +178,8 @@ class Runner(HasCheckpoints):
         self._load_from = load_from
         self._resume = resume
         self.resume_overrides = resume_overrides
-        # What the config says, and what is in effect instead where a training was resumed, see Note [Settings of a
-        # resumed training].
+        # The settings of the config, and those in effect, which may differ in a resumed run; see Note [Settings of a
+        # resumed run].
         self.settings: dict[str, Any] = {}
         self.settings_in_effect: Mapping[str, Any] = self.settings
         self._loaded = False
@@ -223,7 +219,7 @@ class Runner(HasCheckpoints):
 
     @classmethod
     def from_cfg(cls, cfg: Mapping[str, Any]) -> Runner:
-        """A runner from a config, whose keys are the arguments of the class. Other keys are the config's own matter.
+        """Build a runner from a config, whose keys are the arguments of the class. Other keys are ignored.
 
         Args:
             cfg: needs ``model`` and ``work_dir``. Not changed.
@@ -250,22 +246,22 @@ class Runner(HasCheckpoints):
 
     @property
     def iter(self) -> int:
-        """Number of iterations done; within an iteration its number, from 0 on."""
+        """Number of iterations done; during an iteration, its number, counted from 0."""
         return 0 if self.train_loop is None else self.train_loop.iter
 
     @property
     def epoch(self) -> int:
-        """Number of epochs done; within an epoch its number, from 0 on."""
+        """Number of epochs done; during an epoch, its number, counted from 0."""
         return 0 if self.train_loop is None else self.train_loop.epoch
 
     @property
     def max_iters(self) -> int:
-        """Number of iterations in all."""
+        """Total number of iterations."""
         return 0 if self.train_loop is None else self.train_loop.max_iters
 
     @property
     def max_epochs(self) -> int:
-        """Number of epochs in all; 1 in training by iterations."""
+        """Total number of epochs; 1 when training by iterations."""
         return 0 if self.train_loop is None else self.train_loop.max_epochs
 
     @property
@@ -285,7 +281,7 @@ class Runner(HasCheckpoints):
 
     @property
     def rank(self) -> int:
-        """The number of this process."""
+        """The rank of this process."""
         return distributed.rank()
 
     @property
@@ -295,11 +291,11 @@ class Runner(HasCheckpoints):
 
     @property
     def bare_model(self) -> nn.Module:
-        """The model without what torch.compile or DistributedDataParallel put around it; see :func:`stateful`."""
+        """The model without wrappers such as torch.compile's or DistributedDataParallel; see :func:`stateful`."""
         return stateful(self.model)
 
     def _naming(self, key: str) -> contextlib.AbstractContextManager[None]:
-        """Where there is a :class:`Config`, its file and ``key`` begin the message of an error."""
+        """If there is a :class:`Config`, make errors name its file and ``key``."""
         return naming(self.cfg, key) if isinstance(self.cfg, Config) else contextlib.nullcontext()
 
     def set_randomness(
@@ -309,12 +305,12 @@ class Runner(HasCheckpoints):
 
         Args:
             seed: from 0 to 2**32 - 1; random by default, and the same in all processes.
-            diff_rank_seed: add the number of the process.
-            deterministic: whether torch is to use deterministic algorithms only. For a GPU, this also sets
-                ``CUBLAS_WORKSPACE_CONFIG`` where the environment has none.
+            diff_rank_seed: add the rank of the process.
+            deterministic: whether torch uses only deterministic algorithms. For a GPU, this also sets
+                ``CUBLAS_WORKSPACE_CONFIG`` if the environment does not.
 
         Raises:
-            ValueError: ``seed`` is out of range, or cuBLAS cannot be made deterministic any more.
+            ValueError: ``seed`` is out of range, or it is too late to make cuBLAS deterministic.
         """
         self.seed_is_given = seed is not None
         if seed is None:
@@ -331,11 +327,11 @@ class Runner(HasCheckpoints):
         seed_everything((seed + self.rank) % 2**32 if diff_rank_seed else seed)
 
     def build_dataloader(self, dataloader: Any, shuffle: bool = False) -> DataLoader:
-        """A data loader from its config, see :func:`build_dataloader`.
+        """Build a data loader from its config, see :func:`build_dataloader`.
 
         Args:
             dataloader: the config.
-            shuffle: whether it shuffles, where the config does not say.
+            shuffle: whether it shuffles, unless the config says so.
         """
         if isinstance(dataloader, Mapping):
             for part in ("dataset", "sampler", "batch_sampler"):
@@ -370,7 +366,7 @@ class Runner(HasCheckpoints):
         )
 
     def warn_once(self, message: str) -> None:
-        """Log a warning, unless this one was logged before."""
+        """Log a warning, unless it was logged before."""
         if message not in self._warned_of:
             self._warned_of.add(message)
             self.logger.warning(message)
@@ -379,8 +375,8 @@ class Runner(HasCheckpoints):
         """Train, and return the model.
 
         Raises:
-            RuntimeError: the config has no training.
-            CheckpointError: what was to be loaded or resumed cannot be, or a checkpoint cannot be written.
+            RuntimeError: the config does not train.
+            CheckpointError: a checkpoint cannot be loaded, resumed or written.
         """
         if self.train_loop is None or self.optim_wrapper is None:
             raise RuntimeError("there is nothing to train with: train_dataloader, train_cfg and optim_wrapper are None")
@@ -397,8 +393,8 @@ class Runner(HasCheckpoints):
         """Validate, and return the metrics.
 
         Raises:
-            RuntimeError: the config has no validation.
-            CheckpointError: what was to be loaded cannot be.
+            RuntimeError: the config does not validate.
+            CheckpointError: the checkpoint cannot be loaded.
         """
         return self._evaluate(self.val_loop, "val")
 
@@ -406,8 +402,8 @@ class Runner(HasCheckpoints):
         """Test, and return the metrics.
 
         Raises:
-            RuntimeError: the config has no test.
-            CheckpointError: what was to be loaded cannot be.
+            RuntimeError: the config does not test.
+            CheckpointError: the checkpoint cannot be loaded.
         """
         return self._evaluate(self.test_loop, "test")
 
@@ -420,8 +416,8 @@ class Runner(HasCheckpoints):
 
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:
-        """``with runner.running():`` the hooks' ``before_run`` and ``after_run``; everything is closed at the end."""
-        with contextlib.ExitStack() as stack:  # which closes all, although one cannot be closed
+        """Call the hooks' ``before_run`` and ``after_run`` around the block; close everything at the end."""
+        with contextlib.ExitStack() as stack:  # closes everything, even if one close fails
             stack.callback(self.visualizer.close)
             for hook in reversed(self._hooks):
                 stack.callback(hook.close)

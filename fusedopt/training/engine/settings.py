@@ -1,4 +1,4 @@
-"""Settings that a resumed training takes from its checkpoint, and what a config edited in between says of them."""
+"""Settings that a resumed run takes from its checkpoint, and edits of them in the config since then."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ from ..wrappers import OptimWrapper, OptimWrapperDict
 
 __all__ = ["differing", "optimizer_settings", "scheduler_settings", "settings_of_text"]
 
-# Note [Settings of a resumed training]
-# A checkpoint has the settings of the parameter groups, of the schedulers and of the loss scaler within their states,
-# and they win over the config, as in MMEngine: a config that was edited before its training is resumed has no effect on
-# them. So that this can be told, a checkpoint notes what the config said, by its keys, with the defaults of what it
-# left out. Of a wrapper or a scheduler that was no config, what it was built with is noted.
+# Note [Settings of a resumed run]
+# A checkpoint holds the settings of parameter groups, schedulers and the loss scaler in their states. These override
+# the config, as in MMEngine: edits of the config before resuming have no effect on them. To detect such edits, a
+# checkpoint records the settings of the config by key, including defaults. For a wrapper or scheduler that was passed
+# as an object, it records the settings of the object.
 
-#: Arguments of optimizers that no state holds: those of the config count.
+#: Arguments of optimizers that no state holds, so that the config's values are in effect.
 _EFFECTIVE = {
     *("type", "_scope_", "params", "clip_grad", "write_back_grads", "backend", "optimizer_type", "process_group"),
     *("parameters_as_bucket_view", "foreach", "fused", "capturable", "differentiable"),
 }
-#: What stands for a setting that one side has not.
+#: Stands for a setting that one side does not have.
 NOT_SET = "not set"
 
 
 def optimizer_settings(optim_wrapper: Any) -> dict[str, Any]:
-    """What a config, or else a wrapper before any schedule, says of the groups and the loss scale, by key.
+    """The settings of groups and loss scale in a config, or in a wrapper before any schedule, by key.
 
     Args:
         optim_wrapper: the argument of the Runner.
@@ -57,7 +57,7 @@ def optimizer_settings(optim_wrapper: Any) -> dict[str, Any]:
         noted = {
             "optimizer": {key: value for key, value in optimizer.items() if key not in _EFFECTIVE},
             "paramwise_cfg": entry.get("paramwise_cfg") or {},
-            # A fixed scale is set again after each step, so that of the config counts.
+            # A fixed scale is set again after each step, so the config's is in effect.
             "loss_scale": entry["loss_scale"] if isinstance(entry.get("loss_scale"), Mapping) else {},
         }
         found.update(_flat(noted, name))
@@ -65,12 +65,12 @@ def optimizer_settings(optim_wrapper: Any) -> dict[str, Any]:
 
 
 def scheduler_settings(param_scheduler: Any, max_epochs: int, max_iters: int) -> dict[str, Any]:
-    """What the configs of schedulers, or else schedulers that were just built, say, by key.
+    """The settings in the configs of schedulers, or in newly built schedulers, by key.
 
     Args:
         param_scheduler: the argument of the Runner.
-        max_epochs: the ``end`` of those by epoch that have none.
-        max_iters: the ``end`` of those by iteration that have none.
+        max_epochs: default ``end`` of schedulers by epoch.
+        max_iters: default ``end`` of schedulers by iteration.
     """
     if param_scheduler is None:
         return {}
@@ -96,7 +96,7 @@ def scheduler_settings(param_scheduler: Any, max_epochs: int, max_iters: int) ->
 
 
 def _defaults(registry: Registry, cfg: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments that a config leaves out, by name, as far as they have a default."""
+    """The default arguments of a config's ``type``, by name."""
     if "type" not in cfg:
         return {}
     with registry.switch_scope_and_registry(cfg.get("_scope_")) as scoped:
@@ -132,18 +132,18 @@ def _comparable(value: Any) -> Any:
         return [_comparable(item) for item in value]
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
-    named = value if hasattr(value, "__qualname__") else type(value)  # not its repr, which has an address
+    named = value if hasattr(value, "__qualname__") else type(value)  # its repr would contain an address
     return f"{named.__module__}.{named.__qualname__}"
 
 
 def differing(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """The settings that differ, by key: what they were, and what they are.
+    """The settings that differ, by key: (old, new).
 
     A scheduler that only one side has is one entry, with its type.
 
     Args:
-        before: what :func:`optimizer_settings` and :func:`scheduler_settings` returned, as a checkpoint has it.
-        now: what they return.
+        before: settings from :func:`optimizer_settings` and :func:`scheduler_settings` in a checkpoint.
+        now: the present ones.
     """
     found: dict[str, tuple[Any, Any]] = {}
     for key in {**before, **now}:
@@ -159,7 +159,7 @@ def differing(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, tu
 
 
 def _entry_of(key: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
-    """The scheduler that a key is of, where only one side has it or where they are of different types."""
+    """The scheduler of a key, if only one side has it or the two differ in type."""
     parts = key.split(".")
     if parts[0] != "param_scheduler":
         return None
@@ -168,11 +168,11 @@ def _entry_of(key: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> st
 
 
 def settings_of_text(text: Any, meta: Mapping[str, Any]) -> dict[str, Any] | None:
-    """What a checkpoint without a note of its settings tells of them by the text of its config; None for nothing.
+    """The settings of a checkpoint that did not record them, from the text of its config; None if unknown.
 
     Args:
         text: as :attr:`Config.pretty_text`. No code in it is run.
-        meta: of the checkpoint.
+        meta: the checkpoint's ``meta``.
     """
     try:
         tree = ast.parse(text)
@@ -183,7 +183,7 @@ def settings_of_text(text: Any, meta: Mapping[str, Any]) -> dict[str, Any] | Non
         max_iters = max_epochs * meta["epoch_length"] if by_epoch else train_cfg["max_iters"]
         schedulers = scheduler_settings(config.get("param_scheduler"), max_epochs, max_iters)
         return {**optimizer_settings(config["optim_wrapper"]), **schedulers}
-    except Exception:  # a text of somebody else's, or with names that are not known here: nothing can be told
+    except Exception:  # a text in another form or with unknown names
         return None
 
 

@@ -1,4 +1,4 @@
-"""What a checkpoint holds of a training, and how a training takes it up; see Note [Resuming bit for bit]."""
+"""The contents of a checkpoint, and resuming from it; see Note [Resuming bit for bit]."""
 
 from __future__ import annotations
 
@@ -36,13 +36,13 @@ _UNITS = {True: "epochs", False: "iterations"}
 def training_state(
     runner: Runner, save_optimizer: bool, save_param_scheduler: bool, meta: Mapping[str, Any] | None
 ) -> dict[str, Any]:
-    """A checkpoint of the training; all processes must call this.
+    """Make a checkpoint of the run; all processes must call this.
 
     Args:
-        runner: in the middle of a training.
-        save_optimizer: whether with the optimizer's state, and all else that resuming takes.
-        save_param_scheduler: whether with the schedulers' states.
-        meta: entries of ``meta``, over those that are made here.
+        runner: a runner that trains.
+        save_optimizer: include the optimizer's state and everything else that resuming needs.
+        save_param_scheduler: include the schedulers' states.
+        meta: entries of ``meta``; they override those made here.
     """
     loop = runner.train_loop
     assert loop is not None
@@ -50,8 +50,8 @@ def training_state(
     weights = bare_state_dict(runner.model)
     for name, part in runner.message_hub.unsaved().items():
         runner.warn_once(
-            f"The information {name!r} of the message hub is not saved, a resumed training is without it: {part} is "
-            "neither a tensor nor a plain value"
+            f"The information {name!r} of the message hub is not saved, so a resumed run lacks it: {part} is neither "
+            "a tensor nor a plain value"
         )
     checkpoint: dict[str, Any] = {
         "meta": {
@@ -86,7 +86,7 @@ def training_state(
 
 
 def check_weights(runner: Runner, filename: str | Path, checkpoint: dict[str, Any], strict: bool) -> None:
-    """Raise CheckpointError unless the weights fit the model; ``module.`` is taken off their names."""
+    """Raise CheckpointError unless the weights fit the model; ``module.`` is removed from their names."""
     weights = checkpoint["state_dict"]
     if not isinstance(weights, Mapping) or not any(isinstance(value, Tensor) for value in weights.values()):
         raise CheckpointError(f"{filename} has no weights: no tensors in its 'state_dict', or in all of it")
@@ -96,20 +96,20 @@ def check_weights(runner: Runner, filename: str | Path, checkpoint: dict[str, An
     checkpoint["state_dict"] = taken
     differences = check_fit(taken, runner.bare_model)
     if differences and (strict or not any(name in own for name in _loadable(runner.bare_model, taken))):
-        raise CheckpointError(f"{filename} is not that of the model: {'; '.join(differences)}")
+        raise CheckpointError(f"{filename} does not fit the model: {'; '.join(differences)}")
     if differences:
-        runner.logger.warning(f"{filename} is not that of the model: {'; '.join(differences)}")
+        runner.logger.warning(f"{filename} does not fit the model: {'; '.join(differences)}")
 
 
 def load_weights(runner: Runner, checkpoint: Mapping[str, Any]) -> None:
-    """Load the weights, but for those whose shape does not fit the model."""
+    """Load the weights, except those whose shape does not fit the model."""
     model = runner.bare_model
     weights = fitted_state_dict(_loadable(model, checkpoint["state_dict"]), model.state_dict())
     model.load_state_dict(weights, strict=False)
 
 
 def check_training(runner: Runner, filename: str | Path, checkpoint: dict[str, Any]) -> None:
-    """Raise CheckpointError unless the checkpoint is one of a training like this, and has what resuming takes."""
+    """Raise CheckpointError unless the checkpoint fits this run and has everything that resuming needs."""
     loop = runner.train_loop
     assert loop is not None
     kinds: dict[str, Any] = dict.fromkeys(("meta", "state_dict", "message_hub", "optimizer", "accumulation"), Mapping)
@@ -121,31 +121,31 @@ def check_training(runner: Runner, filename: str | Path, checkpoint: dict[str, A
         missing += [f"meta[{key!r}]" for key in _META_KEYS if key not in checkpoint["meta"]]
     if missing:
         raise CheckpointError(
-            f"{filename} cannot be resumed from: it lacks {', '.join(missing)}. load_from without resume takes the "
-            "weights alone"
+            f"{filename} cannot be resumed from: it lacks {', '.join(missing)}. load_from without resume loads "
+            "only the weights"
         )
     meta = checkpoint["meta"]
     if meta["by_epoch"] != loop.by_epoch:
         raise CheckpointError(
-            f"{filename} is of a training by {_UNITS[meta['by_epoch']]}, this one is by {_UNITS[loop.by_epoch]}"
+            f"{filename} is from training by {_UNITS[meta['by_epoch']]}, but this run is by {_UNITS[loop.by_epoch]}"
         )
     names = _wrappers(runner).keys()
     if set(checkpoint["accumulation"]) != set(names):
         found, expected = (", ".join(filter(None, each)) or "one" for each in (checkpoint["accumulation"], names))
-        raise CheckpointError(f"{filename} is of other optimizers: {found} instead of {expected}")
+        raise CheckpointError(f"{filename} is from other optimizers: {found} instead of {expected}")
     if meta["optimizers"] != (own := _optimizer_names(runner)):
-        raise CheckpointError(f"{filename} is of other optimizers: {meta['optimizers']} instead of {own}")
+        raise CheckpointError(f"{filename} is from other optimizers: {meta['optimizers']} instead of {own}")
     _check_kinds(filename, checkpoint)
     check_weights(runner, filename, checkpoint, strict=True)
     if meta["epoch_length"] != len(loop.dataloader):
         runner.logger.warning(
-            f"{filename} is of a training with {meta['epoch_length']} batches in an epoch, this one has "
-            f"{len(loop.dataloader)}: it goes on with other data"
+            f"{filename} is from a run with {meta['epoch_length']} batches in an epoch, but this run has "
+            f"{len(loop.dataloader)}: it continues with other data"
         )
 
 
 def _check_kinds(filename: str | Path, checkpoint: Mapping[str, Any]) -> None:
-    """Raise CheckpointError where what is put into place at the very end is not of the right kind."""
+    """Raise CheckpointError if an entry that is loaded last has the wrong type."""
     wanted: dict[str, tuple[Any, dict[str, Any]]] = {
         "meta['position']": (checkpoint["meta"]["position"], {"passes": int, "batches": int}),
         "accumulation": (checkpoint["accumulation"], dict.fromkeys(checkpoint["accumulation"], int)),
@@ -162,18 +162,18 @@ def _check_kinds(filename: str | Path, checkpoint: Mapping[str, Any]) -> None:
 
 
 def load_training(runner: Runner, filename: str | Path, checkpoint: dict[str, Any]) -> None:
-    """Take up a training from a checkpoint that :func:`check_training` let pass.
+    """Resume from a checkpoint that has passed :func:`check_training`.
 
     Raises:
-        CheckpointError: a part of it cannot be loaded. Nothing has been loaded then, but by the hooks that come before
-            one that refuses.
+        CheckpointError: a part of it cannot be loaded. Nothing has been loaded then, except by hooks that act before
+            one that fails.
     """
     loop, wrapper = runner.train_loop, runner.optim_wrapper
     assert loop is not None
     assert wrapper is not None
     before = _settings_before(checkpoint["meta"])
     edits = None if before is None else differing(before, runner.settings)
-    # Without an edit the schedulers' states do, if the file has them.
+    # Without edits the schedulers' states are loaded, if the file has them.
     overrides = runner.resume_overrides and (edits is None or bool(edits) or "param_schedulers" not in checkpoint)
     if overrides:
         check_replay(runner, filename)
@@ -192,23 +192,23 @@ def load_training(runner: Runner, filename: str | Path, checkpoint: dict[str, An
         runner.call_hook("after_load_checkpoint", checkpoint=checkpoint)
     _tell_edits(runner, filename, edits or {}, overrides)
     runner.settings_in_effect = runner.settings if overrides or before is None else before
-    if "ema_state_dict" in checkpoint:  # EMAHook would have taken it out
+    if "ema_state_dict" in checkpoint:  # an EMAHook would have removed it
         runner.logger.warning(
-            f"{filename} has the averaged weights of an EMAHook: without one the training goes on from these, and not "
-            "from the model's own"
+            f"{filename} has the averaged weights of an EMAHook: without one the run continues from these, not from "
+            "the model's own"
         )
     load_weights(runner, checkpoint)
     meta, processes = checkpoint["meta"], checkpoint["processes"]
     mine = processes[runner.rank] if len(processes) == runner.world_size else None
     for name, each in _wrappers(runner).items():
-        # Without a state of this process there are no gradients of an accumulation that is not complete.
+        # Without this process's state, the gradients of an incomplete accumulation are missing.
         each.resume_inner_count(checkpoint["accumulation"][name], restart_accumulation=mine is None)
     place = loop.progress()
     loop.resume({**meta, **as_before({key: meta[key] for key in place if key in meta}, place)}, mine)
     if mine is None:
         runner.logger.warning(
             f"{filename} was written by {len(processes)} processes and is resumed by {runner.world_size}: the data are "
-            "shared out differently, and the training is not the one it would have been"
+            "divided differently, so the result differs from that of an uninterrupted run"
         )
     else:
         model = runner.bare_model
@@ -230,7 +230,7 @@ def load_training(runner: Runner, filename: str | Path, checkpoint: dict[str, An
 
 
 def _settings_before(meta: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    """The settings that a checkpoint was written with; None where that is not known."""
+    """The settings with which a checkpoint was written; None if unknown."""
     noted = meta.get("settings")
     return noted if isinstance(noted, Mapping) else settings_of_text(meta.get("cfg"), meta)
 
@@ -240,16 +240,16 @@ def _tell_edits(runner: Runner, filename: str | Path, edits: Mapping[str, tuple[
         return
     listed = "; ".join(f"{key} was {old!r} and is {new!r}" for key, (old, new) in edits.items())
     if overrides:
-        runner.logger.info(f"resume_overrides: the settings of the config count, not those of {filename}: {listed}")
+        runner.logger.info(f"resume_overrides: the settings of the config apply, not those of {filename}: {listed}")
     else:
         runner.logger.warning(
-            f"The config was edited since {filename} was written, without effect, as the training goes on with the "
-            f"settings of the file: {listed}. With resume_overrides=True (--resume-overrides) those of the config count"
+            f"The config was edited since {filename} was written, without effect: the run continues with the settings "
+            f"of the file: {listed}. With resume_overrides=True (--resume-overrides) those of the config apply"
         )
 
 
 def _without_scalers(state: Mapping[str, Any]) -> dict[str, Any]:
-    """A wrapper's state, or the states of several, without that of the loss scaler."""
+    """The state of a wrapper, or of several, without the loss scaler's."""
     if "param_groups" in state:
         return {key: value for key, value in state.items() if key != "loss_scaler"}
     return {name: _without_scalers(each) for name, each in state.items()}
@@ -257,7 +257,7 @@ def _without_scalers(state: Mapping[str, Any]) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _restored_on_error(runner: Runner, filename: str | Path) -> Iterator[None]:
-    """Undo what was loaded into the optimizer, the schedulers and the message hub when something cannot be."""
+    """On an error, restore the states of the optimizer, the schedulers and the message hub."""
     assert runner.optim_wrapper is not None
     hub, wrapper = runner.message_hub.state_dict(), runner.optim_wrapper.state_dict()
     schedulers = _scheduler_states(runner.param_schedulers or [])
@@ -271,19 +271,19 @@ def _restored_on_error(runner: Runner, filename: str | Path) -> Iterator[None]:
 
 
 def _wrappers(runner: Runner) -> dict[str, OptimWrapper]:
-    """The optimizer wrappers by name; one alone is called ``''``."""
+    """The optimizer wrappers by name; a single one has the name ``''``."""
     wrapper = runner.optim_wrapper
     assert wrapper is not None
     return dict(wrapper.items()) if isinstance(wrapper, OptimWrapperDict) else {"": wrapper}
 
 
 def _gradients(model: nn.Module) -> dict[str, Tensor]:
-    """Gradients that are there between two iterations: those of an accumulation that is not complete."""
+    """The gradients between two iterations: those of an incomplete accumulation."""
     return {name: param.grad for name, param in named_parameters(model) if param.grad is not None}
 
 
 def _buffers(model: nn.Module) -> dict[str, Any]:
-    """What is in the model's state beside its parameters, where it differs between processes."""
+    """The model's state besides its parameters, if there are several processes, between which it may differ."""
     if distributed.world_size() == 1:
         return {}
     params = {name for name, _ in named_parameters(model, remove_duplicate=False)}
@@ -291,7 +291,7 @@ def _buffers(model: nn.Module) -> dict[str, Any]:
 
 
 def _with_versions(state_dict: Mapping[str, Any], source: Mapping[str, Any]) -> OrderedDict[str, Any]:
-    """``state_dict`` with what torch notes beside that of ``source``: the versions of its modules."""
+    """``state_dict`` with the versions of modules that torch attaches to ``source``."""
     noted: Any = OrderedDict(state_dict)
     if hasattr(source, "_metadata"):
         noted._metadata = copy(source._metadata)
@@ -299,7 +299,7 @@ def _with_versions(state_dict: Mapping[str, Any], source: Mapping[str, Any]) -> 
 
 
 def _loadable(model: nn.Module, state_dict: Mapping[str, Any]) -> OrderedDict[str, Any]:
-    """What of ``state_dict`` can be handed to the model, which may know old names of its own."""
+    """The entries of ``state_dict`` to pass to the model, which may accept old names too."""
     own = bare_state_dict(model)
     fitting = {
         name: as_before(value, own.get(name))
@@ -310,10 +310,10 @@ def _loadable(model: nn.Module, state_dict: Mapping[str, Any]) -> OrderedDict[st
 
 
 def _optimizer_names(runner: Runner) -> dict[str, str]:
-    """The class of each optimizer, by the name of its wrapper; the fused twin of a class counts as that class."""
+    """The class name of each optimizer, without ``Fused``, by the name of its wrapper."""
     names = {}
     for name, wrapper in _wrappers(runner).items():
-        optimizer = getattr(wrapper.optimizer, "optim", wrapper.optimizer)  # that of a ZeroRedundancyOptimizer
+        optimizer = getattr(wrapper.optimizer, "optim", wrapper.optimizer)  # inside a ZeroRedundancyOptimizer
         names[name] = type(optimizer).__name__.removeprefix("Fused")
     return names
 
@@ -326,13 +326,13 @@ def _scheduler_states(param_schedulers: Any) -> Any:
 
 
 def _load_schedulers(param_schedulers: Any, states: Any) -> None:
-    """Load what :func:`_scheduler_states` returned.
+    """Load states from :func:`_scheduler_states`.
 
     Raises:
-        ValueError: there are other schedulers than those that were saved.
+        ValueError: the schedulers differ from those that were saved.
     """
     if isinstance(param_schedulers, Mapping) != isinstance(states, Mapping):
-        raise ValueError("the schedulers of one optimizer and those of several do not mix")
+        raise ValueError("schedulers of one optimizer and schedulers of several do not fit")
     if isinstance(param_schedulers, Mapping):
         if set(param_schedulers) != set(states):
             raise ValueError(f"it has schedulers for {sorted(states)} instead of {sorted(param_schedulers)}")
@@ -342,7 +342,7 @@ def _load_schedulers(param_schedulers: Any, states: Any) -> None:
     if len(param_schedulers) != len(states):
         raise ValueError(
             f"it has {len(states)} schedulers instead of {len(param_schedulers)}; with resume_overrides=True those of "
-            "the config count"
+            "the config apply"
         )
     for scheduler, state in zip(param_schedulers, states, strict=True):
         scheduler.load_state_dict(as_before(state, scheduler.state_dict()))

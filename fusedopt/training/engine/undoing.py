@@ -1,4 +1,4 @@
-"""A Runner that cannot be made leaves what it was given, and the process, as they were."""
+"""A Runner whose construction fails leaves its arguments and the process as they were."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
 def leaves_no_trace_on_error(init: _Function) -> _Function:
-    """A constructor whose arguments, and the settings of the process, are put back when it fails.
+    """A constructor that restores its arguments and the settings of the process if it fails.
 
-    These are the objects in the arguments, in lists and dicts too; the states of the random generators; and which of
-    torch's algorithms are used. A process group that was made stays.
+    It restores the objects in the arguments, also in lists and dicts; the states of the random generators; and torch's
+    choice of algorithms. A process group that was created stays.
     """
     signature = inspect.signature(init)
 
@@ -32,7 +32,7 @@ def leaves_no_trace_on_error(init: _Function) -> _Function:
     def construct(*args: Any, **kwargs: Any) -> None:
         try:
             given = signature.bind(*args, **kwargs).arguments
-        except TypeError:  # the constructor has the better message
+        except TypeError:  # the constructor's own message is better
             given = {}
         objects = [each for name in given if name not in ("self", "cfg") for each in _objects(given[name])]
         with _settings_unchanged_on_error(), unchanged_on_error(*objects):
@@ -42,7 +42,7 @@ def leaves_no_trace_on_error(init: _Function) -> _Function:
 
 
 def _objects(value: Any) -> list[Any]:
-    """The objects in an argument that have a state of their own."""
+    """The objects in an argument that have state."""
     if isinstance(value, Mapping):
         return [each for item in value.values() for each in _objects(item)]
     if isinstance(value, (list, tuple)):

@@ -1,4 +1,4 @@
-"""What a config names, checked before anything is built, so that an error says under which key it stands."""
+"""Checks the names in a config before anything is built, so that errors name the key."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ from ..registry import (
 
 __all__ = ["check_names"]
 
-#: The sections of a config that name something, a star being any key or index; and what else may stand in a section
-#: than the arguments of what it names: None for anything.
+#: The sections of a config that have a ``type`` (a star stands for any key or index): the registry, and the keys that a
+#: section may have besides the arguments of its ``type``; None for any.
 _SECTIONS: dict[str, tuple[Registry, set[str] | None]] = {
     "model": (MODELS, set()),
     "optim_wrapper": (OPTIM_WRAPPERS, None),
@@ -57,20 +57,20 @@ _SECTIONS: dict[str, tuple[Registry, set[str] | None]] = {
 
 
 def check_names(config: Mapping[str, Any], *keys: str) -> None:
-    """Check the ``type`` of each section of a config, and that what it names takes the section's other keys.
+    """Check the ``type`` of each section of a config, and that it accepts the section's other keys.
 
     Args:
-        config: as :meth:`fusedopt.training.engine.Runner.from_cfg` takes it.
+        config: a config for :meth:`fusedopt.training.engine.Runner.from_cfg`.
         keys: top-level keys to check; all by default.
 
     Raises:
-        ConfigError: something is not registered, or takes no such argument; the message names the file and the key.
+        ConfigError: an unknown ``type`` or argument; the message names the file and the key.
     """
     for pattern, (registry, extra) in _SECTIONS.items():
         path = pattern.split(".")
         for key, section in _sections(config, path) if not keys or path[0] in keys else ():
             if pattern == "optim_wrapper.*" and not (isinstance(section, Mapping) and "optimizer" in section):
-                continue  # no entry of several: the optimizer, or a setting that has a type, such as clip_grad
+                continue  # not an optimizer's entry: the optimizer itself, or a setting with a type, such as clip_grad
             if registry is OPTIM_WRAPPER_CONSTRUCTORS and isinstance(section, str):
                 with naming(config, key):
                     registry.resolve(section)

@@ -1,4 +1,4 @@
-"""Visualizer: where scalars and images of a training go."""
+"""Visualizer: saves the scalars and images of a run."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ __all__ = ["BaseVisBackend", "LocalVisBackend", "TensorboardVisBackend", "Visual
 
 
 class BaseVisBackend(abc.ABC):
-    """A place for scalars and images.
+    """Base of the backends, which save scalars and images.
 
     Args:
         save_dir: the folder.
@@ -38,15 +38,15 @@ class BaseVisBackend(abc.ABC):
         """Save an image, a uint8 array of height x width x 3."""
 
     def close(self) -> None:  # noqa: B027
-        """Write what is held back, and release it; more may follow."""
+        """Write pending data and release resources; more may follow."""
 
 
 @VISBACKENDS.register_module()
 class LocalVisBackend(BaseVisBackend):
     """Scalars as lines of JSON in ``scalars.json``, images as PNG files in ``vis_image``.
 
-    A resumed training appends to the scalars: of two lines of one step and of the same names the later one counts.
-    JSON has no infinity: a number that is not finite is ``null``.
+    A resumed run appends to the scalars: of two lines with the same step and names, the later one is valid.
+    A number that is not finite is written as ``null``.
     """
 
     def add_scalars(self, scalars: Mapping[str, float], step: int) -> None:
@@ -86,7 +86,7 @@ class TensorboardVisBackend(BaseVisBackend):
         return self._open_writer
 
     def add_scalars(self, scalars: Mapping[str, float], step: int) -> None:
-        """Write each as a scalar of its own."""
+        """Write each one as its own scalar."""
         for name, value in scalars.items():
             self._writer.add_scalar(name, value, step)
 
@@ -95,7 +95,7 @@ class TensorboardVisBackend(BaseVisBackend):
         self._writer.add_image(name, image, step, dataformats="HWC")
 
     def close(self) -> None:
-        """Write what is held back."""
+        """Write pending data."""
         if self._open_writer is not None:
             self._open_writer.close()
             self._open_writer = None
@@ -108,12 +108,12 @@ class Visualizer:
     Only the main process saves.
 
     Args:
-        vis_backends: configs or objects; a :class:`LocalVisBackend` by default.
+        vis_backends: backends or their configs; a :class:`LocalVisBackend` by default.
         save_dir: the folder for backends without one.
-        name: MMEngine's, without effect.
+        name: accepted for MMEngine's sake, without effect.
 
     Attributes:
-        dataset_meta: information on the data set, such as the names of its ``classes``; used where it is drawn.
+        dataset_meta: information about the data set, such as the names of its ``classes``, for drawing.
     """
 
     def __init__(
@@ -147,9 +147,9 @@ class Visualizer:
         """Save an image.
 
         Args:
-            name: of the image.
-            image: height x width, or that x 1 or 3, or the tensor with the channels first; uint8, or floats that are
-                scaled so that the lowest is black and the highest white.
+            name: name of the image.
+            image: an array or tensor of height x width, optionally with 1 or 3 channels, last or first; uint8, or
+                floats, which are scaled so that the lowest is black and the highest white.
             step: number of the iteration.
         """
         pixels = _as_pixels(image).numpy()
@@ -167,20 +167,19 @@ class Visualizer:
         wait_time: float = 0,
         step: int = 0,
     ) -> None:
-        """Draw an image with what is known and predicted of it, and save it.
+        """Draw an image with its labels and predictions, and save it.
 
-        Numbers and strings of ``data_sample`` stand above the image as text, with the name of the class for
-        ``*_label`` where ``dataset_meta`` has it; maps of classes, tensors of integers of the size of the image, are
-        drawn beside it.
+        Numbers and strings of ``data_sample`` are written above the image, with the class name for ``*_label`` if
+        ``dataset_meta`` has it; class maps, integer tensors of the size of the image, are drawn beside it.
 
         Args:
-            name: of the image.
-            image: as :meth:`add_image` takes it.
+            name: name of the image.
+            image: see :meth:`add_image`.
             data_sample: a dict, or an object with attributes.
-            draw_gt: whether with what begins with ``gt_``.
-            draw_pred: whether with the rest.
+            draw_gt: whether to draw the entries that begin with ``gt_``.
+            draw_pred: whether to draw the other entries.
             show: must be False: there is no window.
-            wait_time: MMEngine's, without effect.
+            wait_time: accepted for MMEngine's sake, without effect.
             step: number of the iteration.
 
         Raises:
@@ -218,13 +217,13 @@ class Visualizer:
         return f"{number:.4g}" if isinstance(number, float) else str(number)
 
     def close(self) -> None:
-        """Write what is held back; more may follow."""
+        """Write pending data; more may follow."""
         for backend in self._backends:
             backend.close()
 
 
 def _fields(data_sample: Any) -> dict[str, Any]:
-    """What a data sample knows, by name: a dict's entries, an object's public attributes, or the prediction alone."""
+    """The fields of a data sample: a dict's entries, an object's public attributes, or the prediction alone."""
     if data_sample is None:
         return {}
     if isinstance(data_sample, Mapping):
@@ -241,7 +240,7 @@ def _is_text(value: Any) -> bool:
 
 
 def _class_map(value: Any, size: tuple[int, ...]) -> Tensor | None:
-    """``value``, or its ``data``, as a map of classes of that size, or None."""
+    """``value``, or its ``data``, as a class map of that size, or None."""
     value = value if isinstance(value, Tensor) else getattr(value, "data", None)
     if not isinstance(value, Tensor) or value.is_floating_point() or value.is_complex():
         return None
@@ -258,7 +257,7 @@ def _as_pixels(image: Any) -> Tensor:
         pixels = pixels.permute(1, 2, 0)
     if pixels.dim() != 3 or pixels.shape[-1] not in (1, 3):
         shape = tuple(torch.as_tensor(image).shape)
-        raise ValueError(f"an image has height x width, or 1 or 3 channels beside these, got shape {shape}")
+        raise ValueError(f"an image has height x width, optionally with 1 or 3 channels, got shape {shape}")
     if pixels.is_floating_point():
         low, high = pixels.min(), pixels.max()
         pixels = (pixels - low).div((high - low).clamp(min=1e-12)).mul(255).round()

@@ -1,6 +1,6 @@
-"""Registries: what the ``type`` of a config may name, and how such a config becomes an object.
+"""Registries: the names that a config's ``type`` may have, and building objects from configs.
 
-:mod:`fusedopt.training` says which modules fill them.
+:mod:`fusedopt.training` lists the modules that fill them.
 """
 
 from .building import accepted_arguments, build_optimizer, build_scheduler, check_config

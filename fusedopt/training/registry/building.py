@@ -1,4 +1,4 @@
-"""How a config becomes an object: its ``type`` is called with its other items."""
+"""Builds an object from a config: calls its ``type`` with its other items."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = ["accepted_arguments", "build_from_cfg", "build_optimizer", "build_sch
 
 
 def check_config(name: str, cfg: Any) -> None:
-    """Raise TypeError unless ``cfg`` is a dict; one that a trailing comma turned into a tuple is told apart."""
+    """Raise TypeError unless ``cfg`` is a dict; the message points out a trailing comma that made it a tuple."""
     if isinstance(cfg, Mapping):
         return
     if isinstance(cfg, tuple) and len(cfg) == 1 and isinstance(cfg[0], Mapping):
@@ -29,9 +29,9 @@ def check_config(name: str, cfg: Any) -> None:
 
 
 def accepted_arguments(target: Callable[..., Any]) -> set[str] | None:
-    """Names of the keyword arguments ``target`` takes, or None when it takes any.
+    """Names of the keyword arguments that ``target`` takes, or None if it takes any.
 
-    The ``**kwargs`` of a constructor are taken to go to the constructor of the base class.
+    A constructor's ``**kwargs`` are assumed to be passed on to the base class's constructor.
     """
     if isinstance(target, type) and "__signature__" not in vars(target):
         functions = [vars(cls)["__init__"] for cls in target.__mro__ if "__init__" in vars(cls)]
@@ -57,7 +57,7 @@ def build_from_cfg(
     factory: str | None = None,
     **kwargs: Any,
 ) -> Any:
-    """Build what ``cfg`` describes: with its class, or with the method of the class that ``factory`` names."""
+    """Build what ``cfg`` describes with its ``type``, or with the method of it that ``factory`` names."""
     check_config(f"{registry.name} config", cfg)
     if default_args is not None:
         check_config("default_args", default_args)
@@ -72,7 +72,7 @@ def build_from_cfg(
             accepted = accepted_arguments(target)
             unknown = [key for key in settings if accepted is not None and key not in accepted]
             hint = f"; {did_you_mean(unknown[0], accepted)}" if unknown and accepted else ""
-            if any(clause in str(error) for clause in ("did you mean", "expected one of")):  # it has one of its own
+            if any(clause in str(error) for clause in ("did you mean", "expected one of")):  # it has its own hint
                 hint = ""
             raise TypeError(f"{dotted_name(target)}: {error}{hint}") from error
 
@@ -87,7 +87,7 @@ def build_optimizer(cfg: Mapping[str, Any], *args: Any, registry: Registry, **kw
 
 
 def _check_takes_params(target: Callable[..., Any], cfg: Mapping[str, Any]) -> None:
-    """Raise TypeError unless the first argument is there to take the parameters, by whatever name."""
+    """Raise TypeError unless the first argument, whatever its name, can take the parameters."""
     try:
         signature = inspect.signature(target)
     except (TypeError, ValueError):  # written in C, without a signature
@@ -114,7 +114,7 @@ def build_scheduler(
     epoch_length: int | None = None,
     **kwargs: Any,
 ) -> Any:
-    """Build a scheduler; where ``cfg`` has ``convert_to_iter_based``, one that counts iterations, from epochs."""
+    """Build a scheduler; with ``convert_to_iter_based`` in ``cfg``, convert its epochs to iterations."""
     check_config(f"{registry.name} config", cfg)
     settings = {**(default_args or {}), **cfg}
     epoch_length = settings.pop("epoch_length", epoch_length)

@@ -1,4 +1,4 @@
-"""Import paths: the object at one, and the one of an object."""
+"""Import paths: from a path to its object and back."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ __all__ = ["dotted_name", "import_dotted", "import_registry_of"]
 
 
 def import_dotted(path: str) -> Any:
-    """The object at an import path such as ``torch.optim.AdamW``, or None when there is none."""
+    """The object at an import path such as ``torch.optim.AdamW``, or None if there is none."""
     parts = path.split(".")
     if len(parts) < 2 or not all(part.isidentifier() for part in parts):
         return None
@@ -29,7 +29,7 @@ def import_dotted(path: str) -> Any:
 
 
 def import_registry_of(scope: str) -> None:
-    """Import ``scope.registry``, which adds a package's registries to the tree, where there is such a module."""
+    """Import ``scope.registry``, which adds a package's registries to the tree, if that module exists."""
     name = f"{scope}.registry"
     if not scope.isidentifier():
         return

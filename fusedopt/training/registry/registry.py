@@ -1,4 +1,4 @@
-"""Registry: what the ``type`` of a config may name."""
+"""Registry: classes and functions that a config's ``type`` can name."""
 
 from __future__ import annotations
 
@@ -15,28 +15,28 @@ from .paths import dotted_name, import_dotted, import_registry_of
 
 __all__ = ["Registry"]
 
-#: The scope that a config's ``_scope_`` asked for, while it and what it holds are built.
+#: The scope set by a config's ``_scope_``, while it and its nested configs are built.
 _default_scope: ContextVar[str | None] = ContextVar("default_scope", default=None)
 
 
 class Registry:
     """A table of classes and functions by name, from which configs are built; as ``mmengine.Registry``.
 
-    Registries of one kind form a tree: a package with a registry of its own makes it a child of ours. A name is looked
-    for here, then in the parents; ``scope.Name`` in the registry of that scope; and an import path such as
-    ``torch.optim.AdamW`` at last. A registry imports its ``locations`` before it passes a name on.
+    Registries of one kind form a tree: a package makes its own registry a child of ours. A name is searched here, then
+    in the parents; ``scope.Name`` in the registry of that scope; finally, an import path such as
+    ``torch.optim.AdamW`` is imported. A registry imports its ``locations`` before the search goes on elsewhere.
 
     Args:
-        name: what it holds, as messages call it, such as ``'optimizer'``.
+        name: what it holds, for messages, such as ``'optimizer'``.
         build_func: called as ``build_func(cfg, *args, registry=self, **kwargs)`` by :meth:`build`; by default the
             parent's, else the one that :meth:`build` describes.
-        parent: the registry that is asked for what is not here.
-        scope: name by which the other registries of the tree know this one; by default the package in which it is made.
-        locations: modules to import when a name is not here yet, so that what they register is found.
+        parent: the registry to search for names that are not here.
+        scope: name of this registry in the tree; by default the package that creates it.
+        locations: modules to import when a name is not found here, so that they can register it.
 
     Raises:
-        TypeError: an argument is of the wrong kind.
-        ValueError: ``parent`` has a child of that scope.
+        TypeError: an argument has the wrong type.
+        ValueError: ``parent`` already has a child of that scope.
     """
 
     def __init__(
@@ -72,7 +72,7 @@ class Registry:
 
     @property
     def module_dict(self) -> dict[str, Callable[..., Any]]:
-        """What is registered here, by name; without what :meth:`register_lazily` names."""
+        """The registered objects by name, without those of :meth:`register_lazily`."""
         return self._modules
 
     @property
@@ -87,8 +87,8 @@ class Registry:
 
         Args:
             name: name or names to register under; by default the object's own.
-            force: replace what is registered under a name.
-            module: the object, when this is not used as a decorator.
+            force: replace an object that is registered under a name.
+            module: the object, if this is not used as a decorator.
 
         Returns:
             ``module``, or the decorator.
@@ -123,7 +123,7 @@ class Registry:
         return register if module is None else register(module)
 
     def _is_reloaded(self, key: str, target: Callable[..., Any]) -> bool:
-        """Whether a module of this package that is reloaded registers again what it has registered as ``key``."""
+        """Whether a reloaded module of this package registers again what it had registered as ``key``."""
         known, own = self._modules.get(key), __name__.partition(".")[0]
         if known is target:
             return self.scope == own
@@ -131,19 +131,19 @@ class Registry:
         return ours and known is not None and dotted_name(known) == dotted_name(target)
 
     def add_locations(self, *modules: str) -> None:
-        """Import ``modules`` too before a name is passed on; for who makes a registry that others fill."""
+        """Add modules that are imported before a name is searched elsewhere; for registries that other modules fill."""
         self._locations.extend(modules)
 
     def register_lazily(self, name: str, path: str) -> None:
-        """Register what is at an import path, to be imported when it is first asked for by ``name``."""
+        """Register the object at an import path, which is imported when ``name`` is first looked up."""
         self._lazy[name] = path
 
     def get(self, key: str) -> Any:
-        """What ``key`` stands for, or None.
+        """The object for ``key``, or None.
 
         Args:
-            key: a name, registered here or in a parent; ``scope.Name``; or an import path. For a scope that is not
-                known, the module ``scope.registry`` is imported first, where there is one.
+            key: a name, registered here or in a parent; ``scope.Name``; or an import path. For an unknown scope, the
+                module ``scope.registry`` is imported first, if it exists.
 
         Raises:
             TypeError: ``key`` is not a string.
@@ -157,7 +157,7 @@ class Registry:
         return import_dotted(key) if found is None else found
 
     def _find(self, key: str) -> Any:
-        """What is registered as ``key`` in this tree, or None."""
+        """The object registered as ``key`` in this tree, or None."""
         found = self._find_here(key)
         if found is not None:
             return found
@@ -181,7 +181,7 @@ class Registry:
         return next((registry for registry in found if registry is not None), None)
 
     def _find_here(self, key: str) -> Any:
-        """What is registered as ``key`` in this registry alone, or None."""
+        """The object registered as ``key`` in this registry alone, or None."""
         if key not in self._modules:
             self._import_locations()
         if key not in self._modules and key in self._lazy:
@@ -189,7 +189,7 @@ class Registry:
         return self._modules.get(key)
 
     def _import_locations(self) -> None:
-        # Emptied first: what is imported may look something up here.
+        # Emptied first: the imported modules may look up names here.
         locations, self._locations = self._locations, []
         try:
             for location in locations:
@@ -200,11 +200,11 @@ class Registry:
 
     @contextlib.contextmanager
     def switch_scope_and_registry(self, scope: str | None) -> Iterator[Registry]:
-        """Make ``scope`` the default one, for builds within builds too, and give the registry of that scope.
+        """Make ``scope`` the default scope, also for nested builds, and yield its registry.
 
         Args:
-            scope: None leaves the default scope as it is. One that no registry of the tree has is a warning, and this
-                registry serves.
+            scope: None keeps the default scope. If no registry of the tree has the scope, this one is used, with a
+                warning.
         """
         token = _default_scope.set(_default_scope.get() if scope is None else scope)
         try:
@@ -214,7 +214,7 @@ class Registry:
                 import_registry_of(current)
                 registry = self._search(current)
             if registry is None and scope is not None:
-                warn_caller(f"no {self.name} registry has the scope {scope!r}; {self.scope!r} serves")
+                warn_caller(f"no {self.name} registry has the scope {scope!r}; {self.scope!r} is used")
             yield self if registry is None else registry
         finally:
             _default_scope.reset(token)
@@ -223,17 +223,17 @@ class Registry:
         """The class or function that the ``type`` of a config stands for.
 
         Args:
-            kind: what :meth:`get` takes, or the class or function itself.
+            kind: a key for :meth:`get`, or the class or function itself.
 
         Raises:
-            KeyError: nothing goes by that name; the message gives the closest registered one.
-            TypeError: it is, or leads to, something that cannot be called.
+            KeyError: an unknown name; the message gives the closest registered one.
+            TypeError: it is not, or does not lead to, a callable.
         """
         target = self.get(kind) if isinstance(kind, str) else kind
         if target is None:
             known = self._names()
             hint = did_you_mean(str(kind), known) if known else "nothing is registered"
-            raise KeyError(f"{kind!r} is not in the {self.name} registry and is no import path; {hint}")
+            raise KeyError(f"{kind!r} is not in the {self.name} registry and cannot be imported; {hint}")
         if not callable(target):
             raise TypeError(f"type of {self.name} must be a registered name, an import path or a class, got {kind!r}")
         return target
@@ -242,13 +242,14 @@ class Registry:
         return set(self) | (set() if self.parent is None else self.parent._names())
 
     def build(self, cfg: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
-        """Make the object a config describes; the config is not changed.
+        """Build the object that a config describes; the config is not changed.
 
         Args:
-            cfg: ``type`` (see :meth:`resolve`), the keyword arguments, and maybe ``_scope_``, the scope to build in.
+            cfg: ``type`` (see :meth:`resolve`), the keyword arguments and, optionally, ``_scope_``, the scope to build
+                in.
             args: positional arguments.
-            kwargs: keyword arguments for which ``cfg`` has no value of its own. MMEngine's way of writing them is
-                known too: ``default_args``, a dict, which may also hold the ``type``.
+            kwargs: defaults of keyword arguments; ``cfg`` takes precedence. As in MMEngine, they may also be given as
+                ``default_args``, a dict, which may hold the ``type`` too.
 
         Raises:
             KeyError: ``type`` is missing or unknown.

@@ -1,4 +1,4 @@
-"""What all schedulers share: which value they move, when, and how it is written back."""
+"""Base of the schedulers: the value that they change, when, and how it is written back."""
 
 from __future__ import annotations
 
@@ -24,44 +24,44 @@ __all__ = [
     "refuse_new_groups",
 ]
 
-#: ``end`` of a scheduler that goes on for ever; MMEngine's.
+#: ``end`` of a scheduler without an end, as in MMEngine.
 INF = int(1e9)
 
 
 class _ParamScheduler:
     """Base of the schedulers, as ``mmengine.optim._ParamScheduler``.
 
-    A scheduler moves one entry of every parameter group, by a recursive rule on its current value: so schedulers whose
-    spans overlap multiply, in the order in which they step. It is active on the steps ``begin <= step < end``, where
-    step 0 is the one made at construction; before and after it leaves the value as it is. A wrapper's
-    ``base_param_settings`` moves too. A subclass defines :meth:`_next`, or :meth:`_get_value` for all groups at once.
+    A scheduler changes one entry of every parameter group, by a recursive rule on its current value, so that schedulers
+    with overlapping spans multiply, in the order in which they step. It is active in steps ``begin <= step < end``,
+    where step 0 is made at construction; outside this span it leaves the value as it is. It also changes a wrapper's
+    ``base_param_settings``. A subclass defines :meth:`_next`, or :meth:`_get_value` for all groups at once.
 
     Args:
         optimizer: an optimizer, or a wrapper of one.
-        param_name: key of the parameter groups to move, such as ``'lr'``, ``'momentum'`` or ``'weight_decay'``. A value
-            that is a tensor is updated in place.
+        param_name: key of the parameter groups to change, such as ``'lr'``, ``'momentum'`` or ``'weight_decay'``. A
+            tensor value is updated in place.
         begin: first active step.
         end: first step that is no longer active.
-        last_step: number of active steps made before, less one, to resume without a state dict; -1 for none. The groups
-            then hold ``initial_<param_name>`` already.
-        by_epoch: what a step is to whoever drives the scheduler: an epoch, or an iteration.
+        last_step: number of active steps made before, minus one, to resume without a state dict; -1 for none. When
+            resuming, the groups must have ``initial_<param_name>``.
+        by_epoch: whether a step is an epoch or an iteration; for the code that steps the scheduler.
         verbose: print each new value.
 
     Raises:
-        TypeError: ``optimizer`` is none, or is an :class:`OptimWrapperDict`; a number is of the wrong type.
+        TypeError: ``optimizer`` is not an optimizer or a single wrapper, or a number has the wrong type.
         ValueError: ``begin`` is not below ``end``, or a number is out of range.
         KeyError: a parameter group has no ``param_name``, or, when resuming, no ``initial_<param_name>``.
     """
 
-    #: Arguments that count steps, beside ``begin`` and ``end``: what converting epochs to iterations multiplies.
+    #: Arguments in steps, besides ``begin`` and ``end``, that are multiplied when epochs are converted to iterations.
     _in_steps: ClassVar[tuple[str, ...]] = ()
-    #: Of these, the ones that may be fractions of an epoch, where MMEngine goes on with a fraction of an iteration.
+    #: Those of them that may be fractions of an epoch, which MMEngine turns into fractions of an iteration.
     _may_be_fractions: ClassVar[tuple[str, ...]] = ()
-    #: Arguments that may be a list with an entry for each parameter group.
+    #: Arguments that may be lists with an entry for each parameter group.
     _per_group: ClassVar[tuple[str, ...]] = ()
-    #: Keys of the parameter groups that move besides.
+    #: Other keys of the parameter groups that change too.
     moves_too: ClassVar[tuple[str, ...]] = ()
-    #: Attributes that are no part of the state dict.
+    #: Attributes that are not part of the state dict.
     _not_state: ClassVar[frozenset[str]] = frozenset({"optimizer"})
 
     def __init__(
@@ -116,23 +116,23 @@ class _ParamScheduler:
         self._make_values_plain()
 
     def _make_values_plain(self) -> None:
-        """What others wrote to the groups becomes Python's, see Note [Plain numbers]."""
+        """Convert numbers that other code wrote to the groups, see Note [Plain numbers]."""
         for group in self.optimizer.param_groups:
             for key in (self.param_name, *self.moves_too):
                 if type(group.get(key)) is not float and key in group:
                     group[key] = plain(group[key])
 
     def _prepare(self) -> None:
-        """Check, and then set, what depends on ``begin``, ``end`` and the parameter groups."""
+        """Check, and then set, attributes that depend on ``begin``, ``end`` and the parameter groups."""
 
     def _note_bases(self) -> None:
-        """Write down the value of each group before any schedule."""
+        """Store the value of each group before any schedule."""
         for group in self.optimizer.param_groups:
             group.setdefault(self._initial, _copied(group[self.param_name]))
         self.base_values = [_copied(plain(group[self._initial])) for group in self.optimizer.param_groups]
 
     def _take_in_new_groups(self) -> None:
-        """What ``add_param_group`` added since the last step takes part from now on."""
+        """Include groups that ``add_param_group`` added since the last step."""
         self._check_groups()
         self._note_bases()
 
@@ -141,7 +141,7 @@ class _ParamScheduler:
         self.step()
 
     def step(self) -> None:
-        """Go on by one step; call it after the optimizer's."""
+        """Advance by one step; call it after the optimizer's."""
         if self._global_step == 0:
             warn_unless_stepped(self.optimizer)
         groups = self.optimizer.param_groups
@@ -168,13 +168,13 @@ class _ParamScheduler:
         key = self.param_name
         for group, value in zip(self.optimizer.param_groups, values, strict=True):
             current = group[key]
-            if type(current) is not float and isinstance(current, Tensor):  # the quick question first: groups are many
+            if type(current) is not float and isinstance(current, Tensor):  # the fast check first
                 current.fill_(value)  # in place: a captured CUDA graph reads this tensor
             else:
                 group[key] = value if type(value) is float else plain(value)
 
     def _follow(self) -> None:
-        """What is to be done when the values have changed."""
+        """Called when the values have changed."""
         if self.verbose:
             for index, group in enumerate(self.optimizer.param_groups):
                 self.print_value(True, index, float(group[self.param_name]))
@@ -192,36 +192,36 @@ class _ParamScheduler:
         """The new value of each group, at ``last_step``."""
         key = self.param_name
         pairs = [(group[key], base) for group, base in zip(self.optimizer.param_groups, self.base_values, strict=True)]
-        new = {pair: self._next(*pair) for pair in dict.fromkeys(pairs)}  # hundreds of groups have a handful of values
+        new = {pair: self._next(*pair) for pair in dict.fromkeys(pairs)}  # hundreds of groups share a few values
         return [new[pair] for pair in pairs]
 
     def _next(self, value: Any, base: Any) -> Any:
         """The value at ``last_step``.
 
         Args:
-            value: the current one, float or 0-dim tensor.
-            base: the one before any schedule.
+            value: the current value, a float or a 0-dim tensor.
+            base: the value before any schedule.
         """
         raise NotImplementedError
 
     def get_last_value(self) -> list[Any]:
-        """The value of each group after the last step; copies, where they are tensors."""
+        """The value of each group after the last step; tensors are copies."""
         return self._last_value
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything but the optimizer, as MMEngine's."""
+        """All attributes except the optimizer, as in MMEngine."""
         return {key: value for key, value in vars(self).items() if key not in self._not_state}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Load what :meth:`state_dict` returned; its settings take the place of those given at construction.
+        """Load a state from :meth:`state_dict`; its settings replace those given at construction.
 
-        What a file has turned into a plain dict, list or number gets its type back, see Note [Types on the way through
-        a file]. The values in the parameter groups are loaded with the optimizer.
+        Values that a file has turned into plain dicts, lists or numbers get their types back, see Note [Types on the
+        way through a file]. The values in the parameter groups are loaded with the optimizer.
 
         Raises:
-            TypeError: it is no dict.
-            ValueError: it is the state of another kind of scheduler, or of one that drove another number of groups. The
-                scheduler has not changed.
+            TypeError: it is not a dict.
+            ValueError: it is the state of another type of scheduler, or has another number of groups. The scheduler has
+                not changed then.
         """
         if not isinstance(state_dict, Mapping):
             raise TypeError(f"state_dict must be a dict, got {type(state_dict).__name__}")
@@ -237,9 +237,9 @@ class _ParamScheduler:
         scheduled = state_dict.get("param_name", self.param_name)
         if scheduled != self.param_name:
             raise ValueError(
-                f"state_dict is that of a scheduler of {scheduled!r}; this {kind} schedules {self.param_name!r}"
+                f"state_dict is from a scheduler of {scheduled!r}; this {kind} schedules {self.param_name!r}"
             )
-        check_same_keys(f"state_dict is not that of a {kind}: it", state_dict, self.state_dict())
+        check_same_keys(f"state_dict does not fit a {kind}: it", state_dict, self.state_dict())
         bases = state_dict["base_values"]
         if not isinstance(bases, list) or len(bases) != len(self.base_values):
             count = len(bases) if isinstance(bases, list) else repr(bases)
@@ -254,10 +254,10 @@ class _ParamScheduler:
         Args:
             optimizer: as for the class.
             epoch_length: iterations in an epoch.
-            kwargs: those of the class; ``begin`` and ``end`` may be fractions of an epoch.
+            kwargs: arguments of the class; ``begin`` and ``end`` may be fractions of an epoch.
 
         Raises:
-            ValueError: ``by_epoch`` is False, or an argument is a fraction that may be none.
+            ValueError: ``by_epoch`` is False, or an argument that must be whole is a fraction.
         """
         if not kwargs.pop("by_epoch", True):
             raise ValueError(f"{cls.__name__}: convert_to_iter_based=True takes by_epoch=True, got by_epoch=False")
@@ -276,7 +276,7 @@ class LRSchedulerMixin:
 
     Args:
         optimizer: see :class:`_ParamScheduler`.
-        args, kwargs: of the scheduler, without ``param_name``.
+        args, kwargs: arguments of the scheduler, without ``param_name``.
     """
 
     def __init__(self, optimizer: OptimizerLike, *args: Any, **kwargs: Any):
@@ -284,13 +284,13 @@ class LRSchedulerMixin:
 
 
 class MomentumSchedulerMixin:
-    """Binds a scheduler to the momentum: ``momentum`` of SGD and its like, ``betas[0]`` of Adam and its like.
+    """Binds a scheduler to the momentum: ``momentum`` in SGD and similar optimizers, ``betas[0]`` in Adam and similar.
 
-    Groups of the latter get a ``momentum`` of their own, which the scheduler moves, and ``betas`` follows.
+    Groups with ``betas`` get an entry ``momentum``, which the scheduler changes, and ``betas`` follows.
 
     Args:
         optimizer: see :class:`_ParamScheduler`.
-        args, kwargs: of the scheduler, without ``param_name``.
+        args, kwargs: arguments of the scheduler, without ``param_name``.
 
     Raises:
         ValueError: a parameter group has neither.
@@ -303,7 +303,7 @@ class MomentumSchedulerMixin:
         for index, group in enumerate(optimizer.param_groups):
             if "momentum" not in group and "betas" not in group:
                 raise ValueError(
-                    f"{type(self).__name__} schedules 'momentum' or betas[0], and param_groups[{index}] has neither "
+                    f"{type(self).__name__} schedules 'momentum' or betas[0], but param_groups[{index}] has neither "
                     "'momentum' nor 'betas'"
                 )
         self.use_betas = "momentum" not in optimizer.defaults
@@ -331,17 +331,17 @@ class MomentumSchedulerMixin:
 
 
 def refuse_new_groups(scheduler: _ParamScheduler) -> NoReturn:
-    """Raise a ValueError for parameter groups that a scheduler cannot take in."""
+    """Raise a ValueError for new parameter groups that a scheduler cannot handle."""
     raise ValueError(
         f"the optimizer had {len(scheduler.base_values)} parameter groups when this {type(scheduler).__name__} was "
-        f"built, and has {len(scheduler.optimizer.param_groups)}; build a new one"
+        f"built, and now has {len(scheduler.optimizer.param_groups)}; build a new one"
     )
 
 
 def check_same_keys(complaint: str, given: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
-    """Raise a ValueError that begins with ``complaint`` where the keys of the two differ.
+    """Raise a ValueError that begins with ``complaint`` if the keys of the two differ.
 
-    What only ``given`` has, and is private, may be a memory of a subclass that another instance has not yet.
+    Private keys that only ``given`` has are allowed: a subclass may set such attributes later.
     """
     differences = [
         f"{verb} {', '.join(map(repr, keys))}"

@@ -1,4 +1,4 @@
-"""build_param_schedulers: from a config to the schedulers of a training."""
+"""build_param_schedulers: build the schedulers of a run from a config."""
 
 from __future__ import annotations
 
@@ -24,27 +24,27 @@ def build_param_schedulers(
     max_epochs: int | None = None,
     max_iters: int | None = None,
 ) -> list[_ParamScheduler] | dict[str, list[_ParamScheduler]]:
-    """Build the schedulers of a training, as the ``build_param_scheduler`` of MMEngine's Runner.
+    """Build the schedulers of a run, as the ``build_param_scheduler`` of MMEngine's Runner.
 
-    Where one is refused, those before it have not changed the optimizer either.
+    If one is invalid, the others have not changed the optimizer either.
 
     Args:
-        cfg: a config, a list of them, or None for no scheduler. One may also be a scheduler that exists, in a
-            :class:`SkipAwareScheduler` or not. A config has ``type``, its arguments without the optimizer, and maybe
-            ``convert_to_iter_based=True``: to count iterations, with arguments in epochs. For an
-            :class:`OptimWrapperDict` a dict without ``type`` has such a config or list for each name. Not changed.
-        optim_wrapper: what to schedule: a wrapper, an :class:`OptimWrapperDict` or an optimizer.
+        cfg: a config, a list of them, or None for no scheduler. Existing schedulers are accepted in place of configs,
+            also in a :class:`SkipAwareScheduler`. A config has ``type``, its arguments without the optimizer and,
+            optionally, ``convert_to_iter_based=True``, to convert arguments in epochs to iterations. For an
+            :class:`OptimWrapperDict`, a dict without ``type`` may hold a config or list for each name. Not changed.
+        optim_wrapper: a wrapper, an :class:`OptimWrapperDict` or an optimizer.
         epoch_length: iterations in an epoch; ``convert_to_iter_based`` needs it.
-        max_epochs: the ``end`` of schedulers by epoch that have none.
-        max_iters: the ``end`` of schedulers by iteration that have none.
+        max_epochs: default ``end`` of schedulers by epoch.
+        max_iters: default ``end`` of schedulers by iteration.
 
     Returns:
-        The schedulers, in their order; for an :class:`OptimWrapperDict`, a list for each name.
+        The schedulers in order; for an :class:`OptimWrapperDict`, a list for each name.
 
     Raises:
-        KeyError: an unknown ``type``; a name that the :class:`OptimWrapperDict` has and ``cfg`` has not.
-        TypeError: a config is of the wrong kind, or its arguments do not fit.
-        ValueError: an argument is out of range; a name that the :class:`OptimWrapperDict` has not.
+        KeyError: an unknown ``type``, or ``cfg`` lacks a name of the :class:`OptimWrapperDict`.
+        TypeError: a config has the wrong type, or its arguments do not fit.
+        ValueError: an argument is out of range, or ``cfg`` has a name that the :class:`OptimWrapperDict` lacks.
     """
     ends = {True: max_epochs, False: max_iters}
     for name, value in (("epoch_length", epoch_length), ("max_epochs", max_epochs), ("max_iters", max_iters)):
@@ -53,25 +53,25 @@ def build_param_schedulers(
     if not isinstance(optim_wrapper, OptimWrapperDict):
         if isinstance(cfg, Mapping) and "type" not in cfg and cfg and all(map(_may_be_config, cfg.values())):
             raise ValueError(
-                f"param_scheduler has entries for {', '.join(map(repr, cfg))} and no 'type', and there is one optimizer"
+                f"param_scheduler has entries for {', '.join(map(repr, cfg))} and no 'type', but there is one optimizer"
             )
         with unchanged_on_error(optim_wrapper):
             return _build_list("param_scheduler", cfg, optim_wrapper, epoch_length, ends)
     if not isinstance(cfg, Mapping) or "type" in cfg:
         if any(isinstance(entry, _BUILT) for entry in _entries(cfg)):
             raise TypeError(
-                "a scheduler that exists drives one optimizer; expected a dict with schedulers for each of "
+                "an existing scheduler drives one optimizer; expected a dict with schedulers for each of "
                 f"{', '.join(map(repr, optim_wrapper))}"
             )
         cfg = dict.fromkeys(optim_wrapper, cfg)
     for name in cfg:
         if name not in optim_wrapper:
             raise ValueError(
-                f"param_scheduler has {name!r}, which is no optimizer wrapper; {did_you_mean(name, optim_wrapper)}"
+                f"param_scheduler has {name!r}, which is not an optimizer wrapper; {did_you_mean(name, optim_wrapper)}"
             )
     for name in optim_wrapper:
         if name not in cfg:
-            raise KeyError(f"param_scheduler has nothing for {name!r}; expected {name}=[] where nothing is scheduled")
+            raise KeyError(f"param_scheduler has nothing for {name!r}; expected {name}=[] to schedule nothing")
     with unchanged_on_error(optim_wrapper):
         return {
             name: _build_list(f"param_scheduler[{name!r}]", cfg[name], wrapper, epoch_length, ends)

@@ -28,11 +28,11 @@ __all__ = [
 
 
 class _Cosine(_ParamScheduler):
-    """What both have: where the cosine ends, and how it goes on from the current value.
+    """Base of both: the minimum, and the recursive rule.
 
     Args:
         eta_min: value at the end, 0 unless ``eta_min_ratio`` is given.
-        eta_min_ratio: value at the end over the one before any schedule.
+        eta_min_ratio: value at the end divided by the value before any schedule.
     """
 
     def _set_minimum(self, eta_min: float | None, eta_min_ratio: float | None) -> None:
@@ -47,7 +47,7 @@ class _Cosine(_ParamScheduler):
         return self.eta_min if self.eta_min_ratio is None else base * self.eta_min_ratio
 
     def _along(self, value: Any, base: Any, step: float, period: float) -> Any:
-        """From the value at ``step - 1`` of a half wave of ``period`` steps to the one at ``step``."""
+        """The value at ``step`` of a half wave of ``period`` steps, from the value at ``step - 1``."""
         ratio = (1 + math.cos(math.pi * step / period)) / (1 + math.cos(math.pi * (step - 1) / period))
         return ratio * (value - self._minimum(base)) + self._minimum(base)
 
@@ -56,13 +56,13 @@ class _Cosine(_ParamScheduler):
 class CosineAnnealingParamScheduler(_Cosine):
     """eta_min + (base - eta_min) (1 + cos(pi t / T_max)) / 2, as ``torch.optim.lr_scheduler.CosineAnnealingLR``.
 
-    After ``T_max`` steps it goes up again.
+    After ``T_max`` steps it rises again.
 
     Args:
-        T_max: steps of the way down, which may be a fraction; ``end - begin`` by default.
+        T_max: number of steps down to the minimum, not necessarily whole; ``end - begin`` by default.
         eta_min: value at the end, 0 unless ``eta_min_ratio`` is given.
         args, kwargs: see :class:`_ParamScheduler`.
-        eta_min_ratio: value at the end over the one before any schedule, instead of ``eta_min``.
+        eta_min_ratio: value at the end divided by the value before any schedule, instead of ``eta_min``.
 
     Raises:
         ValueError: neither ``T_max`` nor ``end`` is given; both ``eta_min`` and ``eta_min_ratio`` are.
@@ -112,7 +112,7 @@ class CosineAnnealingMomentum(MomentumSchedulerMixin, CosineAnnealingParamSchedu
 
 @PARAM_SCHEDULERS.register_module()
 class CosineAnnealingWeightDecay(CosineAnnealingParamScheduler):
-    """:class:`CosineAnnealingParamScheduler` of the weight decay, as MMPretrain's: what was 0 stays 0."""
+    """:class:`CosineAnnealingParamScheduler` of the weight decay, as in MMPretrain: a value of 0 stays 0."""
 
     def __init__(self, optimizer: OptimizerLike, *args: Any, **kwargs: Any):
         super().__init__(optimizer, "weight_decay", *args, **kwargs)
@@ -126,17 +126,17 @@ class CosineAnnealingWeightDecay(CosineAnnealingParamScheduler):
 
 @PARAM_SCHEDULERS.register_module()
 class CosineRestartParamScheduler(_Cosine):
-    """Cosines one after the other, each from ``base * restart_weight`` down to the minimum.
+    """A sequence of cosines, each from ``base * restart_weight`` down to the minimum.
 
     Args:
-        periods: steps of each cosine. After the last the value stays.
-        restart_weights: one for each period.
+        periods: number of steps of each cosine. After the last one, the value stays.
+        restart_weights: a weight for each period.
         eta_min: value at the ends, 0 unless ``eta_min_ratio`` is given.
-        eta_min_ratio: value at the ends over the one before any schedule, instead of ``eta_min``.
+        eta_min_ratio: value at the ends divided by the value before any schedule, instead of ``eta_min``.
         args, kwargs: see :class:`_ParamScheduler`.
 
     Raises:
-        ValueError: ``periods`` and ``restart_weights`` are of different lengths.
+        ValueError: ``periods`` and ``restart_weights`` differ in length.
     """
 
     _in_steps = ("periods",)
@@ -158,7 +158,7 @@ class CosineRestartParamScheduler(_Cosine):
                 raise TypeError(f"Invalid {name}: {value!r}; expected a list")
         if len(periods) != len(restart_weights):
             raise ValueError(
-                f"periods has {len(periods)} entries and restart_weights {len(restart_weights)}; expected as many"
+                f"periods has {len(periods)} entries and restart_weights {len(restart_weights)}; expected equal lengths"
             )
         self.periods = [check_steps(f"periods[{index}]", each, 1) for index, each in enumerate(periods)]
         for index, weight in enumerate(restart_weights):

@@ -1,4 +1,4 @@
-"""torch's own schedulers, made to keep to a span, to drive wrappers and, where that makes sense, any parameter."""
+"""torch's own schedulers, with a span, for wrappers and, where that makes sense, for any setting."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ __all__ = ["SWALR", "CosineAnnealingWarmRestarts", "CyclicLR", "LambdaLR", "Mult
 
 
 class _AsLR(MutableMapping[str, Any]):
-    """A parameter group in which another key goes by the name of ``'lr'``."""
+    """A view of a parameter group in which ``'lr'`` stands for another key."""
 
     def __init__(self, group: MutableMapping[str, Any], param_name: str):
         self._group = group
@@ -48,12 +48,14 @@ class _AsLR(MutableMapping[str, Any]):
 
 
 class _Groups(torch.optim.Optimizer):
-    """What torch's schedulers see of an optimizer or a wrapper: its groups as they are now, and its defaults."""
+    """What torch's schedulers see of an optimizer or wrapper: its present groups and its defaults."""
 
-    def __init__(self, groups: Callable[[], list[Any]], defaults: dict[str, Any]):  # not torch's: nothing to step
+    def __init__(
+        self, groups: Callable[[], list[Any]], defaults: dict[str, Any]
+    ):  # without torch's __init__: there is nothing to step
         self.groups = groups
         self.defaults = defaults
-        self._opt_called = True  # the order of calls is for us to watch
+        self._opt_called = True  # we watch the order of calls ourselves
 
     @property
     def param_groups(self) -> list[Any]:  # type: ignore[override]
@@ -72,19 +74,20 @@ class _Groups(torch.optim.Optimizer):
 
 
 class TorchParamScheduler(_ParamScheduler):
-    """A scheduler of torch's on the span from ``begin`` to ``end``.
+    """One of torch's schedulers, active from ``begin`` to ``end``.
 
-    It is built, and makes its initial step, when the span begins.
+    torch's scheduler is built, and makes its initial step, when the span begins.
 
     Args:
         optimizer: see :class:`_ParamScheduler`.
-        args, kwargs: those of torch's scheduler. A list with an entry for each parameter group need not have one for a
-            wrapper's ``base_param_settings``, which takes the last.
-        param_name: what takes the place of the learning rate.
-        begin, end, last_step, by_epoch, verbose: see :class:`_ParamScheduler`; ``last_epoch`` is ``last_step`` too.
+        args, kwargs: arguments of torch's scheduler. A list with an entry for each parameter group need not have one
+            for a wrapper's ``base_param_settings``, which takes the last entry.
+        param_name: the key to schedule instead of the learning rate.
+        begin, end, last_step, by_epoch, verbose: see :class:`_ParamScheduler`; ``last_epoch`` is an alias of
+            ``last_step``.
 
     Raises:
-        TypeError, ValueError: torch's scheduler refuses its arguments.
+        TypeError, ValueError: torch's scheduler rejects its arguments.
     """
 
     #: torch's class.
@@ -166,14 +169,14 @@ class TorchParamScheduler(_ParamScheduler):
         self._make_values_plain()
 
     def _make_values_plain(self) -> None:
-        """See :class:`_ParamScheduler`; torch's write what a user's function led to, and to ``betas`` too."""
+        """See :class:`_ParamScheduler`; torch's schedulers write results of user functions, and to ``betas`` too."""
         super()._make_values_plain()
         for group in self.optimizer.param_groups:
             if "betas" in group:
                 group["betas"] = plain_settings(group["betas"])
 
     def state_dict(self) -> dict[str, Any]:
-        """As :class:`_ParamScheduler`'s, with torch's own under ``torch_state``; None before ``begin``."""
+        """As :class:`_ParamScheduler`'s, with torch's own as ``torch_state``, which is None before ``begin``."""
         state = None if self._torch is None else _plain(self._torch.state_dict())
         return {**super().state_dict(), "kind": type(self).__name__, "torch_state": state}
 
@@ -191,18 +194,18 @@ class TorchParamScheduler(_ParamScheduler):
     def _check_state(self, state_dict: Mapping[str, Any]) -> None:
         kind = type(self).__name__
         if state_dict.get("kind", kind) != kind:
-            raise ValueError(f"state_dict is that of a {state_dict['kind']}, not of a {kind}")
+            raise ValueError(f"state_dict is from a {state_dict['kind']}, not from a {kind}")
         super()._check_state(state_dict)
         if (state := state_dict["torch_state"]) is not None:
             check_same_keys(
-                f"state_dict['torch_state'] is not that of this torch's {self._scheduler.__name__}: it",
+                f"state_dict['torch_state'] does not fit this torch's {self._scheduler.__name__}: it",
                 state,
                 _plain(self._trial().state_dict()),
             )
 
 
 def _plain(state: dict[str, Any]) -> dict[str, Any]:
-    """A state dict without functions, which some of torch's releases leave in it."""
+    """A state dict without functions, which some releases of torch include."""
     return {key: plain_settings(value) for key, value in state.items() if not callable(value)}
 
 
@@ -220,13 +223,13 @@ class CyclicLR(TorchParamScheduler):
         if self.param_name != "lr":
             self._arguments.setdefault("cycle_momentum", False)
         made = super()._make(groups, last_step)
-        # Its first value is torch's initial_lr, for which there is a value from before any schedule here.
+        # torch starts from initial_lr, but here the value may have been scheduled before.
         made.last_epoch -= 1
         made.step()
         return made
 
     def _advance(self) -> None:
-        """As torch, but for tensors, in whose place torch puts numbers: they are updated."""
+        """As torch, but update tensors, which torch replaces by numbers, in place."""
         groups = self.optimizer.param_groups
         held = [(group.get("momentum"), group.get("betas")) for group in groups]
         super()._advance()
@@ -256,13 +259,13 @@ class SWALR(TorchParamScheduler):
 
 
 class _ByFunction(TorchParamScheduler):
-    """A scheduler whose values a function of the number of steps gives."""
+    """A scheduler whose values are given by a function of the number of steps."""
 
     _per_group = ("lr_lambda",)
 
     @classmethod
     def build_iter_from_epoch(cls, optimizer: OptimizerLike, *, epoch_length: int, **kwargs: Any) -> Any:
-        """Refused: the function's argument cannot be converted."""
+        """Not supported: the function's argument cannot be converted."""
         raise ValueError(
             f"{cls.__name__} cannot be built with convert_to_iter_based=True: its lr_lambda is called with a number of "
             "steps; give by_epoch=False and a function of iterations"

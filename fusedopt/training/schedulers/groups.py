@@ -13,19 +13,19 @@ __all__ = ["per_group"]
 
 
 def per_group(name: str, value: Any, optimizer: OptimizerLike, key: str) -> list[Any]:
-    """``value`` for each parameter group: itself, or its entries where it is a list.
+    """``value`` for each parameter group: itself, or its entries if it is a list.
 
     A wrapper's ``base_param_settings``, for which a list need not have an entry, takes that of a group whose tensor it
     shares, else the last one.
 
     Args:
-        name: of the argument.
-        value: of the argument.
-        optimizer: what has the groups.
-        key: what the argument is for in a group.
+        name: the argument's name.
+        value: the argument's value.
+        optimizer: the optimizer or wrapper with the groups.
+        key: the key in the groups to which the argument applies.
 
     Raises:
-        ValueError: a list of another length, or with different entries for groups that share one tensor.
+        ValueError: the list has another length, or different entries for groups that share one tensor.
     """
     groups = len(optimizer.param_groups)
     if not isinstance(value, list | tuple):
@@ -49,7 +49,7 @@ def per_group(name: str, value: Any, optimizer: OptimizerLike, key: str) -> list
 
 
 def _place_of(group: Mapping[str, Any], key: str, index: int) -> Any:
-    """Where a group's value lies: the memory of a tensor, which groups may share, or its own place."""
+    """Identifies where a group's value is: a tensor's memory, which groups may share, or the group's index."""
     value = group.get(key)
     if value is None and key == "momentum" and "betas" in group:
         value = group["betas"][0]

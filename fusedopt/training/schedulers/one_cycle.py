@@ -17,23 +17,23 @@ __all__ = ["OneCycleLR", "OneCycleParamScheduler"]
 
 @PARAM_SCHEDULERS.register_module()
 class OneCycleParamScheduler(_ParamScheduler):
-    """Up from ``eta_max / div_factor`` to ``eta_max``, then down to ``1 / final_div_factor`` of where it began.
+    """Rises from ``eta_max / div_factor`` to ``eta_max``, then falls to ``1 / final_div_factor`` of its start.
 
-    As ``torch.optim.lr_scheduler.OneCycleLR`` without its momentum. It sets the value, whatever it was.
+    As ``torch.optim.lr_scheduler.OneCycleLR`` without its momentum. It sets the value, regardless of the previous one.
 
     Args:
-        param_name: ``'lr'``; a cycle of anything else is refused, as in MMEngine.
-        eta_max: the highest value, or one for each parameter group.
+        param_name: must be ``'lr'``, as in MMEngine.
+        eta_max: the highest value, or a list with one for each parameter group.
         total_steps: length of the cycle; ``end - begin`` by default.
-        pct_start: share of the steps on the way up, from 0 to 1.
+        pct_start: share of the steps that rise, from 0 to 1.
         anneal_strategy: ``'cos'`` or ``'linear'``.
-        div_factor: the highest value over the first, above 0.
-        final_div_factor: the first value over the last, above 0.
-        three_phase: go down to the first value in as many steps as up, and on to the last one after that.
+        div_factor: the highest value divided by the first, above 0.
+        final_div_factor: the first value divided by the last, above 0.
+        three_phase: fall to the first value in as many steps as it rose, and then to the last value.
         args, kwargs: see :class:`_ParamScheduler`.
 
     Raises:
-        ValueError: neither ``total_steps`` nor ``end`` is given, or ``total_steps`` is over before ``end``.
+        ValueError: neither ``total_steps`` nor ``end`` is given, or ``total_steps`` end before ``end``.
     """
 
     _in_steps = ("total_steps",)
@@ -54,7 +54,7 @@ class OneCycleParamScheduler(_ParamScheduler):
         **kwargs: Any,
     ):
         if param_name != "lr":
-            raise ValueError(f"Invalid param_name: {param_name!r}; a 1cycle schedules 'lr'")
+            raise ValueError(f"Invalid param_name: {param_name!r}; a 1cycle schedules only 'lr'")
         eta_max = plain_settings(eta_max)
         for value in eta_max if isinstance(eta_max, Sequence) else [eta_max]:
             check_number("eta_max", value)
@@ -81,8 +81,8 @@ class OneCycleParamScheduler(_ParamScheduler):
             self.total_steps = self.end - self.begin
         if self.end != INF and self.total_steps < self.end - self.begin:
             raise ValueError(
-                f"Invalid total_steps: {self.total_steps}; from begin={self.begin} to end={self.end}, by default the "
-                f"training's, there are {self.end - self.begin}"
+                f"Invalid total_steps: {self.total_steps}; expected at least {self.end - self.begin}, the steps from "
+                f"begin={self.begin} to end={self.end} (by default the end of the run)"
             )
         highest = per_group("eta_max", self.eta_max, self.optimizer, self.param_name)
         if self.last_step == -1:
@@ -94,7 +94,7 @@ class OneCycleParamScheduler(_ParamScheduler):
         refuse_new_groups(self)
 
     def _phases(self) -> list[tuple[float, str, str]]:
-        """Last step of each phase, and what it goes from and to."""
+        """The last step of each phase, and the values at its start and end."""
         assert self.total_steps is not None
         up, last = self.pct_start * self.total_steps - 1, self.total_steps - 1
         if self.three_phase:
@@ -104,9 +104,7 @@ class OneCycleParamScheduler(_ParamScheduler):
     def _get_value(self) -> list[Any]:
         assert self.total_steps is not None
         if self.last_step > self.total_steps:
-            raise ValueError(
-                f"{type(self).__name__} was to be stepped total_steps={self.total_steps} times, and was once more"
-            )
+            raise ValueError(f"{type(self).__name__} was stepped more than total_steps={self.total_steps} times")
         phases = self._phases()
         index = next((index for index, phase in enumerate(phases) if self.last_step <= phase[0]), len(phases) - 1)
         start = phases[index - 1][0] if index else 0.0

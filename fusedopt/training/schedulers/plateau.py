@@ -1,4 +1,4 @@
-"""Schedulers that look at a metric."""
+"""Schedulers that monitor a metric."""
 
 from __future__ import annotations
 
@@ -28,19 +28,19 @@ _MODES = {"less": "min", "greater": "max"}
 class ReduceOnPlateauParamScheduler(TorchParamScheduler):
     """Multiplies by ``factor`` when a metric has not improved for more than ``patience`` steps.
 
-    ``torch.optim.lr_scheduler.ReduceLROnPlateau`` does the work. ``step(metrics)`` goes after each validation, and
-    ``step()``, which counts for ``begin`` and ``end``, after each epoch of training.
+    It uses ``torch.optim.lr_scheduler.ReduceLROnPlateau``. Call ``step(metrics)`` after each validation, and
+    ``step()``, which counts for ``begin`` and ``end``, after each training epoch.
 
     Args:
         monitor: name of the metric.
-        rule: ``'less'`` where less is better, or ``'greater'``.
-        factor: from 0 to below 1.
-        patience: steps without improvement that do no harm.
-        threshold: by how much the metric must be better, >= 0.
-        threshold_rule: ``'rel'``, of the best value so far, or ``'abs'``.
-        cooldown: steps after a reduction that are not looked at.
-        min_value: what the value does not go below, or one for each parameter group.
-        eps: reductions by no more than this are not made.
+        rule: ``'less'`` if less is better, or ``'greater'``.
+        factor: factor, >= 0 and < 1.
+        patience: number of steps without improvement that are tolerated.
+        threshold: minimum improvement of the metric, >= 0.
+        threshold_rule: ``'rel'``, relative to the best value so far, or ``'abs'``.
+        cooldown: number of steps after a reduction that are ignored.
+        min_value: lower bound of the value, or a list with one for each parameter group.
+        eps: reductions by this or less are not made.
         kwargs: see :class:`_ParamScheduler`; ``by_epoch`` must be True.
 
     Raises:
@@ -50,7 +50,7 @@ class ReduceOnPlateauParamScheduler(TorchParamScheduler):
     _scheduler = lr_scheduler.ReduceLROnPlateau
     _per_group = ("min_lr",)
 
-    #: Whoever drives schedulers passes this one the metrics.
+    #: Tells the code that steps schedulers to pass the metrics to this one.
     need_val_args = True
 
     def __init__(
@@ -69,7 +69,9 @@ class ReduceOnPlateauParamScheduler(TorchParamScheduler):
         **kwargs: Any,
     ):
         if kwargs.get("by_epoch", True) is False:
-            raise ValueError(f"Invalid by_epoch: False; {type(self).__name__} looks at metrics, which epochs have")
+            raise ValueError(
+                f"Invalid by_epoch: False; {type(self).__name__} monitors metrics, which come once per epoch"
+            )
         for name, value, choices in (
             ("rule", rule, ("less", "greater")),
             ("threshold_rule", threshold_rule, ("rel", "abs")),
@@ -96,7 +98,7 @@ class ReduceOnPlateauParamScheduler(TorchParamScheduler):
 
     @property
     def patience(self) -> int:
-        """Steps without improvement that do no harm."""
+        """Number of steps without improvement that are tolerated."""
         return self._torch.patience
 
     def _first_step(self) -> None:
@@ -105,10 +107,10 @@ class ReduceOnPlateauParamScheduler(TorchParamScheduler):
         self._note_values()
 
     def step(self, metrics: Mapping[str, Any] | float | Tensor | None = None) -> None:
-        """Look at the metrics of a validation, or count an epoch.
+        """Process the metrics of a validation, or count an epoch.
 
         Args:
-            metrics: all of them by name, or the monitored one; None counts an epoch.
+            metrics: all metrics by name, or the monitored one; None counts an epoch.
 
         Raises:
             KeyError: the monitored metric is not among them.
@@ -127,7 +129,7 @@ class ReduceOnPlateauParamScheduler(TorchParamScheduler):
         self._note_values()
 
     def _look_at(self, metric: float) -> None:
-        """torch's step on copies: it reduces the groups one after the other, and they may share a tensor."""
+        """torch's step on copies, since it reduces the groups in turn, but they may share a tensor."""
         key = self.param_name
         copies = [{"lr": _copied(group[key])} for group in self.optimizer.param_groups]
         self._torch.optimizer.groups = lambda: copies
@@ -150,9 +152,9 @@ class ReduceOnPlateauParamScheduler(TorchParamScheduler):
 
     @classmethod
     def build_iter_from_epoch(cls, optimizer: OptimizerLike, *, epoch_length: int, **kwargs: Any) -> Any:
-        """Refused: metrics come by the epoch."""
+        """Not supported: metrics come once per epoch."""
         raise ValueError(
-            f"{cls.__name__} cannot be built with convert_to_iter_based=True: the metrics it looks at come by the epoch"
+            f"{cls.__name__} cannot be built with convert_to_iter_based=True: its metrics come once per epoch"
         )
 
 
@@ -171,10 +173,11 @@ class ReduceLROnPlateau(ReduceOnPlateauLR):
     """:class:`ReduceOnPlateauLR` with the names of ``torch.optim.lr_scheduler.ReduceLROnPlateau``'s arguments.
 
     Args:
-        mode: ``'min'`` or ``'max'``, which ``rule`` calls ``'less'`` and ``'greater'``.
+        mode: ``'min'`` or ``'max'``, for ``rule='less'`` and ``rule='greater'``.
         threshold_mode: ``threshold_rule``.
         min_lr: ``min_value``.
-        factor, patience, threshold, cooldown, eps, kwargs: as there, ``monitor`` included.
+        factor, patience, threshold, cooldown, eps, kwargs: see :class:`ReduceOnPlateauParamScheduler`; ``kwargs`` may
+            include ``monitor``.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""plot_schedule: a picture of every scheduled value over a training."""
+"""plot_schedule: plots every scheduled value over a run."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 __all__ = ["plot_schedule"]
 
-#: Curves that get colours and entries in the legend of their own; more are coloured by their first value.
+#: The most curves that get their own colours and legend entries; more curves are coloured by their highest value.
 _TOLD_APART = 8
 _WARMUP = "#f2c14e"
 
@@ -31,18 +31,18 @@ def plot_schedule(
     title: str | None = None,
     log: bool = False,
 ) -> Figure:
-    """Draw what the schedulers of a training will do: a panel for each scheduled value, a curve for each kind of group.
+    """Plot the schedules of a run: a panel for each scheduled value, a curve for groups with equal values.
 
-    Warm-ups are shaded, milestones and the borders of schedulers marked, and a strip below shows which scheduler is
-    active when.
+    Warm-ups are shaded, milestones and the ends of schedulers are marked, and a strip below shows when each scheduler
+    is active.
 
     Args:
-        cfg: the config of a training, see :func:`simulate_schedule`; or a simulated schedule.
-        path: where to save the picture; the suffix tells the format. Not saved by default.
+        cfg: the config of a run, see :func:`simulate_schedule`; or a simulated schedule.
+        path: file for the picture; the suffix sets the format. Not saved by default.
         model: see :func:`simulate_schedule`.
         epoch_length: see :func:`simulate_schedule`.
-        title: of the picture.
-        log: draw the values on a logarithmic axis.
+        title: title of the picture.
+        log: use a logarithmic axis for the values.
 
     Returns:
         The picture, a ``matplotlib.figure.Figure``.

@@ -1,4 +1,4 @@
-"""Schedulers that go from one value to another along a line or a power of one."""
+"""Schedulers that go from one value to another along a line or a polynomial."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ class LinearParamScheduler(_ParamScheduler):
     As ``torch.optim.lr_scheduler.LinearLR`` with ``total_iters = end - begin - 1``.
 
     Args:
-        start_factor: above 0, to 1.
-        end_factor: from 0 to 1.
+        start_factor: first factor, > 0 and <= 1.
+        end_factor: last factor, from 0 to 1.
         args, kwargs: see :class:`_ParamScheduler`.
     """
 
@@ -64,13 +64,13 @@ class LinearMomentum(MomentumSchedulerMixin, LinearParamScheduler):
 
 @PARAM_SCHEDULERS.register_module()
 class PolyParamScheduler(_ParamScheduler):
-    """Goes down to ``eta_min`` at step T = ``end - begin - 1`` as (1 - t / T)^power.
+    """Falls to ``eta_min`` at step T = ``end - begin - 1`` as (1 - t / T)^power.
 
     As ``torch.optim.lr_scheduler.PolynomialLR``, which has no ``eta_min``, with ``total_iters = T``.
 
     Args:
         eta_min: the last value.
-        power: of the polynomial, >= 0; 1 is a line.
+        power: power of the polynomial, >= 0; 1 is a line.
         args, kwargs: see :class:`_ParamScheduler`.
     """
 

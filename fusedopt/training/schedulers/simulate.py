@@ -1,4 +1,4 @@
-"""What a training's schedulers will do, found out without training."""
+"""Simulates the schedulers of a run without training."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ __all__ = ["Curve", "Schedule", "Span", "simulate_schedule"]
 
 @dataclass(frozen=True)
 class Curve:
-    """A value of some parameter groups over a training.
+    """A value of some parameter groups over a run.
 
     Args:
         optimizer: name of the wrapper among several, else ''.
-        param_name: key of the groups; ``momentum`` stands for ``betas[0]`` too.
+        param_name: key of the groups; ``momentum`` also stands for ``betas[0]``.
         groups: numbers of the groups that share it.
-        names: names of their parameters, as far as the groups carry them.
+        names: names of their parameters, if the groups store them.
         values: float64, one for each tick.
     """
 
@@ -43,17 +43,17 @@ class Curve:
 
 @dataclass(frozen=True)
 class Span:
-    """When a scheduler is active, in ticks.
+    """The span in which a scheduler is active, in ticks.
 
     Args:
         optimizer: name of the wrapper among several, else ''.
         scheduler: name of its class.
-        param_name: what it moves.
+        param_name: the key that it changes.
         begin: first tick.
-        end: tick after the last.
+        end: the tick after the last.
         marks: milestones and restarts.
-        is_warmup: whether it raises what the training begins with, and ends before the training does.
-        needs_metrics: whether it acts on metrics, of which there are none without training.
+        is_warmup: whether it begins with the run, raises the value, and ends before the run does.
+        needs_metrics: whether it acts on metrics, which a simulation does not have.
     """
 
     optimizer: str
@@ -68,12 +68,12 @@ class Span:
 
 @dataclass(frozen=True)
 class Schedule:
-    """Every scheduled value of a training.
+    """Every scheduled value of a run.
 
     Args:
-        unit: what a tick is: ``'iteration'``, or ``'epoch'`` where nothing changes within one.
-        ticks: length of the training.
-        epoch_length: ticks in an epoch, None where epochs are not counted.
+        unit: unit of a tick: ``'iteration'``, or ``'epoch'`` if nothing changes within one.
+        ticks: length of the run.
+        epoch_length: ticks in an epoch; None if epochs are not counted.
         curves: the values, learning rates first.
         spans: the schedulers, in their order.
     """
@@ -86,14 +86,14 @@ class Schedule:
 
 
 class _StandIn(torch.optim.Optimizer):
-    """Copies of the settings of some parameter groups, with nothing to step."""
+    """An optimizer with copies of the settings of some parameter groups, and nothing to step."""
 
     def __init__(self, groups: Sequence[Mapping[str, Any]], defaults: Mapping[str, Any]):
         told = [
             {key: value for key, value in group.items() if key not in ("params", "param_names")} for group in groups
         ]
         super().__init__([{"params": [torch.zeros(())], **deepcopy(each)} for each in told], dict(defaults))
-        self._opt_called = True  # no scheduler need ask for a step
+        self._opt_called = True  # schedulers must not warn of a missing step
 
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         """Nothing."""
@@ -101,7 +101,7 @@ class _StandIn(torch.optim.Optimizer):
 
 @dataclass(frozen=True)
 class _Driven:
-    """An optimizer of the training, what stands in for it, and the schedulers of that."""
+    """An optimizer of the run, its stand-in, and the stand-in's schedulers."""
 
     name: str
     optimizer: torch.optim.Optimizer
@@ -114,35 +114,37 @@ class _Driven:
 def simulate_schedule(
     cfg: Mapping[str, Any], *, model: nn.Module | None = None, epoch_length: int | None = None
 ) -> Schedule:
-    """Run the schedulers of a training config, without the training.
+    """Run the schedulers of a config without training.
 
     Args:
-        cfg: the config of a training: ``optim_wrapper``, ``train_cfg`` (``max_epochs``, or ``max_iters``), maybe
-            ``param_scheduler``, and ``model``. Not changed.
-        model: what to optimize, by default what ``cfg['model']`` describes. Where that is not known here, one parameter
-            stands in for it, with a warning.
-        epoch_length: iterations in an epoch. Needed when ``train_cfg`` counts epochs and a scheduler iterations.
+        cfg: the config of a run: ``optim_wrapper``, ``train_cfg`` (``max_epochs`` or ``max_iters``) and, optionally,
+            ``param_scheduler`` and ``model``. Not changed.
+        model: the model to optimize; by default built from ``cfg['model']``. If its type is not registered, one
+            parameter stands in for it, with a warning.
+        epoch_length: iterations in an epoch. Needed if ``train_cfg`` counts epochs and a scheduler counts iterations.
 
     Raises:
         KeyError: ``cfg`` lacks ``optim_wrapper`` or ``train_cfg``.
-        TypeError, ValueError: a part of ``cfg`` is wrong, or ``epoch_length`` is needed. Schedulers that exist
-            already are wrong here: they would go on.
+        TypeError, ValueError: a part of ``cfg`` is invalid, or ``epoch_length`` is needed. Existing schedulers are
+            invalid here, since the simulation would advance them.
     """
     check_config("config", cfg)
     for key in ("optim_wrapper", "train_cfg"):
         if key not in cfg:
             raise KeyError(f"the config has no {key!r}, which its schedule depends on")
     max_epochs, max_iters = _training_length(cfg["train_cfg"], epoch_length)
-    with torch.random.fork_rng(devices=[]):  # whoever trains next does not notice
+    with torch.random.fork_rng(devices=[]):  # keeps the random numbers of later training
         wrapper = _build_wrapper(cfg, model)
     all_driven = _drive(cfg.get("param_scheduler"), wrapper, epoch_length, max_epochs, max_iters)
 
     schedulers = [scheduler for driven in all_driven for scheduler in driven.schedulers]
     by_iteration = max_epochs is None or any(not each.by_epoch for each in schedulers)
     if max_epochs is None and any(each.by_epoch for each in schedulers):
-        warn_caller("a scheduler by epoch never advances in a training by iterations (train_cfg.max_iters)")
+        warn_caller("a scheduler by epoch never advances in training by iterations (train_cfg.max_iters)")
     if by_iteration and max_iters is None:
-        raise ValueError("a scheduler counts iterations and train_cfg epochs; expected epoch_length, iterations in one")
+        raise ValueError(
+            "a scheduler counts iterations but train_cfg counts epochs; expected epoch_length, iterations in an epoch"
+        )
     ticks = max_iters if by_iteration else max_epochs
     assert ticks is not None
     per_epoch = (epoch_length if by_iteration else 1) if max_epochs is not None else None
@@ -159,7 +161,7 @@ def simulate_schedule(
 
 
 def _training_length(train_cfg: Any, epoch_length: int | None) -> tuple[int | None, int | None]:
-    """``max_epochs`` and ``max_iters``; the former is None in a training by iterations."""
+    """``max_epochs`` and ``max_iters``; the former is None when training by iterations."""
     check_config("train_cfg", train_cfg)
     if epoch_length is not None:
         check_whole_number("epoch_length", epoch_length, 1)
@@ -209,7 +211,7 @@ def _drive(settings: Any, wrapper: Any, epoch_length: int | None, max_epochs: in
     driven = (
         OptimWrapperDict(**{name: OptimWrapper(each) for name, each in stand_ins.items()}) if several else stand_ins[""]
     )
-    # A training by iterations is one epoch, as in MMEngine.
+    # Training by iterations is one epoch, as in MMEngine.
     built = build_param_schedulers(_quiet(settings), driven, epoch_length, max_epochs or 1, max_iters)
     by_name = built if isinstance(built, dict) else {"": built}
     return [
@@ -219,7 +221,7 @@ def _drive(settings: Any, wrapper: Any, epoch_length: int | None, max_epochs: in
 
 
 def _quiet(settings: Any) -> Any:
-    """``settings`` of schedulers that print nothing."""
+    """``settings`` of schedulers, made to print nothing."""
     if isinstance(settings, list | tuple):
         return [_quiet(each) for each in settings]
     if isinstance(settings, Mapping):
@@ -232,7 +234,7 @@ def _quiet(settings: Any) -> Any:
 
 
 def _has_lists(settings: Any) -> bool:
-    """Whether a scheduler has an entry for each parameter group, so that none may be left out."""
+    """Whether an argument of a scheduler is a list per parameter group, so that no group may be left out."""
     for entry in settings if isinstance(settings, list | tuple) else [settings]:
         if isinstance(entry, Mapping) and "type" in entry:
             with PARAM_SCHEDULERS.switch_scope_and_registry(entry.get("_scope_")) as scoped:
@@ -249,7 +251,7 @@ def _comparable(value: Any) -> Any:
 
 
 def _alike(groups: Sequence[Mapping[str, Any]]) -> list[tuple[int, ...]]:
-    """Numbers of the groups, those of the same settings together."""
+    """The numbers of the groups; those with the same settings together."""
     alike: dict[str, list[int]] = {}
     told_apart = ("params", "param_name", "param_names", "group_name")
     for number, group in enumerate(groups):
@@ -284,7 +286,7 @@ def _run(driven: _Driven, ticks: int, per_epoch: int | None) -> dict[str, Tensor
 
 
 def _curves(driven: _Driven, key: str, values: Tensor) -> list[Curve]:
-    """The columns of ``values``, equal ones as one."""
+    """A curve for each distinct column of ``values``."""
     equal: list[tuple[Tensor, list[int]]] = []
     for numbers, column in zip(driven.columns, values.T, strict=True):
         same = next((members for other, members in equal if torch.equal(other, column)), None)

@@ -67,7 +67,7 @@ class MultiStepParamScheduler(_ParamScheduler):
     """Multiplies by ``gamma`` at each milestone, as ``torch.optim.lr_scheduler.MultiStepLR``.
 
     Args:
-        milestones: steps counted from ``begin``; one that is there twice counts twice.
+        milestones: steps counted from ``begin``; one that is listed twice counts twice.
         gamma: factor, >= 0.
         args, kwargs: see :class:`_ParamScheduler`.
     """
@@ -142,7 +142,7 @@ class ConstantParamScheduler(_ParamScheduler):
     As ``torch.optim.lr_scheduler.ConstantLR`` with ``total_iters = end - begin - 1``.
 
     Args:
-        factor: from 0 to 1; above 0 where ``end`` is given, because the last step divides by it.
+        factor: factor from 0 to 1; above 0 if ``end`` is given, because the last step divides by it.
         args, kwargs: see :class:`_ParamScheduler`.
     """
 

@@ -1,4 +1,4 @@
-"""Whether an optimizer has stepped before its schedulers do."""
+"""Warns if a scheduler steps before its optimizer."""
 
 from __future__ import annotations
 
@@ -16,30 +16,30 @@ __all__ = ["OptimizerLike", "is_watched", "optimizer_of", "unwatch", "warn_unles
 
 OptimizerLike = torch.optim.Optimizer | BaseOptimWrapper
 
-# A scheduler that steps before the first optimizer step has skipped the first value of its schedule. torch's schedulers
-# replace `optimizer.step` to find out, and leave `_opt_called` behind. A hook that does so leaves the method alone.
+# A scheduler that steps before the first optimizer step skips the first value of its schedule. To detect that, torch's
+# schedulers replace `optimizer.step` to set `_opt_called`. A hook that sets it leaves the method alone.
 _watched: weakref.WeakKeyDictionary[torch.optim.Optimizer, Any] = weakref.WeakKeyDictionary()
 
 
 def _note_step(watched: weakref.ref[torch.optim.Optimizer], *_: Any) -> None:
-    if (optimizer := watched()) is not None:  # not the one that stepped, where a fused twin took over the hooks
+    if (optimizer := watched()) is not None:  # not the stepping one, if a fused twin took over the hooks
         optimizer._opt_called = True  # type: ignore[attr-defined]
 
 
 def optimizer_of(driven: OptimizerLike) -> torch.optim.Optimizer:
-    """The optimizer that is driven, within its wrapper or without one."""
+    """The optimizer itself, or a wrapper's optimizer."""
     return driven.optimizer if isinstance(driven, BaseOptimWrapper) else driven
 
 
 def is_watched(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether the first step of ``optimizer`` will be noted."""
+    """Whether the first step of ``optimizer`` will be recorded."""
     handle = _watched.get(optimizer)
-    # A failure may have taken the hook away again.
+    # Recovery from an error may have removed the hook.
     return handle is not None and handle.id in (handle.hooks_dict_ref() or ())
 
 
 def watch(driven: OptimizerLike) -> None:
-    """Note the first step of the optimizer."""
+    """Record the first step of the optimizer."""
     optimizer = optimizer_of(driven)
     if not is_watched(optimizer) and not getattr(optimizer, "_opt_called", False):
         hook = functools.partial(_note_step, weakref.ref(optimizer))
@@ -56,9 +56,9 @@ def unwatch(driven: OptimizerLike) -> bool:
 
 
 def warn_unless_stepped(driven: OptimizerLike) -> None:
-    """Warn when the optimizer was watched and has not stepped; it is not watched any more."""
+    """Warn if the optimizer was watched and has not stepped; stop watching it."""
     optimizer = optimizer_of(driven)
-    # A wrapper that accumulates, or whose scaler skipped the step, has done its part without one.
+    # No step is expected of a wrapper that accumulates, or whose scaler skipped the step.
     excused = optimizer in DRIVEN if driven is optimizer else getattr(driven, "inner_count", 0)
     if unwatch(driven) and not getattr(optimizer, "_opt_called", False) and not excused:
         warn_caller(

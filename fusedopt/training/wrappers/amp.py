@@ -39,19 +39,19 @@ def _check_scaler_state(state: Any) -> None:
 class AmpOptimWrapper(OptimWrapper):
     """:class:`OptimWrapper` with automatic mixed precision, on a GPU or a CPU.
 
-    A fused optimizer unscales, checks and clips inside its step. For any other optimizer the scaler unscales, then
+    A fused optimizer unscales, checks and clips inside its step. With any other optimizer, the scaler unscales, then
     ``torch.nn.utils`` clips, then the scaler steps.
 
     Args:
         loss_scale: ``'dynamic'``, a number > 0 for a fixed scale, or a dict of ``torch.amp.GradScaler`` arguments.
         dtype: autocast dtype: ``'float16'``, ``'bfloat16'``, ``'float32'``, ``'float64'``, the torch.dtype, or None
-            for torch's default of the parameters' device. On a CPU torch autocasts to the first two only; the others
-            leave autocast off there.
+            for torch's default on the parameters' device. On a CPU torch autocasts only to the first two; the others
+            switch autocast off there.
         use_fsdp: not supported; must be False.
         kwargs: arguments of :class:`OptimWrapper`; ``optimizer`` is required.
 
     Raises:
-        TypeError: ``loss_scale`` or ``dtype`` of the wrong kind.
+        TypeError: ``loss_scale`` or ``dtype`` has the wrong type.
         ValueError: an unknown dtype, or a value out of range.
         NotImplementedError: ``use_fsdp=True``.
     """
@@ -91,7 +91,7 @@ class AmpOptimWrapper(OptimWrapper):
 
     @property
     def _device(self) -> torch.device:
-        # Looked up at each use, since a model may be moved after its optimizer was made.
+        # Looked up at each use, since a model may be moved after its optimizer is created.
         params = (param for group in self.optimizer.param_groups for param in group["params"])
         return next((param.device for param in params), torch.device("cpu"))
 
@@ -107,7 +107,7 @@ class AmpOptimWrapper(OptimWrapper):
         if clip is not None:
             scaler.unscale_(self.optimizer)
             if isinstance(clip, NormClip) and clip.error_if_nonfinite and self._overflowed():
-                # The scaler skips this step and lowers the scale: an ordinary event, no error.
+                # The scaler skips this step and lowers the scale, which is normal and not an error.
                 clip = dataclasses.replace(clip, error_if_nonfinite=False)
             self._clip_gradients(clip)
         scaler.step(self.optimizer, **kwargs)
@@ -124,7 +124,7 @@ class AmpOptimWrapper(OptimWrapper):
 
     @contextlib.contextmanager
     def optim_context(self, model: nn.Module) -> Iterator[None]:
-        """Autocast, and what :meth:`OptimWrapper.optim_context` does."""
+        """Autocast, in addition to :meth:`OptimWrapper.optim_context`."""
         device_type = self._device.type
         # Only CUDA autocasts to float32; elsewhere torch would warn at every iteration and leave autocast off.
         enabled = device_type == "cuda" or self.cast_dtype not in (torch.float32, torch.float64)
@@ -133,17 +133,17 @@ class AmpOptimWrapper(OptimWrapper):
 
     @property
     def loss_scale(self) -> Tensor | None:
-        """The scale of the next loss, a 0-dim tensor; None with a scaler that is not enabled."""
+        """The scale of the next loss, a 0-dim tensor; None if the scaler is disabled."""
         if not self.loss_scaler.is_enabled():
             return None
         scale = self.loss_scaler._get_scale_async()
-        if scale is None:  # the scaler makes it at the first loss
+        if scale is None:  # the scaler creates it at the first loss
             return torch.full((), self.loss_scaler._init_scale, dtype=torch.float32, device=self._device)
         return scale.clone()  # the scaler updates its own in place
 
     @property
     def step_was_skipped(self) -> Tensor | None:
-        """Whether non-finite gradients kept the last step from being made, a 0-dim bool tensor; None before it."""
+        """Whether the last step was skipped for non-finite gradients, a 0-dim bool tensor; None before the first."""
         if not self._found_inf:
             return None
         device = self._found_inf[0].device
@@ -154,19 +154,19 @@ class AmpOptimWrapper(OptimWrapper):
         return {**super()._settings(), "dtype": self.cast_dtype, "loss_scale": scale if scale is None else float(scale)}
 
     def state_dict(self) -> dict[str, Any]:
-        """That of :class:`OptimWrapper`, and ``loss_scaler``."""
+        """The state dict of :class:`OptimWrapper`, with ``loss_scaler``."""
         return {**super().state_dict(), "loss_scaler": self.loss_scaler.state_dict()}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Load the state dict of any wrapper of one optimizer, or of the optimizer itself.
 
-        Without ``loss_scaler`` in it, or with that of a disabled scaler, the loss scale stays what it is. On an error
-        nothing has been loaded.
+        If it has no ``loss_scaler``, or that of a disabled scaler, the loss scale does not change. On an error nothing
+        has been loaded.
 
         Raises:
-            TypeError: it is no dict, or ``loss_scaler`` in it is none.
-            KeyError: ``loss_scaler`` lacks something.
-            ValueError: as :meth:`OptimWrapper.load_state_dict`, or something in ``loss_scaler`` is no number.
+            TypeError: it, or its ``loss_scaler``, is not a dict.
+            KeyError: ``loss_scaler`` lacks an entry.
+            ValueError: as :meth:`OptimWrapper.load_state_dict`, or an entry of ``loss_scaler`` is not a number.
         """
         check_state_dict(state_dict)
         scaler_state = state_dict.get("loss_scaler") or {}
@@ -182,4 +182,4 @@ class AmpOptimWrapper(OptimWrapper):
 
 @OPTIM_WRAPPERS.register_module(name="ApexOptimWrapper")
 def _no_apex(*args: Any, **kwargs: Any) -> NoReturn:
-    raise NotImplementedError("ApexOptimWrapper is not offered: apex.amp no longer exists; use AmpOptimWrapper")
+    raise NotImplementedError("ApexOptimWrapper is not supported: apex.amp no longer exists; use AmpOptimWrapper")

@@ -1,4 +1,4 @@
-"""BaseOptimWrapper: the interface of every optimizer wrapper, and what needs the optimizer only."""
+"""BaseOptimWrapper: the interface of optimizer wrappers, and the parts that need only the optimizer."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from ...undo import unchanged_on_error
 
 __all__ = ["DRIVEN", "BaseOptimWrapper", "check_state_dict", "taking"]
 
-# What wrappers add to the state dict of their optimizer; each wrapper takes what it knows and leaves the rest.
+# Keys that wrappers add to their optimizer's state dict; each wrapper loads those it knows and ignores the others.
 _WRAPPER_KEYS = ("base_param_settings", "loss_scaler")
 
-#: Optimizers that a wrapper of ours drives.
+#: Optimizers driven by one of our wrappers.
 DRIVEN: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
 
 
 def taking(optimizer: Any) -> contextlib.AbstractContextManager[None]:
-    """While a wrapper of ``optimizer`` is made: an error leaves the optimizer as it was.
+    """A context for building a wrapper of ``optimizer``: an error inside leaves the optimizer as it was.
 
     See Note [What fails changes nothing].
     """
@@ -37,7 +37,7 @@ def taking(optimizer: Any) -> contextlib.AbstractContextManager[None]:
 
 
 def check_state_dict(state_dict: Any, name: str = "state_dict") -> None:
-    """Raise a TypeError, which calls it ``name``, for what is no dict."""
+    """Raise a TypeError, which names ``name``, unless ``state_dict`` is a dict."""
     if not isinstance(state_dict, Mapping):
         raise TypeError(
             f"{name} must be a dict, as state_dict() of a wrapper or optimizer returns, got {type(state_dict).__name__}"
@@ -51,8 +51,8 @@ class BaseOptimWrapper(abc.ABC):
         optimizer: the optimizer to drive.
 
     Attributes:
-        base_param_settings: with more than one parameter group, a group of a dummy parameter and the optimizer's
-            defaults. It stands last in :attr:`param_groups`, so that schedulers move the base learning rate too; the
+        base_param_settings: with more than one parameter group, a group with a dummy parameter and the optimizer's
+            defaults. It is the last of :attr:`param_groups`, so that schedulers also change the base learning rate; the
             optimizer does not have it. None with one group.
     """
 
@@ -61,7 +61,7 @@ class BaseOptimWrapper(abc.ABC):
             raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
         self.optimizer = optimizer
         DRIVEN.add(optimizer)
-        local = getattr(optimizer, "optim", None)  # of a ZeroRedundancyOptimizer, for its share
+        local = getattr(optimizer, "optim", None)  # a ZeroRedundancyOptimizer's, for its share
         if isinstance(local, torch.optim.Optimizer):
             DRIVEN.add(local)
         self.base_param_settings: dict[str, Any] | None = None
@@ -71,7 +71,7 @@ class BaseOptimWrapper(abc.ABC):
 
     @abc.abstractmethod
     def update_params(self, loss: Tensor) -> None:
-        """Backward, and step where one is due."""
+        """Backward, and a step if one is due."""
 
     @abc.abstractmethod
     def backward(self, loss: Tensor, **kwargs: Any) -> None:
@@ -92,7 +92,7 @@ class BaseOptimWrapper(abc.ABC):
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
-        """The optimizer's parameter groups, and ``base_param_settings`` where there is one."""
+        """The optimizer's parameter groups, and ``base_param_settings`` if there is one."""
         if self.base_param_settings is None:
             return self.optimizer.param_groups
         return [*self.optimizer.param_groups, self.base_param_settings]
@@ -103,7 +103,7 @@ class BaseOptimWrapper(abc.ABC):
         return self.optimizer.defaults
 
     def get_lr(self) -> dict[str, list[Any]]:
-        """``{'lr': [one per group]}``, and ``'base_lr': [one]`` with more than one group."""
+        """``{'lr': [one per group]}``, with ``'base_lr': [one]`` if there is more than one group."""
         lrs: dict[str, list[Any]] = {}
         if self.base_param_settings is not None:
             lrs["base_lr"] = [self.base_param_settings["lr"]]
@@ -111,7 +111,7 @@ class BaseOptimWrapper(abc.ABC):
         return lrs
 
     def get_momentum(self) -> dict[str, list[Any]]:
-        """``{'momentum': [one per group]}``: its ``momentum``, else ``betas[0]``, else 0."""
+        """``{'momentum': [one per group]}``: the group's ``momentum``, else ``betas[0]``, else 0."""
         momenta = []
         for group in self.optimizer.param_groups:
             if "momentum" in group:
@@ -121,8 +121,8 @@ class BaseOptimWrapper(abc.ABC):
         return {"momentum": momenta}
 
     def state_dict(self) -> dict[str, Any]:
-        """The optimizer's state dict, and ``base_param_settings`` where there is one."""
-        # For any optimizer, as a fused one does by itself: see Note [Plain numbers].
+        """The optimizer's state dict, with ``base_param_settings`` if there is one."""
+        # For stock optimizers; a fused one does this itself: see Note [Plain numbers].
         plain_groups(self.optimizer.param_groups)
         state_dict = dict(self.optimizer.state_dict())
         if self.base_param_settings is not None:
@@ -133,18 +133,18 @@ class BaseOptimWrapper(abc.ABC):
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Load the state dict of any wrapper of one optimizer, or of the optimizer itself.
 
-        The dict is not changed. When the optimizer refuses its part, nothing has been loaded.
+        The dict is not changed. If the optimizer rejects its part, nothing has been loaded.
 
         Raises:
-            TypeError: it is no dict.
-            ValueError: it is the state dict of an :class:`OptimWrapperDict`, or one that does not fit.
+            TypeError: it is not a dict.
+            ValueError: it is the state dict of an :class:`OptimWrapperDict`, or does not fit.
         """
         check_state_dict(state_dict)
         if "param_groups" not in state_dict and any(
             isinstance(value, Mapping) and "param_groups" in value for value in state_dict.values()
         ):
             raise ValueError(
-                f"state_dict is that of an OptimWrapperDict of {', '.join(map(repr, state_dict))}; "
+                f"state_dict is from an OptimWrapperDict of {', '.join(map(repr, state_dict))}; "
                 f"a single {type(self).__name__} loads one of these"
             )
         self.optimizer.load_state_dict({key: value for key, value in state_dict.items() if key not in _WRAPPER_KEYS})
@@ -158,9 +158,10 @@ class BaseOptimWrapper(abc.ABC):
 
     @contextlib.contextmanager
     def _unchanged_on_error(self) -> Iterator[None]:
-        """Put back, on an error, what a state dict was loaded into meanwhile.
+        """On an error, restore the objects into which a state dict was being loaded.
 
-        Optimizers replace their state when they load; torch's ZeroRedundancyOptimizer does not, and is not put back.
+        This works because optimizers replace their state on loading; torch's ZeroRedundancyOptimizer does not, and is
+        not restored.
         """
         # A scaler writes its tensors in place.
         before = [

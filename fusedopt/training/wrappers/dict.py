@@ -20,8 +20,8 @@ __all__ = ["OptimWrapperDict"]
 class OptimWrapperDict(OptimWrapper):
     """Several wrappers by name, as for the networks of a GAN; as ``mmengine.optim.OptimWrapperDict``.
 
-    Each is driven by itself: ``update_params``, ``backward``, ``step``, ``optim_context`` and what counts iterations
-    are those of the wrappers in it, and raise NotImplementedError here. The reports (``grad_norm`` and its like),
+    Each wrapper is driven separately: ``update_params``, ``backward``, ``step``, ``optim_context`` and the counters of
+    iterations must be called on the wrappers, and raise NotImplementedError here. The reports (such as ``grad_norm``),
     ``clip_grad`` and ``step_count`` are dicts by name.
 
     Args:
@@ -52,9 +52,9 @@ class OptimWrapperDict(OptimWrapper):
         raise NotImplementedError(self._refusal(method, "call it on"))
 
     def __getattr__(self, name: str) -> NoReturn:
-        if name.startswith("__") or name == "optim_wrappers":  # protocols ask for the one, unpickling for the other
+        if name.startswith("__") or name == "optim_wrappers":  # asked for by protocols and by unpickling
             raise AttributeError(name)
-        raise AttributeError(self._refusal(name, "ask"), name=name, obj=self)
+        raise AttributeError(self._refusal(name, "read it from"), name=name, obj=self)
 
     def update_params(self, *args: Any, **kwargs: Any) -> NoReturn:
         """Not here: each wrapper has its own."""
@@ -90,12 +90,12 @@ class OptimWrapperDict(OptimWrapper):
         self._refuse("inner_count")
 
     def zero_grad(self, **kwargs: Any) -> None:
-        """``zero_grad`` of all wrappers."""
+        """Call ``zero_grad`` of all wrappers."""
         for wrapper in self.values():
             wrapper.zero_grad(**kwargs)
 
     def initialize_count_status(self, model: nn.Module, init_counts: int, max_counts: int) -> None:
-        """Does nothing: whoever drives a wrapper knows how many iterations it gets."""
+        """Does nothing: the code that drives a wrapper knows its number of iterations."""
 
     @property
     def param_groups(self) -> dict[str, list[dict[str, Any]]]:  # type: ignore[override]
@@ -108,11 +108,11 @@ class OptimWrapperDict(OptimWrapper):
         return {name: wrapper.defaults for name, wrapper in self.items()}
 
     def get_lr(self) -> dict[str, list[Any]]:
-        """``name.lr`` and, for a wrapper of several groups, ``name.base_lr``."""
+        """``name.lr`` of each wrapper and, with several groups, ``name.base_lr``."""
         return {f"{name}.{key}": value for name, wrapper in self.items() for key, value in wrapper.get_lr().items()}
 
     def get_momentum(self) -> dict[str, list[Any]]:
-        """``name.momentum``."""
+        """``name.momentum`` of each wrapper."""
         return {
             f"{name}.{key}": value for name, wrapper in self.items() for key, value in wrapper.get_momentum().items()
         }
@@ -154,23 +154,23 @@ class OptimWrapperDict(OptimWrapper):
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Load the state dict of each wrapper that is in ``state_dict``. It is not changed.
 
-        A wrapper that is not in it stays what it is, with a warning. On an error nothing has been loaded, except into a
-        ZeroRedundancyOptimizer before the entry that was refused.
+        A wrapper that is not in it stays as it is, with a warning. On an error nothing has been loaded, except into
+        ZeroRedundancyOptimizers before the failing entry.
 
         Raises:
-            TypeError: it is no dict of dicts.
+            TypeError: it is not a dict of dicts.
             ValueError: it is the state dict of a single wrapper or optimizer, or one of its entries does not fit.
-            KeyError: it has a name that is not here, or one of its entries lacks something.
+            KeyError: it has an unknown name, or one of its entries lacks something.
         """
         check_state_dict(state_dict)
         if "param_groups" in state_dict:
             raise ValueError(
-                "state_dict is that of a single wrapper or optimizer; an OptimWrapperDict loads a dict with one for "
+                "state_dict is from a single wrapper or optimizer; an OptimWrapperDict loads a dict with one for "
                 f"each of {', '.join(map(repr, self))}"
             )
         for name, state in state_dict.items():
             if name not in self:
-                raise KeyError(f"state_dict has {name!r}, which is no wrapper here; {did_you_mean(name, self)}")
+                raise KeyError(f"state_dict has {name!r}, which is not a wrapper here; {did_you_mean(name, self)}")
             check_state_dict(state, f"state_dict[{name!r}]")
         missing = [name for name in self if name not in state_dict]
         if missing:
@@ -183,11 +183,11 @@ class OptimWrapperDict(OptimWrapper):
                 self[name].load_state_dict(state)
 
     def describe(self, model: nn.Module | None = None) -> str:
-        """:meth:`OptimWrapper.describe` of all, in one table; names of wrappers stand before the groups' numbers."""
+        """:meth:`OptimWrapper.describe` of all wrappers in one table, with wrapper names before group numbers."""
         return parameter_table({name: wrapper.optimizer for name, wrapper in self.items()}, model)
 
     def keys(self) -> KeysView[str]:
-        """The names."""
+        """The wrappers' names."""
         return self.optim_wrappers.keys()
 
     def values(self) -> ValuesView[OptimWrapper]:

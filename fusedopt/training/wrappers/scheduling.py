@@ -1,4 +1,4 @@
-"""SkipAwareScheduler: a scheduler that stands still where steps were skipped."""
+"""SkipAwareScheduler: a scheduler that does not advance when steps were skipped."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = ["SkipAwareScheduler"]
 
 
 class _Flag:
-    """A flag on its way from the device to the host."""
+    """A flag that is copied from the device to the host."""
 
     def __init__(self, flag: Tensor):
         self._flag = flag
@@ -28,28 +28,28 @@ class _Flag:
             self._event.record(torch.cuda.current_stream(flag.device))
 
     def read(self) -> bool:
-        """The flag; waits for the work that made it, and for none that was queued after."""
+        """The flag; waits only for the work that produced it, not for work queued later."""
         if self._event is not None:
             self._event.synchronize()
         return bool(self._flag)
 
 
 class SkipAwareScheduler:
-    """Drives a learning rate scheduler, which stands still where every step was skipped for non-finite gradients.
+    """Drives a scheduler, but does not advance it when all steps were skipped for non-finite gradients.
 
-    A call is held back when all steps since the call before were skipped: called after each step, when that one was;
-    called after each epoch, when the epoch made none. A call with no step since the one before, as in the middle of an
-    accumulation, advances as usual.
+    A call does not advance the scheduler if all steps since the previous call were skipped: the one step, if called
+    after each step; all steps of the epoch, if called after each epoch. A call without steps since the previous one, as
+    in the middle of an accumulation, advances as usual.
 
-    By default the scheduler **lags one call**: each looks at the steps before the last call. What it was to be held
-    back for is made up for at the next call, and until then it is one ahead. On a GPU the host waits until the steps
-    before the last call are done, so that it runs at most one call ahead of the device. With ``wait`` each call looks
-    at the steps just made; on a GPU that **synchronizes**.
+    By default the scheduler **lags one call**: each call checks the steps before the previous call. After skipped
+    steps, the scheduler is thus one ahead until the next call, which does not advance it. On a GPU the host waits until
+    the steps before the previous call are done, so that it runs at most one call ahead of the device. With ``wait``
+    each call checks the steps just made; on a GPU that **synchronizes**.
 
     Args:
-        scheduler: any object with ``step()``; everything else of it can be reached through this one.
+        scheduler: any object with ``step()``; its other attributes can be read from this object.
         optim_wrapper: the wrapper whose steps count.
-        wait: look at the steps just made.
+        wait: check the steps just made.
 
     Raises:
         TypeError: ``optim_wrapper`` is not a single wrapper.
@@ -73,7 +73,7 @@ class SkipAwareScheduler:
         self._made_before = self.optim_wrapper.count_made_steps()
 
     def step(self, *args: Any, **kwargs: Any) -> None:
-        """Step the scheduler, unless all steps it was to follow were skipped."""
+        """Step the scheduler, unless all optimizer steps that it follows were skipped."""
         if self.wait:
             self._settle()
         skipped = self._pending is not None and self._pending.read()
@@ -84,23 +84,23 @@ class SkipAwareScheduler:
             self.scheduler.step(*args, **kwargs)
 
     def _settle(self) -> None:
-        """Begin to read whether no step was made since the last call, if there was any."""
+        """If there were steps since the last call, start reading whether all were skipped."""
         made = self.optim_wrapper.count_made_steps()
         if self.optim_wrapper.step_count != self._steps_before and isinstance(made, Tensor):
             self._pending = _Flag(made == _on(made.device, self._made_before))
         self._begin()
 
     def state_dict(self) -> dict[str, Any]:
-        """The scheduler's state dict, ``all_were_skipped`` before the last call and ``some_were_made`` since it.
+        """The scheduler's state dict, with ``all_were_skipped`` before the last call and ``some_were_made`` since it.
 
-        It waits for the device.
+        This waits for the device.
         """
         skipped = self._pending is not None and self._pending.read()
         some = int(self.optim_wrapper.count_made_steps()) != int(self._made_before)
         return {**self.scheduler.state_dict(), "all_were_skipped": skipped, "some_were_made": some}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Load what :meth:`state_dict` returned, or the scheduler's own state dict."""
+        """Load a state from :meth:`state_dict`, or the scheduler's own state dict."""
         own = dict(state_dict)
         self._pending = _Flag(torch.tensor(own.pop("all_were_skipped", False)))
         self._begin()
@@ -109,6 +109,6 @@ class SkipAwareScheduler:
         self.scheduler.load_state_dict(as_before(own, self.scheduler.state_dict()))
 
     def __getattr__(self, name: str) -> Any:
-        if name == "scheduler":  # not there yet, as while unpickling
+        if name == "scheduler":  # not set yet, as during unpickling
             raise AttributeError(name)
         return getattr(self.scheduler, name)

@@ -1,4 +1,4 @@
-"""What a wrapper's optimizer does to which parameter, for people."""
+"""Readable summaries of an optimizer's parameters and settings."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from ..unwrapping import named_parameters
 
 __all__ = ["parameter_table", "settings_summary"]
 
-#: Names that a summary line quotes before it cuts the list short.
+#: The most names in a line of the summary.
 _QUOTED_NAMES = 3
 
 
 class _Row(NamedTuple):
-    """One parameter, its name where that is known, and the group it is in."""
+    """One parameter, its name if known, and its group."""
 
     name: str | None
     param: Tensor
@@ -28,7 +28,7 @@ class _Row(NamedTuple):
 
 
 def _rows(optimizer: torch.optim.Optimizer, model: nn.Module | None = None) -> list[_Row]:
-    """Every parameter of the optimizer, by its name in ``model`` or else in its group."""
+    """Every parameter of the optimizer, with its name in ``model`` or else in its group."""
     names = {id(param): name for name, param in named_parameters(model)} if model is not None else {}
     rows = []
     for number, group in enumerate(optimizer.param_groups):
@@ -44,7 +44,7 @@ def _number(value: Any) -> str:
 
 
 def settings_summary(optimizer: torch.optim.Optimizer) -> str:
-    """A line about the optimizer, and one for each pair of learning rate and weight decay that parameters have."""
+    """A line about the optimizer, and one for each pair of learning rate and weight decay among its parameters."""
     rows = _rows(optimizer)
     by_settings: dict[tuple[str, str], list[_Row]] = {}
     for row in rows:
@@ -75,8 +75,8 @@ def parameter_table(optimizers: Mapping[str, torch.optim.Optimizer], model: nn.M
     """A line for each parameter: name, shape, learning rate, weight decay, group.
 
     Args:
-        optimizers: by the name that stands before the number of a group.
-        model: gives the names, which groups need not have, and what none of the optimizers trains.
+        optimizers: the optimizers by name; the name is put before the number of a group.
+        model: adds names that groups lack, and the parameters that no optimizer trains.
     """
     lines = [("parameter", "shape", "lr", "weight_decay", "group")]
     known = set()

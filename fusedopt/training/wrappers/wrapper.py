@@ -41,16 +41,16 @@ class OptimWrapper(BaseOptimWrapper):
     """Drives any torch optimizer: backward, gradient accumulation, clipping, step; as ``mmengine.optim.OptimWrapper``.
 
     A fused optimizer clips inside its step (the wrapper sets its ``clip_grad``). For any other optimizer the gradients
-    are clipped with ``torch.nn.utils`` before the step. Nothing here waits for the device.
+    are clipped with ``torch.nn.utils`` before the step. The wrapper itself does not synchronize.
 
     Args:
         optimizer: the optimizer.
-        accumulative_counts: number of iterations whose gradients make one step.
+        accumulative_counts: number of iterations whose gradients are accumulated for one step.
         clip_grad: None, ``dict(max_norm=…, norm_type=2.0, error_if_nonfinite=False)`` or
             ``dict(type='value', clip_value=…)``.
 
     Raises:
-        TypeError, ValueError: an argument is of the wrong kind or out of range, or ``clip_grad`` is set on both the
+        TypeError, ValueError: an argument has the wrong type or is out of range, or ``clip_grad`` is set on both the
             wrapper and the optimizer. The optimizer has not changed then.
     """
 
@@ -79,7 +79,7 @@ class OptimWrapper(BaseOptimWrapper):
             if clip is not None and isinstance(optimizer, FusedOptimizer):
                 optimizer.clip_grad = clip.as_dict()
                 clip = None
-            # None for a fused optimizer, which clips by itself.
+            # None for a fused optimizer, which clips itself.
             self._stock_clip = clip
             self._stock_grad_norm: Tensor | None = None
             # The names of these four are MMEngine's; MMagic reads them. -1: initialize_count_status was not called.
@@ -87,15 +87,15 @@ class OptimWrapper(BaseOptimWrapper):
             self._inner_count = 0
             self._max_counts = -1
             self._remainder_counts = -1
-            #: Number of calls of ``step``, of those too that were skipped.
+            #: Number of calls of ``step``, including skipped steps.
             self.step_count = 0
-            # Of these, those that were made, for whoever asks count_made_steps: on the device where a step has a flag.
+            # Those that were not skipped since the first count_made_steps(); a tensor if steps have flags on a device.
             self._steps_made: int | Tensor | None = None
             self._warned_about: set[str] = set()
 
     @property
     def clip_grad(self) -> dict[str, Any] | None:
-        """The settings of gradient clipping, whoever does it; None without."""
+        """The settings of gradient clipping in the wrapper or the optimizer; None without clipping."""
         clip = self._stock_clip
         return getattr(self.optimizer, "clip_grad", None) if clip is None else clip.as_dict()
 
@@ -105,10 +105,10 @@ class OptimWrapper(BaseOptimWrapper):
         step_kwargs: Mapping[str, Any] | None = None,
         zero_kwargs: Mapping[str, Any] | None = None,
     ) -> None:
-        """Backward through ``loss``; where :meth:`should_update`, step and zero the gradients.
+        """Backward through ``loss``; if :meth:`should_update`, step and zero the gradients.
 
         Args:
-            loss: one element.
+            loss: a tensor of one element.
             step_kwargs: arguments of the optimizer's ``step``.
             zero_kwargs: arguments of the optimizer's ``zero_grad``.
 
@@ -139,14 +139,14 @@ class OptimWrapper(BaseOptimWrapper):
         self._count_made_step()
 
     def count_made_steps(self) -> int | Tensor:
-        """The number of steps since the first call of this that were not skipped, without waiting for the device."""
+        """The number of steps since the first call of this that were not skipped; does not wait for the device."""
         if self._steps_made is None:
             self._steps_made = 0
         return self._steps_made
 
     def _count_made_step(self) -> None:
         made = self._steps_made
-        if made is None:  # nobody asked
+        if made is None:  # count_made_steps was never called
             return
         skipped = self.step_was_skipped
         if skipped is None:
@@ -171,18 +171,18 @@ class OptimWrapper(BaseOptimWrapper):
 
     @contextlib.contextmanager
     def optim_context(self, model: nn.Module) -> Iterator[None]:
-        """The context of the forward pass; it keeps a DDP model from synchronizing where no step follows."""
+        """The context of the forward pass; a DDP model does not synchronize in it if no step follows."""
         no_sync: Any = getattr(model, "no_sync", None)
         with contextlib.nullcontext() if no_sync is None or self.should_sync() else no_sync():
             yield
 
     def initialize_count_status(self, model: nn.Module, init_counts: int, max_counts: int) -> None:
-        """Tell where training stands, so that the last iterations make a step although they are fewer.
+        """Set the progress of training, so that the last iterations make a step even if they are fewer.
 
         Args:
             model: the model; BatchNorm together with accumulation gives a warning, once.
             init_counts: inner iterations done.
-            max_counts: inner iterations in all, -1 when unknown.
+            max_counts: total inner iterations, -1 if unknown.
         """
         init_counts, max_counts = plain(init_counts), plain(max_counts)
         self._inner_count = init_counts
@@ -195,8 +195,8 @@ class OptimWrapper(BaseOptimWrapper):
             )
         if self._accumulative_counts > 1 and any(isinstance(module, _BatchNorm) for module in model.modules()):
             self._warn_once(
-                "gradient accumulation with BatchNorm is not quite the larger batch: the layers normalize over each "
-                "smaller batch by itself"
+                "gradient accumulation with BatchNorm is not equivalent to a larger batch: the layers normalize over "
+                "each smaller batch separately"
             )
 
     def _warn_once(self, message: str) -> None:
@@ -214,10 +214,10 @@ class OptimWrapper(BaseOptimWrapper):
         return count % self._accumulative_counts == 0 or count == self._max_counts
 
     def scale_loss(self, loss: Tensor) -> Tensor:
-        """Divide by the number of iterations that make the step: ``accumulative_counts``, or what is left at the end.
+        """Divide by the number of iterations of the step: ``accumulative_counts``, or those left at the end.
 
         Raises:
-            RuntimeError: more iterations than ``initialize_count_status`` was told.
+            RuntimeError: more iterations than ``max_counts`` of ``initialize_count_status``.
         """
         count = self._accumulative_counts
         if count == 1:
@@ -226,17 +226,17 @@ class OptimWrapper(BaseOptimWrapper):
             count = self._remainder_counts
             if count == 0:
                 raise RuntimeError(
-                    f"initialize_count_status was told of {self._max_counts} iterations, and this is one more "
-                    f"(inner_count {self._inner_count}); call it again with the new total"
+                    f"initialize_count_status was called with max_counts={self._max_counts}, and this is one more "
+                    f"iteration (inner_count {self._inner_count}); call it again with the new total"
                 )
         return loss / count
 
     def resume_inner_count(self, count: int, *, restart_accumulation: bool = False) -> None:
-        """Go on with the inner iterations of a checkpoint.
+        """Continue from the inner iterations of a checkpoint.
 
         Args:
             count: inner iterations done.
-            restart_accumulation: begin the accumulation anew that was under way, because its gradients are lost.
+            restart_accumulation: restart the current accumulation, because its gradients are lost.
         """
         self._inner_count = count - count % self._accumulative_counts * restart_accumulation
 
@@ -253,7 +253,7 @@ class OptimWrapper(BaseOptimWrapper):
 
     @property
     def clip_coef(self) -> Tensor | None:
-        """What the gradients of the last step were clipped with, a 0-dim tensor; None without norm clipping."""
+        """The factor that clipped the gradients of the last step, a 0-dim tensor; None without norm clipping."""
         report = self._report
         if report is not None:
             return report.clip_coef
@@ -263,12 +263,12 @@ class OptimWrapper(BaseOptimWrapper):
 
     @property
     def loss_scale(self) -> Tensor | None:
-        """What the loss is multiplied with against underflow, a 0-dim tensor; None where it is not."""
+        """The loss scale, a 0-dim tensor; None without loss scaling."""
         return None
 
     @property
     def step_was_skipped(self) -> Tensor | None:
-        """Whether non-finite gradients kept the last step from being made, a 0-dim bool tensor; None if not checked."""
+        """Whether the last step was skipped for non-finite gradients, a 0-dim bool tensor; None if not checked."""
         report = self._report
         return None if report is None or report.found_inf is None else report.found_inf != 0
 
@@ -281,12 +281,12 @@ class OptimWrapper(BaseOptimWrapper):
         """A table of all parameters: name, shape, learning rate, weight decay and number of the group.
 
         Args:
-            model: gives the names, which groups need not have, and what the optimizer does not train.
+            model: adds names that groups lack, and the parameters that the optimizer does not train.
         """
         return parameter_table({"": self.optimizer}, model)
 
     def _settings(self) -> dict[str, Any]:
-        """What :meth:`__repr__` shows of the wrapper's own."""
+        """The wrapper's own settings that :meth:`__repr__` shows."""
         return {"accumulative_counts": self._accumulative_counts, "clip_grad": self.clip_grad}
 
     def __repr__(self) -> str:

@@ -1,4 +1,4 @@
-"""Hooks: what happens in a training beside the iterations themselves."""
+"""Hooks: what happens in a run besides the iterations themselves."""
 
 from .checkpoint import CheckpointHook
 from .ema import EMAHook

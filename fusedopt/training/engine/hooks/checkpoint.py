@@ -1,4 +1,4 @@
-"""CheckpointHook: writes checkpoints, keeps the newest and the best."""
+"""CheckpointHook: writes checkpoints and keeps the newest and the best."""
 
 from __future__ import annotations
 
@@ -35,31 +35,30 @@ def _as_list(name: str, value: str | Sequence[str] | None) -> list[str]:
 
 @HOOKS.register_module()
 class CheckpointHook(Hook):
-    """Writes a checkpoint every so often and at the end, with the names and files of ``mmengine.hooks.CheckpointHook``.
+    """Writes checkpoints at an interval and at the end, with the file names of ``mmengine.hooks.CheckpointHook``.
 
-    A checkpoint is on the disk before older ones are removed, and before ``last_checkpoint`` names it: at every moment
-    the newest one is whole.
+    A checkpoint is on disk before older ones are removed and before ``last_checkpoint`` names it, so the newest one is
+    complete at all times.
 
     Args:
-        interval: number of epochs or iterations from one to the next; -1 for none.
-        by_epoch: whether in epochs.
-        save_optimizer: whether with the optimizer's state, which resuming takes.
-        save_param_scheduler: whether with the schedulers' states, which resuming takes.
-        out_dir: where to, in a folder of the name of ``work_dir``; by default ``work_dir`` itself.
-        max_keep_ckpts: how many are kept, the newest; -1 for all. The best ones are not counted.
-        save_last: whether at the end too, whatever the interval.
-        save_best: names of metrics, a checkpoint of weights being kept for the best value of each; ``'auto'`` is the
-            first metric.
-        rule: ``'greater'`` or ``'less'`` is better: for all of ``save_best``, or a list with one for each. By default
-            the name of the metric tells.
-        greater_keys: metrics of which more is better have one of these in their name.
-        less_keys: metrics of which less is better have one of these in their name.
-        filename_tmpl: name of a file, ``{}`` being the epoch or iteration; ``'epoch_{}.pth'`` or ``'iter_{}.pth'`` by
-            default.
-        save_begin: number of the epoch or iteration from which on the interval counts.
+        interval: number of epochs or iterations between checkpoints; -1 for none.
+        by_epoch: whether the interval is in epochs.
+        save_optimizer: include the optimizer's state, which resuming needs.
+        save_param_scheduler: include the schedulers' states, which resuming needs.
+        out_dir: parent of the output folder, which is named like ``work_dir``; by default ``work_dir`` itself is used.
+        max_keep_ckpts: number of newest checkpoints to keep; -1 for all. The best ones do not count.
+        save_last: also save at the end, whatever the interval.
+        save_best: names of metrics; the weights with the best value of each are kept. ``'auto'`` is the first metric.
+        rule: whether ``'greater'`` or ``'less'`` is better, for all of ``save_best`` or as a list with one for each. By
+            default the name of the metric decides.
+        greater_keys: names, or parts of names, of metrics for which greater is better.
+        less_keys: names, or parts of names, of metrics for which less is better.
+        filename_tmpl: template of file names, where ``{}`` is the epoch or iteration; ``'epoch_{}.pth'`` or
+            ``'iter_{}.pth'`` by default.
+        save_begin: number of the epoch or iteration from which the interval counts.
 
     Raises:
-        TypeError, ValueError: an argument is of the wrong kind or out of range, or a rule cannot be told.
+        TypeError, ValueError: an argument has the wrong type or is out of range, or a rule cannot be inferred.
     """
 
     priority = "VERY_LOW"
@@ -107,7 +106,7 @@ class CheckpointHook(Hook):
             raise ValueError(f"rule has {len(rules)} entries for {len(self.save_best)} metrics of save_best")
         self._given_rules = rules
         self.rules = {} if self.save_best == ["auto"] else self._tell_rules(self.save_best)
-        self._folder: Path | None = None  # outside of a training
+        self._folder: Path | None = None  # None outside a run
         self._kept: list[int] = []
 
     def _tell_rules(self, metrics: Sequence[str]) -> dict[str, str]:
@@ -125,10 +124,10 @@ class CheckpointHook(Hook):
         for rule in _RULES:
             if any(key in name for key in keys[rule]):
                 return rule
-        raise ValueError(f"save_best={metric!r}: its name does not tell whether more or less is better; set rule")
+        raise ValueError(f"save_best={metric!r}: its name does not say whether greater or less is better; set rule")
 
     def before_train(self, runner: Runner) -> None:
-        """Find the folder, and remove what a killed process left there."""
+        """Set the folder, and remove leftovers of killed processes."""
         work_dir = Path(runner.work_dir)
         self._folder = work_dir if self.out_dir is None else Path(self.out_dir) / work_dir.name
         if is_main_process():
@@ -138,11 +137,11 @@ class CheckpointHook(Hook):
         self._remove_outdated(runner)
 
     def after_train(self, runner: Runner) -> None:
-        """A validation that follows is no part of the training."""
+        """Leave the folder: a later validation is not part of the run."""
         self._folder = None
 
     def after_train_epoch(self, runner: Runner) -> None:
-        """Save, where it counts epochs."""
+        """Save if the interval is in epochs and due."""
         if self.by_epoch and (
             self.every_n_epochs(runner, self.interval, self.save_begin)
             or (self.save_last and self.is_last_train_epoch(runner))
@@ -152,7 +151,7 @@ class CheckpointHook(Hook):
     def after_train_iter(
         self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: dict[str, Any] | None = None
     ) -> None:
-        """Save, where it counts iterations."""
+        """Save if the interval is in iterations and due."""
         if not self.by_epoch and (
             self.every_n_train_iters(runner, self.interval, self.save_begin)
             or (self.save_last and self.is_last_train_iter(runner))
@@ -162,7 +161,7 @@ class CheckpointHook(Hook):
     def _save(self, runner: Runner, step: int) -> None:
         assert self._folder is not None
         if self.max_keep_ckpts > 0:
-            # The outdated one is still among them: if the process is killed now, who resumes removes it.
+            # The outdated one is still in the list: if the process is killed now, the resumed run removes it.
             self._kept = [*(kept for kept in self._kept if kept != step), step]
             runner.message_hub.update_info("keep_ckpt_ids", list(self._kept))
         filename = self.filename_tmpl.format(step)
@@ -185,7 +184,7 @@ class CheckpointHook(Hook):
         runner.message_hub.update_info("keep_ckpt_ids", list(self._kept))
 
     def after_val_epoch(self, runner: Runner, metrics: Mapping[str, Any] | None = None) -> None:
-        """Save the weights where a metric is better than ever before."""
+        """Save the weights if a metric is better than ever before."""
         if not self.save_best or self._folder is None:
             return
         if not metrics:

@@ -1,4 +1,4 @@
-"""EMAHook: trains a model, and evaluates and saves the average of its weights."""
+"""EMAHook: evaluates and saves an average of the weights of the model in training."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 __all__ = ["EMAHook"]
 
-#: What the names of the model's weights begin with in the average.
+#: Prefix of the names of the model's weights in the average's state dict.
 _PREFIX = "module."
 
 
@@ -31,27 +31,26 @@ _PREFIX = "module."
 class EMAHook(Hook):
     """Keeps an average of the model's weights, as ``mmengine.hooks.EMAHook``.
 
-    From the beginning on every iteration updates the average. A validation or test finds the average's weights in the
-    model. In a checkpoint they are the ``state_dict``, and what the model has itself is in ``ema_state_dict``, so that
-    training is resumed with the one and the other. Before the beginning the average is the model.
+    Every iteration from the first one set below updates the average; before that, the average equals the model. In a
+    validation or test the model has the average's weights. A checkpoint has them as ``state_dict`` and the model's own
+    in ``ema_state_dict``, so that a resumed run restores both.
 
     Args:
         ema_type: the averaged model: a registered name, an import path or a class.
-        strict_load: whether a checkpoint that lacks something of the average, or has something else, is an error
-            rather than a warning.
-        begin_iter: number of the iteration, from 1 on, that is the first to update the average.
-        begin_epoch: number of the epoch, from 1 on, whose iterations are the first to. Only one of the two may be set.
+        strict_load: whether a checkpoint that does not fit the average exactly is an error rather than a warning.
+        begin_iter: number of the first iteration, counted from 1, that updates the average.
+        begin_epoch: number of the first epoch, counted from 1, whose iterations do. Only one of the two may be set.
         start_iters: another name of ``begin_iter``.
         kwargs: arguments of the averaged model: ``momentum``, ``interval``, ``update_buffers``, ``device``, ``dtype``,
-            and what else it has.
+            and others that it has.
 
     Attributes:
         ema_model: the average; None before it is first needed.
-        src_model: the model it is of; likewise.
+        src_model: the averaged model; None before it is first needed.
 
     Raises:
         KeyError: an unknown ``ema_type``.
-        TypeError, ValueError: an argument is unknown, of the wrong kind or out of range.
+        TypeError, ValueError: an argument is unknown, has the wrong type or is out of range.
     """
 
     priority = "NORMAL"
@@ -74,7 +73,7 @@ class EMAHook(Hook):
                 raise ValueError(f"Invalid {name}: {number}; expected an int of at least 0")
         given = [f"{name}={number}" for name, number in begins.items() if number]
         if len(given) > 1:
-            raise ValueError(f"the average begins once, and {' and '.join(given)} are given")
+            raise ValueError(f"the average begins only once, but {' and '.join(given)} are given")
         if not isinstance(strict_load, bool):
             raise TypeError(f"strict_load must be True or False, got {strict_load!r}")
         self.strict_load = strict_load
@@ -87,7 +86,7 @@ class EMAHook(Hook):
         self._applied: AbstractContextManager[nn.Module] | None = None
 
     def _check_config(self) -> None:
-        """Raise what building the average would raise, as far as can be told without the model."""
+        """Raise the errors of building the average that can be found without the model."""
         kind = MODELS.resolve(self.ema_cfg["type"])
         if isinstance(kind, type) and not issubclass(kind, BaseAveragedModel):
             raise TypeError(f"ema_type must be a BaseAveragedModel, got {kind.__name__}")
@@ -96,18 +95,18 @@ class EMAHook(Hook):
             if accepted is not None and key not in {*accepted, "type"} - {"model"}:
                 known = {*accepted, "ema_type", "strict_load", "begin_iter", "begin_epoch", "start_iters"} - {"model"}
                 raise TypeError(f"EMAHook has no argument {key!r}; {did_you_mean(key, known)}")
-        # Another class may want more of its model than an empty one has.
+        # Other classes may need more than an empty model.
         if kind in (ExponentialMovingAverage, MomentumAnnealingEMA, StochasticWeightAverage):
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # they come when the model is averaged
+                warnings.simplefilter("ignore")  # shown when the model is averaged
                 MODELS.build(self.ema_cfg, model=nn.Module())
 
     def before_run(self, runner: Runner) -> None:
-        """Make the average, unless an earlier run with this model has."""
+        """Create the average, unless an earlier run with this model has."""
         self._models(runner)
 
     def before_train(self, runner: Runner) -> None:
-        """Warn where the training ends before the average begins."""
+        """Warn if the run ends before the average begins."""
         for name, begin, end in (
             ("begin_iter", self.begin_iter, runner.max_iters),
             ("begin_epoch", self.begin_epoch, runner.max_epochs),
@@ -118,7 +117,7 @@ class EMAHook(Hook):
                 )
 
     def before_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None) -> None:
-        """See to it that the model has its own weights, although an evaluation may have failed."""
+        """Give the model its own weights back if an evaluation has failed."""
         self._restore()
 
     def after_train_iter(
@@ -146,14 +145,14 @@ class EMAHook(Hook):
         self._restore()
 
     def close(self) -> None:
-        """Give the model its own weights back, although an evaluation may have failed."""
+        """Give the model its own weights back, in case an evaluation has failed."""
         self._restore()
 
     def before_save_checkpoint(self, runner: Runner, checkpoint: dict[str, Any]) -> None:
         """Save the average's weights as the model's, and the model's own beside them.
 
         Raises:
-            RuntimeError: in an evaluation, where the model does not have its own.
+            RuntimeError: in an evaluation, while the model has the average's weights.
         """
         if self._applied is not None:
             raise RuntimeError(
@@ -162,7 +161,7 @@ class EMAHook(Hook):
             )
         average = self._refreshed(runner)
         own = checkpoint["state_dict"]
-        # Copies and updates, because state dicts carry the versions of modules as an attribute.
+        # Copies and updates, because state dicts carry the modules' versions as an attribute.
         state = copy(average.state_dict())
         state.update({name: value.cpu() for name, value in state.items() if isinstance(value, Tensor)})
         names = [name for name in own if _PREFIX + name in state]
@@ -172,11 +171,11 @@ class EMAHook(Hook):
         checkpoint["ema_state_dict"] = state
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict[str, Any]) -> None:
-        """Where training is resumed, take both sets of weights back. Weights that are only loaded begin a new average.
+        """If a run is resumed, restore both sets of weights. Weights that are only loaded begin a new average.
 
         Raises:
-            CheckpointError: ``ema_state_dict`` lacks weights of the model; or, with ``strict_load``, what is loaded is
-                not just that of the average.
+            CheckpointError: ``ema_state_dict`` lacks weights of the model or, with ``strict_load``, the checkpoint does
+                not fit the average exactly.
         """
         average, model = self._models(runner)
         weights = checkpoint["state_dict"]
@@ -201,7 +200,7 @@ class EMAHook(Hook):
         checkpoint["state_dict"] = own
 
     def _models(self, runner: Runner) -> tuple[BaseAveragedModel, nn.Module]:
-        """The average, made where there is none of this model yet, and the model."""
+        """The average, created if there is none of this model yet, and the model."""
         model = runner.bare_model
         if self.ema_model is None or self.src_model is not model:
             self.ema_model, self.src_model = MODELS.build(self.ema_cfg, model=model), model
@@ -210,13 +209,13 @@ class EMAHook(Hook):
     def _check_fit(self, runner: Runner, name: str, state: Mapping[str, Any], model: nn.Module, strict: bool) -> None:
         differences = check_fit(state, model)
         if differences:
-            message = f"EMAHook: the checkpoint's {name} is not that of the average: {'; '.join(differences)}"
+            message = f"EMAHook: the checkpoint's {name} does not fit the average: {'; '.join(differences)}"
             if strict:
                 raise CheckpointError(message)
             runner.logger.warning(message)
 
     def _refreshed(self, runner: Runner) -> BaseAveragedModel:
-        """The average with what it takes from the model as it is: all before its first update, buffers at any time."""
+        """The average with current values from the model: all of them before its first update, then only buffers."""
         average, model = self._models(runner)
         if average.steps == 0:
             average.copy_parameters(model)

@@ -1,4 +1,4 @@
-"""EmptyCacheHook: cached GPU memory back to the driver."""
+"""EmptyCacheHook: returns cached GPU memory to the driver."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ __all__ = ["EmptyCacheHook"]
 
 @HOOKS.register_module()
 class EmptyCacheHook(Hook):
-    """Calls ``torch.cuda.empty_cache()``; without effect on a machine without a GPU.
+    """Calls ``torch.cuda.empty_cache()``; has no effect without a GPU.
 
     Args:
-        before_epoch: before each epoch.
-        after_epoch: after each epoch.
-        after_iter: after each iteration.
+        before_epoch: call it before each epoch.
+        after_epoch: call it after each epoch.
+        after_iter: call it after each iteration.
     """
 
     def __init__(self, before_epoch: bool = False, after_epoch: bool = True, after_iter: bool = False):

@@ -1,4 +1,4 @@
-"""Hook: the stages of a training, and the order in which hooks act in one."""
+"""Hook: the stages of a run, and the order of hooks within a stage."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["Hook", "Priority", "get_priority"]
 
 
 class Priority(IntEnum):
-    """When a hook acts within a stage: the lower number first, as ``mmengine.runner.Priority``."""
+    """Order of hooks within a stage, lower numbers first, as ``mmengine.runner.Priority``."""
 
     HIGHEST = 0
     VERY_HIGH = 10
@@ -52,14 +52,14 @@ def get_priority(priority: int | str) -> int:
 
 
 class Hook:
-    """Base of the hooks, as ``mmengine.hooks.Hook``: every stage is a method, and each does nothing here.
+    """Base of the hooks, as ``mmengine.hooks.Hook``: every stage is a method, which does nothing by default.
 
-    The stages of an epoch and of an iteration lead to :meth:`_before_epoch` and its like, with the ``mode``
-    ``'train'``, ``'val'`` or ``'test'``, so that a hook may act in all three at once.
+    The stages of epochs and iterations call ``_before_epoch``, ``_after_epoch``, ``_before_iter`` and ``_after_iter``
+    with the ``mode`` ``'train'``, ``'val'`` or ``'test'``, so that a hook can handle all three in one method.
 
     Attributes:
-        priority: a name of :class:`Priority` or a number from 0 to 100. Hooks of equal priority act in the order in
-            which they were registered.
+        priority: a name of :class:`Priority` or a number from 0 to 100. Hooks of equal priority act in order of
+            registration.
         stages: the names of the stages, in the order of a run.
     """
 
@@ -93,13 +93,13 @@ class Hook:
         """Before everything else, and before a checkpoint is loaded."""
 
     def after_run(self, runner: Runner) -> None:
-        """After everything else; not called when the run fails."""
+        """After everything else; not called if the run fails."""
 
     def close(self) -> None:
-        """Release what is held. Called at the end of every run, after a failure too; a later run may follow."""
+        """Release resources. Called at the end of every run, even after a failure; another run may follow."""
 
     def before_train(self, runner: Runner) -> None:
-        """Before the first epoch, with what was resumed in place."""
+        """Before the first epoch, after a resumed state has been loaded."""
 
     def after_train(self, runner: Runner) -> None:
         """After the last epoch."""
@@ -117,13 +117,13 @@ class Hook:
         """After a test."""
 
     def before_save_checkpoint(self, runner: Runner, checkpoint: dict[str, Any]) -> None:
-        """Before a checkpoint is written; what is changed in ``checkpoint`` is written."""
+        """Before a checkpoint is written; changes to ``checkpoint`` are written too."""
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict[str, Any]) -> None:
-        """After a checkpoint was read and before the model loads ``checkpoint['state_dict']``."""
+        """After a checkpoint is read and before the model loads ``checkpoint['state_dict']``."""
 
     def before_train_epoch(self, runner: Runner) -> None:
-        """Before an epoch; in training by iterations once, before the first."""
+        """Before an epoch; when training by iterations, once before the first iteration."""
         self._before_epoch(runner, mode="train")
 
     def before_val_epoch(self, runner: Runner) -> None:
@@ -135,7 +135,7 @@ class Hook:
         self._before_epoch(runner, mode="test")
 
     def after_train_epoch(self, runner: Runner) -> None:
-        """After an epoch, ``runner.epoch`` still being its number; in training by iterations once, after the last."""
+        """After an epoch, before ``runner.epoch`` is increased; when training by iterations, once after the last."""
         self._after_epoch(runner, mode="train")
 
     def after_val_epoch(self, runner: Runner, metrics: Mapping[str, Any] | None = None) -> None:
@@ -161,19 +161,19 @@ class Hook:
     def after_train_iter(
         self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: dict[str, Any] | None = None
     ) -> None:
-        """After an iteration, ``runner.iter`` still being its number; ``outputs`` are what ``train_step`` returned."""
+        """After an iteration, before ``runner.iter`` is increased; ``train_step`` returned ``outputs``."""
         self._after_iter(runner, batch_idx=batch_idx, data_batch=data_batch, outputs=outputs, mode="train")
 
     def after_val_iter(
         self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: Sequence[Any] | None = None
     ) -> None:
-        """After a batch of a validation; ``outputs`` are what ``val_step`` returned."""
+        """After a batch of a validation; ``val_step`` returned ``outputs``."""
         self._after_iter(runner, batch_idx=batch_idx, data_batch=data_batch, outputs=outputs, mode="val")
 
     def after_test_iter(
         self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: Sequence[Any] | None = None
     ) -> None:
-        """After a batch of a test; ``outputs`` are what ``test_step`` returned."""
+        """After a batch of a test; ``test_step`` returned ``outputs``."""
         self._after_iter(runner, batch_idx=batch_idx, data_batch=data_batch, outputs=outputs, mode="test")
 
     def _before_epoch(self, runner: Runner, mode: str = "train") -> None:
@@ -196,15 +196,15 @@ class Hook:
         """After a batch of any ``mode``."""
 
     def every_n_epochs(self, runner: Runner, n: int, start: int = 0) -> bool:
-        """Whether the epoch that ends is a multiple of ``n``, counted from ``start``; never for ``n <= 0``."""
+        """Whether the number of epochs done since ``start`` is a multiple of ``n``; False for ``n <= 0``."""
         return _is_multiple(runner.epoch + 1 - start, n)
 
     def every_n_inner_iters(self, batch_idx: int, n: int) -> bool:
-        """Whether the batch that ends is a multiple of ``n`` within its epoch; never for ``n <= 0``."""
+        """Whether the number of batches done in the epoch is a multiple of ``n``; False for ``n <= 0``."""
         return _is_multiple(batch_idx + 1, n)
 
     def every_n_train_iters(self, runner: Runner, n: int, start: int = 0) -> bool:
-        """Whether the iteration that ends is a multiple of ``n``, counted from ``start``; never for ``n <= 0``."""
+        """Whether the number of iterations done since ``start`` is a multiple of ``n``; False for ``n <= 0``."""
         return _is_multiple(runner.iter + 1 - start, n)
 
     def is_last_train_epoch(self, runner: Runner) -> bool:

@@ -1,4 +1,4 @@
-"""IterTimerHook: how long an iteration takes, and how long the training will."""
+"""IterTimerHook: the time of an iteration, and the time left."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ __all__ = ["IterTimerHook"]
 
 @HOOKS.register_module()
 class IterTimerHook(Hook):
-    """Notes ``data_time``, the wait for the data, and ``time``, the whole iteration, in seconds, and ``eta``.
+    """Records ``data_time``, the wait for data, ``time``, the whole iteration, and ``eta``, the time left, in seconds.
 
-    Nothing waits for the device: on a GPU an iteration's time is that of the host.
+    It does not synchronize: on a GPU, an iteration's time is the host's.
     """
 
     def __init__(self) -> None:
@@ -28,7 +28,7 @@ class IterTimerHook(Hook):
         self._last = time.perf_counter()
 
     def before_train(self, runner: Runner) -> None:
-        """Begin to count at the iteration where the training starts."""
+        """Start counting at the first iteration of this run."""
         self._first_iter = runner.iter
         self._seconds["train"] = 0.0
 
@@ -38,7 +38,7 @@ class IterTimerHook(Hook):
         self._last = time.perf_counter()
 
     def _after_epoch(self, runner: Runner, mode: str = "train") -> None:
-        self._last = time.perf_counter()  # a validation is no wait for training data
+        self._last = time.perf_counter()  # a validation does not count as waiting for training data
 
     def _before_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None, mode: str = "train") -> None:
         runner.message_hub.update_scalar(f"{mode}/data_time", time.perf_counter() - self._last)

@@ -1,4 +1,4 @@
-"""LoggerHook: what a training yields, on the terminal, in files and in TensorBoard."""
+"""LoggerHook: logs a run on the terminal, in files and in TensorBoard."""
 
 from __future__ import annotations
 
@@ -26,18 +26,17 @@ _TIMES = ("data_time", "time")
 
 @HOOKS.register_module()
 class LoggerHook(Hook):
-    """Logs losses, learning rates, gradient norm and times every so many iterations, and the metrics of validations.
+    """Logs losses, learning rates, gradient norms and times every ``interval`` iterations, and evaluation metrics.
 
     Losses, norms and times are means over the last iterations (``window_size`` of the runner's ``log_processor``);
-    learning rates are the last ones. They are read from the device when they are logged and at no other time. A
-    terminal shows a progress bar, if rich is installed, and anything else gets a line each time. The runner's
-    visualizer saves the same numbers.
+    learning rates are the last ones. They are read from the device only when they are logged. A terminal shows a
+    progress bar if rich is installed; otherwise each log is a line. The runner's visualizer saves the same numbers.
 
     Args:
-        interval: number of iterations from one log to the next, counted in the epoch.
-        ignore_last: whether the end of an epoch, which is no multiple of ``interval``, is left out.
-        log_metric_by_epoch: whether metrics are saved by the number of epochs done, otherwise of iterations.
-        out_dir: where the log and the scalars are copied to at the end, in a folder of the name of ``work_dir``.
+        interval: number of iterations between logs, counted within the epoch.
+        ignore_last: whether the end of an epoch that is not a multiple of ``interval`` is not logged.
+        log_metric_by_epoch: whether metrics are saved by the number of epochs done; otherwise, of iterations.
+        out_dir: folder to which the log and scalars are copied at the end, in a subfolder named like ``work_dir``.
 
     Raises:
         TypeError, ValueError: ``interval`` is not an int above 0.
@@ -65,11 +64,11 @@ class LoggerHook(Hook):
             self._bar.begin("train", runner.max_iters, runner.iter)
 
     def before_val_epoch(self, runner: Runner) -> None:
-        """Show how far the validation is."""
+        """Show the progress of the validation."""
         self._before_evaluation("val", runner.val_dataloader)
 
     def before_test_epoch(self, runner: Runner) -> None:
-        """Show how far the test is."""
+        """Show the progress of the test."""
         self._before_evaluation("test", runner.test_dataloader)
 
     def _before_evaluation(self, mode: str, dataloader: Any) -> None:
@@ -87,7 +86,7 @@ class LoggerHook(Hook):
     def after_train_iter(
         self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: dict[str, Any] | None = None
     ) -> None:
-        """Log, when it is time to."""
+        """Log if due."""
         if self._bar is not None:
             self._bar.advance("train", runner.iter + 1)
         length = len(runner.train_dataloader)
@@ -151,21 +150,21 @@ class LoggerHook(Hook):
                 shutil.copy(path, target)
 
     def close(self) -> None:
-        """Take the progress bar away."""
+        """Remove the progress bar."""
         if self._bar is not None:
             self._bar.close()
             self._bar = None
 
 
 def _read_scalars(runner: Runner, mode: str, names: Sequence[str] | None = None) -> dict[str, float]:
-    """What is logged of a ``mode``: the last learning rates and metrics, and the means of the rest."""
+    """The scalars to log for a ``mode``: the last learning rates and metrics, and means of the rest."""
     scalars = {}
     for key, buffer in runner.message_hub.log_scalars.items():
         prefix, _, name = key.partition("/")
         if prefix != mode or (names is not None and name not in names):
             continue
         is_last = name.rpartition(".")[2] in ("lr", "base_lr") or (mode != "train" and name not in _TIMES)
-        if buffer.data:  # what was left out may be all there was
+        if buffer.data:  # all values may have been left out
             scalars[name] = buffer.current() if is_last else buffer.mean()
     return scalars
 
@@ -178,7 +177,7 @@ def _formatted(scalars: Mapping[str, float]) -> str:
 
 
 def _place(runner: Runner, mode: str, done: int) -> str:
-    """How far it is, such as ``Epoch(train) [2][ 10/100]``."""
+    """The progress as text, such as ``Epoch(train) [2][ 10/100]``."""
     by_epoch = runner.log_by_epoch
     if by_epoch is None:
         by_epoch = runner.train_loop is None or runner.train_loop.by_epoch
@@ -192,7 +191,7 @@ def _place(runner: Runner, mode: str, done: int) -> str:
 
 
 class _ProgressBar:
-    """A bar for each of what is going on, in a terminal.
+    """Progress bars in a terminal, one for each mode that is running.
 
     Raises:
         MissingExtraError: rich is not installed.

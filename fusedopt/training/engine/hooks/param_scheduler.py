@@ -16,9 +16,9 @@ __all__ = ["ParamSchedulerHook"]
 
 @HOOKS.register_module()
 class ParamSchedulerHook(Hook):
-    """Steps each scheduler after the iterations or the epochs it counts, and with the metrics those that ask for them.
+    """Steps each scheduler after each iteration or epoch, whichever it counts.
 
-    A scheduler asks for the metrics of a validation by an attribute ``need_val_args`` that is true.
+    A scheduler by epoch whose attribute ``need_val_args`` is true is stepped with the metrics after each validation.
     """
 
     priority = "LOW"
@@ -26,19 +26,19 @@ class ParamSchedulerHook(Hook):
     def after_train_iter(
         self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: dict[str, Any] | None = None
     ) -> None:
-        """Step those that count iterations."""
+        """Step the schedulers that count iterations."""
         for scheduler in _schedulers(runner):
             if not scheduler.by_epoch:
                 scheduler.step()
 
     def after_train_epoch(self, runner: Runner) -> None:
-        """Step those that count epochs."""
+        """Step the schedulers that count epochs."""
         for scheduler in _schedulers(runner):
             if scheduler.by_epoch:
                 scheduler.step()
 
     def after_val_epoch(self, runner: Runner, metrics: Mapping[str, Any] | None = None) -> None:
-        """Step those that look at metrics."""
+        """Step the schedulers that use metrics."""
         if metrics is None:
             return
         for scheduler in _schedulers(runner):

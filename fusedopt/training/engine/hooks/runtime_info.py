@@ -1,4 +1,4 @@
-"""RuntimeInfoHook: where the training stands and what it yields, for other hooks to find."""
+"""RuntimeInfoHook: the progress and results of a run, for other hooks to read."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ class RuntimeInfoHook(Hook):
         self._stage_before: Any = None
 
     def before_run(self, runner: Runner) -> None:
-        """Note what does not change."""
+        """Record constants of the run."""
         hub = runner.message_hub
         hub.update_info("seed", runner.seed)
         hub.update_info("experiment_name", runner.experiment_name)
         hub.update_info("fusedopt_version", __version__)
 
     def before_train(self, runner: Runner) -> None:
-        """Note where the training starts."""
+        """Record where the run starts."""
         hub = runner.message_hub
         hub.update_info("loop_stage", "train")
         for name in ("epoch", "iter", "max_epochs", "max_iters"):
@@ -46,11 +46,11 @@ class RuntimeInfoHook(Hook):
         runner.message_hub.pop_info("loop_stage")
 
     def before_train_epoch(self, runner: Runner) -> None:
-        """Note the epoch."""
+        """Record the epoch."""
         runner.message_hub.update_info("epoch", runner.epoch)
 
     def before_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None) -> None:
-        """Note the iteration and the learning rates."""
+        """Record the iteration and the learning rates."""
         hub = runner.message_hub
         hub.update_info("iter", runner.iter)
         assert runner.optim_wrapper is not None
@@ -61,9 +61,9 @@ class RuntimeInfoHook(Hook):
     def after_train_iter(
         self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: dict[str, Any] | None = None
     ) -> None:
-        """Note the losses and, where a step was made, the gradient norm; all stay on the device.
+        """Record the losses and, after an optimizer step, the gradient norm; all stay on the device.
 
-        The norm of a step that was skipped, which is not finite, is left out when it is read.
+        The norm of a skipped step, which is not finite, is left out when it is read.
         """
         hub, wrapper = runner.message_hub, runner.optim_wrapper
         assert wrapper is not None
@@ -79,20 +79,20 @@ class RuntimeInfoHook(Hook):
             hub.update_scalar("train/grad_norm", norms, unless=skipped)
 
     def before_val(self, runner: Runner) -> None:
-        """Note the stage."""
+        """Record the stage."""
         hub = runner.message_hub
         self._stage_before = hub.get_info("loop_stage")
         hub.update_info("loop_stage", "val")
 
     def after_val(self, runner: Runner) -> None:
-        """Note the stage before the validation."""
+        """Record the stage before the validation again."""
         if self._stage_before is None:
             runner.message_hub.pop_info("loop_stage")
         else:
             runner.message_hub.update_info("loop_stage", self._stage_before)
 
     def before_test(self, runner: Runner) -> None:
-        """Note the stage."""
+        """Record the stage."""
         runner.message_hub.update_info("loop_stage", "test")
 
     def after_test(self, runner: Runner) -> None:
@@ -100,16 +100,16 @@ class RuntimeInfoHook(Hook):
         runner.message_hub.pop_info("loop_stage")
 
     def after_val_epoch(self, runner: Runner, metrics: Mapping[str, Any] | None = None) -> None:
-        """Note the metrics."""
+        """Record the metrics."""
         _note_metrics(runner, "val", metrics)
 
     def after_test_epoch(self, runner: Runner, metrics: Mapping[str, Any] | None = None) -> None:
-        """Note the metrics."""
+        """Record the metrics."""
         _note_metrics(runner, "test", metrics)
 
 
 def _note_metrics(runner: Runner, mode: str, metrics: Mapping[str, Any] | None) -> None:
-    """Keep the metrics that are numbers; the rest is for those who get them handed over."""
+    """Record the metrics that are numbers; hooks get the others as an argument."""
     for name, value in (metrics or {}).items():
         try:
             number = float(value)

@@ -16,8 +16,8 @@ __all__ = ["DistSamplerSeedHook"]
 
 @HOOKS.register_module()
 class DistSamplerSeedHook(Hook):
-    """Tells the sampler of the training data, or that of its batch sampler, the number of the epoch."""
+    """Sets the epoch in the sampler of the training data, or in its batch sampler's sampler."""
 
     def before_train_epoch(self, runner: Runner) -> None:
-        """Call ``set_epoch`` of the sampler, if it has that."""
+        """Call the sampler's ``set_epoch``, if it has one."""
         set_epoch(runner.train_dataloader, runner.epoch)

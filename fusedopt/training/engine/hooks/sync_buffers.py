@@ -1,4 +1,4 @@
-"""SyncBuffersHook: one set of buffers for all processes."""
+"""SyncBuffersHook: the same buffers in all processes."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ __all__ = ["SyncBuffersHook"]
 class SyncBuffersHook(Hook):
     """Averages the model's floating-point buffers, such as the statistics of BatchNorm, over all processes.
 
-    After each epoch of training, and before a validation where that was not just done.
+    It does so after each training epoch, and before a validation that does not follow one directly.
     """
 
     def __init__(self) -> None:
         self._synchronized = False
 
     def before_val_epoch(self, runner: Runner) -> None:
-        """Average, in training by iterations."""
+        """Average if the epoch's end has not just done so."""
         if not self._synchronized:
             self._average(runner)
         self._synchronized = False

@@ -1,4 +1,4 @@
-"""VisualizationHook: predictions as images."""
+"""VisualizationHook: saves predictions as images."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ __all__ = ["SegVisualizationHook", "VisualizationHook"]
 
 @HOOKS.register_module()
 class VisualizationHook(Hook):
-    """Draws what the model predicts for some batches of a validation or test, and hands it to the runner's visualizer.
+    """Draws the predictions for some batches of a validation or test with the runner's visualizer.
 
-    The images are ``data_batch['inputs']``, or the first entry of a batch that is a list or tuple; what is drawn of a
-    prediction is told at :meth:`Visualizer.add_datasample`.
+    The images are ``data_batch['inputs']``, or the first entry of a batch that is a list or tuple;
+    :meth:`Visualizer.add_datasample` describes what is drawn.
 
     Args:
-        enable: whether it does anything.
-        interval: number of batches from one that is drawn to the next.
-        max_images: how many images of a batch are drawn at most.
+        enable: whether the hook does anything.
+        interval: number of batches between those that are drawn.
+        max_images: maximum number of images per batch.
         show: must be False: images are saved, there is no window.
 
     Raises:
-        TypeError, ValueError: an argument is of the wrong kind or out of range.
+        TypeError, ValueError: an argument has the wrong type or is out of range.
     """
 
     def __init__(self, enable: bool = False, interval: int = 50, max_images: int = 8, show: bool = False):
@@ -66,20 +66,22 @@ def _images(data_batch: Any) -> Any:
     if not isinstance(data_batch, Mapping):
         return data_batch[0]
     if "inputs" not in data_batch:
-        raise KeyError(f"what is drawn is data_batch['inputs']; the batch has {', '.join(map(repr, data_batch))}")
+        raise KeyError(
+            f"the images to draw must be in data_batch['inputs']; the batch has {', '.join(map(repr, data_batch))}"
+        )
     return data_batch["inputs"]
 
 
 @HOOKS.register_module()
 class SegVisualizationHook(VisualizationHook):
-    """:class:`VisualizationHook` with MMSegmentation's name and arguments: it draws maps of classes.
+    """:class:`VisualizationHook` with MMSegmentation's name and arguments: it draws class maps.
 
     Args:
-        draw: whether it does anything.
-        interval: number of batches from one that is drawn to the next.
+        draw: whether the hook does anything.
+        interval: number of batches between those that are drawn.
         show: must be False: images are saved, there is no window.
-        wait_time: MMSegmentation's, without effect.
-        max_images: how many images of a batch are drawn at most.
+        wait_time: accepted for MMSegmentation's sake, without effect.
+        max_images: maximum number of images per batch.
     """
 
     def __init__(
