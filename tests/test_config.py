@@ -206,7 +206,7 @@ class TestPythonFile:
             pytest.param("_base_ = 'broken.py'", r"broken\.py:1: syntax error", id="broken_base"),
             pytest.param(
                 "_base_ = 'base.py'\nmodel = dict(depth=dict(of=1))",
-                r"config\.py: model\.depth: a dict cannot be merged into 2, which is no dict; `_delete_=True`",
+                r"config\.py: model\.depth: a dict cannot be merged into 2, which is not a dict; `_delete_=True`",
                 id="merge",
             ),
         ],
