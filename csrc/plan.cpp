@@ -151,7 +151,7 @@ StepPlan::StepPlan(const std::string& rule, const std::string& device, int emula
     streams_from(py::module_::import("torch._C").attr("_cuda_getCurrentRawStream"));
   }
   if (!launcher) throw std::invalid_argument("this build has no kernels for the device '" + device + "'");
-  runner_ = std::make_unique<device::Runner>(*launcher, device_, std::move(stream_of));
+  runner_ = std::make_unique<device::Executor>(*launcher, device_, std::move(stream_of));
 }
 
 // A hyperparameter; one that is a tensor on the plan's device is left there.

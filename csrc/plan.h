@@ -157,7 +157,7 @@ class StepPlan {
   const RuleInterface& rule_;
   c10::DeviceType device_ = at::kCPU;
   std::unique_ptr<device::Launcher> launcher_;  // null for one that lasts as long as the module
-  std::unique_ptr<device::Runner> runner_;      // null for the CPU's own kernels
+  std::unique_ptr<device::Executor> runner_;    // null for the CPU's own kernels
   int emulated_devices_ = 1;
   std::vector<int> row_devices_;  // for the runner
   std::vector<Group> groups_;
