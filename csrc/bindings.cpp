@@ -11,7 +11,7 @@
 #include "cuda/emulator/control.h"
 #include "ptx/bindings.h"
 #endif
-#include "plan.h"
+#include "plan/plan.h"
 #include "python_launcher.h"
 #include "scaler.h"
 

@@ -226,9 +226,9 @@ def test_prefetches_are_in_the_module() -> None:
     ).stdout
     functions = re.split(r"\n\n[0-9a-f]+ <", listing)
     for name in (
-        "StepPlan::groups_unchanged",
-        "StepPlan::refresh(",
-        "StepPlan::refresh_states",
+        "plan::Groups::unchanged(",
+        "plan::Rows::refresh(",
+        "plan::States::follow(",
         "cpu::update(",
         "cpu::statistics(",
     ):
