@@ -154,6 +154,7 @@ class TestCompiledModule:
         build = module.build_info()
         assert build["torch"] == torch.__version__
         assert build["compiler"]
+        assert build["build_type"] in ("Release", "RelWithDebInfo", "Debug")
         assert build["cuda"] is None or float(build["cuda"]) >= 11
 
     def test_the_instruction_set_can_be_forced(self) -> None:
@@ -181,6 +182,17 @@ class TestCompiledModule:
         for objects in (REPOSITORY / "build").glob("cmake/CMakeFiles/fusedopt_kernels.dir/csrc/cpu/*.o"):
             symbols = subprocess.run([nm, objects], capture_output=True, text=True, check=True).stdout.split("\n")
             assert [line for line in symbols if " W " in line or " V " in line] == []
+
+
+def test_an_unknown_build_type_is_refused_with_those_there_are(tmp_path: Path) -> None:
+    if not (REPOSITORY / "csrc").exists():
+        pytest.skip("not in a source tree")
+    environment = {**os.environ, "FUSEDOPT_BUILD_TYPE": "Fast", "FUSEDOPT_BUILD_DIR": str(tmp_path)}
+    command = [sys.executable, "csrc/build.py"]
+    result = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True)
+    assert result.returncode != 0
+    said = " ".join(result.stderr.split())
+    assert "FUSEDOPT_BUILD_TYPE is 'Fast'; expected Release, RelWithDebInfo or Debug" in said
 
 
 def test_info_lists_every_backend_and_why_it_is_unavailable() -> None:
@@ -220,6 +232,8 @@ def test_prefetches_are_in_the_module() -> None:
     # See Note [Prefetching]: the compiler may drop them without a word, and only cold steps would tell.
     if platform.machine() != "x86_64" or shutil.which("objdump") is None:
         pytest.skip("needs objdump and x86-64")
+    if module is None or module.build_info()["build_type"] == "Debug":
+        pytest.skip("needs a compiled module that is optimized")
     assert fusedopt._C.__file__ is not None
     listing = subprocess.run(
         ["objdump", "-d", "-C", "--no-show-raw-insn", fusedopt._C.__file__], capture_output=True, text=True, check=True
