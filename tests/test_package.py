@@ -11,10 +11,12 @@ import subprocess
 import sys
 import sysconfig
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
-from cases import module
+from cases import HAS_EMULATOR, module
 
 import fusedopt
 from fusedopt import info
@@ -99,6 +101,35 @@ def copied_package(tmp_path: Path) -> Path:
     return tmp_path
 
 
+def names_in_stub(body: list[ast.stmt], prefix: str = "") -> dict[str, list[str] | None]:
+    """Every public name in a stub, dotted, with the parameters of a function."""
+    found: dict[str, list[str] | None] = {}
+    for node in body:
+        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+            found[prefix + node.target.id] = None
+        elif isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+            found[prefix + node.name] = None
+            found |= names_in_stub(node.body, f"{prefix}{node.name}.")
+        elif isinstance(node, ast.FunctionDef):
+            parameters = [argument.arg for argument in (*node.args.args, *node.args.kwonlyargs)]
+            is_property = any(isinstance(mark, ast.Name) and mark.id == "property" for mark in node.decorator_list)
+            found[prefix + node.name] = None if is_property else parameters
+    return found
+
+
+def names_in_module(thing: Any, prefix: str = "") -> dict[str, list[str] | None]:
+    """The same of the module itself. pybind11 writes the signature of a function into its docstring."""
+    found: dict[str, list[str] | None] = {}
+    for name, value in vars(thing).items():
+        signature = re.match(rf"{name}\((.*)\) -> ", getattr(value, "__doc__", None) or "")
+        if name.startswith("_") and signature is None:
+            continue
+        found[prefix + name] = re.findall(r"(\w+): ", signature[1]) if signature else None
+        if isinstance(value, (type, ModuleType)):
+            found |= names_in_module(value, f"{prefix}{name}.")
+    return found
+
+
 TRAIN = """
 import torch, fusedopt
 param = torch.nn.Parameter(torch.zeros(3))
@@ -149,6 +180,12 @@ class TestCompiledModule:
 
     def test_constants_written_in_both_languages_are_equal(self) -> None:
         assert module.CLIP_EPS == CLIP_EPS
+
+    def test_its_stub_has_its_names_and_parameters(self) -> None:
+        stub = names_in_stub(ast.parse((ROOT / "_C.pyi").read_text()).body)
+        if not HAS_EMULATOR:
+            stub = {name: value for name, value in stub.items() if name.split(".")[0] not in ("emulator", "ptx")}
+        assert stub == names_in_module(module)
 
     def test_it_says_what_it_was_built_with(self) -> None:
         build = module.build_info()
