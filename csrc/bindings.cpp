@@ -11,7 +11,7 @@
 #include "cuda/emulator/control.h"
 #include "ptx/bindings.h"
 #endif
-#include "plan.h"
+#include "plan/plan.h"
 #include "python_launcher.h"
 #include "scaler.h"
 
@@ -85,6 +85,7 @@ py::dict build_info() {
   py::dict info;
   info["torch"] = FUSEDOPT_TORCH_VERSION;
   info["compiler"] = FUSEDOPT_COMPILER;
+  info["build_type"] = FUSEDOPT_BUILD_TYPE;
   info["cuda"] = cuda::built_with();
   info["cuda_archs"] = cuda::architectures();
   return info;
@@ -111,7 +112,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("update_scale", &update_scale_of, py::arg("scale"), py::arg("growth_tracker"), py::arg("found_inf"),
         py::arg("growth_factor"), py::arg("backoff_factor"), py::arg("growth_interval"),
         "torch._amp_update_scale_ for tensors on the CPU; False, with nothing done, for others.");
-  m.def("build_info", &build_info, "What the module was built with: torch, compiler, cuda (None without).");
+  m.def("build_info", &build_info, "What the module was built with: torch, compiler, build_type, cuda (None without).");
   m.def("rule_names", &rule_names, "Rules that have kernels.");
   m.def("cpu_isas", &cpu::available_isas, "CPU instruction sets of this build that this processor has, best last.");
   m.def("cpu_isa", &cpu::isa_in_use, "The CPU instruction set in use.");

@@ -8,6 +8,8 @@ Environment:
     FUSEDOPT_CUDA_ARCHS: architectures to build for, such as 90 or "80;90" (default: all from 80 that nvcc knows).
     FUSEDOPT_EMULATOR: 1 also builds the CUDA kernels as host code, which the tests run.
     FUSEDOPT_WERROR: 1 makes compiler warnings errors.
+    FUSEDOPT_BUILD_TYPE: Release (default), RelWithDebInfo (the same with symbols), or Debug (not optimized, with
+        symbols and assertions); see docs/debugging.md.
     FUSEDOPT_SANITIZE: sanitizers, such as address,undefined.
     FUSEDOPT_BUILD_DIR: where CMake works, so that a second build can reuse it.
 """
@@ -48,7 +50,14 @@ def build(target: Path, scratch: Path) -> None:
         "FUSEDOPT_PYTHON_INCLUDE": sysconfig.get_path("include"),
         "FUSEDOPT_PYTHON_SUFFIX": sysconfig.get_config_var("EXT_SUFFIX"),
     }
-    defaults = {"CUDA": "auto", "CUDA_ARCHS": "", "EMULATOR": "0", "WERROR": "0", "SANITIZE": ""}
+    defaults = {
+        "CUDA": "auto",
+        "CUDA_ARCHS": "",
+        "EMULATOR": "0",
+        "WERROR": "0",
+        "BUILD_TYPE": "Release",
+        "SANITIZE": "",
+    }
     options |= {f"FUSEDOPT_{key}": os.environ.get(f"FUSEDOPT_{key}", value) for key, value in defaults.items()}
     configure = ["cmake", "-G", "Ninja", "-S", str(ROOT), "-B", str(scratch)]
     subprocess.run([*configure, *(f"-D{key}={value}" for key, value in options.items())], check=True)

@@ -14,7 +14,7 @@ Events recorded:  Ir
 Ir                  file:function
 4,000 (45.98%)  ???:void fusedopt::cpu::(anonymous namespace)::update_chunk<fusedopt::Adam, 0u, std::vector<int, \
 std::allocator<int> > >(fusedopt::TensorRow const&, long) [clone .constprop.0] [fusedopt/_C.so]
-2,000 (22.99%)  ???:fusedopt::StepPlan::refresh_states(_object*) [fusedopt/_C.so]
+2,000 (22.99%)  ???:fusedopt::plan::States::follow(_object*, _object*) [fusedopt/_C.so]
 1,500 (17.24%)  /tmp/Python-3.11.7/Objects/dictobject.c:_PyDict_Next
   500 ( 5.75%)  /tmp/Python-3.11.7/./Include/object.h:_PyDict_Next [/usr/lib/libpython3.11.so.1.0]
   400 ( 4.60%)  ???:operator new(unsigned long) [/usr/lib/libstdc++.so.6]
@@ -36,7 +36,7 @@ def test_fit_weighs_relative_errors() -> None:
 def test_parse_annotation() -> None:
     assert parse_annotation(ANNOTATION) == {
         "fusedopt::cpu::anonymous::update_chunk": 4000,
-        "fusedopt::StepPlan::refresh_states": 2000,
+        "fusedopt::plan::States::follow": 2000,
         "_PyDict_Next": 2000,
         "operator new": 400,
         "c10::TensorImpl::grad": 300,

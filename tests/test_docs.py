@@ -18,6 +18,7 @@ PAGES = [
     DOCS / "wrappers.md",
     DOCS / "averaging.md",
     DOCS / "config.md",
+    DOCS / "debugging.md",
     DOCS / "engine.md",
     pytest.param(
         DOCS / "ptx.md", marks=pytest.mark.skipif(not HAS_EMULATOR, reason="built without FUSEDOPT_EMULATOR=1")

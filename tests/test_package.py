@@ -12,10 +12,12 @@ import sys
 import sysconfig
 import tarfile
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
-from cases import module
+from cases import HAS_EMULATOR, module
 
 import fusedopt
 from fusedopt.backends import BACKENDS, native
@@ -120,6 +122,35 @@ def copied_package(tmp_path: Path) -> Path:
     return tmp_path
 
 
+def names_in_stub(body: list[ast.stmt], prefix: str = "") -> dict[str, list[str] | None]:
+    """Every public name in a stub, dotted, with the parameters of a function."""
+    found: dict[str, list[str] | None] = {}
+    for node in body:
+        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+            found[prefix + node.target.id] = None
+        elif isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+            found[prefix + node.name] = None
+            found |= names_in_stub(node.body, f"{prefix}{node.name}.")
+        elif isinstance(node, ast.FunctionDef):
+            parameters = [argument.arg for argument in (*node.args.args, *node.args.kwonlyargs)]
+            is_property = any(isinstance(mark, ast.Name) and mark.id == "property" for mark in node.decorator_list)
+            found[prefix + node.name] = None if is_property else parameters
+    return found
+
+
+def names_in_module(thing: Any, prefix: str = "") -> dict[str, list[str] | None]:
+    """The same of the module itself. pybind11 writes the signature of a function into its docstring."""
+    found: dict[str, list[str] | None] = {}
+    for name, value in vars(thing).items():
+        signature = re.match(rf"{name}\((.*)\) -> ", getattr(value, "__doc__", None) or "")
+        if name.startswith("_") and signature is None:
+            continue
+        found[prefix + name] = re.findall(r"(\w+): ", signature[1]) if signature else None
+        if isinstance(value, (type, ModuleType)):
+            found |= names_in_module(value, f"{prefix}{name}.")
+    return found
+
+
 TRAIN = """
 import torch, fusedopt
 param = torch.nn.Parameter(torch.zeros(3))
@@ -171,10 +202,17 @@ class TestCompiledModule:
     def test_constants_written_in_both_languages_are_equal(self) -> None:
         assert module.CLIP_EPS == CLIP_EPS
 
+    def test_its_stub_has_its_names_and_parameters(self) -> None:
+        stub = names_in_stub(ast.parse((ROOT / "_C.pyi").read_text()).body)
+        if not HAS_EMULATOR:
+            stub = {name: value for name, value in stub.items() if name.split(".")[0] not in ("emulator", "ptx")}
+        assert stub == names_in_module(module)
+
     def test_it_says_what_it_was_built_with(self) -> None:
         build = module.build_info()
         assert build["torch"] == torch.__version__
         assert build["compiler"]
+        assert build["build_type"] in ("Release", "RelWithDebInfo", "Debug")
         assert build["cuda"] is None or float(build["cuda"]) >= 11
 
     def test_the_instruction_set_can_be_forced(self) -> None:
@@ -202,6 +240,17 @@ class TestCompiledModule:
         for objects in (REPOSITORY / "build").glob("cmake/CMakeFiles/fusedopt_kernels.dir/csrc/cpu/*.o"):
             symbols = subprocess.run([nm, objects], capture_output=True, text=True, check=True).stdout.split("\n")
             assert [line for line in symbols if " W " in line or " V " in line] == []
+
+
+def test_an_unknown_build_type_is_refused_with_those_there_are(tmp_path: Path) -> None:
+    if not (REPOSITORY / "csrc").exists():
+        pytest.skip("not in a source tree")
+    environment = {**os.environ, "FUSEDOPT_BUILD_TYPE": "Fast", "FUSEDOPT_BUILD_DIR": str(tmp_path)}
+    command = [sys.executable, "csrc/build.py"]
+    result = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True)
+    assert result.returncode != 0
+    said = " ".join(result.stderr.split())
+    assert "FUSEDOPT_BUILD_TYPE is 'Fast'; expected Release, RelWithDebInfo or Debug" in said
 
 
 def test_info_lists_every_backend_and_why_it_is_unavailable() -> None:
@@ -260,15 +309,17 @@ def test_prefetches_are_in_the_module() -> None:
     # See Note [Prefetching]: the compiler may drop them without a word, and only cold steps would tell.
     if platform.machine() != "x86_64" or shutil.which("objdump") is None:
         pytest.skip("needs objdump and x86-64")
+    if module is None or module.build_info()["build_type"] == "Debug":
+        pytest.skip("needs a compiled module that is optimized")
     assert fusedopt._C.__file__ is not None
     listing = subprocess.run(
         ["objdump", "-d", "-C", "--no-show-raw-insn", fusedopt._C.__file__], capture_output=True, text=True, check=True
     ).stdout
     functions = re.split(r"\n\n[0-9a-f]+ <", listing)
     for name in (
-        "StepPlan::groups_unchanged",
-        "StepPlan::refresh(",
-        "StepPlan::refresh_states",
+        "plan::Groups::unchanged(",
+        "plan::Rows::refresh(",
+        "plan::States::follow(",
         "cpu::update(",
         "cpu::statistics(",
     ):

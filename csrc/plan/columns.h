@@ -1,0 +1,33 @@
+// Columns of a parameter, measured against its canonical order.
+#pragma once
+#include <ATen/core/Tensor.h>
+
+#include <memory>
+#include <vector>
+
+#include "../tables.h"
+
+namespace fusedopt::plan {
+
+// A column's strides, where it is not flat. In a place of its own: a Column points to it.
+using OwnedLayout = std::unique_ptr<Layout>;
+
+// Where a parameter is, its sizes, and the order of its dimensions; see Note [Canonical order].
+class CanonicalOrder {
+ public:
+  CanonicalOrder() = default;
+  explicit CanonicalOrder(const c10::TensorImpl* param);
+
+  c10::Device device() const { return device_; }
+
+  // Fills in the dtype and layout of a column: the parameter itself, its gradient or a state. Returns why the tensor
+  // cannot be one, or null. A column that is `written` may not have elements that share memory.
+  const char* describe(const at::Tensor& tensor, Column& column, OwnedLayout& layout, bool written) const;
+
+ private:
+  c10::Device device_ = at::kCPU;
+  std::vector<int64_t> sizes_;
+  std::vector<int> dimensions_;  // longer than 1, in canonical order
+};
+
+}  // namespace fusedopt::plan

@@ -1,0 +1,162 @@
+#include "plan.h"
+
+#include <functional>
+#include <stdexcept>
+#include <utility>
+
+#include "../cuda/launchers.h"
+#include "../python_launcher.h"
+#include "numbers.h"
+
+namespace fusedopt {
+
+Number StepPlan::number(const py::object& value) const {
+  if (!THPVariable_Check(value.ptr())) return {value.cast<double>()};
+  const at::Tensor& tensor = THPVariable_Unpack(value.ptr());
+  if (kernels_.target.reads(tensor) && tensor.numel() == 1) return {0, &tensor};
+  return {plan::scalar_of(tensor)};
+}
+
+StepPlan::Kernels StepPlan::kernels_for(const std::string& device, const py::object& object) {
+  Kernels kernels;
+  std::function<void*(int)> stream_of = [](int) -> void* { return nullptr; };
+  auto streams_from = [&](const py::object& current) {
+    stream_of = [current](int index) { return reinterpret_cast<void*>(current(index).cast<uintptr_t>()); };
+  };
+  const device::Launcher* launcher = nullptr;
+  c10::DeviceType& type = kernels.target.type;
+  if (!object.is_none()) {
+    type = c10::Device(device).type();
+    kernels.launcher = std::make_unique<device::Launcher>(python_launcher(object, type));
+    launcher = kernels.launcher.get();
+    streams_from(object.attr("stream"));
+  } else if (device == "cpu") {
+    return kernels;
+  } else if (device == "emulated") {
+    launcher = cuda::emulated_launcher();
+  } else if (device == "cuda") {
+    type = at::kCUDA;
+    launcher = cuda::gpu_launcher();
+    // torch's C++ way would make the module depend on a CUDA build of torch.
+    streams_from(py::module_::import("torch._C").attr("_cuda_getCurrentRawStream"));
+  }
+  if (!launcher) throw std::invalid_argument("this build has no kernels for the device '" + device + "'");
+  kernels.target.device_kernels = true;
+  kernels.executor = std::make_unique<device::Executor>(*launcher, type, std::move(stream_of));
+  return kernels;
+}
+
+StepPlan::StepPlan(const std::string& rule, const std::string& device, int emulated_devices, const py::object& launcher)
+    : rule_(rule_named(rule)),
+      kernels_(kernels_for(device, launcher)),
+      emulated_devices_(emulated_devices),
+      groups_(rule_, kernels_.target),
+      rows_(kernels_.target),
+      states_(rule_, kernels_.target),
+      cpu_step_(rule_) {}
+
+void StepPlan::refresh(PyObject* groups, PyObject* state, PyObject* counts, bool write_back, plan::Problems& problems) {
+  try {
+    if (!groups_.unchanged(groups, rows_)) {
+      states_.forget();
+      groups_.read(groups, rows_);
+    }
+  } catch (...) {
+    groups_.forget();  // half read: start afresh at the next step
+    throw;
+  }
+  if (groups_.edited() && !groups_.number(rows_)) states_.forget();
+  if (!rows_.refresh(write_back, problems)) states_.forget();
+  states_.refresh(state, counts, groups_, rows_, problems);
+}
+
+bool StepPlan::place_rows() {
+  const bool on_cpu = kernels_.target.type == at::kCPU;
+  bool capturing = false;
+  int last = device::kNowhere;
+  row_devices_.resize(rows_.size());
+  for (size_t r = 0; r < rows_.size(); ++r) {
+    int& device = row_devices_[r];
+    device = rows_.hot[r].problem ? device::kNowhere
+             : on_cpu             ? static_cast<int>(r) % emulated_devices_
+                                  : rows_.cold[r].order.device().index();
+    if (device == device::kNowhere || device == last) continue;
+    last = device;
+    capturing |= kernels_.executor->capturing(device);
+  }
+  return capturing;
+}
+
+// A replay runs nothing of this plan, so what a captured step leaves out is left out for good: better to say so.
+plan::Problems StepPlan::refused_in_capture() const {
+  plan::Problems problems;
+  for (size_t r = 0; r < rows_.size(); ++r) {
+    if (rows_.table[r].grad.data) {
+      if (rows_.hot[r].state_problem == plan::kNoState) {
+        problems.push_back(
+            {r, "has no state yet, which a captured step would make anew at each replay; step once before capturing"});
+      }
+    } else if (THPVariable_Unpack(rows_.hot[r].object).requires_grad()) {
+      problems.push_back(
+          {r,
+           "has no gradient while a CUDA graph is captured: replays would never update it. Give it one (zeros) before "
+           "capturing, or requires_grad_(False)"});
+    }
+  }
+  return problems;
+}
+
+// Problems as step() returns them.
+py::list StepPlan::told(const plan::Problems& problems, bool can_mend) const {
+  py::list list;
+  for (const plan::Problem& problem : problems) {
+    const plan::HotRow& row = rows_.hot[problem.row];
+    const py::object state_only = can_mend ? py::object(py::bool_(problem.text == plan::kNoState)) : py::none();
+    list.append(py::make_tuple(row.group, row.index, problem.text, state_only));
+  }
+  return list;
+}
+
+py::object StepPlan::step_on_devices(const StepSettings& s, bool capturing) {
+  const device::Work work{rows_.table,    row_devices_, groups_.table(), rule_.id, rows_.participants.any_double,
+                          rows_.overlaps, capturing};
+  // A thread that waits for the device must let the others run: one of them may have to launch what it waits for.
+  auto wait = [this](const std::function<void()>& read) {
+    const std::vector<at::Tensor> held = rows_.hold();
+    const py::gil_scoped_release unlocked;
+    read();
+  };
+  // A launcher in Python may take seconds to compile, while other threads run.
+  const std::vector<at::Tensor> held = kernels_.launcher ? rows_.hold() : std::vector<at::Tensor>();
+  device::Outcome outcome = kernels_.executor->step(work, s, wait);
+  rows_.bump_versions(s.write_back);
+  auto wrapped = [](at::Tensor& tensor) -> py::object {
+    if (!tensor.defined()) return py::none();
+    return py::reinterpret_steal<py::object>(THPVariable_Wrap(std::move(tensor)));
+  };
+  return py::make_tuple(wrapped(outcome.scalars), wrapped(outcome.found_inf));
+}
+
+py::object StepPlan::step(const py::object& groups, const py::dict& state, const py::object& counts,
+                          const StepSettings& s) {
+  // The passes run without the GIL, so another thread may get here, or drop what they work on. Reading a hyperparameter
+  // may run Python, too.
+  if (running_) throw std::runtime_error("a step of this optimizer is running in another thread");
+  struct Running {
+    bool& flag;
+    explicit Running(bool& f) : flag(f) { flag = true; }
+    ~Running() { flag = false; }
+  } running(running_);
+  plan::Problems problems;
+  refresh(groups.ptr(), state.ptr(), counts.is_none() ? nullptr : counts.ptr(), s.write_back, problems);
+  const bool capturing = kernels_.executor && place_rows();
+  if (capturing) {
+    const plan::Problems refused = refused_in_capture();
+    if (!refused.empty()) return told(refused, false);
+  }
+  if (!problems.empty()) return told(problems, true);
+  if (kernels_.executor) return step_on_devices(s, capturing);
+  return cpu_step_.run(groups_, rows_, s);
+}
+
+}  // namespace fusedopt

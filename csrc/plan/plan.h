@@ -1,0 +1,86 @@
+// StepPlan: what a step works on, kept between steps and checked against the optimizer at each one.
+#pragma once
+#include <torch/csrc/utils/pybind.h>
+
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "../device/executor.h"
+#include "../rule_interface.h"
+#include "../step.h"
+#include "cpu_step.h"
+#include "groups.h"
+#include "rows.h"
+#include "states.h"
+#include "target.h"
+
+namespace fusedopt {
+
+// Note [What the plan remembers]
+// Reading 400 groups and 400 state dicts by key would cost more than the update of a small model. So the plan remembers
+// at which position of a dict it found what it needs, and at each step looks there: the same key object at the same
+// position means that the value beside it is the one of that key, now.
+//
+// Where Python numbers the states of a dict (before 3.12), a dict with the number it had holds the very objects it had,
+// and is not looked at further.
+//
+// Of parameters, states and gradients it remembers addresses only, so it keeps none of them alive and forms no cycle.
+// An address that was given to another object does no harm: tensors are reached through the dicts and lists of this
+// very step, or are known to be in them still, and their kind, dtype, shape and data pointer are read each time.
+// Hyperparameters are compared by address, so the plan holds on to those objects: what is the same Python number has
+// the same value. Tensors, arrays and lists given as hyperparameters are read at each step.
+class StepPlan {
+ public:
+  // `device` is "cpu", "cuda", or "emulated": the kernels of CUDA run as host code on CPU tensors, for tests; the
+  // parameters are then dealt out to so many `emulated_devices`. Any kind of device will do with a `launcher`, an
+  // object of Python that launches the kernels. Throws std::invalid_argument for another device, or when the build
+  // lacks it.
+  StepPlan(const std::string& rule, const std::string& device, int emulated_devices, const py::object& launcher);
+
+  // Brings the tables up to date and runs the passes. Returns (scalars, found_inf): a tensor (grad_norm, clip_coef) or
+  // None, a 0-dim float32 tensor or None. When a parameter with a gradient is not ready for the kernels, nothing is run
+  // and a list of (group index, index in group, reason, whether it is only the state that is missing) is returned; the
+  // last is None where there is nothing to mend. For `counts` see plan::States.
+  py::object step(const py::object& groups, const py::dict& state, const py::object& counts,
+                  const StepSettings& settings);
+
+  // A number as an argument of step(): read, or left where it is when that is the plan's device.
+  Number number(const py::object& value) const;
+
+  size_t row_count() const { return rows_.size(); }
+  size_t chunk_count() const { return rows_.chunks.size(); }
+  // Whether a step count may be an int64 tensor: kernels on a device know floating-point numbers only.
+  bool counts_integers() const { return !kernels_.target.device_kernels; }
+  // Whether hyperparameters were read since the last call that are numbers of another package than Python or torch.
+  bool take_foreign_numbers() { return groups_.take_foreign_numbers(); }
+
+ private:
+  // What runs a step.
+  struct Kernels {
+    plan::Target target;
+    std::unique_ptr<device::Launcher> launcher;  // that calls Python; null for one that lasts as long as the module
+    std::unique_ptr<device::Executor> executor;  // null for the CPU's own kernels
+  };
+
+  static Kernels kernels_for(const std::string& device, const py::object& launcher);
+  // Brings groups, rows and states up to date.
+  void refresh(PyObject* groups, PyObject* state, PyObject* counts, bool write_back, plan::Problems& problems);
+  // Fills in row_devices_. Returns whether the current stream of one of them is capturing a graph.
+  bool place_rows();
+  plan::Problems refused_in_capture() const;
+  py::list told(const plan::Problems& problems, bool can_mend) const;
+  py::object step_on_devices(const StepSettings& settings, bool capturing);
+
+  const RuleInterface& rule_;
+  const Kernels kernels_;
+  const int emulated_devices_;
+  plan::Groups groups_;
+  plan::Rows rows_;
+  plan::States states_;
+  plan::CpuStep cpu_step_;
+  std::vector<int> row_devices_;  // for the executor
+  bool running_ = false;          // a step is, perhaps in another thread
+};
+
+}  // namespace fusedopt

@@ -1,0 +1,81 @@
+// The parameters of a plan, a row each: the table that kernels read, and what tells whether it is still right.
+#pragma once
+#include <torch/csrc/autograd/python_variable.h>
+
+#include <vector>
+
+#include "columns.h"
+#include "fingerprint.h"
+#include "target.h"
+
+namespace fusedopt::plan {
+
+// Why a parameter with a gradient cannot be stepped.
+struct Problem {
+  size_t row;
+  const char* text;
+};
+using Problems = std::vector<Problem>;
+
+// What is read of a row at every step, kept small: with cold caches a step of many small tensors costs what it touches.
+struct HotRow {
+  PyObject* object;  // the parameter, alive in its group's list during a step
+  uint32_t group, index;
+  bool integer_count;  // the step count is an int64 tensor
+  KnownTensor param, grad, step, state[kMaxStates];
+  const void* autograd;       // for prefetching only
+  const char* problem;        // why the parameter cannot be served, or null
+  const char* state_problem;  // the same of its state
+};
+
+// What is needed of a row only when something has changed.
+struct ColdRow {
+  CanonicalOrder order;
+  OwnedLayout param_layout, grad_layout, state_layout[kMaxStates];
+};
+
+// What takes part in one step: the parameters that have a gradient.
+struct Participants {
+  int64_t elements = 0;
+  bool any = false;
+  bool any_double = false;  // one of them is in float64
+};
+
+// All rows, in the order of the groups. `table`, `hot` and `cold` have one entry for each.
+class Rows {
+ public:
+  explicit Rows(const Target& target) : target_(target) {}
+
+  size_t size() const { return table.size(); }
+  void clear();
+  void add(PyObject* param, uint32_t group, uint32_t index);
+  // Cuts the rows into chunks; needed after rows were added.
+  void build_chunks();
+
+  // Brings parameters and gradients up to date and counts who takes part. Returns false when a parameter is no longer
+  // what it was, so that its state has to be found again.
+  bool refresh(bool write_back, Problems& problems);
+
+  // All that a step works on, so that no other thread frees it.
+  std::vector<at::Tensor> hold() const;
+  // Counts up the versions of what a step has written.
+  void bump_versions(bool write_back) const;
+
+  std::vector<TensorRow> table;
+  std::vector<HotRow> hot;
+  std::vector<ColdRow> cold;
+  std::vector<Chunk> chunks;
+  Participants participants;  // of this step
+  bool overlaps = false;      // rows share memory: the update takes one after the other
+
+ private:
+  void prefetch_row(size_t r) const;
+  void describe(size_t r);
+  bool refresh_param(size_t r);
+  const char* refresh_grad(size_t r, bool write_back);
+  void find_overlaps();
+
+  const Target target_;
+};
+
+}  // namespace fusedopt::plan

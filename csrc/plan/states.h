@@ -1,0 +1,78 @@
+// The states of the parameters: found in the optimizer's dicts once, and followed there from step to step.
+#pragma once
+#include <torch/csrc/utils/pybind.h>
+
+#include <unordered_map>
+#include <utility>
+#include <vector>
+
+#include "../rule_interface.h"
+#include "groups.h"
+#include "rows.h"
+#include "target.h"
+
+namespace fusedopt::plan {
+
+// The problem that creating the state mends; compared by address.
+inline constexpr char kNoState[] = "has no state yet";
+
+// Step counts are in the state dicts, or, where the optimizer hides them, in a dict of their own: by parameter, a tuple
+// (count, weak reference to the first column that it counts the steps of). See fusedopt/rules/counts.py. `counts` is
+// that dict, or null.
+class States {
+ public:
+  States(const RuleInterface& rule, const Target& target) : rule_(rule), target_(target) {}
+
+  // Nothing is known any more of where the states are.
+  void forget() { known_ = false; }
+  // Brings the columns of states and the step counts of all rows up to date.
+  void refresh(PyObject* state, PyObject* counts, const Groups& groups, Rows& rows, Problems& problems);
+
+ private:
+  // Names of the step count and of the columns in a state dict, null for one that is not there, and their positions.
+  struct Keys {
+    py::object name[1 + kMaxStates];
+    Py_ssize_t position[1 + kMaxStates];
+
+    bool operator==(const Keys& other) const;
+  };
+  // Where the optimizer's state has the state dict of one row.
+  struct Entry {
+    Py_ssize_t position;
+    uint32_t row, keys;  // row of the plan, row of keys_
+    PyObject* dict;
+    uint64_t version;  // of the dict, when its objects were last read
+    PyObject* objects[1 + kMaxStates];
+    const void* dict_entries;   // for prefetching only
+    Py_ssize_t count_position;  // in the dict of hidden counts
+    PyObject* counted;          // the weak reference there
+  };
+  // What a state dict has for one row.
+  struct Found {
+    Keys keys{};
+    at::Tensor step, columns[kMaxStates];
+    PyObject* first = nullptr;  // the first column
+  };
+  // By parameter: the position in the dict of hidden counts, and the pair there.
+  using HiddenCounts = std::unordered_map<PyObject*, std::pair<Py_ssize_t, PyObject*>>;
+
+  void prefetch_entry(const Entry& entry, const Rows& rows) const;
+  bool follow(PyObject* state, PyObject* counts, Rows& rows);
+  bool follow_count(PyObject* counts, Entry& entry, PyObject* param, bool same_counts) const;
+  void find(PyObject* state, PyObject* counts, const Groups& groups, Rows& rows);
+  const char* find_row(Entry& entry, unsigned columns, const HiddenCounts* counts, Rows& rows);
+  Found look_into(PyObject* dict, unsigned columns, bool has_step) const;
+  const char* find_hidden_count(const HiddenCounts& counts, PyObject* param, Entry& entry, Found& found) const;
+  const char* take_count(const at::Tensor& step, size_t r, Rows& rows) const;
+  const char* take_columns(const Found& found, unsigned columns, size_t r, Rows& rows) const;
+
+  const RuleInterface& rule_;
+  const Target target_;
+  std::vector<Entry> entries_;
+  std::vector<Keys> keys_;                           // one per distinct layout of a state dict
+  uint64_t state_version_ = 0, counts_version_ = 0;  // of the two dicts, when last read
+  bool known_ = false;                               // entries_ are of the parameters there are
+  bool incomplete_ = false;                          // some row has a state_problem
+};
+
+}  // namespace fusedopt::plan
