@@ -18,8 +18,11 @@ SMOKE := $(addprefix tests/test_,steps.py layouts.py clipping.py amp.py plan.py 
 BENCH_OUT ?= work_dirs/bench
 BENCH := pytest benchmarks --benchmark-enable --benchmark-quiet -q --benchmark-json=$(BENCH_OUT)/bench.json
 REPORT := python -m benchmarks.report $(BENCH_OUT)/bench.json --out $(BENCH_OUT)
+# What README.md and docs/ are written from.
+MEASURED := benchmarks/results/epyc-2core
+DEMO := python -m fusedopt compare configs/digits_vit.py --epochs 8
 
-.PHONY: setup demo test smoke test-full test-ptx lint format bench bench-full bench-gate sanitize clean
+.PHONY: setup demo test smoke test-full test-ptx lint format bench bench-full bench-gate measure results sanitize clean
 
 setup: $(VENV)/.built
 
@@ -38,7 +41,7 @@ $(VENV)/.built: $(VENV)/.installed $(SOURCES)
 	@touch $@
 
 demo: setup
-	python -m fusedopt compare configs/digits_vit.py
+	$(DEMO)
 
 # Of products of three parameters or more, as many cases as it takes for every two values to meet: tests/sampling.py.
 test: setup
@@ -80,6 +83,21 @@ bench-full: setup
 
 bench-gate: setup
 	python -m benchmarks.gate
+
+# All figures of README.md and docs/, as JSON; about 15 minutes on a machine that does nothing else. docs/benchmarks.md.
+# The demonstration is the one training run of these pages, so the suite leaves its own out.
+measure: setup
+	pytest benchmarks --benchmark-enable --benchmark-quiet -q -m quick --deselect benchmarks/test_training.py \
+		--benchmark-json=$(MEASURED).json
+	$(DEMO) --device cpu --out $(BENCH_OUT)/demo
+	python -m benchmarks.record $(BENCH_OUT)/demo/comparison.json $(MEASURED)-demo.json
+	python -m benchmarks.averaging --json $(MEASURED)-averaging.json
+	python -m benchmarks.host --json $(MEASURED)-host.json
+	python -m benchmarks.gate --keep-going --json $(MEASURED)-gates.json
+
+# Writes README.md, docs/ and benchmarks/results/ from these files; measures nothing.
+results: setup
+	python -m benchmarks.pages
 
 # The native tests under AddressSanitizer and UndefinedBehaviorSanitizer, in a build of their own.
 sanitize: setup

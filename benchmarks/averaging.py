@@ -11,7 +11,9 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -22,8 +24,11 @@ from fusedopt.bench.tables import markdown, times
 from fusedopt.bench.workloads import WORKLOADS, Shapes, numel, vit
 from fusedopt.training.averaging import ExponentialMovingAverage
 
+from .record import environment, save
+
 OURS, PROBE = "fusedopt", "a += b"
 MOMENTUM = 2e-4
+BYTES = 12  # per parameter: the average read and written, the parameter read
 LARGE = 2**24  # parameters, from which on the memory decides
 CASES: dict[str, Callable[[], Shapes]] = {
     "400x64": WORKLOADS["400x64"].shapes,
@@ -72,7 +77,8 @@ def check(averages: dict[str, nn.Module], model: nn.Module) -> None:
         torch.testing.assert_close(list(average.module.parameters()), expected, msg=f"{name} is off")
 
 
-def rows(name: str, shapes: Shapes, rounds: int) -> list[list[str]]:
+def measure(name: str, shapes: Shapes, rounds: int) -> dict[str, Any]:
+    """Seconds of each average's updates of one model, and of the probe where the model is large."""
     model = model_of(shapes)
     averages = contenders(model)
     check(averages, model)
@@ -81,36 +87,56 @@ def rows(name: str, shapes: Shapes, rounds: int) -> list[list[str]]:
         each: lambda average=average: average.update_parameters(model) for each, average in averages.items()
     }
     probe = BandwidthProbe(device)
-    large = numel(shapes) >= LARGE
-    if large:
+    if numel(shapes) >= LARGE:
         functions[PROBE] = probe
     flush = CacheFlush(device)
     taken = {each: found.total for each, found in interleave(functions, rounds, lambda _: flush(), device).items()}
+    return {
+        "model": name,
+        "tensors": len(shapes),
+        "parameters": numel(shapes),
+        "moved_by_probe": probe.moved,
+        "probe_seconds": taken.pop(PROBE, []),
+        "seconds": taken,
+    }
+
+
+def table(content: Mapping[str, Any]) -> str:
+    """The figures as Markdown, a row for each model and average."""
     lines = []
-    for each in averages:
-        ratio, (low, high) = paired_ratio(taken[each], taken[OURS])
-        share = "–"
-        if large:
-            shares = [
-                12 * numel(shapes) / own * other / probe.moved
-                for own, other in zip(taken[each], taken[PROBE], strict=True)
+    for case in content["cases"]:
+        ours = case["seconds"][OURS]
+        for each, seconds in case["seconds"].items():
+            ratio, (low, high) = paired_ratio(seconds, ours)
+            moved = [
+                BYTES * case["parameters"] / own * other / case["moved_by_probe"]
+                for own, other in zip(seconds, case["probe_seconds"], strict=False)
             ]
-            share = f"{statistics.median(shares):.0%}"
-        against = "1" if each == OURS else f"{ratio.median:.2f} [{low:.2f}, {high:.2f}]"
-        tensors = f"{name}: {len(shapes)} tensors, {numel(shapes) / 1e6:.3g} M"
-        lines.append([tensors, each, times(Quantiles.of(taken[each]).median), against, share])
-    return lines
+            lines.append(
+                [
+                    f"{case['model']}: {case['tensors']} tensors, {case['parameters'] / 1e6:.3g} M",
+                    each,
+                    times(Quantiles.of(seconds).median),
+                    "1" if each == OURS else f"{ratio.median:.2f} [{low:.2f}, {high:.2f}]",
+                    f"{statistics.median(moved):.0%}" if moved else "–",
+                ]
+            )
+    return markdown(["model", "average", "an update", f"× {OURS} [95 %]", "of the bandwidth"], lines)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="An update of an exponential moving average, on a CPU.")
     parser.add_argument("--rounds", type=int, default=50, help="of each case (default: 50)")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of torch")
+    parser.add_argument("--json", type=Path, help="also write the figures there")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     print(f"torch {torch.__version__}, {args.threads} threads, {args.rounds} rounds\n")
-    lines = [line for name, shapes in CASES.items() for line in rows(name, shapes(), args.rounds)]
-    print(markdown(["model", "average", "an update", f"× {OURS} [95 %]", "of the bandwidth"], lines))
+    content: dict[str, Any] = {"environment": environment(), "rounds": args.rounds}
+    content["cases"] = [measure(name, shapes(), args.rounds) for name, shapes in CASES.items()]
+    print(table(content))
+    if args.json:
+        save(content, args.json)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 from typing import Any
 
 import pytest
@@ -13,6 +12,8 @@ from fusedopt.bench import Case, Result, run
 from fusedopt.bench.contenders import CONTENDERS, OURS
 from fusedopt.bench.measure import BandwidthProbe, CacheFlush
 from fusedopt.cli.info import info
+
+from .record import commit, rounded
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -110,13 +111,6 @@ def lab(request: pytest.FixtureRequest) -> Lab:
     return Lab(request.session)
 
 
-def _git(*arguments: str) -> str:
-    try:
-        return subprocess.run(["git", *arguments], capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-
-
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:
     """What the machine is; neither its name in a network nor paths on it."""
     for key in ("node", "python_build"):
@@ -133,8 +127,7 @@ def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: di
 def pytest_benchmark_update_commit_info(config: pytest.Config, commit_info: dict[str, Any]) -> None:
     """No more than the commit, and whether the tree was changed."""
     commit_info.clear()
-    commit_info["id"] = _git("rev-parse", "--short=9", "HEAD")
-    commit_info["dirty"] = bool(_git("status", "--porcelain", "--untracked-files=no"))
+    commit_info.update(commit())
 
 
 def pytest_benchmark_update_json(config: pytest.Config, benchmarks: list[Any], output_json: dict[str, Any]) -> None:
@@ -145,8 +138,5 @@ def pytest_benchmark_update_json(config: pytest.Config, benchmarks: list[Any], o
     for record in output_json["benchmarks"]:
         for key in ("params", "param", "options", "fullname"):
             del record[key]
-        record["stats"] = {"data": [float(f"{seconds:.5g}") for seconds in record["stats"]["data"]]}
-        info = record["extra_info"]
-        for key in ("bandwidth", "host", "queued", "optimizer_seconds"):
-            if key in info:
-                info[key] = [float(f"{value:.5g}") for value in info[key]]
+        record["stats"] = {"data": rounded(record["stats"]["data"])}
+        record["extra_info"] = rounded(record["extra_info"])

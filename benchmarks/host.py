@@ -1,8 +1,8 @@
 """What a step costs beside the arithmetic: ``python -m benchmarks.host``, on a CPU, in one thread.
 
 *Times* are of warm caches. A step on n tensors of 64 elements is compared with one on a single tensor of as many
-elements: what the single one takes beyond a step on 64 elements is arithmetic, all else is host cost, fitted as
-a + b * n. (A step's fixed cost is thus counted in a; subtracting the whole single step would leave none of it.)
+elements: what the single one takes beyond a step on 64 elements is arithmetic, all else is host cost. (Subtracting
+the whole single step would leave nothing of a step's fixed cost.) Lines a + b * n are quoted where they hold.
 
 *Instructions* are those of callgrind inside StepPlan::step, so without the Python around it and without pybind11's
 reading of the arguments. valgrind hides AVX-512: the kernels in that table are the AVX2 ones, the times above it are of
@@ -23,9 +23,10 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -36,12 +37,14 @@ from fusedopt.bench.contenders import OURS, initial_tensors
 from fusedopt.bench.measure import interleave
 from fusedopt.bench.tables import markdown
 
-from .fit import fit
+from .fit import longest_line, quote
+from .record import environment, save
 
 ROOT = Path(__file__).parents[1]
 COUNTS = (1, 50, 100, 200, 400, 1000)
 SIZE = 64
 TENSORS = 400  # where the tables look
+SINGLE = "single"  # all elements in one tensor
 STEPS = ("amp-clip", "bare")
 #: What the host path may cost: microseconds per step and per tensor.
 GOALS = {"one": (15.0, 0.10), "each": (15.0, 0.15)}
@@ -85,30 +88,55 @@ def step_times(case: Case, name: str = OURS, steps: int = 100, warmup: int = 20)
     return taken[warmup:]
 
 
-def time_table(rounds: int) -> str:
-    """Warm times, as Markdown."""
+def measure_times(rounds: int) -> dict[str, dict[str, dict[int, float]]]:
+    """Warm times in seconds: of each step and grouping, and of as many elements in a single tensor, by count."""
     functions: dict[str, Callable[[], object]] = {}
     for recipe, count in itertools.product(STEPS, COUNTS):
-        functions[f"{recipe} {count} single"] = make_step(1, "one", recipe, count * SIZE)
-        functions.update({f"{recipe} {count} {grouping}": make_step(count, grouping, recipe) for grouping in GOALS})
+        functions[f"{recipe} {SINGLE} {count}"] = make_step(1, "one", recipe, count * SIZE)
+        functions.update({f"{recipe} {grouping} {count}": make_step(count, grouping, recipe) for grouping in GOALS})
 
     def warm_up(name: str) -> None:
         functions[name]()
         functions[name]()
 
-    times = interleave(functions, rounds, warm_up, torch.device("cpu"))
-    micros = {name: 1e6 * statistics.median(taken.total) for name, taken in times.items()}
-    rows = []
-    for recipe, (grouping, (goal_step, goal_tensor)) in itertools.product(STEPS, GOALS.items()):
-        arithmetic = {count: micros[f"{recipe} {count} single"] - micros[f"{recipe} 1 single"] for count in COUNTS}
-        costs = {count: micros[f"{recipe} {count} {grouping}"] - arithmetic[count] for count in COUNTS}
-        per_step, per_tensor = fit(costs)
-        values = [micros[f"{recipe} {TENSORS} {grouping}"], arithmetic[TENSORS], costs[TENSORS]]
-        fitted = f"{per_step:.1f} µs + {per_tensor:.3f} µs per tensor"
-        goal = f"{goal_step + goal_tensor * TENSORS:.0f} ({goal_step:.0f} µs + {goal_tensor:.2f} µs per tensor)"
-        rows.append([recipe, grouping, *(f"{value:.1f}" for value in values), fitted, goal])
-    at = f"at {TENSORS}"
-    return markdown(["step", "groups", f"µs {at}", "arithmetic", f"host cost {at}", "fit", f"goal {at}"], rows)
+    taken = interleave(functions, rounds, warm_up, torch.device("cpu"))
+    return {
+        recipe: {
+            kind: {count: statistics.median(taken[f"{recipe} {kind} {count}"].total) for count in COUNTS}
+            for kind in (SINGLE, *GOALS)
+        }
+        for recipe in STEPS
+    }
+
+
+def by_count(values: Mapping[Any, float]) -> dict[int, float]:
+    """With whole numbers for keys, which JSON makes strings."""
+    return {int(count): value for count, value in values.items()}
+
+
+def host_costs(times: Mapping[str, Mapping[Any, float]], grouping: str) -> tuple[dict[int, float], dict[int, float]]:
+    """Arithmetic, and all else of a step, in seconds by count."""
+    single, step = by_count(times[SINGLE]), by_count(times[grouping])
+    arithmetic = {count: seconds - single[1] for count, seconds in single.items()}
+    return arithmetic, {count: seconds - arithmetic[count] for count, seconds in step.items()}
+
+
+def time_table(content: Mapping[str, Any]) -> str:
+    """Warm times, as Markdown: of a step on TENSORS tensors, and the host's cost at each count."""
+    table = []
+    for recipe, (grouping, (goal_step, goal_tensor)) in itertools.product(content["times"], GOALS.items()):
+        arithmetic, costs = host_costs(content["times"][recipe], grouping)
+        step = by_count(content["times"][recipe][grouping])
+        values = (step[TENSORS], arithmetic[TENSORS], *costs.values())
+        goal = f"{goal_step + goal_tensor * TENSORS:.0f}"
+        table.append([recipe, grouping, *(f"{1e6 * value:.1f}" for value in values), goal])
+    head = ["step", "groups", f"µs at {TENSORS}", "arithmetic", *(f"host at {count:,}" for count in costs)]
+    lines = []
+    for recipe, grouping in itertools.product(content["times"], GOALS):
+        costs = host_costs(content["times"][recipe], grouping)[1]
+        groups = "one group" if grouping == "one" else "a group for each"
+        lines.append(f"- {recipe}, {groups}: {quote(longest_line(costs), 'tensor')}")
+    return f"{markdown([*head, f'goal at {TENSORS}'], table)}\n\n" + "\n".join(lines)
 
 
 def parse_annotation(text: str) -> Counter[str]:
@@ -136,20 +164,28 @@ def count_instructions(grouping: str, steps: int) -> Counter[str]:
         return parse_annotation(subprocess.run(annotate, check=True, capture_output=True, text=True).stdout)
 
 
-def instruction_tables(few: int = 3, many: int = 23, top: int = 12) -> str:
-    """Instructions per tensor and step, as Markdown: what ``many`` steps execute beyond ``few``."""
+def measure_instructions(few: int = 3, many: int = 23) -> dict[str, dict[str, float]]:
+    """Instructions per tensor and step of each function, by grouping: what ``many`` steps execute beyond ``few``."""
     runs = list(itertools.product(GOALS, (few, many)))
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         counted = dict(zip(runs, pool.map(lambda run: count_instructions(*run), runs), strict=True))
-    tables = []
+    found = {}
     for grouping in GOALS:
         counts = counted[grouping, many]
         counts.subtract(counted[grouping, few])
         if not counts.total():
             raise RuntimeError("callgrind saw no StepPlan::step: has fusedopt._C been stripped of its symbols?")
         share = {name: count / ((many - few) * TENSORS) for name, count in counts.most_common()}
-        rows = [["all", f"{sum(share.values()):.1f}"], *([name, f"{share[name]:.1f}"] for name in list(share)[:top])]
-        tables.append(markdown([f"amp-clip, groups: {grouping}", "instructions per tensor and step"], rows))
+        found[grouping] = {"all": sum(share.values()), **{name: value for name, value in share.items() if value >= 1}}
+    return found
+
+
+def instruction_tables(instructions: Mapping[str, Mapping[str, float]], top: int = 12) -> str:
+    """Instructions per tensor and step, as Markdown."""
+    tables = []
+    for grouping, share in instructions.items():
+        table = [[name, f"{value:.1f}"] for name, value in itertools.islice(share.items(), 1 + top)]
+        tables.append(markdown([f"amp-clip, groups: {grouping}", "instructions per tensor and step"], table))
     return "\n\n".join(tables)
 
 
@@ -157,6 +193,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="The host path of a step, on a CPU.")
     parser.add_argument("--rounds", type=int, default=200, help="of the times (default: 200)")
     parser.add_argument("--no-callgrind", action="store_true", help="do not count instructions")
+    parser.add_argument("--json", type=Path, help="also write the figures there")
     parser.add_argument("--child", nargs=4, help=argparse.SUPPRESS)
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -167,10 +204,17 @@ def main() -> None:
         for _ in range(int(steps)):
             step()
         return
-    print(time_table(args.rounds), flush=True)
+    content: dict[str, Any] = {"environment": environment(), "rounds": args.rounds, "elements": SIZE}
+    content["times"] = measure_times(args.rounds)
+    print(time_table(content), flush=True)
     if not args.no_callgrind:
-        found = shutil.which("valgrind")
-        print(f"\n{instruction_tables() if found else 'No instruction counts: valgrind is not on PATH.'}")
+        if shutil.which("valgrind"):
+            content["instructions"] = measure_instructions()
+            print(f"\n{instruction_tables(content['instructions'])}")
+        else:
+            print("\nNo instruction counts: valgrind is not on PATH.")
+    if args.json:
+        save(content, args.json)
 
 
 if __name__ == "__main__":

@@ -16,10 +16,12 @@ import numpy as np
 
 from fusedopt.bench import Case, Result
 from fusedopt.bench.contenders import OURS, RIVAL
-from fusedopt.bench.measure import Quantiles, Times, paired_ratio
+from fusedopt.bench.measure import Quantiles, Times
 from fusedopt.bench.tables import case_table, markdown, times
+from fusedopt.compare.comparison import Comparison
+from fusedopt.compare.rows import remarks, rows
 
-from .fit import fit as line
+from .fit import LIMIT, longest_line, quote
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
@@ -35,6 +37,8 @@ CURVES = {
     "tensors-one": "tensors of 64 elements, in one group",
     "tensors-each": "tensors of 64 elements, a group for each",
 }
+#: (count, seconds of each round), by rising count.
+Points = list[tuple[int, list[float]]]
 COLOURS = {OURS: "#d1495b", RIVAL: "#30638e", "torch-merged": "#5c95c0", "torch-grad-scale": "#a0c1de"}
 
 
@@ -45,16 +49,16 @@ class Report:
     Attributes:
         machine, commit, date: of the JSON.
         results: of the step cases.
-        curves: for each curve and contender, (count, seconds of each round), by rising count.
-        training: for each variant, the extra info of its record with the seconds of its steps.
+        curves: for each curve and contender, its points.
+        training: the runs of one config with each optimizer, or None.
     """
 
     machine: dict[str, Any]
     commit: dict[str, Any]
     date: str
     results: list[Result] = field(default_factory=list)
-    curves: dict[str, dict[str, list[tuple[int, list[float]]]]] = field(default_factory=dict)
-    training: dict[str, dict[str, Any]] = field(default_factory=dict)
+    curves: dict[str, dict[str, Points]] = field(default_factory=dict)
+    training: Comparison | None = None
 
     @classmethod
     def load(cls, path: Path) -> Report:
@@ -70,7 +74,8 @@ class Report:
                 result.extra_memory[info["contender"]] = info["extra_memory"]
                 result.bandwidth = info["bandwidth"]
             elif info["kind"] == "training":
-                report.training[info["variant"]] = {**info, "seconds": seconds}
+                if "comparison" in info:
+                    report.training = Comparison.from_dict(info["comparison"])
             else:
                 curve = info["kind"].removeprefix("scaling-")
                 count = info["parameters"] if curve == "parameters" else info["tensors"]
@@ -90,12 +95,13 @@ def _lines(info: list[str], key: str) -> Iterator[str]:
     return (line.removeprefix(key).strip() for line in info if line.startswith(key))
 
 
-def fit(points: list[tuple[int, list[float]]]) -> tuple[float, float]:
-    """(a, b) of seconds = a + b * count through the medians."""
-    return line({count: statistics.median(rounds) for count, rounds in points})
+def medians(points: Points) -> dict[int, float]:
+    """Seconds by count."""
+    return {count: statistics.median(rounds) for count, rounds in points}
 
 
-def _ratio(result: Result, name: str) -> str:
+def ratio_cell(result: Result, name: str) -> str:
+    """How many times as long as ours a contender takes, with its interval; nothing of one that took no part."""
     if name not in result.times:
         return ""
     ratio, (low, high) = result.ratio(name)
@@ -111,7 +117,7 @@ def summary(results: list[Result]) -> str:
             [
                 result.case.name,
                 times(result.seconds(OURS).median),
-                *(_ratio(result, name) for name in COMPARED),
+                *(ratio_cell(result, name) for name in COMPARED),
                 f"{result.share_of_bandwidth(OURS):.0%}" if result.bandwidth else "",
             ]
             for result in results
@@ -120,48 +126,47 @@ def summary(results: list[Result]) -> str:
     )
 
 
-def scaling_table(curves: dict[str, dict[str, list[tuple[int, list[float]]]]]) -> str:
-    """The line through each curve."""
-    rows = []
+def scaling_tables(curves: dict[str, dict[str, Points]]) -> list[str]:
+    """For each curve the measured times, and each contender's line as far as one holds."""
+    parts = []
     for curve, contenders in curves.items():
-        unit, factor = ("ps per parameter", 1e12) if curve == "parameters" else ("ns per tensor", 1e9)
-        for name, points in contenders.items():
-            if len(points) > 1:
-                constant, slope = fit(points)
-                rows.append([CURVES[curve], name, times(max(constant, 0.0)), f"{slope * factor:.0f} {unit}"])
-    return markdown(["time against", "contender", "of a step", "and"], rows)
-
-
-def training_table(training: dict[str, dict[str, Any]]) -> str:
-    """Images per second and the optimizer's share, for each variant."""
-    rows = []
-    for variant, info in training.items():
-        seconds, part = info["seconds"], info["optimizer_seconds"]
-        shares = [optimizer / whole for optimizer, whole in zip(part, seconds, strict=True)]
-        rows.append(
+        noun, unit, size = ("parameter", "ps", 1e-12) if curve == "parameters" else ("tensor", "ns", 1e-9)
+        measured = {name: medians(points) for name, points in contenders.items()}
+        head = [CURVES[curve], *(text for name in measured for text in (name, f"per {noun}"))]
+        rows = [
             [
-                f"{info['optimizer']} ({variant})",
-                str(info["groups"]),
-                f"{info['images_per_step'] / statistics.median(seconds):,.0f}",
-                times(statistics.median(seconds)),
-                times(statistics.median(part)),
-                f"{statistics.median(shares):.1%}",
+                f"{count:,}",
+                *(text for costs in measured.values() for text in _cost(costs.get(count), count, unit, size)),
             ]
-        )
-    head = ["optimizer", "groups", "images/s", "whole step", "of which optimizer", "its share"]
-    text = markdown(head, rows)
-    if set(training) == {"stock", "fused"}:
-        whole, (low, high) = paired_ratio(training["stock"]["seconds"], training["fused"]["seconds"])
-        part, _ = paired_ratio(training["stock"]["optimizer_seconds"], training["fused"]["optimizer_seconds"])
-        text += (
-            f"\n\nThe whole training runs {whole.median:.2f} [{low:.2f}, {high:.2f}] times as fast, "
-            f"its optimizer {part.median:.2f} times."
-        )
-    return text
+            for count in sorted({count for costs in measured.values() for count in costs})
+        ]
+        lines = [f"- {name}: {quote(longest_line(costs), noun)}" for name, costs in measured.items() if len(costs) > 1]
+        parts += [markdown(head, rows), "\n".join(lines)] if lines else [markdown(head, rows)]
+    return parts
 
 
-def page(report: Report, pictures: list[str]) -> str:
+def _cost(seconds: float | None, count: int, unit: str, size: float) -> tuple[str, str]:
+    """A measured time, and its share of one tensor or parameter."""
+    if seconds is None:
+        return "", ""
+    return times(seconds), f"{float(f'{seconds / count / size:.3g}'):,.0f} {unit}"
+
+
+def training_section(comparison: Comparison) -> str:
+    """The runs of a config side by side, and what to know about them."""
+    headings, sections = rows(comparison)
+    table = markdown([headings[0] or "per run", *headings[1:]], [row for section in sections for row in section])
+    environment = comparison.environment
+    about = (
+        f"`{comparison.config}`, {comparison.epochs} epochs, {environment['device']}, {environment['threads']} "
+        f"threads, torch {environment['torch']}, fusedopt {environment['fusedopt']}."
+    )
+    return "\n\n".join([about, table, " ".join(remarks(comparison))])
+
+
+def page(report: Report, shown: list[str]) -> str:
     """The whole report as Markdown."""
+    training = report.training
     parts = [
         f"# {report.title}",
         f"torch {report.machine['torch']}, {report.machine['threads']} threads, Python "
@@ -169,14 +174,20 @@ def page(report: Report, pictures: list[str]) -> str:
         "contenders take turns, with its 95 % bootstrap interval. Every result was checked against the formula in "
         "float64 before it was timed. What a case is called: workload / groups / optimizer / recipe, then what is not "
         "fp32, on a CPU, and with cold caches.",
-        *(f"![{name}]({name})" for name in pictures),
+        *(f"![{name}]({name})" for name in shown),
     ]
     if report.results:
         parts += ["## One step", summary(report.results)]
-    if report.training:
-        parts += ["## A training", training_table(report.training)]
+    if training is not None:
+        parts += ["## A training run", training_section(training)]
     if report.curves:
-        parts += ["## How time grows", scaling_table(report.curves)]
+        parts += [
+            "## How time grows",
+            "Medians. Below them, for each contender, a line through as many neighbouring sizes as one line meets "
+            f"within {LIMIT:.0%}, and the largest share by which it misses one of them. It says nothing about other "
+            "sizes.",
+            *scaling_tables(report.curves),
+        ]
     if report.results:
         parts.append("## Each case")
         for result in report.results:
@@ -187,11 +198,12 @@ def page(report: Report, pictures: list[str]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def draw_bandwidth(results: list[Result], path: Path) -> bool:
+def _large(results: list[Result]) -> list[Result]:
+    return [result for result in results if result.bandwidth and OURS in result.times]
+
+
+def draw_bandwidth(large: list[Result], path: Path, source: str = "") -> None:
     """Bars under the memory's roof: what of its bandwidth each contender makes use of, in the large cases."""
-    large = [result for result in results if result.bandwidth and OURS in result.times]
-    if not large:
-        return False
     figure, axes = plt.subplots(figsize=(9, 0.9 + 0.62 * len(large)), layout="constrained")
     height = 0.8 / len(COLOURS)
     for row, result in enumerate(large):
@@ -212,15 +224,12 @@ def draw_bandwidth(results: list[Result], path: Path) -> bool:
     patches = [matplotlib.patches.Patch(color=colour, label=name) for name, colour in COLOURS.items()]
     figure.legend(handles=patches, fontsize=8, loc="outside upper center", ncols=len(patches))
     axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=150)
+    figure.savefig(path, dpi=150, metadata={"Source": source})
     plt.close(figure)
-    return True
 
 
-def draw_scaling(curves: dict[str, dict[str, list[tuple[int, list[float]]]]], path: Path) -> bool:
-    """Time against count, with the fitted lines."""
-    if not curves:
-        return False
+def draw_scaling(curves: dict[str, dict[str, Points]], path: Path, source: str = "") -> None:
+    """Time against count, with the lines where they hold."""
     figure, panels = plt.subplots(1, len(curves), figsize=(4.2 * len(curves), 3.8), layout="constrained", squeeze=False)
     for axes, (curve, contenders) in zip(panels[0], curves.items(), strict=True):
         for name, points in contenders.items():
@@ -229,33 +238,41 @@ def draw_scaling(curves: dict[str, dict[str, list[tuple[int, list[float]]]]], pa
             middle = np.array([quantiles.median for quantiles in spread])
             around = [middle - [q.p10 for q in spread], [q.p90 for q in spread] - middle]
             axes.errorbar(counts, middle, around, fmt="o", markersize=4, color=COLOURS[name], label=name)
-            if len(points) > 1:
-                constant, slope = fit(points)
-                along = np.geomspace(counts[0], counts[-1])
-                axes.plot(along, constant + slope * along, color=COLOURS[name], linewidth=1)
+            axes.plot(counts, middle, ":", color=COLOURS[name], linewidth=0.8)
+            line = longest_line(medians(points))
+            if line is not None:
+                along = np.geomspace(line.first, line.last)
+                axes.plot(along, line.at(along), color=COLOURS[name], linewidth=1)
         axes.set(xscale="log", yscale="log", xlabel=CURVES[curve])
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.3)
     panels[0][0].set_ylabel("seconds of a step (AdamW, AMP, clipping)")
     panels[0][0].legend(fontsize=8)
-    figure.savefig(path, dpi=150)
+    figure.savefig(path, dpi=150, metadata={"Source": source})
     plt.close(figure)
-    return True
+
+
+def pictures(report: Report, name: str) -> list[str]:
+    """The files that ``draw`` writes."""
+    there = {"bandwidth": _large(report.results), "scaling": report.curves}
+    return [f"{name}-{suffix}.png" for suffix, drawn in there.items() if drawn]
+
+
+def draw(report: Report, folder: Path, name: str, source: str = "") -> None:
+    """Draw the pictures of a page; ``source`` is a note for their metadata on what they are made from."""
+    if large := _large(report.results):
+        draw_bandwidth(large, folder / f"{name}-bandwidth.png", source)
+    if report.curves:
+        draw_scaling(report.curves, folder / f"{name}-scaling.png", source)
 
 
 def write(source: Path, folder: Path, name: str) -> Path:
     """Write ``<name>.md`` and its pictures into a folder; returns the page's path."""
     report = Report.load(source)
     folder.mkdir(parents=True, exist_ok=True)
-    pictures = []
-    for suffix, drawn in (
-        ("bandwidth", draw_bandwidth(report.results, folder / f"{name}-bandwidth.png")),
-        ("scaling", draw_scaling(report.curves, folder / f"{name}-scaling.png")),
-    ):
-        if drawn:
-            pictures.append(f"{name}-{suffix}.png")
+    draw(report, folder, name, source.name)
     target = folder / f"{name}.md"
-    target.write_text(page(report, pictures))
+    target.write_text(page(report, pictures(report, name)))
     return target
 
 
@@ -268,7 +285,10 @@ def main() -> None:
     arguments = parser.parse_args()
     target = write(arguments.json, arguments.out, arguments.name or arguments.json.stem)
     report = Report.load(arguments.json)
-    for text in (summary(report.results), training_table(report.training), scaling_table(report.curves)):
+    texts = [summary(report.results), *scaling_tables(report.curves)]
+    if report.training is not None:
+        texts.append(training_section(report.training))
+    for text in texts:
         print(f"\n{text}")
     print(f"\nwritten: {target}")
 

@@ -1,10 +1,10 @@
-"""benchmarks/host.py: the fit, and what it reads from callgrind_annotate."""
+"""benchmarks/host.py: costs and lines, and what it reads from callgrind_annotate."""
 
 from __future__ import annotations
 
 import pytest
 
-from benchmarks.host import fit, parse_annotation
+from benchmarks.host import COUNTS, host_costs, parse_annotation, time_table
 
 ANNOTATION = """\
 Profile data file '/tmp/cg.out' (creator: callgrind-3.19.0)
@@ -22,15 +22,20 @@ std::allocator<int> > >(fusedopt::TensorRow const&, long) [clone .constprop.0] [
 """
 
 
-def test_fit() -> None:
-    per_step, per_tensor = fit({count: 12.0 + 0.1 * count for count in (1, 50, 400, 1000)})
-    assert per_step == pytest.approx(12.0)
-    assert per_tensor == pytest.approx(0.1)
+def test_costs_are_what_a_step_takes_beyond_the_arithmetic() -> None:
+    """As they come from a JSON file, whose keys are strings."""
+    times = {"single": {"1": 3e-6, "400": 12e-6}, "one": {"1": 3e-6, "400": 52e-6}}
+    arithmetic, costs = host_costs(times, "one")
+    assert arithmetic == pytest.approx({1: 0.0, 400: 9e-6})
+    assert costs == pytest.approx({1: 3e-6, 400: 43e-6})
 
 
-def test_fit_weighs_relative_errors() -> None:
-    per_step, _ = fit({1: 10.1, 2: 10.2, 500: 50.0, 1000: 130.0})  # 10 + 0.1 * count, but for the large ones
-    assert per_step == pytest.approx(10.0, rel=0.01)  # 6.3 if absolute errors counted
+def test_the_table_quotes_a_line_where_one_holds() -> None:
+    single = {str(count): 3e-6 + 1e-8 * count for count in COUNTS}
+    step = {str(count): 4e-6 + 1e-7 * count + 1e-8 * (count - 1) for count in COUNTS}
+    text = time_table({"times": {"bare": {"single": single, "one": step, "each": step}}})
+    assert "| bare | one    | 48.0      | 4.0" in text
+    assert "- bare, a group for each: 4 µs + 100 ns per tensor, from 1 to 1,000 tensors, within 0%" in text
 
 
 def test_parse_annotation() -> None:

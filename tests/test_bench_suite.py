@@ -1,4 +1,4 @@
-"""benchmarks/: the cases of the suite, the report, and the gate with its floors."""
+"""benchmarks/: the cases of the suite, and the gate with its floors."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import gate, report, suite
+from benchmarks import gate, suite
 from benchmarks.host import step_times
 from fusedopt.backends.native import NativeBackend
 from fusedopt.bench import CONTENDERS, DTYPES, OPTIMIZERS, RECIPES, WORKLOADS, Case, Result
@@ -442,86 +442,3 @@ class TestWhoseTimes:
 def row_end(micros: float) -> list[str]:
     """The end of a gate's row in the table: host time, ceiling, rounds."""
     return [f"{micros:g} µs", "60 µs", "20" if micros <= 60 else "60"]
-
-
-def record(group: str, contender: str, seconds: list[float], kind: str = "step", **info: Any) -> dict[str, Any]:
-    extra = {"kind": kind, "contender": contender, "bandwidth": [], "extra_memory": 4096, **info}
-    return {"group": group, "name": "", "extra_info": extra, "stats": {"data": seconds}}
-
-
-@pytest.fixture
-def bench_json(tmp_path: Path) -> Path:
-    case = {"workload": "vit-tiny", "grouping": "each"}
-    records = [
-        record("vit-tiny/each/adamw/amp-clip", "fusedopt", [0.004, 0.005, 0.006], case=case, bandwidth=[5e10] * 3),
-        record("vit-tiny/each/adamw/amp-clip", "torch-fused", [0.008, 0.01, 0.012], case=case, bandwidth=[5e10] * 3),
-        *(
-            record("", name, [1e-5 + count * slope] * 3, "scaling-tensors-one", parameters=64 * count, tensors=count)
-            for name, slope in (("fusedopt", 1e-7), ("torch-fused", 1e-6))
-            for count in (1, 10, 100)
-        ),
-        *(
-            {
-                "group": "config",
-                "stats": {"data": [whole] * 4},
-                "extra_info": {
-                    "kind": "training",
-                    "variant": variant,
-                    "optimizer": optimizer,
-                    "groups": 80,
-                    "images_per_step": 64,
-                    "optimizer_seconds": [part] * 4,
-                },
-            }
-            for variant, optimizer, whole, part in (
-                ("stock", "AdamW", 0.1, 0.02),
-                ("fused", "FusedAdamW", 0.08, 0.004),
-            )
-        ),
-    ]
-    machine = {
-        "torch": "2",
-        "fusedopt": "0",
-        "threads": 2,
-        "python_version": "3",
-        "info": ["processor  A", "rules  sgd"],
-    }
-    content = {
-        "machine_info": machine,
-        "commit_info": {"id": "abc", "dirty": False},
-        "datetime": "2026-01-02T03:04:05",
-        "benchmarks": records,
-    }
-    path = tmp_path / "box.json"
-    path.write_text(json.dumps(content))
-    return path
-
-
-class TestReport:
-    def test_a_page_with_every_table_and_picture(self, bench_json: Path, tmp_path: Path) -> None:
-        target = report.write(bench_json, tmp_path / "out", "box")
-        text = target.read_text()
-        assert text.startswith("# A: fusedopt 0 at abc, 2026-01-02\n")
-        assert "2.00 [2.00, 2.00]" in text, "the ratio of the medians of paired rounds"
-        assert "1.25 [1.25, 1.25] times as fast" in text
-        assert "its optimizer 5.00 times" in text
-        assert "20.0%" in text
-        assert "5.0%" in text
-        assert "### vit-tiny/each/adamw/amp-clip" in text
-        for name in ("box-bandwidth.png", "box-scaling.png"):
-            assert f"]({name})" in text
-            assert (tmp_path / "out" / name).stat().st_size > 10_000
-
-    def test_the_fit_finds_a_line(self, bench_json: Path) -> None:
-        curves = report.Report.load(bench_json).curves["tensors-one"]
-        constant, slope = report.fit(curves["torch-fused"])
-        assert constant == pytest.approx(1e-5)
-        assert slope == pytest.approx(1e-6)
-
-    def test_a_run_of_a_part_is_reported_too(self, bench_json: Path, tmp_path: Path) -> None:
-        content = json.loads(bench_json.read_text())
-        content["benchmarks"] = content["benchmarks"][:1]
-        bench_json.write_text(json.dumps(content))
-        text = report.write(bench_json, tmp_path, "part").read_text()
-        assert "## A training" not in text
-        assert "part-scaling.png" not in text

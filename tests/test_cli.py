@@ -132,7 +132,10 @@ class TestCompare:
         assert saved["agrees"]
         assert saved["fused"]["losses"][-1] < saved["fused"]["losses"][0] / 2
         assert (out / "comparison.png").read_bytes().startswith(b"\x89PNG")
-        assert "Speed-up of the optimizer" in capsys.readouterr().out
+        assert saved["torch_fused"]["name"] == f"torch's fused {optimizers[0]}"
+        assert saved["moved"]["losses"][-1] < saved["moved"]["losses"][0] / 2
+        assert f"{optimizers[1]} is " in (text := capsys.readouterr().out)
+        assert f"times as fast as torch's fused {optimizers[0]}" in " ".join(text.split())
 
     def test_saves_under_work_dirs_by_default(self, config, tmp_path, monkeypatch):
         needs_demo_extra()
@@ -144,7 +147,7 @@ class TestCompare:
 
     def test_disagreeing_losses_exit_with_1(self, config, tmp_path, monkeypatch):
         needs_demo_extra()
-        monkeypatch.setattr("fusedopt.compare.compare.LOSS_TOLERANCE", -1.0)
+        monkeypatch.setattr("fusedopt.compare.comparison.LOSS_TOLERANCE", -1.0)
         assert (
             main(["compare", str(config), "--epochs", "1", "--device", "cpu", "--threads", "1", "--out", str(tmp_path)])
             == 1

@@ -19,9 +19,11 @@ def add(commands: Any) -> None:
         "compare",
         parents=[configured()],
         help="train a config with the stock optimizer and with the fused one, and compare them",
-        description="Train the model of a config twice, with torch's optimizer and with its fused twin, taking turns "
-        f"iteration by iteration, and compare losses, times and memory. {TRUSTED} Needs the extra fusedopt[demo]. "
-        "Exits with 1 when the two losses disagree.",
+        description="Train the model of a config with torch's optimizer, with torch's fused=True and with the fused "
+        "twin, taking turns iteration by iteration, and compare losses, times and memory. A fourth run shows how far "
+        "losses drift apart by rounding alone: torch's optimizer, from a start in which one weight is moved by one "
+        f"ulp. {TRUSTED} Needs the extra fusedopt[demo]. "
+        "Exits with 1 when the losses of torch's optimizer and of the fused twin disagree.",
     )
     parser.add_argument("--out", metavar="DIR", type=Path, help="output folder (default: work_dirs/<config name>)")
     parser.add_argument(
@@ -43,7 +45,8 @@ def run(arguments: argparse.Namespace) -> int:
     from rich.console import Console
 
     from ..compare.compare import compare
-    from ..compare.report import print_comparison, save_figure, save_json, show_progress
+    from ..compare.figure import save_figure
+    from ..compare.report import print_comparison, save_json, show_progress
 
     has_cuda = torch.cuda.is_available()
     if arguments.device == "cuda" and not has_cuda:
