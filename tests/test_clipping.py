@@ -59,6 +59,15 @@ def test_nan_reaches_every_gradient_as_in_torch(norm_type: float, backend: str) 
 
 
 @each_backend
+@pytest.mark.parametrize("norm_type", [2.0, math.inf])
+@pytest.mark.parametrize("place", [0, 20_000, 40_000, -1])
+def test_nan_in_any_part_of_a_large_gradient_reaches_the_norm(place: int, norm_type: float, backend: str) -> None:
+    grad = torch.ones(50_000)  # several chunks, whose norms are put together
+    grad[place] = math.nan
+    assert one(grad, backend, max_norm=1.0, norm_type=norm_type).last_step.grad_norm.isnan()
+
+
+@each_backend
 @pytest.mark.parametrize("norm_type", [1.0, 2.0, 3.0, math.inf])
 def test_inf_makes_the_others_zero_as_in_torch(norm_type: float, backend: str) -> None:
     optimizer = one(torch.tensor([1.0, math.inf, 2.0]), backend, max_norm=1.0, norm_type=norm_type)

@@ -272,7 +272,7 @@ class TestJsonAndYaml:
             ("c__json", '{"a": 1,\n"b": }', r"c\.json:2: syntax error: Expecting value"),
             ("c__json", "[1]", r"c\.json: a config is a mapping of keys to values, got list"),
             ("c__json", '{"_base_": "base.py"}', r"c\.json: _base_: a \.json file runs no code, so .*base\.py"),
-            ("c__json", '{"_base_": "base.json", "x": {{_base_.no}}}', r"c\.json: .*_base_\.no.*: .* has no 'no'"),
+            ("c__json", '{"_base_": "base.json", "x": {{_base_.no}}}', r"c\.json: .*_base_\.no.*: .* have no 'no'"),
             ("c__json", '{"a": ' + "[" * 100_000 + "]" * 100_000 + "}", r"c\.json: the file is nested too deeply"),
             ("c__json", '{"a": ' + '{"a": ' * 400 + "1" + "}" * 401, r"c\.json: the file is nested too deeply"),
             *(

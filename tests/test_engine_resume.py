@@ -428,6 +428,9 @@ class TestFilesOfTheHook:
         assert self.scores(tmp_path / "b", [3, 1, 2, 4], save_best="val/score", rule="less") == {
             "best_val_score_epoch_2.pth"
         }
+        assert self.scores(tmp_path / "e", [3, 3, 2, 3], **best) == {
+            "best_val_score_epoch_1.pth"
+        }  # the first of equals
         assert self.scores(tmp_path / "c", [1, 3, 2, 0], save_best="loss") == {"best_loss_epoch_2.pth"}
         several = dict(save_best=["val/score", "loss"], rule=["less", "less"])
         assert self.scores(tmp_path / "d", [2, 3, 1, 2], **several) == {

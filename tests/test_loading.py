@@ -200,6 +200,7 @@ def test_state_of_a_parameter_that_no_group_lists_is_an_error(cls: Any) -> None:
         ([0.0] * 4, "expected a tensor"),
         (np.zeros(4, np.float32), "expected a tensor"),
         (torch.zeros(5), r"has shape \(5,\), expected \(4,\)"),
+        (torch.zeros(2, 2), r"has shape \(2, 2\), expected \(4,\)"),  # as many elements
         (torch.zeros(4, dtype=torch.int8), "has dtype torch.int8"),
         (torch.zeros(4, device="meta"), "is on the meta device"),
     ],

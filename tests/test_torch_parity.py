@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import copy
 import io
+import math
 import pickle
 import warnings
 from typing import Any
 
 import pytest
 import torch
-from cases import BACKENDS, OPTIONS, SMALL, backend_name, bits, parameters, set_gradients, state_bits
+from cases import BACKENDS, OPTIONS, SMALL, backend_name, bits, each_backend, parameters, set_gradients, state_bits
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
@@ -74,6 +75,20 @@ def test_many_steps_stay_with_torchs_for_loop(option: str, dtype: torch.dtype, t
                     unit = torch.finfo(precision).eps * param.detach().abs().max()
                     error = ((param - copied).detach().abs().max() / unit).item()
                     assert error <= ULPS, f"{backend}: {error} ulp for shape {tuple(param.shape)}"
+
+
+@each_backend
+def test_nan_stays_in_the_maximum_of_amsgrad_as_in_torch(backend: str) -> None:
+    params, copies = ([nn.Parameter(torch.ones(3))] for _ in range(2))
+    fused = fusedopt.FusedAdamW(params, amsgrad=True, backend=backend_name(backend))
+    stock = torch.optim.AdamW(copies, amsgrad=True, foreach=False)
+    for grad in ([1.0, math.nan, 2.0], [0.5, 0.5, 0.5]):
+        params[0].grad, copies[0].grad = torch.tensor(grad), torch.tensor(grad)
+        fused.step()
+        stock.step()
+    got, want = fused.state[params[0]]["max_exp_avg_sq"], stock.state[copies[0]]["max_exp_avg_sq"]
+    torch.testing.assert_close(got, want, equal_nan=True)
+    assert got.isnan().tolist() == [False, True, False]
 
 
 @each_option

@@ -36,8 +36,8 @@ def merged(base: Any, new: Any, where: str, filename: str | Path | None, allow_l
         raise config_error(
             filename,
             where,
-            f"a dict cannot be merged into {base!r}, which is not a dict; `{_DELETE}=True` in the dict makes it replace "
-            "what is there",
+            f"a dict cannot be merged into {base!r}, which is not a dict; `{_DELETE}=True` in the dict makes it "
+            "replace what is there",
         )
     items = list(base)
     for key in changes:
