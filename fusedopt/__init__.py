@@ -3,9 +3,9 @@
 import sys
 from typing import TYPE_CHECKING, Any
 
-from . import amp
+from . import amp, optimizers
 from .backends import StepReport
-from .optimizers import FusedAdam, FusedAdamW, FusedSGD, fuse
+from .optimizers import *  # noqa: F403  what it has in __all__, and so have we
 from .training.builder import build_optim_wrapper, enable_amp
 from .training.constructors import (
     DefaultOptimWrapperConstructor,
@@ -33,9 +33,6 @@ __all__ = [
     "AmpOptimWrapper",
     "BaseOptimWrapper",
     "DefaultOptimWrapperConstructor",
-    "FusedAdam",
-    "FusedAdamW",
-    "FusedSGD",
     "LearningRateDecayOptimWrapperConstructor",
     "LearningRateDecayOptimizerConstructor",
     "MultiOptimWrapperConstructor",
@@ -49,8 +46,8 @@ __all__ = [
     "amp",
     "build_optim_wrapper",
     "enable_amp",
-    "fuse",
 ]
+__all__ += optimizers.__all__
 
 if "mmengine" in sys.modules:  # which imports us for a dotted type; its log is to say which path is active
     from .integrations.mmengine_log import announce_stock_path

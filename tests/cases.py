@@ -10,11 +10,13 @@ import numpy as np
 import ptx_code
 import pytest
 import torch
+from optimizers import TESTED
 
-import fusedopt
 from fusedopt import backends
 from fusedopt.backends import NativeBackend, TritonBackend
 from fusedopt.backends.native import load_native_module
+from fusedopt.optimizers import FUSED_OPTIMIZERS
+from fusedopt.rules import Rule
 
 #: What PTX the tests run in the interpreter: FUSEDOPT_PTX is "nvcc", "triton" or not set. See docs/ptx.md.
 PTX = os.environ.get("FUSEDOPT_PTX")
@@ -77,23 +79,10 @@ def on_gpu(backend: str) -> bool:
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 
-OPTIONS: dict[str, tuple[type[torch.optim.Optimizer], dict[str, Any]]] = {
-    "sgd": (fusedopt.FusedSGD, {"lr": 0.1}),
-    "sgd-decay": (fusedopt.FusedSGD, {"lr": 0.1, "weight_decay": 0.05}),
-    "sgd-momentum": (fusedopt.FusedSGD, {"lr": 0.1, "momentum": 0.9}),
-    "sgd-dampening": (fusedopt.FusedSGD, {"lr": 0.1, "momentum": 0.9, "dampening": 0.3, "weight_decay": 0.1}),
-    "sgd-nesterov": (fusedopt.FusedSGD, {"lr": 0.1, "momentum": 0.9, "nesterov": True, "weight_decay": 0.1}),
-    "sgd-maximize": (fusedopt.FusedSGD, {"lr": 0.1, "momentum": 0.9, "maximize": True, "weight_decay": 0.1}),
-    "adam": (fusedopt.FusedAdam, {"lr": 0.01}),
-    "adam-decay": (fusedopt.FusedAdam, {"lr": 0.01, "weight_decay": 0.1}),
-    "adam-amsgrad": (fusedopt.FusedAdam, {"lr": 0.01, "amsgrad": True, "weight_decay": 0.1}),
-    "adam-decoupled": (fusedopt.FusedAdam, {"lr": 0.01, "weight_decay": 0.1, "decoupled_weight_decay": True}),
-    "adam-beta0": (fusedopt.FusedAdam, {"lr": 0.01, "betas": (0.0, 0.999), "eps": 1e-6}),
-    "adamw": (fusedopt.FusedAdamW, {"lr": 0.01, "weight_decay": 0.1}),
-    "adamw-amsgrad-maximize": (fusedopt.FusedAdamW, {"lr": 0.01, "amsgrad": True, "maximize": True}),
-    "adamw-tensor-lr": (fusedopt.FusedAdamW, {"lr": torch.tensor(0.01), "weight_decay": 0.1}),
-    "adamw-tensor-betas": (fusedopt.FusedAdamW, {"betas": (torch.tensor(0.9), torch.tensor(0.99))}),
-}
+OPTIONS = {name: option for tested in TESTED.values() for name, option in tested.options.items()}
+#: Those that stand for all, one or two of each rule.
+SHORT = [name for tested in TESTED.values() for name in tested.short]
+OPTIMIZERS = list(FUSED_OPTIMIZERS.values())
 
 
 def _ragged(chunk: int) -> list[tuple[int, ...]]:
@@ -111,6 +100,11 @@ def shapes_for(backend: str) -> list[tuple[int, ...]]:
     if backend == "triton" or backend in PTX_BACKENDS:
         return _ragged(2048)
     return SMALL if backend == "reference" else RAGGED
+
+
+def lacks(backend: str, rule: Rule) -> str | None:
+    """Why an entry of a list cannot run a rule, or None. (Triton's kernels are a file that a rule need not have.)"""
+    return TritonBackend.unavailable_for(rule) if backend.startswith("triton") else None
 
 
 def backend_name(backend: str) -> str:
@@ -197,6 +191,8 @@ each_backend = pytest.mark.parametrize(
     ],
 )
 each_option = pytest.mark.parametrize("option", OPTIONS)
+each_short_option = pytest.mark.parametrize("option", SHORT)
+each_optimizer = pytest.mark.parametrize("cls", OPTIMIZERS, ids=lambda cls: cls.__name__)
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
 
 INF = math.inf

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from cases import HAS_EMULATOR, ISAS, module, on_gpu
+from cases import HAS_EMULATOR, ISAS, OPTIONS, lacks, module, on_gpu
 from sampling import chosen, products
 
 #: For processes that tests start: where examples/ and benchmarks/ are, which are not installed.
@@ -48,7 +48,11 @@ def _restore_globals(request: pytest.FixtureRequest) -> Iterator[None]:
     """Each test starts with one seed, the default number of threads and the best instruction set."""
     threads, dtype = torch.get_num_threads(), torch.get_default_dtype()
     torch.manual_seed(0)
-    backend = getattr(getattr(request.node, "callspec", None), "params", {}).get("backend")
+    asked = getattr(getattr(request.node, "callspec", None), "params", {})
+    backend = asked.get("backend")
+    cls = OPTIONS[asked["option"]][0] if asked.get("option") in OPTIONS else asked.get("cls")
+    if isinstance(backend, str) and hasattr(cls, "rule") and (reason := lacks(backend, cls.rule)) is not None:
+        pytest.skip(reason)
     device_wanted = isinstance(backend, str) and on_gpu(backend)
     if device_wanted:  # what a test creates without saying where is on the GPU then
         torch.set_default_device("cuda")

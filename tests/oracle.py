@@ -1,4 +1,4 @@
-"""The update formulas in float64, written from the papers and torch's documentation, and the error bound of a step.
+"""The update formulas in float64, of tests/optimizers, and the error bound of a step.
 
 A step is checked from the state it really started from, so errors do not add up over steps and the bound is tight:
 half a unit in the last place of the stored dtype, plus a few roundings of the compute dtype. The self-test of the
@@ -7,72 +7,16 @@ package has the same bound: it is defined in fusedopt/rules/bounds.py.
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 import numpy as np
 import torch
+from optimizers import TESTED, Value
 
 from fusedopt.rules.bounds import CLIPPED_ROUNDINGS, ROUNDINGS, error_bound
 
-
-@dataclasses.dataclass
-class Value:
-    """An exact result and the magnitude of the terms it was added up from."""
-
-    exact: np.ndarray
-    magnitude: np.ndarray
-
-
-def adam(group: dict[str, Any], p: np.ndarray, g: np.ndarray, state: dict[str, np.ndarray], t: int) -> dict[str, Value]:
-    lr, (b1, b2), eps = float(group["lr"]), map(float, group["betas"]), group["eps"]
-    decay = float(group["weight_decay"])
-    g = -g if group["maximize"] else g
-    g_magnitude = np.abs(g)
-    shrunk = p
-    if group["decoupled_weight_decay"]:
-        shrunk = p * (1 - lr * decay)
-    else:
-        g_magnitude = g_magnitude + decay * np.abs(p)
-        g = g + decay * p
-    m = b1 * state["exp_avg"] + (1 - b1) * g
-    v = b2 * state["exp_avg_sq"] + (1 - b2) * g**2
-    m_magnitude = b1 * np.abs(state["exp_avg"]) + (1 - b1) * g_magnitude
-    v_magnitude = b2 * np.abs(state["exp_avg_sq"]) + (1 - b2) * g_magnitude**2
-    results = {"exp_avg": Value(m, m_magnitude), "exp_avg_sq": Value(v, v_magnitude)}
-    if group["amsgrad"]:
-        v = np.maximum(v, state["max_exp_avg_sq"])
-        v_magnitude = np.maximum(v_magnitude, v)
-        results["max_exp_avg_sq"] = Value(v, v_magnitude)
-    denom = np.sqrt(v / (1 - b2**t)) + eps
-    move = lr / (1 - b1**t) * m / denom
-    # A cancelled second moment is relatively inexact, and so is what is divided by its root.
-    inexact = np.sqrt(np.divide(v_magnitude, v, out=np.ones_like(v), where=v > 0))
-    results["param"] = Value(shrunk - move, np.abs(p) + lr / (1 - b1**t) * m_magnitude / denom * inexact)
-    return results
-
-
-def sgd(group: dict[str, Any], p: np.ndarray, g: np.ndarray, state: dict[str, np.ndarray], t: int) -> dict[str, Value]:
-    lr, momentum, dampening = float(group["lr"]), group["momentum"], group["dampening"]
-    decay = float(group["weight_decay"])
-    g = -g if group["maximize"] else g
-    magnitude = np.abs(g) + decay * np.abs(p)
-    g = g + decay * p
-    results = {}
-    if momentum:
-        buffer = g if t == 1 else momentum * state["momentum_buffer"] + (1 - dampening) * g
-        before = 0 if t == 1 else momentum * np.abs(state["momentum_buffer"])
-        b_magnitude = before + abs(1 - dampening if t > 1 else 1) * magnitude
-        results["momentum_buffer"] = Value(buffer, b_magnitude)
-        if group["nesterov"]:
-            g, magnitude = g + momentum * buffer, magnitude + momentum * b_magnitude
-        else:
-            g, magnitude = buffer, b_magnitude
-    results["param"] = Value(p - lr * g, np.abs(p) + lr * magnitude)
-    return results
-
-
-FORMULAS = {"adam": adam, "sgd": sgd}
+#: By the names of fusedopt.rules.
+FORMULAS = {name: tested.formula for name, tested in TESTED.items()}
 
 
 def as_double(tensor: torch.Tensor) -> np.ndarray:

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
+from cases import OPTIONS, bits, each_backend, each_short_option, parameters, set_gradients, state_bits
 from cases import backend_name as name_of
-from cases import bits, each_backend, parameters, set_gradients, state_bits
 from torch import nn
 
 import fusedopt
@@ -19,11 +19,10 @@ from fusedopt.backends.native import update_scale
 SCALERS = {"stock": torch.amp.GradScaler, "ours": GradScaler}
 each_scaler = pytest.mark.parametrize("scaler_type", SCALERS)
 
-FACTORIES: dict[str, Any] = {
-    "sgd": lambda params, **kw: fusedopt.FusedSGD(params, lr=0.1, momentum=0.9, **kw),
-    "adamw": lambda params, **kw: fusedopt.FusedAdamW(params, lr=0.01, **kw),
-}
-each_factory = pytest.mark.parametrize("factory", FACTORIES)
+
+def make(option: str, params: list[nn.Parameter], **extra: Any) -> Any:
+    cls, settings = OPTIONS[option]
+    return cls(params, **settings, **extra)
 
 
 def small_scaler(scaler_type: str, scale: float = 4.0) -> torch.amp.GradScaler:
@@ -34,11 +33,11 @@ def small_scaler(scaler_type: str, scale: float = 4.0) -> torch.amp.GradScaler:
 
 @each_backend
 @each_scaler
-@each_factory
-def test_unscales_like_an_unscaled_step(factory: str, scaler_type: str, backend: str) -> None:
+@each_short_option
+def test_unscales_like_an_unscaled_step(option: str, scaler_type: str, backend: str) -> None:
     params, plain = parameters([(5,), (33,)]), parameters([(5,), (33,)])
-    optimizer = FACTORIES[factory](params, backend=name_of(backend))
-    expected = FACTORIES[factory](plain)
+    optimizer = make(option, params, backend=name_of(backend))
+    expected = make(option, plain, backend=name_of(backend))
     scaler = small_scaler(scaler_type)
     for step in range(4):
         scale = scaler.get_scale()
@@ -55,12 +54,12 @@ def test_unscales_like_an_unscaled_step(factory: str, scaler_type: str, backend:
 
 @each_backend
 @each_scaler
-@each_factory
+@each_short_option
 @pytest.mark.parametrize("bad", [float("inf"), float("-inf"), float("nan")])
 @pytest.mark.parametrize("when", ["first step", "later step"])
-def test_a_skipped_step_changes_nothing(factory: str, scaler_type: str, backend: str, bad: float, when: str) -> None:
+def test_a_skipped_step_changes_nothing(option: str, scaler_type: str, backend: str, bad: float, when: str) -> None:
     params = parameters([(5,), (33,), (16385,)])
-    optimizer = FACTORIES[factory](params, backend=name_of(backend))
+    optimizer = make(option, params, backend=name_of(backend))
     scaler = small_scaler(scaler_type)
     if when == "later step":
         set_gradients(params, 0)
@@ -79,7 +78,7 @@ def test_a_skipped_step_changes_nothing(factory: str, scaler_type: str, backend:
 
     set_gradients(params, 2)
     fresh = [nn.Parameter(param.detach().clone()) for param in params]
-    expected = FACTORIES[factory](fresh)
+    expected = make(option, fresh)
     expected.load_state_dict(copy.deepcopy(optimizer.state_dict()))
     set_gradients(fresh, 2, 1 / scaler.get_scale())
     expected.step()
@@ -123,8 +122,8 @@ def test_dynamic_scale_moves_like_a_stock_optimizers(scaler_type: str) -> None:
 @each_scaler
 def test_scaler_with_clipping_equals_the_stock_sequence(scaler_type: str) -> None:
     params, copies = parameters([(5,), (33,)]), parameters([(5,), (33,)])
-    optimizer = FACTORIES["adamw"](params, clip_grad={"max_norm": 0.3})
-    stock = torch.optim.AdamW(copies, lr=0.01, foreach=False)
+    optimizer = make("adamw", params, clip_grad={"max_norm": 0.3})
+    stock = torch.optim.AdamW(copies, **OPTIONS["adamw"][1], foreach=False)
     scaler, stock_scaler = small_scaler(scaler_type), small_scaler("stock")
     for step in range(6):
         for group, s in ((params, scaler), (copies, stock_scaler)):
@@ -147,7 +146,7 @@ def test_scaler_with_clipping_equals_the_stock_sequence(scaler_type: str) -> Non
 def test_explicit_unscale_is_not_repeated(scaler_type: str) -> None:
     """pytorch#90752, #94060: double unscale."""
     params, plain = parameters([(5,)]), parameters([(5,)])
-    optimizer, expected = FACTORIES["adamw"](params), FACTORIES["adamw"](plain)
+    optimizer, expected = make("adamw", params), make("adamw", plain)
     scaler = small_scaler(scaler_type)
     set_gradients(params, 0, 4.0)
     set_gradients(plain, 0)
@@ -162,7 +161,7 @@ def test_explicit_unscale_is_not_repeated(scaler_type: str) -> None:
 @each_scaler
 def test_a_users_grad_scale_multiplies_the_scalers(scaler_type: str) -> None:
     params, plain = parameters([(5,)]), parameters([(5,)])
-    optimizer, expected = FACTORIES["adamw"](params), FACTORIES["adamw"](plain)
+    optimizer, expected = make("adamw", params), make("adamw", plain)
     scaler = small_scaler(scaler_type)
     set_gradients(params, 0, 4.0 * 2.0)
     set_gradients(plain, 0)
@@ -175,9 +174,9 @@ def test_a_users_grad_scale_multiplies_the_scalers(scaler_type: str) -> None:
 def test_one_scaler_for_fused_and_stock_optimizers_together() -> None:
     fused_params, stock_params, other = parameters([(5,)]), parameters([(6,)]), parameters([(7,)])
     optimizers = [
-        FACTORIES["adamw"](fused_params),
+        make("adamw", fused_params),
         torch.optim.AdamW(stock_params),
-        FACTORIES["sgd"](other),
+        make("sgd-momentum", other),
     ]
     scaler = small_scaler("ours")
     for params in (fused_params, stock_params, other):
@@ -201,7 +200,7 @@ def test_no_gradient_pass_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
         raise AssertionError("the scaler walked the gradients")
 
     params = parameters([(5,)])
-    optimizer = FACTORIES["adamw"](params, clip_grad={"max_norm": 1.0})
+    optimizer = make("adamw", params, clip_grad={"max_norm": 1.0})
     scaler = small_scaler("ours")
     set_gradients(params, 0)
     before = bits([params[0].grad])
@@ -215,7 +214,7 @@ def test_half_precision_gradients_may_be_scaled() -> None:
     """pytorch#127176: the stock scaler refuses to unscale fp16 gradients."""
     for dtype in (torch.float16, torch.bfloat16):
         params, plain = parameters([(5,)], dtype), parameters([(5,)], dtype)
-        optimizer, expected = FACTORIES["adamw"](params), FACTORIES["adamw"](plain)
+        optimizer, expected = make("adamw", params), make("adamw", plain)
         scaler = small_scaler("ours")
         set_gradients(params, 0, 4.0)
         set_gradients(plain, 0)
@@ -226,7 +225,7 @@ def test_half_precision_gradients_may_be_scaled() -> None:
 
 def test_scaler_misuse_is_refused_like_torchs() -> None:
     params = parameters([(5,)])
-    optimizer = FACTORIES["adamw"](params)
+    optimizer = make("adamw", params)
     scaler = small_scaler("ours")
     with pytest.raises(AssertionError, match="No inf checks"):
         scaler.step(optimizer)
@@ -240,7 +239,7 @@ def test_scaler_misuse_is_refused_like_torchs() -> None:
 
 def test_disabled_scaler_steps_plainly() -> None:
     params, plain = parameters([(5,)]), parameters([(5,)])
-    optimizer, expected = FACTORIES["adamw"](params), FACTORIES["adamw"](plain)
+    optimizer, expected = make("adamw", params), make("adamw", plain)
     set_gradients(params, 0)
     set_gradients(plain, 0)
     scaler = GradScaler("cpu", enabled=False)
@@ -254,7 +253,7 @@ def test_disabled_scaler_steps_plainly() -> None:
 def test_found_inf_of_any_value_but_zero_skips(backend: str) -> None:
     """torch's kernels test for 1; two devices with an inf add up to 2."""
     params = parameters([(5,), (17,)])
-    optimizer = FACTORIES["adamw"](params, backend=name_of(backend))
+    optimizer = make("adamw", params, backend=name_of(backend))
     set_gradients(params, 0)
     before = bits(params)
     optimizer.step(found_inf=torch.tensor(2.0))
@@ -270,7 +269,7 @@ def test_found_inf_of_any_value_but_zero_skips(backend: str) -> None:
 def test_found_inf_counts_without_a_grad_scale(backend: str) -> None:
     """pytorch#95781."""
     params = parameters([(5,)])
-    optimizer = FACTORIES["sgd"](params, backend=name_of(backend))
+    optimizer = make("sgd-momentum", params, backend=name_of(backend))
     set_gradients(params, 0)
     before = bits(params)
     optimizer.found_inf = torch.tensor(1.0)
@@ -281,8 +280,8 @@ def test_found_inf_counts_without_a_grad_scale(backend: str) -> None:
 @each_backend
 def test_grad_scale_attribute_alone_divides_without_searching(backend: str) -> None:
     params, plain = parameters([(5,)]), parameters([(5,)])
-    optimizer = FACTORIES["sgd"](params, backend=name_of(backend))
-    expected = FACTORIES["sgd"](plain)
+    optimizer = make("sgd-momentum", params, backend=name_of(backend))
+    expected = make("sgd-momentum", plain)
     set_gradients(params, 0, 8.0)
     set_gradients(plain, 0)
     optimizer.grad_scale = torch.tensor(8.0)
@@ -295,7 +294,7 @@ def test_grad_scale_attribute_alone_divides_without_searching(backend: str) -> N
 def test_the_flag_of_the_previous_step_is_not_used() -> None:
     """DeepSpeed used the overflow flag of the step before."""
     params = parameters([(5,)])
-    optimizer = FACTORIES["sgd"](params)
+    optimizer = make("sgd-momentum", params)
     flags = []
     for bad in (False, True, False, True):
         set_gradients(params, 0)
@@ -317,7 +316,7 @@ def test_a_subclass_whose_step_takes_only_a_closure(scaler_type: str) -> None:
             return super().step(closure)
 
     params, plain = parameters([(5,)]), parameters([(5,)])
-    optimizer, expected = Mine(params, lr=0.01), FACTORIES["adamw"](plain)
+    optimizer, expected = Mine(params, **OPTIONS["adamw"][1]), make("adamw", plain)
     scaler = small_scaler(scaler_type)
     set_gradients(params, 0, 4.0)
     set_gradients(plain, 0)
@@ -330,7 +329,7 @@ def test_a_subclass_whose_step_takes_only_a_closure(scaler_type: str) -> None:
 
 def test_a_failed_step_leaves_nothing_behind_that_hides_the_next_overflow() -> None:
     params = parameters([(5,)])
-    optimizer = FACTORIES["adamw"](params)
+    optimizer = make("adamw", params)
     scaler = small_scaler("ours")
     set_gradients(params, 0)
 

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from cases import BACKENDS, backend_name
+from cases import BACKENDS, backend_name, each_optimizer
 from torch import nn
 
 import fusedopt
@@ -351,7 +351,7 @@ class TestTorchsZeroRedundancyOptimizer:
             fusedopt.FusedSGD([{"params": [nn.Parameter(torch.ones(3))], "clip_grad": CLIP}])
 
 
-@pytest.mark.parametrize("cls", [fusedopt.FusedSGD, fusedopt.FusedAdam, fusedopt.FusedAdamW])
+@each_optimizer
 class TestModels:
     @pytest.mark.parametrize("model", [nn.Linear(2, 2), nn.Sequential(nn.ReLU()), nn.ModuleList([nn.ReLU()])])
     def test_a_model_for_its_parameters(self, cls, model):

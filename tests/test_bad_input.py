@@ -10,16 +10,13 @@ from typing import Any
 
 import pytest
 import torch
-from cases import BACKENDS, GPU, backend_name, bits, each_backend, parameters, set_gradients, state_bits
+from cases import BACKENDS, GPU, backend_name, bits, each_backend, each_optimizer, parameters, set_gradients, state_bits
 from torch import nn
 
 import fusedopt
 from fusedopt import backends
 from fusedopt.backends import BackendUnavailable, NativeBackend, TritonBackend, create_backend
 from fusedopt.messages import check_gradient
-
-OPTIMIZERS = [fusedopt.FusedSGD, fusedopt.FusedAdam, fusedopt.FusedAdamW]
-each_optimizer = pytest.mark.parametrize("cls", OPTIMIZERS, ids=lambda cls: cls.__name__)
 
 
 @each_optimizer
@@ -295,7 +292,7 @@ def test_fuse_takes_only_what_it_knows() -> None:
     class Mine(torch.optim.AdamW):
         pass
 
-    with pytest.raises(TypeError, match=r"torch\.optim\.AdamW; got RMSprop"):
+    with pytest.raises(TypeError, match=r"torch\.optim\.AdamW, .*; got RMSprop"):
         fusedopt.fuse(torch.optim.RMSprop(parameters([(3,)])))
     with pytest.raises(TypeError, match="got Mine"):
         fusedopt.fuse(Mine(parameters([(3,)])))

@@ -120,7 +120,7 @@ class TestGate:
             ({"400x64": 2.0}, 20, "'400x64' is not workload/grouping"),
             ({"resnet/one/adamw/clip": 2.0}, 20, "workload is 'resnet'; expected one of resnet-50"),
             ({"400x64/one/adamw/clip/fp8": 2.0}, 20, "dtype is 'fp8'; expected one of fp32"),
-            ({"400x64/one/lion/clip": 2.0}, 20, "optimizer is 'lion'; expected one of sgd"),
+            ({"400x64/one/lion/clip": 2.0}, 20, "optimizer is 'lion'; expected one of adam"),
             ({"400x64/one/adamw/clip": 2.0}, 19, "a median needs 20"),
             ({}, 20, "no gates to check"),
             ({"400x64/one/sgd/clip/bf16": 1.5}, 20, "torch-fused: wrong result"),

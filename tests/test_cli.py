@@ -96,7 +96,7 @@ def test_info_shows_the_backend_of_the_environment(monkeypatch):
 
 
 def test_warm_up_tells_of_each_gpu_what_was_compiled_or_why_not(monkeypatch):
-    from fusedopt.backends import TritonBackend, triton
+    from fusedopt.backends import TritonBackend, triton, triton_warm_up
     from fusedopt.cli import info
 
     gpus = [torch.device("cuda", 0), torch.device("cuda", 1)]
@@ -106,8 +106,8 @@ def test_warm_up_tells_of_each_gpu_what_was_compiled_or_why_not(monkeypatch):
     monkeypatch.setattr(
         TritonBackend, "unavailable", classmethod(lambda cls, device: "no driver" if device.index else None)
     )
-    found = triton.WarmUp("adam", torch.bfloat16, 2.25, triton.Tuning(512, 4))
-    monkeypatch.setattr(triton, "warm_up", lambda device: [found])
+    found = triton_warm_up.WarmUp("adam", torch.bfloat16, 2.25, triton.Tuning(512, 4))
+    monkeypatch.setattr(triton_warm_up, "warm_up", lambda device: [found])
     first, second = info.warm_up().splitlines()
     assert first.startswith("warm-up of adam, bfloat16 on cuda:0  2.2 s, 512 elements and 4 warps")
     assert second.split("  ")[0] == "warm-up on cuda:1" and second.endswith("not done: no driver")

@@ -152,7 +152,7 @@ class TestCompare:
             ("type='OptimWrapper'", "del optim_wrapper", "optim_wrapper must be a dict, got NoneType"),
             ("type='OptimWrapper'", "model = 3", "model must be a dict, got int"),
             ("type='OptimWrapper'", "optim_wrapper = dict(optimizer=3),", "optim_wrapper is a tuple .* comma"),
-            ("optimizer=dict(type='RMSprop', lr=1)", "", "'RMSprop' has no fused twin .* SGD, FusedSGD, Adam"),
+            ("optimizer=dict(type='RMSprop', lr=1)", "", "'RMSprop' has no fused twin .* AdamW, FusedAdamW, SGD"),
             ("optimizer=dict(type='SGD', lr=-1)", "", "Invalid optimizer lr: -1; expected a number >= 0"),
             (
                 "optimizer=dict(type='SGD', lr=1, wieght_decay=1)",

@@ -19,7 +19,7 @@ from oracle import CheckedStep, steps_taken
 from torch import nn
 
 import fusedopt
-from fusedopt.rules import RULES
+from fusedopt.optimizers import FUSED_TWINS
 
 BETAS = {"lr": 0.05, "betas": (0.8, 0.9)}
 
@@ -478,5 +478,10 @@ def test_a_captured_step_counts_at_each_replay(how: str) -> None:
     assert [steps_taken(optimizer, param) for param in params] == [4] * len(params)
 
 
-def test_rules_that_hide_their_step() -> None:
-    assert [name for name, rule in RULES.items() if rule.hides_step] == ["sgd"]
+@pytest.mark.parametrize("stock", FUSED_TWINS, ids=lambda stock: stock.__name__)
+def test_a_rule_hides_its_step_where_torch_has_none(stock: Any) -> None:
+    param = torch.nn.Parameter(torch.ones(2))
+    optimizer = stock([param], lr=0.1)
+    param.grad = torch.ones(2)
+    optimizer.step()
+    assert FUSED_TWINS[stock].rule.hides_step == ("step" not in optimizer.state[param])

@@ -21,6 +21,7 @@ from cases import (
     bits,
     each_dtype,
     each_option,
+    each_short_option,
     global_norm,
     module,
     parameters,
@@ -68,7 +69,7 @@ def test_without_clipping_the_bits_are_those_of_the_cpu_kernels(option: str, dty
 
 @each_dtype
 @pytest.mark.parametrize("norm_type", NORMS)
-@pytest.mark.parametrize("option", ["sgd-nesterov", "adam-amsgrad", "adamw"])
+@each_short_option
 def test_below_the_bound_too(option: str, norm_type: float, dtype: torch.dtype) -> None:
     clip = {"max_norm": 1e30, "norm_type": norm_type}
     emulated, native = (make(option, backend, RAGGED, dtype, clip_grad=clip) for backend in ("emulated", "native"))
@@ -84,7 +85,7 @@ def test_below_the_bound_too(option: str, norm_type: float, dtype: torch.dtype) 
 
 
 @each_dtype
-@pytest.mark.parametrize("option", ["sgd-momentum", "adam-amsgrad", "adamw"])
+@each_short_option
 def test_value_clip_and_write_back_give_the_same_bits(option: str, dtype: torch.dtype) -> None:
     extra = {"clip_grad": CLIPS["value"], "write_back_grads": True}
     emulated, native = (make(option, backend, RAGGED, dtype, **extra) for backend in ("emulated", "native"))
@@ -509,7 +510,7 @@ def whole(tensor: torch.Tensor) -> bytes:
 
 @each_dtype
 @pytest.mark.parametrize("offset", range(1, 9))
-@pytest.mark.parametrize("option", ["sgd-momentum", "adam-amsgrad", "adamw"])
+@each_short_option
 def test_any_alignment_of_each_column_gives_the_same_bits(option: str, offset: int, dtype: torch.dtype) -> None:
     """Parameter, gradient and states each start elsewhere; what lies around them stays."""
     results = []

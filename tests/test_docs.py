@@ -47,7 +47,8 @@ def test_fragments_run(page: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
 
 
 def test_the_kernels_page_quotes_the_source() -> None:
-    source = (REPOSITORY / "fusedopt" / "backends" / "triton_kernels.py").read_text()
+    files = (REPOSITORY / "fusedopt" / "backends" / "triton_kernels").rglob("*.py")
+    source = "\n".join(path.read_text() for path in files)
     quotations = re.findall(r"```python\n(.*?)```", (REPOSITORY / "docs" / "kernels.md").read_text(), re.DOTALL)
     assert len(quotations) >= 8
     for quotation in quotations:

@@ -9,13 +9,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from cases import BACKENDS, DTYPES, backend_name, bits, global_norm, state_bits
+from cases import BACKENDS, DTYPES, OPTIMIZERS, backend_name, bits, global_norm, lacks, state_bits
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from optimizers import TESTED
 from oracle import CheckedStep
 from torch import nn
 
 import fusedopt
+from fusedopt.rules import Rule
 
 SIZES = st.one_of(st.integers(0, 40), st.sampled_from([63, 64, 65, 511, 513, 16383, 16384, 16385]))
 SHAPES = st.one_of(st.just(()), st.tuples(SIZES), st.tuples(st.integers(0, 5), st.integers(1, 30), st.integers(1, 9)))
@@ -33,11 +35,27 @@ GROUPS = st.lists(
     min_size=1,
     max_size=4,
 )
-RULES: dict[str, Any] = {
-    "sgd": (fusedopt.FusedSGD, st.fixed_dictionaries({"momentum": st.sampled_from([0.0, 0.9])})),
-    "adam": (fusedopt.FusedAdam, st.fixed_dictionaries({"amsgrad": st.booleans()})),
-    "adamw": (fusedopt.FusedAdamW, st.fixed_dictionaries({"amsgrad": st.booleans()})),
-}
+
+
+def settings_of(rule: Rule) -> st.SearchStrategy[dict[str, Any]]:
+    """What else a group of a rule may have: each setting its default, or a value with which it matters."""
+    base, others = TESTED[rule.name].matters
+    choices = {key: [value] for key, value in rule.hyperparameters().as_defaults().items()}
+    for key, value in (*base.items(), *others):
+        choices[key].append(value)
+    drawn_already = ("lr", "weight_decay", "maximize")
+    strategies = {key: st.sampled_from(values) for key, values in choices.items() if key not in drawn_already}
+    return st.fixed_dictionaries(strategies).filter(lambda settings: is_valid(rule, settings))
+
+
+def is_valid(rule: Rule, settings: dict[str, Any]) -> bool:
+    try:
+        rule.hyperparameters(**settings)
+    except ValueError:
+        return False
+    return True
+
+
 STEP = st.fixed_dictionaries(
     {
         "missing": st.sets(st.integers(0, 15)),
@@ -53,15 +71,15 @@ STEP = st.fixed_dictionaries(
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
 @given(data=st.data())
 def test_any_sequence_of_steps_follows_the_formula(data: st.DataObject) -> None:
-    cls, extra = RULES[data.draw(st.sampled_from(sorted(RULES)))]
-    backend = data.draw(st.sampled_from(BACKENDS))
+    cls = data.draw(st.sampled_from(OPTIMIZERS))
+    backend = data.draw(st.sampled_from([name for name in BACKENDS if lacks(name, cls.rule) is None]))
     max_norm = data.draw(st.sampled_from([None, 0.5, 1e6]))
     torch.manual_seed(data.draw(st.integers(0, 2**16)))
     groups = []
     for drawn in data.draw(GROUPS):
         options = {key: value for key, value in drawn.items() if key not in ("shapes", "dtype")}
         params = [nn.Parameter(torch.randn(shape).to(drawn["dtype"])) for shape in drawn["shapes"]]
-        groups.append({"params": params, **options, **data.draw(extra)})
+        groups.append({"params": params, **options, **data.draw(settings_of(cls.rule))})
     optimizer = cls(
         groups,
         lr=0.1,

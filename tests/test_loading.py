@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from cases import backend_name as name_of
-from cases import bits, each_backend, parameters, set_gradients, state_bits, whole_state
+from cases import bits, each_backend, each_optimizer, parameters, set_gradients, state_bits, whole_state
 from oracle import CheckedStep
 from torch import nn
 
@@ -20,20 +20,21 @@ import fusedopt
 from fusedopt.optimizers import FUSED_TWINS, FusedOptimizer
 
 SHAPES = [(4,), (3, 5), ()]
-STOCK = {
-    fusedopt.FusedSGD: (torch.optim.SGD, {"lr": 0.1, "momentum": 0.9}),
-    fusedopt.FusedAdam: (torch.optim.Adam, {"lr": 0.01}),
-    fusedopt.FusedAdamW: (torch.optim.AdamW, {"lr": 0.01}),
-}
-each_optimizer = pytest.mark.parametrize("cls", STOCK, ids=lambda cls: cls.__name__)
+
+
+def usual(cls: type[FusedOptimizer]) -> dict[str, Any]:
+    """Settings with state."""
+    return {"lr": 0.1, "momentum": 0.9} if cls is fusedopt.FusedSGD else {"lr": 0.01}
+
+
+each_twin = pytest.mark.parametrize("cls", FUSED_TWINS.values(), ids=lambda cls: cls.__name__)
 each_adam = pytest.mark.parametrize("cls", [fusedopt.FusedAdam, fusedopt.FusedAdamW], ids=lambda cls: cls.__name__)
 
 
 def trained(cls: Any, steps: int = 3, **settings: Any) -> tuple[Any, list[nn.Parameter]]:
     """torch's for-loop optimizer after some steps, and its parameters."""
-    stock, defaults = STOCK[cls]
     params = parameters(SHAPES)
-    optimizer = stock(params, **{**defaults, **settings}, foreach=False)
+    optimizer = cls.stock(params, **{**usual(cls), **settings}, foreach=False)
     for step in range(steps):
         set_gradients(params, step)
         optimizer.step()
@@ -43,7 +44,7 @@ def trained(cls: Any, steps: int = 3, **settings: Any) -> tuple[Any, list[nn.Par
 def target(cls: Any, params: list[nn.Parameter], steps: int = 1, **settings: Any) -> tuple[Any, list[nn.Parameter]]:
     """A fused optimizer on copies of the parameters, with some state of its own that a load has to replace."""
     copies = [nn.Parameter(param.detach().clone()) for param in params]
-    optimizer = cls(copies, **{**STOCK[cls][1], **settings})
+    optimizer = cls(copies, **{**usual(cls), **settings})
     values = [param.detach().clone() for param in copies]
     for step in range(steps):
         set_gradients(copies, 50 + step)
@@ -128,7 +129,7 @@ def test_sgds_own_half_is_an_error() -> None:
     assert_refused(optimizer, saved, r"\[2\].* has no 'momentum_buffer'; there is 'buf'")
 
 
-@each_optimizer
+@each_twin
 def test_a_parameter_without_an_entry_has_not_stepped(cls: Any) -> None:
     stock, params = trained(cls)
     for empty in (None, {}, {"momentum_buffer": None}):
@@ -138,7 +139,7 @@ def test_a_parameter_without_an_entry_has_not_stepped(cls: Any) -> None:
             del saved["state"][1]
         else:
             saved["state"][1] = empty
-        again = STOCK[cls][0](twins := [nn.Parameter(p.detach().clone()) for p in params], **STOCK[cls][1])
+        again = cls.stock(twins := [nn.Parameter(p.detach().clone()) for p in params], **usual(cls))
         again.load_state_dict({**saved, "state": {key: saved["state"][key] for key in (0, 2)}})
         optimizer.load_state_dict(saved)
         assert not optimizer.state.get(copies[1])
@@ -156,7 +157,7 @@ def test_amsgrad_needs_its_maximum(cls: Any) -> None:
     assert_refused(optimizer, saved, r"\[0\].* has no 'max_exp_avg_sq'; there is 'step', 'exp_avg' and 'exp_avg_sq'")
 
 
-@each_optimizer
+@each_twin
 def test_state_of_another_optimizer_is_an_error(cls: Any) -> None:
     adam = cls is not fusedopt.FusedSGD
     other, params = trained(fusedopt.FusedSGD if adam else fusedopt.FusedAdam)
@@ -179,7 +180,7 @@ def test_adams_state_in_an_sgd_without_state_is_an_error() -> None:
     assert_refused(optimizer, saved, r"\[0\].* has 'exp_avg' and 'exp_avg_sq', which is state of another optimizer")
 
 
-@each_optimizer
+@each_twin
 def test_state_of_a_parameter_that_no_group_lists_is_an_error(cls: Any) -> None:
     """A dict that went through JSON, say: its parameters would start afresh."""
     stock, params = trained(cls)
@@ -192,7 +193,7 @@ def test_state_of_a_parameter_that_no_group_lists_is_an_error(cls: Any) -> None:
     assert_refused(optimizer, saved, r"loaded param_groups\[0\] has parameter 1 that is in the state dict already")
 
 
-@each_optimizer
+@each_twin
 @pytest.mark.parametrize(
     ("value", "message"),
     [
@@ -296,24 +297,22 @@ def test_a_momentum_buffer_with_a_step_keeps_it_apart() -> None:
 
 # --- Groups ----------------------------------------------------------------------------------------------------------
 
+#: By rule.
 FILLED_IN = {
-    fusedopt.FusedSGD: ["nesterov", "maximize", "foreach", "differentiable", "fused"],
-    fusedopt.FusedAdam: [
-        *("amsgrad", "maximize", "foreach", "capturable", "differentiable", "fused", "decoupled_weight_decay")
-    ],
+    "sgd": ["nesterov", "maximize", "foreach", "differentiable", "fused"],
+    "adam": [*("amsgrad", "maximize", "foreach", "capturable", "differentiable", "fused", "decoupled_weight_decay")],
 }
-FILLED_IN[fusedopt.FusedAdamW] = FILLED_IN[fusedopt.FusedAdam]
 
 
-@each_optimizer
+@each_twin
 def test_what_newer_versions_of_torch_added_is_filled_in(cls: Any) -> None:
     stock, params = trained(cls)
     optimizer, copies = target(cls, params)
     saved = copy.deepcopy(stock.state_dict())
-    for key in FILLED_IN[cls]:
+    for key in FILLED_IN[cls.rule.name]:
         saved["param_groups"][0].pop(key, None)
     optimizer.load_state_dict(saved)
-    again = STOCK[cls][0](params, lr=1)
+    again = cls.stock(params, lr=1)
     again.load_state_dict(copy.deepcopy(saved))
     differing = {"foreach", "fused"}  # no two versions of torch agree here
     assert set(optimizer.param_groups[0]) == set(again.param_groups[0])
@@ -322,11 +321,11 @@ def test_what_newer_versions_of_torch_added_is_filled_in(cls: Any) -> None:
     assert_goes_on_as(again, params, optimizer, copies)
 
 
-@each_optimizer
+@each_twin
 def test_a_group_without_what_the_rule_needs_is_an_error(cls: Any) -> None:
     stock, params = trained(cls)
     optimizer, _ = target(cls, params)
-    needed = stock.param_groups[0].keys() - {"params", *FILLED_IN[cls]}
+    needed = stock.param_groups[0].keys() - {"params", *FILLED_IN[cls.rule.name]}
     assert {"lr", "weight_decay"} < needed
     for key in sorted(needed):
         saved = copy.deepcopy(stock.state_dict())
@@ -354,7 +353,7 @@ def test_not_a_group_not_a_state() -> None:
 # --- The same state on other ways in ---------------------------------------------------------------------------------
 
 
-@each_optimizer
+@each_twin
 @pytest.mark.parametrize("key", ["exp_avg", "exp_avg_sq", "step", "momentum_buffer"])
 def test_fuse_refuses_half_a_state(cls: Any, key: str) -> None:
     stock, params = trained(cls)
@@ -372,14 +371,15 @@ def test_fuse_refuses_half_a_state(cls: Any, key: str) -> None:
 @each_optimizer
 def test_half_a_state_at_a_step_is_an_error(cls: Any, backend: str) -> None:
     params = parameters(SHAPES)
-    optimizer = cls(params, **STOCK[cls][1], backend=name_of(backend))
+    optimizer = cls(params, **usual(cls), backend=name_of(backend))
     set_gradients(params, 0)
     optimizer.step()
     for key in list(optimizer.state[params[1]]):
         mine = optimizer.state[params[1]]
-        if cls is fusedopt.FusedSGD:
-            whole, broken = dict(mine), {"exp_avg": mine[key]}
-            message = r"state of parameter .*\[1\].* has 'exp_avg', which is state of another optimizer"
+        if cls.rule.hides_step:
+            other = "momentum_buffer" if key == "exp_avg" else "exp_avg"
+            whole, broken = dict(mine), {other: mine[key]}
+            message = rf"state of parameter .*\[1\].* has '{other}', which is state of another optimizer"
         else:
             whole, broken = dict(mine), {name: value for name, value in mine.items() if name != key}
             message = rf"state of parameter \(param_groups\[0\]\['params'\]\[1\].* has no '{key}'"
@@ -401,11 +401,11 @@ def test_half_a_state_at_a_step_is_an_error(cls: Any, backend: str) -> None:
 @each_optimizer
 def test_unpickling_fills_in_no_setting_that_the_rule_needs(cls: Any) -> None:
     params = parameters(SHAPES)
-    optimizer = cls(params, **STOCK[cls][1])
+    optimizer = cls(params, **usual(cls))
     set_gradients(params, 0)
     optimizer.step()
     del optimizer.param_groups[0]["lr"]
-    for key in FILLED_IN[cls]:
+    for key in cls.rule.hyperparameters.filled_in:
         optimizer.param_groups[0].pop(key, None)
     again, twins = pickle.loads(pickle.dumps((optimizer, params)))
     set_gradients(twins, 1)
@@ -432,7 +432,7 @@ def named(cls: Any, order: list[int], groups: str, values: list[torch.Tensor], n
         given = [{"params": [params[i]], "param_name": names[i], "weight_decay": 0.01 * i} for i in order]
     else:
         given = [params[i] for i in order]
-    return cls(given, **STOCK[cls][1]), params
+    return cls(given, **usual(cls)), params
 
 
 @each_optimizer
@@ -453,7 +453,7 @@ def test_names_in_another_order_are_sorted(cls: Any, groups: str, prefix: str) -
     for mine, other in zip(params, theirs, strict=True):
         have, want = whole_state(optimizer, mine), whole_state(donor, other)
         assert have.keys() == want.keys()
-        assert all(torch.equal(have[key], want[key]) for key in have if cls is not fusedopt.FusedSGD or key != "step")
+        assert all(torch.equal(have[key], want[key]) for key in have if not cls.rule.hides_step or key != "step")
     if groups == "param_name":
         assert [group["weight_decay"] for group in optimizer.param_groups] == [0.02, 0.0, 0.01]
     for step in range(3, 5):
@@ -532,8 +532,3 @@ def test_names_that_one_side_lacks_say_nothing_and_are_kept(cls: Any, groups: st
     renamed, _ = named(cls, [0, 1, 2], groups, values, ["a", "b", "c"])
     renamed.load_state_dict(donor.state_dict())
     assert [group[groups] for group in renamed.param_groups] == names
-
-
-def test_every_twin_is_tested_here() -> None:
-    assert set(STOCK) == set(FUSED_TWINS.values())
-    assert all(issubclass(cls, FusedOptimizer) for cls in STOCK)

@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from cases import BACKENDS, backend_name
+from cases import BACKENDS, backend_name, each_optimizer
+from optimizers import TESTED
 from torch import nn
 
 import fusedopt
@@ -102,15 +103,12 @@ class TestOptimizers:
             dict(lr=0.25, betas=[0.5, 0.75], eps=0.125, weight_decay=0.5, amsgrad=True),
         )
 
-    def test_sgd(self, kind, backend):
+    @each_optimizer
+    def test_every_setting(self, kind, backend, cls):
+        expected, _ = TESTED[cls.rule.name].matters
         n = KINDS[kind]
-        self.check(
-            fusedopt.FusedSGD,
-            kind,
-            backend,
-            dict(lr=n(0.25), momentum=n(0.5), dampening=n(0.25), weight_decay=n(0.5)),
-            dict(lr=0.25, momentum=0.5, dampening=0.25, weight_decay=0.5),
-        )
+        given = {key: tuple(map(n, value)) if isinstance(value, tuple) else n(value) for key, value in expected.items()}
+        self.check(cls, kind, backend, given, expected)
 
     def test_clipping(self, kind, backend):
         n = KINDS[kind]

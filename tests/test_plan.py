@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from cases import OPTIONS, SMALL, backend_name, bits, each_backend, module, parameters, set_gradients
+from cases import OPTIONS, SMALL, backend_name, bits, each_backend, each_short_option, module, parameters, set_gradients
 from oracle import CheckedStep, steps_taken
 from torch import nn
 
@@ -147,7 +147,7 @@ def test_parameters_without_a_gradient_are_left_alone(backend: str) -> None:
 
 
 @each_backend
-@pytest.mark.parametrize("option", ["sgd-dampening", "sgd-nesterov", "adamw"])
+@each_short_option
 def test_a_parameter_unfrozen_later_has_its_own_first_step(option: str, backend: str) -> None:
     """torch's fused SGD takes one is_first_step for all; apex takes the last parameter's."""
     cls, settings = OPTIONS[option]

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from cases import DTYPES, HAS_EMULATOR, EmulatedBackend, bits, module, parameters, set_gradients
+from cases import DTYPES, HAS_EMULATOR, OPTIONS, EmulatedBackend, bits, module, parameters, set_gradients
 from torch._subclasses import FakeTensorMode
 
 import fusedopt
@@ -184,9 +184,12 @@ def test_right_kernels_pass_in_every_rule_dtype_and_mode(rule: str, dtype: torch
         ("adam", torch.bfloat16, "full"),
         ("adam", torch.float64, "bare"),
         ("adam", torch.float32, "check"),
+        *((rule, torch.float32, "full") for rule in RULES if rule not in ("sgd", "adam")),
     ],
 )
 def test_right_interpreted_kernels_pass(rule: str, dtype: torch.dtype, mode: str) -> None:
+    if (reason := TritonBackend.unavailable_for(RULES[rule])) is not None:
+        pytest.skip(reason)
     assert selftest.try_mode(TritonBackend, RULES[rule], CPU, dtype, mode) is None
 
 
@@ -198,8 +201,15 @@ def test_all_right_interpreted_kernels_pass() -> None:
 
 @pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
 def test_its_settings_use_every_column_of_a_rule(rule: Any) -> None:
-    groups = [rule.hyperparameters(**settings).as_defaults() for settings in rule.trials]
-    assert all(any(column.needed(group) for group in groups) for column in rule.columns)
+    """And as many of them as any option."""
+    assert {name for group in rule.trial_settings() for name in rule.needed_columns(group)} == {
+        column.name for column in rule.columns
+    }
+    options = [settings for cls, settings in OPTIONS.values() if cls.rule is rule]
+    groups = [rule.hyperparameters().as_defaults() | settings for settings in options]
+    assert {len(rule.needed_columns(group)) for group in groups} == {
+        len(rule.needed_columns(group)) for group in rule.trial_settings()
+    }
 
 
 @needs_emulator

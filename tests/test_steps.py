@@ -15,12 +15,15 @@ from cases import (
     bits,
     each_backend,
     each_dtype,
+    each_optimizer,
     each_option,
+    each_short_option,
     global_norm,
     parameters,
     set_gradients,
     shapes_for,
 )
+from optimizers import TESTED
 from oracle import CheckedStep
 
 import fusedopt
@@ -49,7 +52,7 @@ def test_step_follows_the_formula(option: str, backend: str, dtype: torch.dtype)
 
 @each_dtype
 @each_backend
-@pytest.mark.parametrize("option", ["sgd-nesterov", "adam-amsgrad", "adamw"])
+@each_short_option
 def test_unscale_and_norm_clip_happen_inside_the_step(option: str, backend: str, dtype: torch.dtype) -> None:
     optimizer, params = make(option, backend, dtype, clip_grad={"max_norm": 0.5})
     for step in range(3):
@@ -173,7 +176,7 @@ def test_mixed_dtypes_and_hyperparameters_in_one_optimizer(backend: str) -> None
     assert optimizer.last_step.grad_norm.dtype == torch.float64
 
 
-@pytest.mark.parametrize("option", ["sgd-nesterov", "adam-amsgrad", "adamw"])
+@each_short_option
 def test_all_instruction_sets_give_the_same_bits(option: str) -> None:
     if len(ISAS) < 2:
         pytest.skip(f"this processor and build have fewer than two instruction sets: {ISAS}")
@@ -187,6 +190,31 @@ def test_all_instruction_sets_give_the_same_bits(option: str) -> None:
             results.append((dtype, bits(params), bits([optimizer.last_step.grad_norm])))
     for dtype, *result in results[4:]:
         assert result == next(list(first[1:]) for first in results if first[0] == dtype)
+
+
+@each_backend
+@each_optimizer
+def test_every_hyperparameter_is_taken_for_what_it_is(cls: Any, backend: str) -> None:
+    base, others = TESTED[cls.rule.name].matters
+    ignored = {"foreach", "fused", "capturable", "differentiable"}
+    assert {key for key, _ in others} == set(cls.rule.hyperparameters().as_defaults()) - ignored
+    for key, value in base.items():
+        if isinstance(value, tuple):
+            varied = [{i for i in range(len(value)) if value[i] != other[i]} for name, other in others if name == key]
+            assert sorted(varied, key=min) == [{i} for i in range(len(value))], f"{key}: one number at a time"
+    values = torch.randn(16)
+    params = [torch.nn.Parameter(values.clone()) for _ in range(len(others) + 1)]
+    optimizer = cls([{"params": [param], **base} for param in params], backend=backend_name(backend))
+    for group, (key, value) in zip(optimizer.param_groups[1:], others, strict=True):
+        group[key] = not value if group[key] is value else value  # a flag may be set in this class
+    for _ in range(4):
+        grad = torch.randn(16)  # of either sign, and so that moments and gradients do not agree
+        for param in params:
+            param.grad = grad
+        check = CheckedStep(optimizer)
+        optimizer.step()
+        check.check()
+    assert len(set(bits(params))) == len(params), "each made a difference"
 
 
 @pytest.mark.parametrize("norm_type", [1.0, 2.0, 3.0, math.inf])

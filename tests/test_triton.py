@@ -17,7 +17,7 @@ import re
 import subprocess
 import sys
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from decimal import Context, Decimal
 from pathlib import Path
 from types import SimpleNamespace
@@ -26,9 +26,10 @@ from typing import Any, ClassVar, NamedTuple
 import numpy as np
 import pytest
 import torch
-from cases import DTYPES, INF, OPTIONS, bits, each_option, global_norm, module, parameters, set_gradients, whole_state
+from cases import DTYPES, INF, OPTIONS, SHORT, bits, global_norm, module, parameters, set_gradients, whole_state
 from cuda_cases import CLIPS, LOOSE, NORMS, contents, each_clip, make, mixed, placed, reported
 from torch import nn
+from triton_columns import dtypes_of_columns
 
 import fusedopt
 from fusedopt import backends
@@ -40,7 +41,9 @@ if module is None:
     pytest.skip("the compiled module is not built", allow_module_level=True)
 triton = pytest.importorskip("triton")
 tl = pytest.importorskip("triton.language")
-kernels: Any = importlib.import_module("fusedopt.backends.triton_kernels")
+memory: Any = importlib.import_module("fusedopt.backends.triton_kernels.memory")
+arithmetic: Any = importlib.import_module("fusedopt.backends.triton_kernels.arithmetic")
+prepare: Any = importlib.import_module("fusedopt.backends.triton_kernels.prepare")
 
 pytestmark = pytest.mark.skipif(
     TritonBackend.unavailable(torch.device("cpu")) is not None,
@@ -51,6 +54,15 @@ pytestmark = pytest.mark.skipif(
 SHAPES = [(2051,), (17,), (513,), (3, 5, 7), (), (2049,), (0,), (1,), (33,), (5, 9), (8,), (4099,)]
 FEW = [(5,), (0,), (3, 5, 7)]
 ADAM, SGD = RULES["adam"], RULES["sgd"]
+
+
+def options_among(names: Iterable[str]) -> list[str]:
+    """Those whose rule has Triton kernels."""
+    return [name for name in names if TritonBackend.unavailable_for(OPTIONS[name][0].rule) is None]
+
+
+each_option = pytest.mark.parametrize("option", options_among(OPTIONS))
+each_short_option = pytest.mark.parametrize("option", options_among(SHORT))
 
 
 class Launched(NamedTuple):
@@ -141,7 +153,7 @@ def test_without_clipping_the_bits_are_those_of_the_cpu_kernels(option: str) -> 
         assert reported(pair[0][0]) == reported(pair[1][0])
 
 
-@pytest.mark.parametrize("option", ["sgd-nesterov", "adam-amsgrad", "adamw"])
+@each_short_option
 def test_value_clip_unscaling_and_write_back_give_the_same_bits(option: str) -> None:
     pair = twins(option, lambda: mixed(SHAPES), clip_grad=CLIPS["value"], write_back_grads=True)
     for step, scale in enumerate([2.0, 3.0]):
@@ -152,7 +164,7 @@ def test_value_clip_unscaling_and_write_back_give_the_same_bits(option: str) -> 
         assert bits(param.grad for param in pair[0][1]) == bits(param.grad for param in pair[1][1])
 
 
-@pytest.mark.parametrize("option", ["sgd-momentum", "adam-amsgrad"])
+@each_short_option
 def test_any_dtypes_of_parameter_gradient_and_states_give_the_same_bits(option: str) -> None:
     """One parameter for each dtype of it and of its first state; the others' follow in turns."""
     pair = twins(
@@ -204,7 +216,7 @@ def test_the_norm_is_exact_to_a_few_digits_of_float64(norm_type: float) -> None:
 
 
 @pytest.mark.parametrize("norm_type", [1.0, 2.0, INF])
-@pytest.mark.parametrize("option", ["sgd-momentum", "adam-amsgrad"])
+@each_short_option
 def test_with_equal_coefficients_clipping_gives_the_same_bits(option: str, norm_type: float) -> None:
     """Small whole numbers: their sums are exact in any order."""
     clip = {"max_norm": 0.7, "norm_type": norm_type}
@@ -573,7 +585,7 @@ def test_a_single_nonfinite_gradient_is_found_anywhere(bad: float, slow: bool) -
 @triton.jit
 def power_kernel(bases, exponents, results, BLOCK: tl.constexpr):
     i = tl.arange(0, BLOCK)
-    tl.store(results + i, kernels.power(tl.load(bases + i), tl.load(exponents + i)))
+    tl.store(results + i, arithmetic.power(tl.load(bases + i), tl.load(exponents + i)))
 
 
 @pytest.mark.parametrize("beta", [0.0, 0.5, 0.9, 0.999, 0.9999, 1 - 2**-20, 1 - 2**-53])
@@ -596,8 +608,8 @@ def test_powers_are_right_to_the_last_digit(beta: float) -> None:
 @triton.jit
 def live_kernel(groups, results, BLOCK: tl.constexpr):
     i = tl.arange(0, BLOCK)
-    group = groups.to(tl.int64) + i * kernels.GROUP_SIZE
-    tl.store(results + i, kernels.hyper(group, 0, i < BLOCK - 1))
+    group = groups.to(tl.int64) + i * memory.GROUP_SIZE
+    tl.store(results + i, memory.hyper(group, 0, i < BLOCK - 1))
 
 
 @triton.jit
@@ -608,21 +620,21 @@ def low_digits(address, dtype, mask):
 
 @pytest.mark.parametrize("address", [7, 2**47 + 7, 2**63 + 7, 2**64 - 249])
 def test_a_hyperparameter_may_lie_at_any_address(address: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernels, "number", low_digits)
-    words = kernels.GROUP_SIZE.value // 8
+    monkeypatch.setattr(memory, "number", low_digits)
+    words = memory.GROUP_SIZE.value // 8
     groups = torch.zeros(4, words, dtype=torch.int64)
-    groups[:, kernels.GROUP_VALUE.value] = torch.tensor([0.5, 1.5, 2.5, 3.5], dtype=torch.float64).view(torch.int64)
-    groups[1, kernels.GROUP_LIVE.value] = address - 2**64 if address >= 2**63 else address
+    groups[:, memory.GROUP_VALUE.value] = torch.tensor([0.5, 1.5, 2.5, 3.5], dtype=torch.float64).view(torch.int64)
+    groups[1, memory.GROUP_LIVE.value] = address - 2**64 if address >= 2**63 else address
     found = torch.full((4,), math.nan, dtype=torch.float64)
     live_kernel[(1,)](groups, found, BLOCK=4)
     assert found.tolist() == [0.5, 7.0, 2.5, 0.0], "the last is masked"
 
 
 CODES = {
-    torch.float32: kernels.F32,
-    torch.float64: kernels.F64,
-    torch.bfloat16: kernels.BF16,
-    torch.float16: kernels.F16,
+    torch.float32: memory.F32,
+    torch.float64: memory.F64,
+    torch.bfloat16: memory.BF16,
+    torch.float16: memory.F16,
 }
 each_half = pytest.mark.parametrize("half", [torch.bfloat16, torch.float16], ids=str)
 each_wide = pytest.mark.parametrize("wide", [torch.float32, torch.float64], ids=str)
@@ -632,8 +644,8 @@ each_wide = pytest.mark.parametrize("wide", [torch.float32, torch.float64], ids=
 def convert_kernel(source: tl.int64, target: tl.int64, FROM: tl.constexpr, TO: tl.constexpr, BLOCK: tl.constexpr):
     """Elements of one column to those of another."""
     i = tl.arange(0, BLOCK)
-    kernels.store(
-        target, i, i >= 0, kernels.load(source, i, i >= 0, FROM, tl.float64 if FROM == kernels.F64 else tl.float32), TO
+    memory.store(
+        target, i, i >= 0, memory.load(source, i, i >= 0, FROM, tl.float64 if FROM == memory.F64 else tl.float32), TO
     )
 
 
@@ -754,7 +766,7 @@ def test_more_rows_than_one_program_prepares() -> None:
 
 
 def test_constants_of_the_kernels_are_those_of_the_others() -> None:
-    assert kernels.CLIP_EPS.value == CLIP_EPS == module.CLIP_EPS  # type: ignore[union-attr]
+    assert prepare.CLIP_EPS.value == CLIP_EPS == module.CLIP_EPS  # type: ignore[union-attr]
     least = module.device_chunk_elements(1)  # type: ignore[union-attr]
     for tuning in (*backend._TUNINGS, backend.Tuning(2048, 1)):
         assert least % tuning.block == 0
@@ -762,7 +774,7 @@ def test_constants_of_the_kernels_are_those_of_the_others() -> None:
 
 
 def test_dtypes_have_the_plans_numbers() -> None:
-    assert [CODES[dtype].value for dtype in backend._DTYPES] == list(range(len(DTYPES)))
+    assert [CODES[dtype].value for dtype in backend.DTYPES] == list(range(len(DTYPES)))
     for dtype in DTYPES:
         optimizer, params = make("sgd", "triton", [(3,)], dtype)
         set_gradients(params, 0)
@@ -772,12 +784,12 @@ def test_dtypes_have_the_plans_numbers() -> None:
         assert [settings[name] for name in ("PARAM", "GRAD", "A", "B", "C")] == [
             want,
             want,
-            *[kernels.ABSENT.value] * 3,
+            *[memory.ABSENT.value] * 3,
         ]
 
 
 def test_norms_have_the_plans_numbers() -> None:
-    orders = {None: kernels.NONE, 1.0: kernels.ONE, 2.0: kernels.TWO, INF: kernels.INF, 3.0: kernels.P, 0.5: kernels.P}
+    orders = {None: memory.NONE, 1.0: memory.ONE, 2.0: memory.TWO, INF: memory.INF, 3.0: memory.P, 0.5: memory.P}
     for order, kind in orders.items():
         clip = None if order is None else {"max_norm": 1.0, "norm_type": order}
         optimizer, params = make("sgd", "triton", [(3,)], clip_grad=clip)
@@ -785,48 +797,6 @@ def test_norms_have_the_plans_numbers() -> None:
         optimizer.step(grad_scale=2.0)
         for kernel in ("statistics", "prepare"):
             assert settings_of(kernel)[-1]["KIND"] == kind.value
-
-
-#: A setting in which each hyperparameter matters, and another value of each.
-MATTERS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
-    "sgd": (
-        {"lr": 0.1, "momentum": 0.5, "dampening": 0.25, "weight_decay": 0.2},
-        {"lr": 0.3, "momentum": 0.7, "dampening": 0.1, "weight_decay": 0.4, "nesterov": True, "maximize": True},
-    ),
-    "adam": (
-        {"lr": 0.1, "betas": (0.5, 0.6), "eps": 0.01, "weight_decay": 0.2},
-        {
-            "lr": 0.3,
-            "betas": (0.5, 0.7),
-            "eps": 0.03,
-            "weight_decay": 0.4,
-            "amsgrad": True,
-            "maximize": True,
-            "decoupled_weight_decay": True,
-        },
-    ),
-}
-
-
-@pytest.mark.parametrize("rule", RULES)
-def test_every_hyperparameter_is_taken_for_what_it_is(rule: str) -> None:
-    base, others = MATTERS[rule]
-    ignored = {"foreach", "fused", "capturable", "differentiable"}
-    assert set(others) == set(RULES[rule].hyperparameters().as_defaults()) - ignored
-    results = []
-    for name in ("triton", "native"):
-        params = [nn.Parameter(torch.tensor([1.0, -2.0, 3.0])) for _ in range(len(others) + 1)]
-        groups = [{"params": [param], **base} for param in params]
-        optimizer = {"sgd": fusedopt.FusedSGD, "adam": fusedopt.FusedAdam}[rule](groups, backend=name)
-        for group, (key, value) in zip(optimizer.param_groups[1:], others.items(), strict=True):
-            group[key] = value
-        for step in range(3):
-            for param in params:
-                param.grad = torch.tensor([1.0, 0.5, -0.25]) / (step + 1)
-            optimizer.step()
-        results.append(contents(optimizer))
-    assert results[0] == results[1]
-    assert len({param for param, _ in results[0]}) == len(params), "each made a difference"
 
 
 @pytest.mark.parametrize("capability", [(8, 0), (8, 6), (9, 0), (10, 3)])
@@ -841,12 +811,20 @@ def test_slow_doubles_are_on_the_devices_of_the_cuda_kernels(
     assert slow == module.has_slow_double(10 * major + minor) == (capability in [(8, 6), (10, 3)])  # type: ignore[union-attr]
 
 
-def test_every_rule_has_kernels() -> None:
-    assert set(kernels.RULES) == set(RULES)
-    for name, rule in kernels.RULES.items():
-        for states, settings in rule.settings.items():
-            group = RULES[name].hyperparameters(**settings).as_defaults()
-            assert sum(column.needed(group) for column in RULES[name].columns) == states
+def test_a_rule_without_kernels_is_left_to_others() -> None:
+    class Other(type(ADAM)):  # type: ignore[misc]
+        name = "other"
+
+    assert TritonBackend.unavailable_for(ADAM) is None
+    with pytest.raises(BackendUnavailable, match="'triton' is not available: triton has no kernels for the rule other"):
+        backends.create_backend("triton", Other(), [CPU])
+    backends._note_fallback.cache_clear()
+    told = "native: this build has no kernels for the rule other; .*; triton: triton has no kernels .*reference"
+    with pytest.warns(UserWarning, match=told):
+        assert backends.create_backend("auto", Other(), [CPU]).name == "reference"
+    backends._note_fallback.cache_clear()
+    tried = {result.rule for result in backends.selftest.table(NativeBackend, CPU)}
+    assert tried == set(RULES)
 
 
 # --- Tuning ------------------------------------------------------------------------------------------------------
@@ -1054,14 +1032,7 @@ def test_nothing_is_measured_in_a_capture(device: Device) -> None:
 
 @pytest.mark.parametrize(
     ("rule", "dtypes"),
-    [
-        *(("sgd", (code, code, state, -1, -1)) for code in range(4) for state in (-1, code)),
-        *(("adam", (code, code, code, code, third)) for code in range(4) for third in (-1, code)),
-        ("sgd", (0, 2, 3, -1, -1)),
-        ("adam", (2, 2, 0, 0, -1)),
-        ("adam", (1, 2, 3, 2, -1)),
-        ("adam", (0, 3, 0, 2, 1)),
-    ],
+    [(rule, dtypes) for rule in RULES for dtypes in dtypes_of_columns(RULES[rule])],
 )
 def test_what_is_tuned_is_a_step_of_those_dtypes(rule: str, dtypes: tuple[int, ...]) -> None:
     class Recorder(backend._Recorder, Watched):
@@ -1230,7 +1201,7 @@ TARGETS = {("cuda", "80", "32"): False, ("cuda", "90", "32"): True, ("hip", "gfx
 #: One address that the compiler keeps aside.
 MOST_SPILLED = 16
 #: Its exponential and logarithm are the device library's, with fused operations in them.
-P_NORM = kernels.P.value
+P_NORM = memory.P.value
 SIZES = {-1: 0, 0: 4, 1: 8, 2: 2, 3: 2}
 
 

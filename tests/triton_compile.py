@@ -21,11 +21,13 @@ from typing import Any
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton_columns import ABSENT, BF16, F32, dtypes_of_columns
 
 from fusedopt.backends import triton_kernels as kernels
 from fusedopt.backends.triton import _TUNINGS
+from fusedopt.backends.triton_kernels.rules import has_kernels, kernels_of
+from fusedopt.rules import RULES
 
-F32, F64, BF16, F16, ABSENT = 0, 1, 2, 3, -1
 #: How PTX ends the name of an access of 16 bytes.
 WHOLE_VECTOR = r"\.(?:v4\.\w32|v2\.\w64)\b"
 TYPES = {"tl.int64": "i64", "tl.int32": "i32", "tl.float64": "fp64"}
@@ -38,10 +40,10 @@ def variants() -> Iterator[tuple[Any, dict[str, Any], int, str]]:
         yield kernels.statistics_kernel, {"KIND": kind, "SLOW_DOUBLE": slow}, 4, f"statistics-{kind}-{slow}"
     for kind in range(5):
         yield kernels.total_kernel, {"KIND": kind}, 4, f"total-{kind}"
-    for (name, rule), kind, flag in itertools.product(kernels.RULES.items(), range(5), (False, True)):
+    names = [name for name in RULES if has_kernels(name)]
+    for name, kind, flag in itertools.product(names, range(5), (False, True)):
         constants = {
-            "CONSTANTS": rule.constants,
-            "CONSTANT_COUNT": rule.constant_count,
+            "CONSTANTS": kernels_of(name).constants,
             "KIND": kind,
             "CHECK": flag,
             "HAS_FOUND_INF": not flag,
@@ -50,22 +52,12 @@ def variants() -> Iterator[tuple[Any, dict[str, Any], int, str]]:
             "BLOCK": 128,
         }
         yield kernels.prepare_kernel, constants, 4, f"prepare-{name}-{kind}-{flag}"
-    mixes = {
-        "adam": [
-            *((d, d, d, d, ABSENT) for d in (F32, F64, BF16, F16)),
-            *((d, d, d, d, d) for d in (F32, F64, BF16)),
-            (BF16, BF16, F32, F32, ABSENT),
-            (F32, F16, F32, BF16, F32),
-            (F64, BF16, F16, BF16, ABSENT),
-        ],
-        "sgd": [(d, d, state, ABSENT, ABSENT) for d in (F32, F64, BF16, F16) for state in (ABSENT, d)],
-    }
-    for name, mix in ((rule, mix) for rule in mixes for mix in mixes[rule]):
-        for tuning in _TUNINGS if mix[:4] == (F32, F32, F32, F32) else _TUNINGS[:1]:
+    for name, mix in ((rule, mix) for rule in names for mix in dtypes_of_columns(RULES[rule])):
+        for tuning in _TUNINGS if set(mix) - {ABSENT} == {F32} and mix[2] != ABSENT else _TUNINGS[:1]:
             constants = {
-                "UPDATE": kernels.RULES[name].update,
+                "UPDATE": kernels_of(name).update,
                 **dict(zip(("PARAM", "GRAD", "A", "B", "C"), mix, strict=True)),
-                "REVERSE": name == "adam",
+                "REVERSE": mix[2] != ABSENT,
                 "WRITE_BACK": mix[2] == ABSENT or mix[1] == BF16,
                 "BLOCK": tuning.block,
                 "RAGGED": 64 * tuning.warps,

@@ -1,4 +1,4 @@
-// Every rule, in one list. Adding one: its header, its name here, and fusedopt/rules + fusedopt/optimizers.
+// Every rule, in one list. CONTRIBUTING.md says how to add one.
 #pragma once
 #include "adam.h"
 #include "sgd.h"

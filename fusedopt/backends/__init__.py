@@ -97,6 +97,8 @@ def create_backend(
         reasons = [reason for device in devices if (reason := candidate.unavailable(device))]
         if not reasons and (reason := candidate.unavailable_together(devices)):
             reasons = [reason]
+        if not reasons and (reason := candidate.unavailable_for(rule)):
+            reasons, say_why = [reason], True
         if not reasons:
             problem, postponed = selftest.judge(candidate, rule, devices, dtypes)
             if problem is not None:

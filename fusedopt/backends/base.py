@@ -78,7 +78,8 @@ class Backend(abc.ABC):
 
     Args:
         rule: the optimizer's maths.
-        devices: where its parameters are; ``unavailable`` and ``unavailable_together`` had nothing against them.
+        devices: where its parameters are; ``unavailable``, ``unavailable_together`` and ``unavailable_for`` had nothing
+            against them.
     """
 
     name: ClassVar[str]
@@ -99,6 +100,11 @@ class Backend(abc.ABC):
     @classmethod
     def unavailable_together(cls, devices: Iterable[torch.device]) -> str | None:
         """Why this backend cannot serve one optimizer with tensors on all these devices, or None when it can."""
+        return None
+
+    @classmethod
+    def unavailable_for(cls, rule: Rule) -> str | None:
+        """Why this backend, which serves the devices, cannot serve optimizers of this rule, or None when it can."""
         return None
 
     @classmethod

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..rules import Rule
 from .plan import PlanBackend
 
 __all__ = ["NativeBackend", "compiled_module", "load_native_module", "update_scale"]
@@ -100,3 +101,10 @@ class NativeBackend(PlanBackend):
         index = torch.cuda.current_device() if device.index is None else device.index
         with torch.cuda.device(index):
             return _module.cuda_problem_on(index)
+
+    @classmethod
+    def unavailable_for(cls, rule: Rule) -> str | None:
+        assert _module is not None
+        if rule.name in _module.rule_names():
+            return None
+        return f"this build has no kernels for the rule {rule.name}; build fusedopt again"

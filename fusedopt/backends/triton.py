@@ -7,22 +7,22 @@ import functools
 import hashlib
 import json
 import math
-import time
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import torch
 
-from ..rules import RULES, Rule
+from ..rules import Rule
 from .base import BackendUnavailable
 from .native import compiled_module
 from .plan import PlanBackend
 
-__all__ = ["Launcher", "TritonBackend", "Tuning", "warm_up"]
+__all__ = ["ABSENT", "DTYPES", "Launcher", "TritonBackend", "Tuning", "scratch_step"]
 
 _LEAST_TRITON = (3, 6)
-_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)  # by number, as DType of csrc/tables.h
-_ABSENT = -1
+#: By number, as DType of csrc/tables.h.
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+ABSENT = -1
 _PREPARE_ROWS = 128
 
 
@@ -92,6 +92,7 @@ class Launcher:
         import triton
 
         from . import triton_kernels
+        from .triton_kernels.rules import kernels_of
 
         self.rule = rule
         self.device_type = device_type
@@ -101,7 +102,7 @@ class Launcher:
         self._driver = triton.runtime.driver
         self._version = triton.__version__
         self._kernels = triton_kernels
-        self._mine = triton_kernels.RULES[rule.name]
+        self._mine = kernels_of(rule.name)
 
     def stream(self, device: int) -> int:
         """The current stream of a device, as an address."""
@@ -172,7 +173,6 @@ class Launcher:
             *(t.grads, t.rows, t.groups, t.scalars, t.control, t.row_count),
             *(found, found_count, a.p, *numbers, a.report.scalars, a.report.found_inf),
             CONSTANTS=self._mine.constants,
-            CONSTANT_COUNT=self._mine.constant_count,
             KIND=a.kind,
             CHECK=a.check,
             HAS_FOUND_INF=a.has_found_inf,
@@ -300,19 +300,17 @@ def scratch_step(
     launcher: Launcher, device: torch.device, dtypes: tuple[int, ...], elements: int
 ) -> Callable[..., None]:
     """A step of one parameter of its own with these dtypes of columns; ``clip=True`` makes it one with all passes."""
-    from . import triton_kernels
-
     rule = launcher.rule
-    states = [code for code in dtypes[2:] if code != _ABSENT]
-    settings = rule.hyperparameters(**triton_kernels.RULES[rule.name].settings[len(states)])
-    param = torch.nn.Parameter(torch.zeros(elements, dtype=_DTYPES[dtypes[0]], device=device))
+    states = [code for code in dtypes[2:] if code != ABSENT]
+    settings = next(trial for trial in rule.trial_settings() if len(rule.needed_columns(trial)) == len(states))
+    param = torch.nn.Parameter(torch.zeros(elements, dtype=DTYPES[dtypes[0]], device=device))
     if dtypes[1] != dtypes[0]:
         param.grad_dtype = None
-    param.grad = torch.ones(elements, dtype=_DTYPES[dtypes[1]], device=device)
+    param.grad = torch.ones(elements, dtype=DTYPES[dtypes[1]], device=device)
     state: dict[Any, dict[str, Any]] = {param: {"step": torch.zeros((), device=device)}}
-    for spec, code in zip(rule.columns, states, strict=False):
-        state[param][spec.name] = torch.zeros(elements, dtype=_DTYPES[code], device=device)
-    groups = [{"params": [param], **settings.as_defaults()}]
+    for name, code in zip(rule.needed_columns(settings), states, strict=True):
+        state[param][name] = torch.zeros(elements, dtype=DTYPES[code], device=device)
+    groups = [{"params": [param], **settings}]
     plan = _make_plan(launcher)
 
     def step(clip: bool = False) -> None:
@@ -376,6 +374,12 @@ class TritonBackend(PlanBackend):
             return "the device has no float64 arithmetic, which norms are added up in"
         return _driver_problem(device.type)
 
+    @classmethod
+    def unavailable_for(cls, rule: Rule) -> str | None:
+        from .triton_kernels.rules import has_kernels
+
+        return None if has_kernels(rule.name) else f"triton has no kernels for the rule {rule.name}"
+
 
 @functools.cache
 def _driver_problem(device_type: str) -> str | None:
@@ -390,31 +394,3 @@ def _driver_problem(device_type: str) -> str | None:
     if found not in {"cuda": ("cuda", "hip"), "xpu": ("xpu",)}[device_type]:
         return f"triton {triton.__version__} compiles for {found}, not for {device_type}"
     return None
-
-
-class WarmUp(NamedTuple):
-    """What the first steps of a rule and dtype took."""
-
-    rule: str
-    dtype: torch.dtype
-    seconds: float
-    tuning: Tuning
-
-
-def warm_up(device: torch.device) -> list[WarmUp]:
-    """Make a bare step and one with scaling and clipping on a device, by each rule and in two dtypes, and time them."""
-    results = []
-    index = device.index or 0
-    for rule in RULES.values():
-        for dtype in (torch.float32, torch.bfloat16):
-            code = _DTYPES.index(dtype)
-            states = 1 if rule.name == "sgd" else 2
-            dtypes = (code,) * (2 + states) + (_ABSENT,) * (3 - states)
-            begin = time.perf_counter()
-            launcher = Launcher(rule, device.type)
-            step = scratch_step(launcher, device, dtypes, 1)
-            for clip in (False, True):
-                step(clip)
-            getattr(torch, device.type).synchronize(device)
-            results.append(WarmUp(rule.name, dtype, time.perf_counter() - begin, launcher.tuning_for(index, dtypes)))
-    return results

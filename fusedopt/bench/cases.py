@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from ..optimizers import FUSED_TWINS
 from .workloads import GROUPINGS, WORKLOADS, Shapes, groups, numel
 
 __all__ = ["DTYPES", "OPTIMIZERS", "RECIPES", "SCALE", "Case", "OptimizerSpec", "Recipe"]
@@ -50,13 +51,23 @@ class OptimizerSpec:
     states: int
 
 
-#: eps and weight decay are larger than usual, so that the check of the results notices a missing unscaling, clipping or
-#: decay: with a small eps a step of Adam hardly depends on the size of the gradients.
+#: Settings for whatever an optimizer has of them. eps and weight decay are larger than usual, so that the check of the
+#: results notices a missing unscaling, clipping or decay: with a small eps a step of Adam hardly depends on the size of
+#: the gradients.
+_SETTINGS = {"lr": 0.01, "momentum": 0.9, "eps": 0.1, "weight_decay": 0.05}
+
+
+def _spec(stock: type[torch.optim.Optimizer], **extra: Any) -> OptimizerSpec:
+    rule = FUSED_TWINS[stock].rule
+    defaults = rule.hyperparameters().as_defaults()
+    settings = {key: value for key, value in _SETTINGS.items() if key in defaults} | extra
+    return OptimizerSpec(stock.__name__, settings, len(rule.needed_columns(defaults | settings)))
+
+
+#: Each optimizer of torch's that has a fused twin, and what is a case of its own.
 OPTIMIZERS: dict[str, OptimizerSpec] = {
-    "sgd": OptimizerSpec("SGD", {"lr": 0.01, "momentum": 0.9, "weight_decay": 0.05}, 1),
-    "adam": OptimizerSpec("Adam", {"lr": 0.01, "eps": 0.1, "weight_decay": 0.05}, 2),
-    "adamw": OptimizerSpec("AdamW", {"lr": 0.01, "eps": 0.1, "weight_decay": 0.05}, 2),
-    "amsgrad": OptimizerSpec("AdamW", {"lr": 0.01, "eps": 0.1, "weight_decay": 0.05, "amsgrad": True}, 3),
+    **{stock.__name__.lower(): _spec(stock) for stock in FUSED_TWINS},
+    "amsgrad": _spec(torch.optim.AdamW, amsgrad=True),
 }
 
 #: (dtype of parameters and state, dtype of gradients), by name.

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from ..backends import BACKENDS, VARIABLE, Backend, TritonBackend, selftest, triton
+from ..backends import BACKENDS, VARIABLE, Backend, TritonBackend, selftest, triton_warm_up
 from ..backends.native import load_native_module
 from ..messages import aligned
 from ..rules import RULES
@@ -84,6 +84,9 @@ def self_test(
             if (reason := backend.unavailable(device)) is not None:
                 rows.append((f"{backend.name} on {device}", f"not tried: {reason}"))
                 continue
+            for each in RULES.values():
+                if (reason := backend.unavailable_for(each)) is not None:
+                    rows.append((f"{backend.name} on {device}: {each.name}", f"not tried: {reason}"))
             for rule, dtype, mode, problem in selftest.table(backend, device):
                 good = good and problem is None
                 rows.append((f"{backend.name} on {device}: {rule}, {dtype}, {mode}", problem or "ok"))
@@ -100,7 +103,7 @@ def warm_up() -> str:
         if (reason := TritonBackend.unavailable(device)) is not None:
             rows.append((f"warm-up on {device}", f"not done: {reason}"))
             continue
-        for found in triton.warm_up(device):
+        for found in triton_warm_up.warm_up(device):
             what = f"warm-up of {found.rule}, {str(found.dtype).removeprefix('torch.')} on {device}"
             block, warps = found.tuning
             rows.append((what, f"{found.seconds:.1f} s, {block} elements and {warps} warps per program"))

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .plain import plain
 
-__all__ = ["check_number", "check_whole_number", "is_number"]
+__all__ = ["check_betas", "check_number", "check_whole_number", "is_number"]
 
 
 def check_number(
@@ -36,6 +36,19 @@ def check_number(
         bounds = f"{'>' if exclusive else '>='} {minimum:g}" if below == math.inf else f"in [{minimum:g}, {below:g})"
         raise ValueError(f"Invalid {name}: {value}; expected a number {bounds}")
     return value
+
+
+def check_betas(betas: Any) -> None:
+    """Require two decay rates in [0, 1).
+
+    Raises:
+        TypeError: one is neither a number nor a tensor.
+        ValueError: there are not two of them, or one is out of range.
+    """
+    if not isinstance(betas, (tuple, list)) or len(betas) != 2:
+        raise ValueError(f"Invalid betas: {betas!r}; expected two numbers in [0, 1)")
+    for index, beta in enumerate(betas):
+        check_number(f"betas[{index}]", beta, below=1.0)
 
 
 def check_whole_number(name: str, value: Any, minimum: int | None = None) -> int:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
@@ -43,6 +44,7 @@ class FusedAdam(FusedOptimizer):
     """
 
     rule = RULES["adam"]
+    stock: ClassVar[type[torch.optim.Optimizer]] = torch.optim.Adam
 
     def __init__(
         self,

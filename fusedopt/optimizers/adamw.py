@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
@@ -20,6 +21,8 @@ class FusedAdamW(FusedAdam):
 
     Formula: :class:`fusedopt.rules.Adam` and https://pytorch.org/docs/stable/generated/torch.optim.AdamW.html.
     """
+
+    stock = torch.optim.AdamW
 
     def __init__(
         self,

@@ -71,9 +71,13 @@ class FusedOptimizer(torch.optim.Optimizer):
         backend: ``'auto'`` (the first that can serve the parameters' devices), ``'native'``, ``'triton'`` or
             ``'reference'``. In place of 'auto', ``FUSEDOPT_BACKEND`` in the environment may name one.
 
+    Attributes:
+        rule: the maths.
+        stock: the class of ``torch.optim`` with the same arguments and state, if there is one: :func:`fuse` takes it.
     """
 
     rule: ClassVar[Rule]
+    stock: ClassVar[type[torch.optim.Optimizer] | None] = None
 
     grad_scale = handed_over("grad_scale")
     found_inf = handed_over("found_inf")

@@ -8,20 +8,14 @@ from typing import Any
 import torch
 
 from ..undo import unchanged_on_error
-from .adam import FusedAdam
 from .adamw import FusedAdamW
 from .base import FusedOptimizer
 from .loading import check_state, take_steps_out
-from .sgd import FusedSGD
 
 __all__ = ["FUSED_TWINS", "fuse"]
 
-#: The fused twin of each torch class.
-FUSED_TWINS: dict[type[torch.optim.Optimizer], type[FusedOptimizer]] = {
-    torch.optim.SGD: FusedSGD,
-    torch.optim.Adam: FusedAdam,
-    torch.optim.AdamW: FusedAdamW,
-}
+#: The fused twin of each torch class: filled in by the package, from the ``stock`` of each optimizer.
+FUSED_TWINS: dict[type[torch.optim.Optimizer], type[FusedOptimizer]] = {}
 
 
 def fuse(
@@ -31,13 +25,13 @@ def fuse(
     write_back_grads: bool = False,
     backend: str = "auto",
 ) -> FusedOptimizer:
-    """Return the fused twin of a ``torch.optim`` SGD, Adam or AdamW.
+    """Return the fused twin of a ``torch.optim`` optimizer: of an SGD, Adam or AdamW.
 
     The twin takes over the state, the step hooks and the very group dicts, so schedulers that were attached to
     ``optimizer`` drive the twin. Do not step ``optimizer`` afterwards.
 
     Args:
-        optimizer: exactly a ``torch.optim.SGD``, ``Adam`` or ``AdamW``, at any point of its training.
+        optimizer: exactly of one of the classes in ``FUSED_TWINS``, at any point of its training.
         clip_grad: see :class:`FusedAdam`.
         write_back_grads: see :class:`FusedAdam`.
         backend: see :class:`FusedAdam`.

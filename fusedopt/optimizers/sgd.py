@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
@@ -41,6 +42,7 @@ class FusedSGD(FusedOptimizer):
     """
 
     rule = RULES["sgd"]
+    stock = torch.optim.SGD
 
     def __init__(
         self,

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..messages import check_number
+from ..messages import check_betas, check_number
 from .rule import Hyperparameters, Rule, StateColumn, scalar
 
 __all__ = ["Adam", "AdamHyperparameters"]
@@ -38,10 +38,7 @@ class AdamHyperparameters(Hyperparameters):
         check_number("lr", self.lr)
         check_number("eps", self.eps)
         check_number("weight_decay", self.weight_decay)
-        if not isinstance(self.betas, (tuple, list)) or len(self.betas) != 2:
-            raise ValueError(f"Invalid betas: {self.betas!r}; expected two numbers in [0, 1)")
-        for index, beta in enumerate(self.betas):
-            check_number(f"betas[{index}]", beta, below=1.0)
+        check_betas(self.betas)
         if isinstance(self.betas[0], Tensor) != isinstance(self.betas[1], Tensor):
             raise ValueError("betas must be either both floats or both Tensors")
         self.check_flags()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
-from collections.abc import Callable, Mapping, MutableMapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from typing import Any, ClassVar
 
 import torch
@@ -86,8 +86,9 @@ class Rule(abc.ABC):
         columns: its state, in the order the kernels use.
         hides_step: True when torch keeps no ``step`` for this rule; it is then not in ``optimizer.state`` and
             ``state_dict()``. See Note [Hidden counts].
-        trials: settings with which the kernels prove themselves on a GPU; together they use every column. See
-            fusedopt/backends/selftest.py: parameters and gradients have one sign there, and nothing must cancel.
+        trials: settings with which the kernels prove themselves on a GPU, first the usual ones; together they use
+            every number of columns. See fusedopt/backends/selftest.py: parameters and gradients have one sign there,
+            and nothing must cancel.
     """
 
     name: ClassVar[str]
@@ -95,6 +96,14 @@ class Rule(abc.ABC):
     columns: ClassVar[tuple[StateColumn, ...]]
     hides_step: ClassVar[bool] = False
     trials: ClassVar[tuple[Mapping[str, Any], ...]] = ({"lr": 0.1},)
+
+    def needed_columns(self, group: Mapping[str, Any]) -> list[str]:
+        """Names of the columns that parameters of a group carry."""
+        return [column.name for column in self.columns if column.needed(group)]
+
+    def trial_settings(self) -> Iterator[dict[str, Any]]:
+        """The settings of :attr:`trials`, complete; the first are the usual ones."""
+        return (self.hyperparameters(**trial).as_defaults() for trial in self.trials)
 
     @abc.abstractmethod
     def update(
@@ -160,7 +169,7 @@ class Rule(abc.ABC):
             counts: where the step counts are when they are not in ``state``.
             integers: whether the backend counts in int64, too.
         """
-        columns = [column.name for column in self.columns if column.needed(group)]
+        columns = self.needed_columns(group)
         if not columns:
             return {}, None
         mine = state.get(param)
