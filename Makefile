@@ -107,7 +107,7 @@ sanitize: setup
 		ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
 		PYTHONPATH=build/sanitize/lib $(TEST_ENV) pytest -q -m 'not slow' -k 'not triton or dtypes_whatever' \
 		tests/test_steps.py tests/test_plan.py tests/test_layouts.py tests/test_clipping.py tests/test_amp.py \
-		tests/test_fuzz.py tests/test_bad_input.py tests/test_cuda*.py tests/test_triton.py
+		tests/test_fuzz.py tests/test_bad_input.py tests/test_cuda*.py tests/test_triton.py tests/test_triton_tuning.py
 
 clean:
 	rm -rf build dist *.egg-info fusedopt/*.so $(VENV)/.built .pytest_cache .mypy_cache .ruff_cache .hypothesis work_dirs

@@ -5,13 +5,26 @@ from __future__ import annotations
 import csv
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 #: Reasons of warps to wait that are shown of each kernel.
 STALLS = 3
 _STALL = re.compile(r"smsp__average_warps_issue_stalled_(\w+)_per_issue_active\.ratio")
+
+
+def seconds(value: float | None) -> str:
+    """With a unit."""
+    return "" if value is None else f"{1e3 * value:.3g} ms" if value >= 1e-3 else f"{1e6 * value:.3g} µs"
+
+
+def readable(figures: Callable[[], str]) -> str:
+    """Figures, or why they cannot be read: that must not cost the report."""
+    try:
+        return figures()
+    except Exception as error:
+        return f"cannot be read: {type(error).__name__}: {error}"
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

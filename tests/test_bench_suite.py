@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from benchmarks import gate, suite
+from benchmarks.gates import LEAST_ROUNDS
 from benchmarks.host import step_times
 from fusedopt.backends.native import NativeBackend
 from fusedopt.bench import CONTENDERS, DTYPES, OPTIMIZERS, RECIPES, WORKLOADS, Case, Result
@@ -77,7 +78,7 @@ class TestGate:
     def test_the_floors_can_be_read(self, device: str) -> None:
         gates, rounds, _ = gate.load(gate.GATES, device)
         assert len(gates) >= 7
-        assert rounds >= gate.LEAST_ROUNDS
+        assert rounds >= LEAST_ROUNDS
         for entry in gates:
             assert entry.ours in CONTENDERS
             assert entry.ours.startswith("fusedopt")
@@ -216,7 +217,7 @@ class TestLimits:
         code: int,
     ) -> None:
         scripted(monkeypatch, {"ragged": [[0.5] * 20] * 3})
-        monkeypatch.setattr(gate, "step_times", lambda case, name: [1e-6 * micros] * 100)
+        monkeypatch.setattr("benchmarks.gates.step_times", lambda case, name: [1e-6 * micros] * 100)
         gates = write_gates(tmp_path / "g.toml", {RAGGED: "{ host_us = 60 }"})
         assert gate.main(["--gates", str(gates), "--json", str(tmp_path / "r.json")]) == code
         out = capsys.readouterr().out
@@ -406,7 +407,7 @@ class TestWhoseTimes:
         self, goes: list[list[str]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     ) -> None:
         asked = {"fusedopt": 50e-6, "fusedopt-triton": 90e-6}
-        monkeypatch.setattr(gate, "step_times", lambda case, name: [asked[name]] * 100)
+        monkeypatch.setattr("benchmarks.gates.step_times", lambda case, name: [asked[name]] * 100)
         code, records = self.check(tmp_path, paired("{ host_us = 60 }", '{ ours = "fusedopt-triton", host_us = 100 }'))
         assert code == 0
         assert [record["host_us"]["median"] for record in records] == pytest.approx([50, 90])

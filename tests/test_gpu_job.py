@@ -36,6 +36,7 @@ def script(name: str) -> Any:
 
 
 gpu_figures = script("gpu_figures")
+gpu_readings = script("gpu_readings")
 gpu_report = script("gpu_report")
 gpu_shards = script("gpu_shards")
 

@@ -93,6 +93,17 @@ def test_the_optimizer_knows_no_registry() -> None:
             assert "training" not in {target[0] for target in internal_imports(path)}, path
 
 
+def test_files_are_short_or_say_why_not() -> None:
+    """One thing per file. Tests may be longer: a file of them is the specification of one part."""
+    if not (REPOSITORY / "csrc").exists():
+        pytest.skip("not in a source tree")
+    for folder, most in (("fusedopt", 400), ("csrc", 400), ("benchmarks", 400), (".ci", 400), ("tests", 1000)):
+        for path in (REPOSITORY / folder).rglob("*"):
+            if path.suffix in (".py", ".pyi", ".h", ".cpp", ".cu") and "__pycache__" not in path.parts:
+                lines = path.read_text().split("\n")
+                assert len(lines) <= most + 1 or "Long because" in "\n".join(lines[:10]), f"{path}: {len(lines)} lines"
+
+
 def test_importing_starts_nothing_and_probes_no_third_party_library() -> None:
     code = (
         "import sys, threading, torch; before = set(sys.modules); import fusedopt; "

@@ -141,7 +141,7 @@ class TestInACopy:
     def test_gpu_compilers_take_it(self, tree: Path) -> None:
         """nvcc, if it is there, and Triton's: no spills, whole vectors, nothing contracted."""
         assert run_tests(tree, "tests/test_ptxas.py") > 0
-        assert run_tests(tree, "tests/test_triton.py", "-k", "TestCompiled and cuda-80") == 3
+        assert run_tests(tree, "tests/test_triton_compiled.py", "-k", "TestCompiled and cuda-80") == 3
 
     @pytest.mark.parametrize(
         "command", [("ruff", "check", "."), ("ruff", "format", "--check", "."), ("mypy",)], ids=" ".join

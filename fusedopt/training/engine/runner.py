@@ -1,4 +1,7 @@
-"""Runner: trains from a config to the last checkpoint."""
+"""Runner: trains from a config to the last checkpoint.
+
+Long because MMEngine's constructor has thirty arguments, each of which is documented, checked and built in order.
+"""
 
 from __future__ import annotations
 
