@@ -4,6 +4,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+import hypothesis
 import pytest
 import torch
 from cases import HAS_EMULATOR, ISAS, OPTIONS, lacks, module, on_gpu
@@ -13,6 +14,10 @@ from sampling import chosen, products
 os.environ["PYTHONPATH"] = os.pathsep.join(
     filter(None, [os.environ.get("PYTHONPATH"), str(Path(__file__).resolve().parent.parent)])
 )
+
+# How long an example takes says more about what else the machine does.
+hypothesis.settings.register_profile("no deadline", deadline=None)
+hypothesis.settings.load_profile("no deadline")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

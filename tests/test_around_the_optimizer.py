@@ -490,7 +490,7 @@ def loop(xs):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("body", ["plain", "amp"])
+@pytest.mark.parametrize("body", [pytest.param("plain", marks=pytest.mark.full), "amp"])
 class TestCompiledCallers:
     def test_graphs_are_broken_at_three_places_at_most(self, body):
         code = f"""{LOOP}

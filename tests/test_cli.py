@@ -116,7 +116,10 @@ def test_warm_up_tells_of_each_gpu_what_was_compiled_or_why_not(monkeypatch):
 class TestCompare:
     @pytest.mark.parametrize(
         ("name", "optimizers"),
-        [("digits_vit", ("AdamW", "FusedAdamW")), ("digits_resnet", ("SGD", "FusedSGD"))],
+        [
+            pytest.param("digits_vit", ("AdamW", "FusedAdamW"), marks=pytest.mark.full),
+            ("digits_resnet", ("SGD", "FusedSGD")),
+        ],
     )
     def test_shipped_configs_run_in_low_precision_and_agree(self, tmp_path, capsys, name, optimizers):
         needs_demo_extra()
@@ -462,6 +465,7 @@ class TestMistakes:
 
 
 @pytest.mark.slow
+@pytest.mark.full
 def test_the_commands_in_the_docs_run(tmp_path, monkeypatch, capsys):
     """Those of docs/engine.md, in their order, in two epochs or fewer; what is printed is what the page shows."""
     needs_demo_extra()

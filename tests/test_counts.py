@@ -175,7 +175,9 @@ def _work(optimizer: Any, seed: int) -> None:
     optimizer.step()
 
 
-@pytest.mark.parametrize("form", ["float32", "float32 (1,)", "int64", "float64"])
+@pytest.mark.parametrize(
+    "form", ["float32 (1,)", *(pytest.param(form, marks=pytest.mark.full) for form in ("float32", "int64", "float64"))]
+)
 def test_processes_that_share_a_model_count_together(form: str) -> None:
     params = parameters([(4,), (3, 5)])
     alone = [nn.Parameter(param.detach().clone()) for param in params]
@@ -423,8 +425,9 @@ def test_many_parameters_that_come_and_go_leave_nothing() -> None:
 def test_a_recycled_buffer_is_not_taken_for_the_one_that_was_counted(backend: str) -> None:
     optimizer, params = make(backend, [(5,)])
     (param,) = params
-    same = 0
-    for _ in range(20):
+    same = rounds = 0
+    while rounds < 20 or (not same and backend != "reference" and rounds < 500):
+        rounds += 1
         optimizer.state.clear()
         skip(optimizer, params)
         if backend == "reference":

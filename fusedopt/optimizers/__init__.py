@@ -9,10 +9,8 @@ from .sgd import FusedSGD
 # What fusedopt exports, too.
 __all__ = ["FusedAdam", "FusedAdamW", "FusedOptimizer", "FusedSGD", "fuse"]
 
-#: Every optimizer by name.
+#: Every optimizer by name. The base has no rule; after a reload, it may be another than that of these classes.
 FUSED_OPTIMIZERS: dict[str, type[FusedOptimizer]] = {
-    name: value
-    for name, value in list(globals().items())
-    if isinstance(value, type) and issubclass(value, FusedOptimizer) and value is not FusedOptimizer
+    name: value for name, value in list(globals().items()) if isinstance(value, type) and hasattr(value, "rule")
 }
 FUSED_TWINS.update((cls.stock, cls) for cls in FUSED_OPTIMIZERS.values() if cls.stock is not None)
