@@ -86,7 +86,7 @@ def _let_go(count: Tensor) -> None:
 
 
 class HiddenCounts(dict[Tensor, tuple[Tensor, "weakref.ref[Tensor]"]]):
-    """The step counts of a rule that torch keeps none for, by parameter; the plan reads them, see csrc/plan.h.
+    """The step counts of a rule that torch keeps none for, by parameter; the plan reads them, see csrc/plan/states.h.
 
     Note [Hidden counts]: SGD has to know of each parameter whether its momentum buffer is real yet, on the device,
     where a step may have been skipped. Whoever walks ``optimizer.state`` expects torch's keys there
