@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 import warnings
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -60,6 +61,59 @@ class WithTheSameAttributes(AsOlderOnes):
         inner = copy.copy(optimizer)
         inner.__dict__ = self.__dict__
         self.__dict__["_optimizer"] = inner
+
+
+class TestAccelerate:
+    """Its wrapper shares nothing with the optimizer, and has no ``__getattr__``."""
+
+    @pytest.fixture
+    def outer(self, monkeypatch: pytest.MonkeyPatch) -> type:
+        class AcceleratedOptimizer(torch.optim.Optimizer):
+            def __init__(self, optimizer):
+                self.optimizer = optimizer
+                self.optimizer.load_state_dict(self.optimizer.state_dict())
+
+            param_groups = property(lambda self: self.optimizer.param_groups)
+            state = property(lambda self: self.optimizer.state)
+
+            def step(self, closure=None):
+                self.optimizer.step(closure)
+
+        module = SimpleNamespace(AcceleratedOptimizer=AcceleratedOptimizer)
+        monkeypatch.setitem(sys.modules, "accelerate.optimizer", module)
+        return AcceleratedOptimizer
+
+    def param(self) -> nn.Parameter:
+        param = nn.Parameter(torch.zeros(4))
+        param.grad = torch.full((4,), 5.0)  # of norm 10
+        return param
+
+    @pytest.mark.parametrize("first", [True, False], ids=["imported first", "imported later"])
+    def test_what_is_assigned_reaches_the_optimizer(self, outer, monkeypatch, first):
+        param = self.param()
+        if not first:
+            module = sys.modules.pop("accelerate.optimizer")
+        optimizer = fusedopt.FusedSGD([param], lr=1.0)
+        if not first:
+            monkeypatch.setitem(sys.modules, "accelerate.optimizer", module)
+        wrapped = outer(optimizer)
+        wrapped.clip_grad = dict(max_norm=1.0)
+        assert optimizer.clip_grad == wrapped.clip_grad == CLIP
+        wrapped.write_back_grads = True
+        wrapped.step()
+        torch.testing.assert_close(param.detach(), torch.full((4,), -0.5))
+        torch.testing.assert_close(param.grad, torch.full((4,), 0.5))
+        assert float(wrapped.last_step.grad_norm) == 10.0
+        with pytest.raises(ValueError, match="did you mean 'max_norm'"):
+            wrapped.clip_grad = dict(max_nrom=1.0)
+
+    def test_around_another_optimizer_attributes_are_its_own(self, outer):
+        fusedopt.FusedSGD([self.param()], lr=1.0)
+        wrapped = outer(torch.optim.SGD([self.param()], lr=1.0))
+        with pytest.raises(AttributeError, match="'AcceleratedOptimizer' object has no attribute 'clip_grad'"):
+            wrapped.clip_grad  # noqa: B018
+        wrapped.clip_grad = "theirs"
+        assert wrapped.clip_grad == "theirs" and not hasattr(wrapped.optimizer, "clip_grad")
 
 
 @pytest.mark.parametrize("around", [AsLightning, AsOlderOnes, WithTheSameAttributes])

@@ -32,7 +32,7 @@ from ..rules import HiddenCounts, Hyperparameters, NormClip, Rule, ValueClip, pa
 from ..undo import parameter_groups, unchanged_on_error
 from .loading import read_state_dict, take_steps_out
 from .saving import leave_out_unreal_state
-from .shared import Shared, handed_over
+from .shared import Shared, handed_over, reach_through_accelerate
 
 __all__ = ["FusedOptimizer"]
 
@@ -111,6 +111,7 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     def _settle(self) -> None:
         """What both a new and an unpickled optimizer need beside torch's own attributes."""
+        reach_through_accelerate()
         self._counts = HiddenCounts(self) if self.rule.hides_step else None
         self.register_state_dict_post_hook(leave_out_unreal_state, prepend=True)
         self.register_state_dict_post_hook(_make_settings_plain, prepend=True)
@@ -338,6 +339,7 @@ class FusedOptimizer(torch.optim.Optimizer):
                 and what is there. Nothing has been changed then.
             KeyError: ``state_dict`` is no optimizer state dict.
         """
+        reach_through_accelerate()
         # torch casts in a static method that a subclass cannot replace, hence this own load path.
         state_dict = state_dict.copy()
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
@@ -354,9 +356,8 @@ class FusedOptimizer(torch.optim.Optimizer):
         """Hidden counts of the state as it is now."""
         if self._counts is not None:
             self._counts.clear()
-            first = self.rule.columns[0].name
             for param, count in counts.items():
-                self._counts.put(param, self.state[param][first], count)
+                self._counts.put(param, self.state[param][self.rule.columns[0].name], count)
 
     def __repr__(self) -> str:
         try:
@@ -364,8 +365,8 @@ class FusedOptimizer(torch.optim.Optimizer):
         except BackendUnavailable:
             backend = f"{self.backend}, which cannot serve"
         own = {"clip_grad": self.clip_grad, "write_back_grads": self.write_back_grads, "backend": backend}
-        lines = [f"    {name}: {value}\n" for name, value in own.items()]
-        return f"{super().__repr__().removesuffix(')')}Over all groups\n{''.join(lines)})"
+        lines = "".join(f"    {name}: {value}\n" for name, value in own.items())
+        return f"{super().__repr__().removesuffix(')')}Over all groups\n{lines})"
 
     def __getstate__(self) -> dict[str, Any]:
         return {

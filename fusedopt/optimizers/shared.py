@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 from torch import Tensor
@@ -9,7 +10,7 @@ from torch import Tensor
 from ..backends import StepReport
 from ..rules import NormClip, ValueClip
 
-__all__ = ["Shared", "handed_over"]
+__all__ = ["Shared", "handed_over", "reach_through_accelerate"]
 
 
 class Shared:
@@ -20,6 +21,9 @@ class Shared:
     or a copy of it. What is assigned to an attribute of such an object stays there, and the optimizer that steps would
     not know. So what may be assigned after the construction is a property, and lies in this object, which all of them
     find.
+
+    accelerate's class shares nothing with the optimizer that it holds, and has no place where it asks for what it does
+    not find itself. So :func:`reach_through_accelerate` gives that class the attributes which may be assigned.
 
     Attributes:
         clip: the clipping inside the step.
@@ -66,3 +70,34 @@ def handed_over(name: str) -> Any:
         setattr(optimizer._shared, name, None)
 
     return property(get, put, remove)
+
+
+def reach_through_accelerate() -> None:
+    """Make what is assigned to accelerate's wrapper of a fused optimizer reach the optimizer, if accelerate is in use.
+
+    See Note [Objects around an optimizer]. Around any other optimizer the wrapper's attributes stay its own.
+    """
+    outer = getattr(sys.modules.get("accelerate.optimizer"), "AcceleratedOptimizer", None)
+    if outer is not None and "clip_grad" not in vars(outer):
+        for name in ("clip_grad", "write_back_grads", "last_step"):
+            setattr(outer, name, _of_what_it_holds(name))
+
+
+def _of_what_it_holds(name: str) -> Any:
+    def is_fused(outer: Any) -> bool:
+        return isinstance(getattr(outer.optimizer, "_shared", None), Shared)
+
+    def get(outer: Any) -> Any:
+        if is_fused(outer):
+            return getattr(outer.optimizer, name)
+        if name not in vars(outer):
+            raise AttributeError(f"{type(outer).__name__!r} object has no attribute {name!r}")
+        return vars(outer)[name]
+
+    def put(outer: Any, value: Any) -> None:
+        if is_fused(outer):
+            setattr(outer.optimizer, name, value)
+        else:
+            vars(outer)[name] = value
+
+    return property(get, put)
