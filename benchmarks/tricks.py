@@ -14,7 +14,7 @@ __all__ = ["GradScaleTrick", "Graphed", "Merged"]
 
 
 class Merged(TorchFused):
-    """Groups with equal settings made one, by hand, as trainings with a group per parameter learned to do."""
+    """Groups with equal settings made one, by hand, as users with a group per parameter learned to do."""
 
     description = "torch, fused=True, groups of equal settings merged"
 

@@ -30,12 +30,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
+@pytest.hookimpl(trylast=True)  # of what -k and -m have selected
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     cover = config.getoption("--cover")
     if cover == "all" or any("::" in argument for argument in config.args):  # somebody asks for this very test
         return
     left_out = {item for item in items if item.get_closest_marker("full")}
-    for cases in products(items):
+    for cases in products([item for item in items if item not in left_out]):
         left_out |= set(cases) - chosen(cases, 1 if cover == "values" else 2)
     if left_out:
         config.hook.pytest_deselected(items=[item for item in items if item in left_out])

@@ -15,7 +15,7 @@ def add(commands: Any) -> None:
     parser = commands.add_parser(
         "bench",
         parents=[common()],
-        help="time the optimizer step against torch's and other packages'",
+        help="time the optimizer step against torch's optimizers",
         description="Time one optimizer step, with loss scaling, clipping and accumulation, on the parameter shapes of "
         "a model. Every contender's result is checked first; then all take turns, round by round. All combinations of "
         "repeated options are run.",
@@ -54,7 +54,8 @@ def run(arguments: argparse.Namespace) -> int:
 
     import torch
 
-    from ..bench import CONTENDERS, DTYPES, GROUPINGS, OPTIMIZERS, RECIPES, WORKLOADS, Case, run
+    from ..bench import CONTENDERS, DTYPES, GROUPINGS, OPTIMIZERS, RECIPES, WORKLOADS, Case
+    from ..bench import run as run_case
     from ..bench.measure import CacheFlush
     from ..bench.tables import case_table
 
@@ -105,7 +106,7 @@ def run(arguments: argparse.Namespace) -> int:
             raise UsageError(f"--workload {case.workload} is for GPUs: it needs --device cuda")
     complete = True
     for case in cases:
-        result = run(case, names, arguments.rounds, flush)
+        result = run_case(case, names, arguments.rounds, flush)
         # The user did not ask for these by name.
         pardoned = [name for name in result.left_out if CONTENDERS[name].unavailable(case)]
         if not arguments.contender:

@@ -1,4 +1,4 @@
-"""A hook that measures what the optimizer does in a training."""
+"""A hook that measures what the optimizer does in a run."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ WARMUP_STEPS = 5
 
 
 class OptimizerMeasurement(Hook):
-    """Measures the part of the optimizer in each step of a training with one optimizer wrapper.
+    """Measures the part of the optimizer in each step of a run with one optimizer wrapper.
 
     Attributes:
         losses: loss of each iteration.

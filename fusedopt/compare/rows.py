@@ -65,8 +65,8 @@ def remarks(comparison: Comparison) -> list[str]:
         f"Largest difference of the losses of one iteration from those of {stock.name}: {', '.join(apart)}; "
         f"{comparison.largest_loss_difference(moved):.4f} for {stock.name} itself when one weight of its start (in "
         f"{moved.parameter or 'no parameter: all are zero'}) is moved by one ulp. "
-        "The last figure is what rounding makes of one changed bit: differences of its size say nothing about an "
-        "optimizer."
+        "The last figure is the noise floor, the effect of rounding after one bit has changed: smaller differences are "
+        "not meaningful."
     )
     return found
 
