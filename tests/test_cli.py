@@ -400,7 +400,7 @@ class TestMistakes:
         needs_demo_extra()
         for name, text, message in (
             ("nowhere.pth", None, "there is no such checkpoint"),
-            ("text.pth", "no checkpoint", "not written by torch.save"),
+            ("text.pth", "no checkpoint", "neither a file of torch.save nor of safetensors"),
         ):
             path = tmp_path / name
             if text is not None:

@@ -44,6 +44,7 @@ LAYERS = [
 #: The same within fusedopt.training.
 TRAINING_LAYERS = [
     ["errors", "registry", "portable", "unwrapping"],
+    ["reading"],
     ["optimizers", "zero"],
     ["wrappers"],
     ["constructors"],

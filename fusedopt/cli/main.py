@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from ..messages import MissingExtraError
-from . import bench, compare, info, plot_schedule, train
+from . import bench, compare, convert, info, plot_schedule, train
 from .arguments import Parser, UsageError
 
 __all__ = ["main"]
@@ -24,7 +24,7 @@ def _build_parser() -> Parser:
         "or self-test failed; 2, a mistake in the arguments, the config or a checkpoint; 130, interrupted.",
     )
     commands = parser.add_subparsers(title="commands", dest="command", metavar="COMMAND")
-    for command in (train, compare, plot_schedule, bench, info):
+    for command in (train, compare, plot_schedule, convert, bench, info):
         command.add(commands)
     return parser
 

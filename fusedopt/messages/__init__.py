@@ -2,6 +2,7 @@
 
 from .caller import warn_caller
 from .extras import MissingExtraError, require
+from .lines import one_line, some
 from .names import did_you_mean, group_names, parameter_name
 from .numbers import check_betas, check_number, check_whole_number, is_number
 from .plain import plain, plain_groups, plain_settings
@@ -30,6 +31,7 @@ __all__ = [
     "did_you_mean",
     "group_names",
     "is_number",
+    "one_line",
     "parameter_name",
     "parse_dtype",
     "plain",
@@ -39,5 +41,6 @@ __all__ = [
     "refuse_scaling_of_shards",
     "require",
     "sharded_parameter",
+    "some",
     "warn_caller",
 ]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import re
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -13,8 +12,9 @@ from typing import IO, Any
 import torch
 from torch import Tensor, nn
 
-from ...messages import plain_settings
+from ...messages import plain_settings, some
 from ..errors import CheckpointError
+from ..reading import StandIn, read_file
 from ..unwrapping import bare_state_dict
 
 __all__ = [
@@ -32,8 +32,6 @@ LAST_CHECKPOINT = "last_checkpoint"
 
 #: Suffix of a file that is being written; a leftover one is from a killed process.
 UNFINISHED = ".unfinished"
-
-_ESCAPES = re.compile(r"\x1b\[[\d;]*m")
 
 _PLAIN = (str, bytes, int, float, complex, bool, type(None), torch.dtype, torch.device, torch.Size)
 
@@ -68,7 +66,7 @@ def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
 
 
 def unloadable_parts(value: Any, name: str) -> Iterator[str]:
-    """The parts of ``value`` that ``torch.load(weights_only=True)`` rejects."""
+    """The parts of ``value`` that are neither tensors nor plain, so that they would not be read back."""
     if type(value) in (dict, OrderedDict, Counter):
         for key, item in value.items():
             yield from unloadable_parts(key, f"the key {key!r} of {name}")
@@ -76,8 +74,8 @@ def unloadable_parts(value: Any, name: str) -> Iterator[str]:
     elif type(value) in (list, tuple, set):
         for index, item in enumerate(value):
             yield from unloadable_parts(item, f"{name}[{index}]")
-    elif type(value) not in (*_PLAIN, *torch.serialization.get_safe_globals()) and not isinstance(value, Tensor):
-        yield f"{name} ({type(value).__name__})"
+    elif type(value) not in _PLAIN and not isinstance(value, Tensor):
+        yield f"{name} ({value.name if isinstance(value, StandIn) else type(value).__name__})"
 
 
 def write_checkpoint(checkpoint: Mapping[str, Any], path: Path) -> None:
@@ -102,24 +100,15 @@ def write_checkpoint(checkpoint: Mapping[str, Any], path: Path) -> None:
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
-    """Read a checkpoint into CPU memory, with ``weights_only=True``.
+    """Read a checkpoint into CPU memory, running nothing in it; see :func:`~fusedopt.training.reading.read_file`.
 
     Raises:
-        CheckpointError: there is no such file, or it is not a checkpoint, is truncated, or holds more than tensors and
-            plain values.
+        CheckpointError: there is no such file, it is damaged, or what it holds is not a dict.
     """
-    if not Path(path).is_file():
-        raise CheckpointError(f"{path}: there is no such checkpoint")
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a file with arbitrary content can raise anything
-        reason = _ESCAPES.sub("", str(error)).strip().partition("\n")[0]
-        raise CheckpointError(
-            f"{path}: truncated, not written by torch.save, or holding more than tensors and plain values "
-            f"({type(error).__name__}: {reason})"
-        ) from error
+    checkpoint = read_file(path).value
     if not isinstance(checkpoint, Mapping):
-        raise CheckpointError(f"{path}: a checkpoint holds a dict, this file a {type(checkpoint).__name__}")
+        kind = checkpoint.name if isinstance(checkpoint, StandIn) else type(checkpoint).__name__
+        raise CheckpointError(f"{path}: a checkpoint holds a dict, this file a {kind}")
     return dict(checkpoint)
 
 
@@ -148,15 +137,10 @@ def check_fit(state_dict: Mapping[str, Any], model: nn.Module) -> list[str]:
     ]
     missing = [name for name in own if name not in state_dict]
     unknown = [name for name in state_dict if name not in own]
-    clauses = [f"it lacks {_some(missing)}"] if missing else []
-    clauses += [f"it has {_some(unknown)}, which the model does not have"] if unknown else []
-    return clauses + ([_some(reshaped)] if reshaped else [])
+    clauses = [f"it lacks {some(missing)}"] if missing else []
+    clauses += [f"it has {some(unknown)}, which the model does not have"] if unknown else []
+    return clauses + ([some(reshaped)] if reshaped else [])
 
 
 def _shape(value: Any) -> str:
     return f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
-
-
-def _some(names: list[str], most: int = 5) -> str:
-    rest = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + rest

@@ -7,9 +7,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+from ..reading import find_weights, read_file
 from . import distributed
 from .checkpoint import find_latest_checkpoint, read_checkpoint, write_checkpoint
 from .hooking import HasHooks
+from .mmengine_checkpoint import as_own, is_from_mmengine
 from .state import check_training, check_weights, load_training, load_weights, training_state
 
 if TYPE_CHECKING:
@@ -88,27 +90,30 @@ class HasCheckpoints(HasHooks):
         """Load the weights of a checkpoint into the model, and return the checkpoint.
 
         Args:
-            filename: a checkpoint, or a file with only a state dict. Names may begin with ``module.``.
+            filename: a file of ``torch.save`` or safetensors: a checkpoint of MMEngine, Lightning or others, a state
+                dict, or a model. Nothing in it is run. What wrappers such as DataParallel and ``torch.compile`` add to
+                names does not matter; a prefix that all weights of the model have, such as ``model.``, is removed.
             strict: require that every weight is in it and fits; otherwise, weights that do not are logged and kept.
 
         Raises:
             CheckpointError: it cannot be read, nothing in it fits or, with ``strict``, something does not fit. Nothing
                 has been loaded then.
         """
-        checkpoint = read_checkpoint(filename)
-        if "state_dict" not in checkpoint:
-            checkpoint = {"state_dict": checkpoint}
+        contents = read_file(filename)
+        weights = find_weights(contents)
+        whole = weights.key is not None and isinstance(contents.value, Mapping)
+        checkpoint = {**(contents.value if whole else {}), "state_dict": weights.state_dict}
         check_weights(self._runner, filename, checkpoint, strict)
         self.call_hook("after_load_checkpoint", checkpoint=checkpoint)
         load_weights(self._runner, checkpoint)
-        self.logger.info(f"Loaded {filename}")
+        self.logger.info(f"Loaded {filename}: {weights.told()}")
         return checkpoint
 
     def resume(self, filename: str | Path) -> None:
         """Resume the run that wrote a checkpoint; if the config does not train, load only the weights.
 
         Args:
-            filename: the checkpoint.
+            filename: the checkpoint, of this Runner or of MMEngine's.
 
         Raises:
             CheckpointError: it cannot be read, does not fit this run, or lacks something. Nothing has been loaded then.
@@ -119,6 +124,8 @@ class HasCheckpoints(HasHooks):
             self._loaded = True
             return
         checkpoint = read_checkpoint(filename)
+        if is_from_mmengine(checkpoint):
+            checkpoint = as_own(self._runner, filename, checkpoint)
         check_training(self._runner, filename, checkpoint)
         load_training(self._runner, filename, checkpoint)
         self._loaded = True

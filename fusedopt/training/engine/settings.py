@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import inspect
 from collections.abc import Mapping
 from typing import Any
@@ -13,7 +14,7 @@ from ..portable import portable
 from ..registry import OPTIMIZERS, PARAM_SCHEDULERS, Registry
 from ..wrappers import OptimWrapper, OptimWrapperDict
 
-__all__ = ["differing", "optimizer_settings", "scheduler_settings", "settings_of_text"]
+__all__ = ["config_of_text", "differing", "optimizer_settings", "scheduler_settings", "settings_of_text"]
 
 # Note [Settings of a resumed run]
 # A checkpoint holds the settings of parameter groups, schedulers and the loss scaler in their states. These override
@@ -28,6 +29,8 @@ _EFFECTIVE = {
 }
 #: Stands for a setting that one side does not have.
 NOT_SET = "not set"
+#: Characters of the longest config text that is looked into.
+_LONGEST_TEXT = 1_000_000
 
 
 def optimizer_settings(optim_wrapper: Any) -> dict[str, Any]:
@@ -171,12 +174,11 @@ def settings_of_text(text: Any, meta: Mapping[str, Any]) -> dict[str, Any] | Non
     """The settings of a checkpoint that did not record them, from the text of its config; None if unknown.
 
     Args:
-        text: as :attr:`Config.pretty_text`. No code in it is run.
+        text: as :attr:`Config.pretty_text`. No code in it is run, and nothing that it names is imported.
         meta: the checkpoint's ``meta``.
     """
+    config = config_of_text(text)
     try:
-        tree = ast.parse(text)
-        config: dict[str, Any] = {node.targets[0].id: _literal(node.value) for node in tree.body}
         train_cfg = config["train_cfg"]
         by_epoch = meta["by_epoch"]
         max_epochs = train_cfg["max_epochs"] if by_epoch else 1
@@ -185,6 +187,33 @@ def settings_of_text(text: Any, meta: Mapping[str, Any]) -> dict[str, Any] | Non
         return {**optimizer_settings(config["optim_wrapper"]), **schedulers}
     except Exception:  # a text in another form or with unknown names
         return None
+
+
+def config_of_text(text: Any) -> dict[str, Any]:
+    """The items of a config whose values are literals, from its text; import paths are left out.
+
+    Args:
+        text: as :attr:`Config.pretty_text`, or MMEngine's. No code in it is run. Anything but such a text has no items.
+    """
+    try:
+        body = ast.parse(text).body if isinstance(text, str) and len(text) <= _LONGEST_TEXT else []
+    except Exception:  # also a RecursionError or a MemoryError, if it is nested deeply
+        return {}
+    config = {}
+    for node in body:
+        with contextlib.suppress(Exception):
+            value = _literal(node.value)  # type: ignore[attr-defined]
+            if not _names_a_path(value):
+                config[node.targets[0].id] = value  # type: ignore[attr-defined]
+    return config
+
+
+def _names_a_path(value: Any) -> bool:
+    """Whether a ``type`` in ``value`` is an import path: looking it up would import what a file names."""
+    if isinstance(value, Mapping):
+        kind = value.get("type", "")
+        return "_scope_" in value or not isinstance(kind, str) or "." in kind or any(map(_names_a_path, value.values()))
+    return isinstance(value, (list, tuple)) and any(map(_names_a_path, value))
 
 
 def _literal(node: ast.expr) -> Any:

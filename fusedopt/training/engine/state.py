@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Iterator, Mapping
 from copy import copy
 from pathlib import Path
@@ -13,13 +13,14 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 from torch.nn.modules.utils import consume_prefix_in_state_dict_if_present
 
+from ...messages import one_line
 from ...version import __version__
 from ..config import Config
 from ..portable import as_before, portable
 from ..unwrapping import bare_state_dict, fitted_state_dict, named_parameters
 from ..wrappers import OptimWrapper, OptimWrapperDict
 from . import distributed
-from .checkpoint import CheckpointError, check_fit
+from .checkpoint import CheckpointError, check_fit, unloadable_parts
 from .data import moved, reseed
 from .overrides import GroupSettings, check_replay, replay_schedules
 from .settings import differing, settings_of_text
@@ -86,19 +87,44 @@ def training_state(
 
 
 def check_weights(runner: Runner, filename: str | Path, checkpoint: dict[str, Any], strict: bool) -> None:
-    """Raise CheckpointError unless the weights fit the model; ``module.`` is removed from their names."""
+    """Raise CheckpointError unless the weights fit the model; give them the names that they have there."""
     weights = checkpoint["state_dict"]
     if not isinstance(weights, Mapping) or not any(isinstance(value, Tensor) for value in weights.values()):
         raise CheckpointError(f"{filename} has no weights: no tensors in its 'state_dict', or in all of it")
     own = bare_state_dict(runner.model)
     taken = fitted_state_dict(_with_versions({str(name): value for name, value in weights.items()}, weights), own)
     consume_prefix_in_state_dict_if_present(taken, "module.")
+    prefix = _prefix(filename, taken, own)
+    if prefix:
+        runner.logger.info(f"{filename}: the prefix {prefix!r} of the weights' names is removed")
+        consume_prefix_in_state_dict_if_present(taken, prefix)
     checkpoint["state_dict"] = taken
     differences = check_fit(taken, runner.bare_model)
     if differences and (strict or not any(name in own for name in _loadable(runner.bare_model, taken))):
         raise CheckpointError(f"{filename} does not fit the model: {'; '.join(differences)}")
     if differences:
         runner.logger.warning(f"{filename} does not fit the model: {'; '.join(differences)}")
+
+
+def _prefix(filename: str | Path, weights: Mapping[str, Any], own: Mapping[str, Any]) -> str:
+    """The prefix that the model's names have in ``weights``, as a part of a larger model; ``''`` without one.
+
+    Raises:
+        CheckpointError: there are several.
+    """
+    if any(name in own for name in weights):
+        return ""
+    fitting: Counter[str] = Counter()
+    for name in weights:
+        parts = name.split(".")
+        prefixes = (".".join(parts[:count]) + "." for count in range(1, min(len(parts), 10)))
+        fitting.update(prefix for prefix in prefixes if name.removeprefix(prefix) in own)
+    (first, most), (second, next_most) = [*fitting.most_common(2), ("", 0), ("", 0)][:2]
+    if most and most == next_most:
+        raise CheckpointError(
+            f"{filename} does not fit the model: its names fit without {first!r}, and as well without {second!r}"
+        )
+    return first
 
 
 def load_weights(runner: Runner, checkpoint: Mapping[str, Any]) -> None:
@@ -136,6 +162,8 @@ def check_training(runner: Runner, filename: str | Path, checkpoint: dict[str, A
     if meta["optimizers"] != (own := _optimizer_names(runner)):
         raise CheckpointError(f"{filename} is from other optimizers: {meta['optimizers']} instead of {own}")
     _check_kinds(filename, checkpoint)
+    for part in unloadable_parts(checkpoint, "checkpoint"):
+        raise CheckpointError(f"{filename} cannot be resumed from: {one_line(part)} is neither a tensor nor plain")
     check_weights(runner, filename, checkpoint, strict=True)
     if meta["epoch_length"] != len(loop.dataloader):
         runner.logger.warning(
@@ -205,12 +233,12 @@ def load_training(runner: Runner, filename: str | Path, checkpoint: dict[str, An
         each.resume_inner_count(checkpoint["accumulation"][name], restart_accumulation=mine is None)
     place = loop.progress()
     loop.resume({**meta, **as_before({key: meta[key] for key in place if key in meta}, place)}, mine)
-    if mine is None:
+    if mine is None and processes:
         runner.logger.warning(
             f"{filename} was written by {len(processes)} processes and is resumed by {runner.world_size}: the data are "
             "divided differently, so the result differs from that of an uninterrupted run"
         )
-    else:
+    if mine is not None:
         model = runner.bare_model
         if mine["buffers"]:
             buffers = fitted_state_dict(mine["buffers"], model.state_dict())

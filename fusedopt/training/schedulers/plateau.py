@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -22,6 +23,14 @@ __all__ = [
 ]
 
 _MODES = {"less": "min", "greater": "max"}
+
+#: What MMEngine's state has and this class's has not, with torch's names.
+_MMENGINE = {
+    **{name: name for name in ("factor", "patience", "cooldown", "cooldown_counter", "num_bad_epochs", "eps")},
+    **{"threshold": "threshold", "threshold_rule": "threshold_mode", "min_values": "min_lrs", "best": "best"},
+}
+#: MMEngine's best value before the first.
+_MMENGINE_WORST = 1e9
 
 
 @PARAM_SCHEDULERS.register_module()
@@ -95,6 +104,27 @@ class ReduceOnPlateauParamScheduler(TorchParamScheduler):
             param_name=param_name,
             **kwargs,
         )
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """See :class:`_ParamScheduler`; the state of MMEngine's class of the same name loads too."""
+        if isinstance(state_dict, Mapping) and set(_MMENGINE) <= set(state_dict):
+            state_dict = self._translated(state_dict)
+        super().load_state_dict(state_dict)
+
+    def _translated(self, state: Mapping[str, Any]) -> dict[str, Any]:
+        """MMEngine's state, which has no scheduler of torch inside, as this class's."""
+        own = self.state_dict()
+        best = state["best"]
+        torchs = {
+            **own["torch_state"],
+            **{torchs: state[name] for name, torchs in _MMENGINE.items()},
+            "best": math.copysign(math.inf, best) if abs(best) >= _MMENGINE_WORST else best,
+            "mode": _MODES[state["rule"]],
+            "mode_worse": math.inf if state["rule"] == "less" else -math.inf,
+            "last_epoch": state["last_step"] + 1,
+            "_last_lr": state["_last_value"],
+        }
+        return {**own, **{key: state[key] for key in own if key in state}, "torch_state": torchs}
 
     @property
     def patience(self) -> int:
