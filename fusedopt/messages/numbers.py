@@ -6,6 +6,7 @@ import math
 import numbers
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from .plain import plain
@@ -29,6 +30,8 @@ def check_number(
     if isinstance(value, Tensor):
         if value.numel() != 1:
             raise ValueError(f"Tensor {name} must be 1-element, got shape {tuple(value.shape)}")
+        if value.is_complex() or value.layout != torch.strided:
+            raise TypeError(f"Invalid {name}: {value!r}; expected a number or a dense tensor of a real one")
     elif isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"Invalid {name}: {value!r}; expected a number or a 1-element tensor")
     high_enough = value > minimum if exclusive else value >= minimum
@@ -71,6 +74,6 @@ def check_whole_number(name: str, value: Any, minimum: int | None = None) -> int
 def is_number(value: Any) -> bool:
     """Whether ``value`` is a number or a 1-element tensor; True and False do not count."""
     if isinstance(value, Tensor):
-        return value.numel() == 1
+        return value.numel() == 1 and not value.is_complex() and value.layout == torch.strided
     value = plain(value)
     return isinstance(value, numbers.Real) and not isinstance(value, bool)

@@ -30,7 +30,7 @@ from ..messages import (
 )
 from ..rules import HiddenCounts, Hyperparameters, NormClip, Rule, ValueClip, parse_clip_grad
 from ..undo import parameter_groups, unchanged_on_error
-from .loading import read_state_dict, take_steps_out
+from .loading import read_state_dict, shallow_copy, take_steps_out
 from .saving import leave_out_unreal_state
 from .shared import Shared, handed_over, reach_through_accelerate
 
@@ -337,11 +337,11 @@ class FusedOptimizer(torch.optim.Optimizer):
                 parameter; a setting, a state tensor or a step count that is missing or of another kind; state of
                 another optimizer; names that contradict the order. The message names the parameter or group, the key
                 and what is there. Nothing has been changed then.
-            KeyError: ``state_dict`` is no optimizer state dict.
+            KeyError, TypeError: ``state_dict`` is no optimizer state dict.
         """
         reach_through_accelerate()
         # torch casts in a static method that a subclass cannot replace, hence this own load path.
-        state_dict = state_dict.copy()
+        state_dict = shallow_copy(state_dict)
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
             replaced = pre_hook(self, state_dict)
             if replaced is not None:

@@ -8,8 +8,8 @@ train on without one.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from copy import deepcopy
+from collections.abc import Hashable, Mapping, Sequence
+from copy import copy, deepcopy
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -18,7 +18,7 @@ from ..messages import check_state_kinds, is_number, parameter_name
 from ..rules import Rule, count_problem, new_count, state_problem
 from .names import in_the_order_of
 
-__all__ = ["Loaded", "check_state", "read_state_dict", "take_steps_out"]
+__all__ = ["Loaded", "check_state", "read_state_dict", "shallow_copy", "take_steps_out"]
 
 _NAMES = ("param_names", "param_name")
 
@@ -35,6 +35,13 @@ class Loaded(NamedTuple):
     state: dict[Any, Any]
     param_groups: list[dict[str, Any]]
     counts: dict[Tensor, Tensor]
+
+
+def shallow_copy(state_dict: Any) -> Any:
+    """A copy of ``state_dict`` for hooks to change; TypeError unless it is a dict."""
+    if not isinstance(state_dict, Mapping):
+        raise TypeError(f"state_dict must be a dict, as state_dict() returns, got {type(state_dict).__name__}")
+    return copy(state_dict)
 
 
 def read_state_dict(
@@ -55,7 +62,10 @@ def read_state_dict(
     for key in ("state", "param_groups"):
         if key not in state_dict:
             raise KeyError(f"state_dict has no {key!r}; expected what an optimizer's state_dict() returns")
-    groups = deepcopy(list(state_dict["param_groups"]))
+    groups = deepcopy(state_dict["param_groups"])
+    if not isinstance(groups, (list, tuple)):
+        raise ValueError(f"loaded 'param_groups' is a {type(groups).__name__}; expected a list")
+    groups = list(groups)
     if len(groups) != len(param_groups):
         raise ValueError(
             f"loaded state dict has a different number of parameter groups: {len(groups)}, expected {len(param_groups)}"
@@ -63,6 +73,11 @@ def read_state_dict(
     for index, group in enumerate(groups):
         if not isinstance(group, Mapping) or "params" not in group:
             raise ValueError(f"loaded param_groups[{index}] has no 'params'")
+        keys = group["params"]
+        if not isinstance(keys, (list, tuple)) or not all(isinstance(key, Hashable) for key in keys):
+            raise ValueError(
+                f"loaded param_groups[{index}]['params'] is {keys!r:.100}; expected a list of numbers or names"
+            )
     groups = in_the_order_of(param_groups, groups)
 
     owners: dict[Any, tuple[int, Tensor, str]] = {}
@@ -154,6 +169,13 @@ def _complete_group(rule: Rule, group: dict[str, Any], name: str, who: str) -> N
             fits, expected = is_number(value), "a number"
         if not fits:
             raise ValueError(f"{name}[{key!r}] is {value!r}; expected {expected}")
+    without_effect = {"foreach": None, "fused": None, "differentiable": False}
+    try:
+        rule.hyperparameters.from_group(
+            {**group, **{key: without_effect[key] for key in without_effect if key in group}}
+        )
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{name}: {error}") from error
 
 
 def _without_what_says_nothing(entry: Any) -> Any:

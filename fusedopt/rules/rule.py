@@ -45,9 +45,12 @@ class Hyperparameters:
         return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
 
     def _make_plain(self) -> None:
-        """First of the checks: numbers of other packages become Python's, see Note [Plain numbers]."""
+        """First of the checks: numbers of other packages become Python's, see Note [Plain numbers]; flags are flags."""
         for field in dataclasses.fields(self):
-            object.__setattr__(self, field.name, plain_settings(getattr(self, field.name)))
+            value = plain_settings(getattr(self, field.name))
+            object.__setattr__(self, field.name, value)
+            if isinstance(field.default, bool) and not (isinstance(value, int) and value in (0, 1)):
+                raise TypeError(f"Invalid {field.name}: {value!r}; expected True or False")
 
     def check_flags(self) -> None:
         """Refuse the two torch flags that ask for what a fused kernel cannot do."""
