@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import codecs
 import contextlib
+import importlib
 import os
 import sys
 from collections.abc import Iterator
@@ -29,6 +31,13 @@ def _hook(event: str, arguments: tuple[object, ...]) -> None:
         _seen.append(f"{event}{arguments}"[:300])
         raise PermissionError(f"reading must not do this: {_seen[-1]}")
 
+
+# What Python and the reader import when they first need it: encodings of names in archives and of text in pickles and
+# messages, and the package that reads safetensors.
+for encoding in ("cp437", "raw_unicode_escape", "unicode_escape"):
+    codecs.lookup(encoding)
+with contextlib.suppress(ImportError):
+    importlib.import_module("safetensors.torch")
 
 sys.addaudithook(_hook)
 

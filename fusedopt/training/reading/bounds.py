@@ -48,18 +48,22 @@ def check_extent(value: Any) -> None:
     """
     # The extents of containers by id, (levels, values); None while they are being computed.
     extents: dict[int, tuple[int, int] | None] = {}
-    pending = [(value, False)]
+    pending = [(value, False)] if _is_container(value) else []
+    depth = 0
     while pending:
         container, counted = pending.pop()
         if not counted and id(container) in extents:
             continue
         inside = [item for item in _items(container) if _is_container(item)]
+        depth += -1 if counted else 1
         if not counted:
             extents[id(container)] = None
             pending.append((container, True))
             if any(extents.get(id(item), ()) is None for item in inside):
                 raise CheckpointError("it has a value that contains itself")
             pending += [(item, False) for item in inside if id(item) not in extents]
+            if depth > MOST_LEVELS:
+                raise CheckpointError(f"it is nested more than {MOST_LEVELS} levels deep")
             continue
         known = [extent for item in inside if (extent := extents[id(item)])]
         levels = 1 + max((each[0] for each in known), default=0)

@@ -158,7 +158,12 @@ def _encoded(_: Building, text: Any, encoding: Any = "latin1") -> Any:
     return text.encode("latin-1")
 
 
-def _bytes(_: Building, content: Any = b"", encoding: Any = "latin-1") -> Any:
+def _no_bytes(_: Building, *content: Any) -> Any:
+    """How old protocols write empty ``bytes``."""
+    return NotImplemented if content else b""
+
+
+def _bytearray(_: Building, content: Any = b"", encoding: Any = "latin-1") -> Any:
     if isinstance(content, str) and encoding in ("latin1", "latin-1"):
         content = content.encode("latin-1")
     return bytearray(content) if isinstance(content, (bytes, bytearray)) else NotImplemented
@@ -237,7 +242,8 @@ BUILDERS: dict[str, Callable[..., Any]] = {
     "collections.defaultdict": _without_default,
     "builtins.set": _set,
     "builtins.frozenset": _frozenset,
-    "builtins.bytearray": _bytes,
+    "builtins.bytes": _no_bytes,
+    "builtins.bytearray": _bytearray,
     "builtins.complex": _complex,
     "_codecs.encode": _encoded,
     "numpy.core.multiarray.scalar": _number,

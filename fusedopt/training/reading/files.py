@@ -195,7 +195,9 @@ class _OldFile(_File):
         value = self.machine.run(rest)
         roots = dict(self.storages)
         for key in self.machine.run(rest):
-            storage = roots.pop(key)
+            storage = roots.pop(key, None)
+            if storage is None:
+                raise CheckpointError(f"truncated or damaged: it holds a storage {key!r} that nothing refers to")
             (count,) = struct.unpack("<q", self.file.read(8))
             if count * StorageType(storage.dtype).itemsize != storage.bytes.nbytes():
                 raise CheckpointError(f"truncated or damaged: storage {key!r} has another size")
