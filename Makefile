@@ -31,7 +31,7 @@ $(VENV)/.installed: constraints.txt pyproject.toml
 	@echo "Setting up $(VENV) (torch and tools; a few minutes the first time)"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@$(PIP) 'setuptools>=77' wheel 'cmake>=3.18' ninja torch
-	@$(PIP) scikit-learn matplotlib rich tensorboard PyYAML pytest pytest-xdist pytest-benchmark hypothesis numpy 'tomli; python_version < "3.11"' ruff mypy clang-format 'triton>=3.6'
+	@$(PIP) scikit-learn matplotlib rich tensorboard PyYAML safetensors pytest pytest-xdist pytest-benchmark hypothesis numpy 'tomli; python_version < "3.11"' ruff mypy clang-format 'triton>=3.6'
 	@$(PIP) mmengine && $(PIP) --force-reinstall --no-deps opencv-python-headless
 	@touch $@
 
@@ -51,8 +51,9 @@ test: setup
 smoke: setup
 	$(TEST_ENV) $(PYTEST) -q -m 'not slow' --cover values $(SMOKE)
 
-# Every case, and the tests marked full.
+# Every case, and the tests marked full. atheris, with which some of them fuzz, is not made for every machine.
 test-full: setup
+	-@$(PIP) atheris
 	$(TEST_ENV) $(PYTEST) --cover all
 
 # The kernels' PTX, nvcc's and Triton's, in the interpreter: all tests of a backend. docs/ptx.md.
