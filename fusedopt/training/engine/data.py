@@ -209,7 +209,8 @@ def _function(name: str, cfg: Any) -> Callable[..., Any]:
     settings = dict(cfg)
     if "type" not in settings:
         raise KeyError(f"{name} needs the key 'type', got {settings!r}")
-    function = FUNCTIONS.resolve(settings.pop("type"))
+    with FUNCTIONS.switch_scope_and_registry(settings.pop("_scope_", None)) as registry:
+        function = registry.resolve(settings.pop("type"))
     return partial(function, **settings) if settings else function
 
 

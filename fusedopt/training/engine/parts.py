@@ -14,7 +14,7 @@ from ...messages import did_you_mean
 from ..registry import LOOPS, MODEL_WRAPPERS, MODELS, VISUALIZERS, check_config
 from ..unwrapping import holders
 from .evaluator import Evaluator
-from .loops import TrainLoop
+from .loops import EpochBasedTrainLoop, IterBasedTrainLoop, TrainLoop
 from .visualizer import Visualizer
 
 if TYPE_CHECKING:
@@ -119,7 +119,7 @@ def build_train_loop(runner: Runner, cfg: Any, dataloader: DataLoader) -> TrainL
     if "type" not in settings:
         if not isinstance(settings.get("by_epoch"), bool):
             raise ValueError(f"train_cfg needs by_epoch=True or False, or a type; got {dict(cfg)!r}")
-        settings["type"] = "EpochBasedTrainLoop" if settings.pop("by_epoch") else "IterBasedTrainLoop"
+        settings["type"] = EpochBasedTrainLoop if settings.pop("by_epoch") else IterBasedTrainLoop
     elif "by_epoch" in settings:
         raise ValueError("train_cfg has both type and by_epoch; use only one of them")
     loop = LOOPS.build(settings, runner=runner, dataloader=dataloader)

@@ -22,7 +22,7 @@ from ...messages import plain, warn_caller
 from .. import schedulers
 from ..builder import build_optim_wrapper
 from ..config import Config, ConfigError, naming
-from ..registry import LOOPS, check_config
+from ..registry import LOOPS, check_config, is_known_scope, scope_by_default
 from ..unwrapping import stateful
 from ..wrappers import OptimWrapper
 from . import distributed
@@ -86,7 +86,8 @@ class Runner(HasCheckpoints):
             ``by_epoch``, whether the log counts epochs (by default, as training does).
         log_level: a name such as ``'INFO'``, or a number.
         visualizer: a visualizer or its config; by default scalars go to ``vis_data/scalars.json`` in ``work_dir``.
-        default_scope: accepted for MMEngine's sake; names are always looked up in fusedopt's registries.
+        default_scope: the package in whose registries names are looked up first, while the Runner is built and runs;
+            these registries are children of fusedopt's.
         randomness: ``seed`` (random by default), ``diff_rank_seed`` (add the process's rank to it) and
             ``deterministic`` (torch's deterministic algorithms).
         experiment_name: by default the name of the config file.
@@ -155,6 +156,14 @@ class Runner(HasCheckpoints):
         for flag, value in (("resume", resume), ("resume_overrides", resume_overrides)):
             if not isinstance(value, bool):
                 raise TypeError(f"{flag} must be True or False, got {value!r}")
+        if not isinstance(default_scope, str | None):
+            raise TypeError(f"default_scope must be a string or None, got {default_scope!r}")
+        self.default_scope = default_scope
+        with self._naming("default_scope"):
+            if default_scope is not None and not is_known_scope(default_scope):
+                warn_caller(
+                    f"default_scope={default_scope!r}: no registry has this scope; names are looked up in fusedopt's"
+                )
         with self._naming("env_cfg"):
             environment = section("env_cfg", env_cfg, ENVIRONMENT_KEYS)
             dist_cfg = section("env_cfg.dist_cfg", environment.get("dist_cfg"))
@@ -297,9 +306,12 @@ class Runner(HasCheckpoints):
         """The model without wrappers such as torch.compile's or DistributedDataParallel; see :func:`stateful`."""
         return stateful(self.model)
 
-    def _naming(self, key: str) -> contextlib.AbstractContextManager[None]:
-        """If there is a :class:`Config`, make errors name its file and ``key``."""
-        return naming(self.cfg, key) if isinstance(self.cfg, Config) else contextlib.nullcontext()
+    @contextlib.contextmanager
+    def _naming(self, key: str) -> Iterator[None]:
+        """Build in the default scope and, if there is a :class:`Config`, make errors name its file and ``key``."""
+        named = naming(self.cfg, key) if isinstance(self.cfg, Config) else contextlib.nullcontext()
+        with named, scope_by_default(self.default_scope):
+            yield
 
     def set_randomness(
         self, seed: int | None = None, diff_rank_seed: bool = False, deterministic: bool = False
@@ -340,7 +352,8 @@ class Runner(HasCheckpoints):
             for part in ("dataset", "sampler", "batch_sampler"):
                 if isinstance(dataloader.get(part), bool | float | int | str):
                     check_config(part, dataloader[part])
-        return build_dataloader(dataloader, self.seed, shuffle, self._start_method)
+        with scope_by_default(self.default_scope):
+            return build_dataloader(dataloader, self.seed, shuffle, self._start_method)
 
     def _build_evaluation_loop(self, mode: str, dataloader: Any, evaluator: Any, cfg: Any) -> Any:
         with self._naming(f"{mode}_dataloader"):
@@ -349,7 +362,7 @@ class Runner(HasCheckpoints):
             judge = build_evaluator(mode, evaluator)
         with self._naming(f"{mode}_cfg"):
             check_config(f"{mode}_cfg", cfg)
-            settings = {"type": f"{mode.capitalize()}Loop", **cfg}
+            settings = {"type": ValLoop if mode == "val" else TestLoop, **cfg}
             return LOOPS.build(settings, runner=self, dataloader=loader, evaluator=judge)
 
     def _build_optim_wrapper(self, cfg: Any) -> OptimWrapper:
@@ -420,7 +433,7 @@ class Runner(HasCheckpoints):
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:
         """Call the hooks' ``before_run`` and ``after_run`` around the block; close everything at the end."""
-        with contextlib.ExitStack() as stack:  # closes everything, even if one close fails
+        with scope_by_default(self.default_scope), contextlib.ExitStack() as stack:  # closes all, even if one fails
             stack.callback(self.visualizer.close)
             for hook in reversed(self._hooks):
                 stack.callback(hook.close)

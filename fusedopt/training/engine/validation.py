@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from ...messages import did_you_mean
@@ -22,6 +22,7 @@ from ..registry import (
     VISUALIZERS,
     Registry,
     accepted_arguments,
+    scope_by_default,
 )
 
 __all__ = ["check_names"]
@@ -59,6 +60,8 @@ _SECTIONS: dict[str, tuple[Registry, set[str] | None]] = {
 def check_names(config: Mapping[str, Any], *keys: str) -> None:
     """Check the ``type`` of each section of a config, and that it accepts the section's other keys.
 
+    As in a Runner, names are looked up in the config's ``default_scope``.
+
     Args:
         config: a config for :meth:`fusedopt.training.engine.Runner.from_cfg`.
         keys: top-level keys to check; all by default.
@@ -66,6 +69,11 @@ def check_names(config: Mapping[str, Any], *keys: str) -> None:
     Raises:
         ConfigError: an unknown ``type`` or argument; the message names the file and the key.
     """
+    with scope_by_default(config.get("default_scope")):
+        _check_names(config, keys)
+
+
+def _check_names(config: Mapping[str, Any], keys: Sequence[str]) -> None:
     for pattern, (registry, extra) in _SECTIONS.items():
         path = pattern.split(".")
         for key, section in _sections(config, path) if not keys or path[0] in keys else ():

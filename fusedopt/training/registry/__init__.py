@@ -4,7 +4,7 @@
 """
 
 from .building import accepted_arguments, build_optimizer, build_scheduler, check_config
-from .registry import Registry
+from .registry import Registry, is_known_scope, scope_by_default
 
 __all__ = [
     "DATASETS",
@@ -24,6 +24,8 @@ __all__ = [
     "Registry",
     "accepted_arguments",
     "check_config",
+    "is_known_scope",
+    "scope_by_default",
 ]
 
 OPTIMIZERS = Registry("optimizer", build_func=build_optimizer)
