@@ -3,7 +3,7 @@
 from ..config import Config, ConfigDict, ConfigError, parse_options
 from .checkpoint import CheckpointError
 from .data import DefaultSampler, InfiniteSampler, build_dataloader, pseudo_collate
-from .evaluator import BaseMetric, Evaluator
+from .evaluator import BaseMetric, Evaluator, MultiDatasetsEvaluator
 from .hooks import (
     CheckpointHook,
     DistSamplerSeedHook,
@@ -49,6 +49,7 @@ __all__ = [
     "LoggerHook",
     "MMDistributedDataParallel",
     "MessageHub",
+    "MultiDatasetsEvaluator",
     "ParamSchedulerHook",
     "Priority",
     "Runner",

@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from ...messages import did_you_mean
-from ..registry import LOOPS, MODEL_WRAPPERS, MODELS, VISUALIZERS, check_config
+from ..registry import EVALUATOR, LOOPS, MODEL_WRAPPERS, MODELS, VISUALIZERS, check_config
 from ..unwrapping import holders
 from .evaluator import Evaluator
 from .loops import EpochBasedTrainLoop, IterBasedTrainLoop, TrainLoop
@@ -104,12 +104,16 @@ def build_model(
     return MODEL_WRAPPERS.build({**settings, **(wrapper_cfg or {})}, module=model)
 
 
-def build_evaluator(mode: str, evaluator: Any) -> Evaluator:
-    """Build the evaluator of a validation or test from metrics or their configs, or return the given one."""
+def build_evaluator(mode: str, evaluator: Any) -> Any:
+    """Build the evaluator of a validation or test: from metrics, or from a config that has ``metrics``."""
+    if hasattr(evaluator, "evaluate") and hasattr(evaluator, "metrics"):
+        return evaluator
+    if isinstance(evaluator, Mapping) and "metrics" in evaluator:
+        return EVALUATOR.build({"type": "Evaluator", **evaluator})
     for metric in evaluator if isinstance(evaluator, list | tuple) else [evaluator]:
         if not hasattr(metric, "process"):
             check_config(f"{mode}_evaluator", metric)
-    return evaluator if isinstance(evaluator, Evaluator) else Evaluator(evaluator)
+    return Evaluator(evaluator)
 
 
 def build_train_loop(runner: Runner, cfg: Any, dataloader: DataLoader) -> TrainLoop:

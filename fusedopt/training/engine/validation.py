@@ -10,6 +10,7 @@ from ..config import naming
 from ..registry import (
     DATA_SAMPLERS,
     DATASETS,
+    EVALUATOR,
     FUNCTIONS,
     HOOKS,
     LOOPS,
@@ -50,7 +51,7 @@ _SECTIONS: dict[str, tuple[Registry, set[str] | None]] = {
         )
     },
     **{f"{mode}_cfg": (LOOPS, None) for mode in ("train", "val", "test")},
-    **{f"{mode}_evaluator{rest}": (METRICS, set()) for mode in ("val", "test") for rest in ("", ".*")},
+    **{f"{mode}_evaluator{rest}": (METRICS, set()) for mode in ("val", "test") for rest in ("", ".*", ".metrics.*")},
     "default_hooks.*": (HOOKS, {"priority"}),
     "custom_hooks.*": (HOOKS, {"priority"}),
     "visualizer": (VISUALIZERS, None),
@@ -83,7 +84,8 @@ def _check_names(config: Mapping[str, Any], keys: Sequence[str]) -> None:
                 with naming(config, key):
                     registry.resolve(section)
             elif isinstance(section, Mapping) and "type" in section:
-                _check_section(config, key, section, registry, extra)
+                is_evaluator = registry is METRICS and "metrics" in section
+                _check_section(config, key, section, EVALUATOR if is_evaluator else registry, extra)
 
 
 def _sections(value: Any, keys: list[str], path: str = "") -> Iterator[tuple[str, Any]]:

@@ -9,6 +9,7 @@ from .registry import Registry, is_known_scope, scope_by_default
 __all__ = [
     "DATASETS",
     "DATA_SAMPLERS",
+    "EVALUATOR",
     "FUNCTIONS",
     "HOOKS",
     "LOOPS",
@@ -40,6 +41,7 @@ DATA_SAMPLERS = Registry("data sampler")
 #: Functions that a config names, such as ``collate_fn``.
 FUNCTIONS = Registry("function")
 METRICS = Registry("metric")
+EVALUATOR = Registry("evaluator")
 LOOPS = Registry("loop")
 VISUALIZERS = Registry("visualizer")
 VISBACKENDS = Registry("visualization backend")
