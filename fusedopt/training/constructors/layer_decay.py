@@ -46,7 +46,7 @@ class _LayerDecayConstructor(DefaultOptimWrapperConstructor):
         return {"lr": multiply(self.base_lr, scale), "lr_scale": scale}
 
 
-@OPTIM_WRAPPER_CONSTRUCTORS.register_module()
+@OPTIM_WRAPPER_CONSTRUCTORS.register_module(replaceable=True)
 class LearningRateDecayOptimWrapperConstructor(_LayerDecayConstructor):
     """Layer-wise learning rate decay in MMPretrain's dialect.
 
@@ -107,7 +107,7 @@ class LearningRateDecayOptimWrapperConstructor(_LayerDecayConstructor):
         return join(module_name, name)
 
 
-@OPTIM_WRAPPER_CONSTRUCTORS.register_module()
+@OPTIM_WRAPPER_CONSTRUCTORS.register_module(replaceable=True)
 class LearningRateDecayOptimizerConstructor(_LayerDecayConstructor):
     """Layer- or stage-wise learning rate decay in MMSegmentation's dialect.
 

@@ -17,7 +17,7 @@ from .default import DefaultOptimWrapperConstructor
 __all__ = ["MultiOptimWrapperConstructor"]
 
 
-@OPTIM_WRAPPER_CONSTRUCTORS.register_module()
+@OPTIM_WRAPPER_CONSTRUCTORS.register_module(replaceable=True)
 class MultiOptimWrapperConstructor:
     """Several optimizers for the parts of a model, as for the networks of a GAN; as MMagic's class of this name.
 

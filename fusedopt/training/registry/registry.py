@@ -92,6 +92,7 @@ class Registry:
         self._locations = list(locations)
         self._modules: dict[str, Callable[..., Any]] = {}
         self._lazy: dict[str, str] = {}
+        self._replaceable: set[str] = set()
         if parent is not None:
             if scope in parent.children:
                 raise ValueError(f"the {parent.name} registry has a child of scope {scope!r} already")
@@ -109,7 +110,11 @@ class Registry:
         return self if self.parent is None else self.parent.root
 
     def register_module(
-        self, name: str | Sequence[str] | None = None, force: bool = False, module: Callable[..., Any] | None = None
+        self,
+        name: str | Sequence[str] | None = None,
+        force: bool = False,
+        module: Callable[..., Any] | None = None,
+        replaceable: bool = False,
     ) -> Any:
         """Register a class or function: ``@register_module()`` above it, or ``register_module(module=cls)``.
 
@@ -117,6 +122,8 @@ class Registry:
             name: name or names to register under; by default the object's own.
             force: replace an object that is registered under a name.
             module: the object, if this is not used as a decorator.
+            replaceable: for classes of other packages that this one provides: whoever registers a name, before or
+                after, needs no ``force`` and has it.
 
         Returns:
             ``module``, or the decorator.
@@ -137,15 +144,19 @@ class Registry:
         def register(target: Callable[..., Any]) -> Callable[..., Any]:
             if not callable(target):
                 raise TypeError(f"the {self.name} registry holds classes and functions, got {target!r}")
-            keys = names or [target.__name__]
+            keys = list(names or [target.__name__])
             entries = self._entries()
             taken = [key for key in keys if key in entries and not self._is_reloaded(key, target)]
-            if taken and not force:
+            refused = [key for key in taken if key not in self._replaceable and not force]
+            if replaceable:
+                keys = [key for key in keys if key not in taken]
+            elif refused:
                 raise KeyError(
-                    f"{taken[0]!r} is already in the {self.name} registry as {entries[taken[0]]}; "
+                    f"{refused[0]!r} is already in the {self.name} registry as {entries[refused[0]]}; "
                     "force=True replaces it"
                 )
             self._modules.update(dict.fromkeys(keys, target))
+            (self._replaceable.update if replaceable else self._replaceable.difference_update)(keys)
             return target
 
         return register if module is None else register(module)
