@@ -132,7 +132,7 @@ def _add(results: dict[str, Any], more: Mapping[str, Any]) -> None:
         results[name] = value
 
 
-@EVALUATOR.register_module()
+@EVALUATOR.register_module(replaceable=True)
 class MultiDatasetsEvaluator(Evaluator):
     """A metric for each part of a concatenated data set, as in MMDetection.
 

@@ -159,6 +159,9 @@ class Runner(HasCheckpoints):
         if not isinstance(default_scope, str | None):
             raise TypeError(f"default_scope must be a string or None, got {default_scope!r}")
         self.default_scope = default_scope
+        log_settings = section("log_processor", log_processor, ("type", "by_epoch", "window_size"))
+        self.message_hub = MessageHub(log_settings.get("window_size", 10))
+        self.log_by_epoch: bool | None = log_settings.get("by_epoch")
         with self._naming("default_scope"):
             if default_scope is not None and not is_known_scope(default_scope):
                 warn_caller(
@@ -182,9 +185,6 @@ class Runner(HasCheckpoints):
         name = experiment_name or (Path(filename).stem if filename else "")
         self.experiment_name = "_".join(filter(None, (name, self.timestamp)))
         self.logger = build_logger(self.work_dir, self.timestamp, log_level)
-        log_settings = section("log_processor", log_processor, ("type", "by_epoch", "window_size"))
-        self.message_hub = MessageHub(log_settings.get("window_size", 10))
-        self.log_by_epoch: bool | None = log_settings.get("by_epoch")
         self._warned_of: set[str] = set()
         self._hooks: list[Hook] = []
         self._load_from = load_from
@@ -308,9 +308,9 @@ class Runner(HasCheckpoints):
 
     @contextlib.contextmanager
     def _naming(self, key: str) -> Iterator[None]:
-        """Build in the default scope and, if there is a :class:`Config`, make errors name its file and ``key``."""
+        """Sets the scope and the message hub for building a part; errors name the config's file and ``key``."""
         named = naming(self.cfg, key) if isinstance(self.cfg, Config) else contextlib.nullcontext()
-        with named, scope_by_default(self.default_scope):
+        with named, scope_by_default(self.default_scope), self.message_hub.as_current():
             yield
 
     def set_randomness(
@@ -433,7 +433,9 @@ class Runner(HasCheckpoints):
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:
         """Call the hooks' ``before_run`` and ``after_run`` around the block; close everything at the end."""
-        with scope_by_default(self.default_scope), contextlib.ExitStack() as stack:  # closes all, even if one fails
+        with contextlib.ExitStack() as stack:  # closes everything, even if one close fails
+            stack.enter_context(scope_by_default(self.default_scope))
+            stack.enter_context(self.message_hub.as_current())
             stack.callback(self.visualizer.close)
             for hook in reversed(self._hooks):
                 stack.callback(hook.close)

@@ -3,27 +3,21 @@
 from __future__ import annotations
 
 import math
-import numbers
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
-
-from ....messages import check_whole_number, did_you_mean, plain
+from ....messages import as_float, check_whole_number, did_you_mean
 from ...registry import HOOKS
 from ..checkpoint import LAST_CHECKPOINT, UNFINISHED, write_atomically
 from ..distributed import is_main_process
 from .hook import Hook
+from .rules import GREATER_KEYS, LESS_KEYS, RULES, rule_of
 
 if TYPE_CHECKING:
     from ..runner import Runner
 
 __all__ = ["CheckpointHook"]
-
-_GREATER_KEYS = ("acc", "top", "AR@", "auc", "precision", "mAP", "mDice", "mIoU", "mAcc", "aAcc")
-_LESS_KEYS = ("loss",)
-_RULES = ("greater", "less")
 
 
 def _as_list(name: str, value: str | Sequence[str] | None) -> list[str]:
@@ -93,15 +87,15 @@ class CheckpointHook(Hook):
         self.filename_tmpl = filename_tmpl or ("epoch_{}.pth" if by_epoch else "iter_{}.pth")
         if self.filename_tmpl.count("{}") != 1:
             raise ValueError(f"filename_tmpl must have {{}} once, got {filename_tmpl!r}")
-        self.greater_keys = _as_list("greater_keys", greater_keys) or list(_GREATER_KEYS)
-        self.less_keys = _as_list("less_keys", less_keys) or list(_LESS_KEYS)
+        self.greater_keys = _as_list("greater_keys", greater_keys) or list(GREATER_KEYS)
+        self.less_keys = _as_list("less_keys", less_keys) or list(LESS_KEYS)
         self.save_best = _as_list("save_best", save_best)
         if len(set(self.save_best)) < len(self.save_best) or ("auto" in self.save_best and len(self.save_best) > 1):
             raise ValueError(f"save_best must name each metric once, or be 'auto' alone, got {save_best!r}")
         rules = _as_list("rule", rule)
         for each in rules:
-            if each not in _RULES:
-                raise ValueError(f"Invalid rule: {each!r}; {did_you_mean(each, _RULES)}")
+            if each not in RULES:
+                raise ValueError(f"Invalid rule: {each!r}; {did_you_mean(each, RULES)}")
         if len(rules) not in (0, 1, len(self.save_best)):
             raise ValueError(f"rule has {len(rules)} entries for {len(self.save_best)} metrics of save_best")
         self._given_rules = rules
@@ -113,18 +107,7 @@ class CheckpointHook(Hook):
         if self._given_rules:
             given = self._given_rules * len(metrics) if len(self._given_rules) == 1 else self._given_rules
             return dict(zip(metrics, given, strict=True))
-        return {metric: self._tell_rule(metric) for metric in metrics}
-
-    def _tell_rule(self, metric: str) -> str:
-        name = metric.lower()
-        keys = {"greater": [key.lower() for key in self.greater_keys], "less": [key.lower() for key in self.less_keys]}
-        for rule in _RULES:
-            if name in keys[rule]:
-                return rule
-        for rule in _RULES:
-            if any(key in name for key in keys[rule]):
-                return rule
-        raise ValueError(f"save_best={metric!r}: its name does not say whether greater or less is better; set rule")
+        return {metric: rule_of("save_best", metric, self.greater_keys, self.less_keys) for metric in metrics}
 
     def before_train(self, runner: Runner) -> None:
         """Set the folder, and remove leftovers of killed processes."""
@@ -195,10 +178,10 @@ class CheckpointHook(Hook):
         for metric, rule in self.rules.items():
             if metric not in metrics:
                 raise KeyError(f"save_best={metric!r} is not among the metrics; {did_you_mean(metric, metrics)}")
-            score = plain(metrics[metric])
-            if not isinstance(score, (numbers.Real, Tensor)):
-                raise TypeError(f"save_best={metric!r} is a {type(score).__name__}, not a number")
-            self._save_if_best(runner, metric, float(score), rule)
+            score = as_float(metrics[metric])
+            if score is None:
+                raise TypeError(f"save_best={metric!r} is a {type(metrics[metric]).__name__}, not a number")
+            self._save_if_best(runner, metric, score, rule)
 
     def _save_if_best(self, runner: Runner, metric: str, score: float, rule: str) -> None:
         hub = runner.message_hub
