@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import contextlib
+import importlib
+import resource
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,9 +13,11 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
-from ...messages import did_you_mean
+from ...messages import check_whole_number, did_you_mean
 from ..registry import EVALUATOR, LOOPS, MODEL_WRAPPERS, MODELS, VISUALIZERS, check_config
+from ..schedulers import _ParamScheduler
 from ..unwrapping import holders
+from ..wrappers import OptimWrapper, OptimWrapperDict
 from .evaluator import Evaluator
 from .loops import EpochBasedTrainLoop, IterBasedTrainLoop, TrainLoop
 from .visualizer import Visualizer
@@ -27,6 +32,7 @@ __all__ = [
     "build_train_loop",
     "build_visualizer",
     "check_together",
+    "scale_lr",
     "section",
     "set_environment",
 ]
@@ -54,10 +60,23 @@ def section(name: str, value: Mapping[str, Any] | None, known: Sequence[str] = (
 
 
 def set_environment(settings: Mapping[str, Any]) -> tuple[torch.device, str | None]:
-    """Apply ``env_cfg``; return the training device and the start method of data workers."""
+    """Apply ``env_cfg``; return the training device and the start method of data workers.
+
+    As in MMEngine, ``resource_limit`` raises the number of files that the process may open, and never lowers it.
+    """
     if settings.get("cudnn_benchmark"):
         torch.backends.cudnn.benchmark = True
-    start_method = section("env_cfg.mp_cfg", settings.get("mp_cfg")).get("mp_start_method")
+    workers = section("env_cfg.mp_cfg", settings.get("mp_cfg"), ("mp_start_method", "opencv_num_threads"))
+    start_method = workers.get("mp_start_method")
+    if "opencv_num_threads" in workers:
+        with contextlib.suppress(ImportError):
+            importlib.import_module("cv2").setNumThreads(workers["opencv_num_threads"])
+    if "resource_limit" in settings:
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        files = check_whole_number("env_cfg.resource_limit", settings["resource_limit"], 1)
+        if hard != resource.RLIM_INFINITY:
+            files = min(files, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, files), hard))
     default = "cpu"
     if torch.cuda.is_available():
         default = f"cuda:{torch.cuda.current_device()}"
@@ -68,6 +87,40 @@ def set_environment(settings: Mapping[str, Any]) -> tuple[torch.device, str | No
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"Invalid env_cfg.device: {settings['device']!r}; torch finds no usable CUDA device here")
     return device, start_method
+
+
+def scale_lr(auto_scale_lr: Mapping[str, Any], optim_wrapper: OptimWrapper, schedulers: Any, batch_size: Any) -> float:
+    """Multiply every learning rate by ``batch_size / base_batch_size``; return the factor.
+
+    Args:
+        auto_scale_lr: has ``base_batch_size``, the batch size for which the learning rates are meant.
+        optim_wrapper: the wrapper.
+        schedulers: the configs of schedulers.
+        batch_size: number of samples of an iteration in all processes; None if the loader does not say.
+
+    Raises:
+        ValueError: a number is missing, or a scheduler is built already and keeps the learning rates of before.
+    """
+    base = auto_scale_lr.get("base_batch_size")
+    if base is None or batch_size is None:
+        missing = "auto_scale_lr.base_batch_size" if base is None else "train_dataloader.batch_size"
+        raise ValueError(f"auto_scale_lr.enable=True needs {missing}, which is not set")
+    if any(isinstance(each, _ParamScheduler) for each in _leaves(schedulers)):
+        raise ValueError("auto_scale_lr.enable=True needs the configs of schedulers, got a scheduler that is built")
+    ratio = batch_size / check_whole_number("auto_scale_lr.base_batch_size", base, 1)
+    several = isinstance(optim_wrapper, OptimWrapperDict)
+    for wrapper in optim_wrapper.values() if several else [optim_wrapper]:  # type: ignore[attr-defined]
+        for group in wrapper.param_groups:
+            group["lr"] = group["lr"] * ratio
+    return ratio
+
+
+def _leaves(schedulers: Any) -> Iterator[Any]:
+    if isinstance(schedulers, Mapping | list | tuple):
+        for each in schedulers.values() if isinstance(schedulers, Mapping) else schedulers:
+            yield from _leaves(each)
+    else:
+        yield schedulers
 
 
 def build_visualizer(visualizer: Visualizer | Mapping[str, Any] | None, save_dir: Path) -> Visualizer:
@@ -87,8 +140,12 @@ def build_model(
     wrapper_cfg: Mapping[str, Any] | None,
     device: torch.device,
     distributed: bool,
+    find_unused_parameters: bool = False,
+    sync_bn: str | None = None,
 ) -> nn.Module:
     """Build the model on its device, in a wrapper if there are several processes."""
+    if sync_bn not in (None, "torch"):
+        raise ValueError(f"Invalid sync_bn: {sync_bn!r}; expected 'torch' or None (mmcv's layer is not supported)")
     if not isinstance(model, nn.Module):
         check_config("model", model)
         extra = {} if data_preprocessor is None else {"data_preprocessor": data_preprocessor}
@@ -98,7 +155,11 @@ def build_model(
     model = model.to(device)
     if not distributed or any(map(_is_distributed, holders(model))):
         return model
+    if sync_bn is not None:
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     settings: dict[str, Any] = {"type": "MMDistributedDataParallel", "broadcast_buffers": False}
+    if find_unused_parameters:
+        settings["find_unused_parameters"] = True
     if device.type == "cuda":
         settings["device_ids"] = [device.index]
     return MODEL_WRAPPERS.build({**settings, **(wrapper_cfg or {})}, module=model)

@@ -39,6 +39,7 @@ from .parts import (
     build_train_loop,
     build_visualizer,
     check_together,
+    scale_lr,
     section,
     set_environment,
 )
@@ -67,7 +68,8 @@ class Runner(HasCheckpoints):
             max_iters=…, val_begin=1, val_interval=1000)``; instead of ``by_epoch``, ``type`` may name a loop.
         val_cfg: ``dict(fp16=False)``.
         test_cfg: as ``val_cfg``.
-        auto_scale_lr: MMEngine's scaling of learning rates; not supported, and accepted only when off.
+        auto_scale_lr: ``dict(base_batch_size=…, enable=True)`` multiplies the learning rates by the number of samples
+            in an iteration, over all processes, divided by ``base_batch_size``.
         optim_wrapper: the optimizer wrapper or its config, see :func:`fusedopt.build_optim_wrapper`.
         param_scheduler: schedulers, their configs, or a dict of these for several optimizers.
         val_evaluator: metrics of a validation: one, its config, or a list.
@@ -81,7 +83,8 @@ class Runner(HasCheckpoints):
             the beginning.
         launcher: ``'none'``, or ``'pytorch'`` under ``torchrun``.
         env_cfg: ``dist_cfg=dict(backend=…)``, ``cudnn_benchmark``, ``mp_cfg=dict(mp_start_method=…)``, and ``device``,
-            by default a GPU if available. MMEngine's ``resource_limit`` and ``opencv_num_threads`` have no effect.
+            by default a GPU if available; ``resource_limit``, the number of files that may be open, and
+            ``mp_cfg.opencv_num_threads``.
         log_processor: ``window_size``, the number of iterations over which logged losses are averaged (10), and
             ``by_epoch``, whether the log counts epochs (by default, as training does).
         log_level: a name such as ``'INFO'``, or a number.
@@ -95,6 +98,9 @@ class Runner(HasCheckpoints):
             ``find_unused_parameters``.
         resume_overrides: if the config was edited after the resumed checkpoint was written, use the edited settings of
             optimizers and schedulers. By default the checkpoint's are used, and a warning lists the edits.
+        find_unused_parameters: for the wrapper of the model, unless ``model_wrapper_cfg`` says otherwise.
+        sync_bn: ``'torch'`` makes BatchNorm layers torch's ``SyncBatchNorm`` if there are several processes.
+        compile: whether the model's ``train_step`` is compiled: True, or the arguments of ``torch.compile``.
         cfg: the whole config. A :class:`Config` from a file is saved beside the checkpoints and named in errors.
 
     Raises:
@@ -136,6 +142,9 @@ class Runner(HasCheckpoints):
         experiment_name: str | None = None,
         model_wrapper_cfg: Mapping[str, Any] | None = None,
         resume_overrides: bool = False,
+        find_unused_parameters: bool = False,
+        sync_bn: str | None = None,
+        compile: bool | Mapping[str, Any] = False,
         cfg: Mapping[str, Any] | None = None,
     ):
         trains = check_together(train_dataloader=train_dataloader, train_cfg=train_cfg, optim_wrapper=optim_wrapper)
@@ -143,8 +152,10 @@ class Runner(HasCheckpoints):
         tests = check_together(test_dataloader=test_dataloader, test_cfg=test_cfg, test_evaluator=test_evaluator)
         if param_scheduler is not None and not trains:
             raise ValueError("param_scheduler is given, but there is no optim_wrapper whose settings it could change")
-        if section("auto_scale_lr", auto_scale_lr).get("enable", False):
-            raise ValueError("auto_scale_lr is not supported; set the learning rate for your batch size in the config")
+        auto_scale_lr = section("auto_scale_lr", auto_scale_lr, ("enable", "base_batch_size"))
+        if not isinstance(compile, bool | Mapping):
+            raise TypeError(f"compile must be True, False or a dict of torch.compile's arguments, got {compile!r}")
+        self._compile = compile
 
         self.cfg = {} if cfg is None else cfg
         if not isinstance(work_dir, str | Path) or not work_dir:
@@ -153,7 +164,13 @@ class Runner(HasCheckpoints):
             raise TypeError(f"load_from must be a path or None, got {load_from!r}")
         if experiment_name is not None and not isinstance(experiment_name, str):
             raise TypeError(f"experiment_name must be a string or None, got {experiment_name!r}")
-        for flag, value in (("resume", resume), ("resume_overrides", resume_overrides)):
+        flags = {
+            "resume": resume,
+            "resume_overrides": resume_overrides,
+            "find_unused_parameters": find_unused_parameters,
+            "auto_scale_lr.enable": auto_scale_lr.get("enable", False),
+        }
+        for flag, value in flags.items():
             if not isinstance(value, bool):
                 raise TypeError(f"{flag} must be True or False, got {value!r}")
         if not isinstance(default_scope, str | None):
@@ -198,8 +215,15 @@ class Runner(HasCheckpoints):
         with self._naming("visualizer"):
             self.visualizer = build_visualizer(visualizer, Path(self.work_dir) / "vis_data")
         with self._naming("model"):
-            distributes = launcher != "none"
-            self.model: Any = build_model(model, data_preprocessor, model_wrapper_cfg, self.device, distributes)
+            self.model: Any = build_model(
+                model,
+                data_preprocessor,
+                model_wrapper_cfg,
+                self.device,
+                launcher != "none",
+                find_unused_parameters,
+                sync_bn,
+            )
 
         self.train_loop: TrainLoop | None = None
         self.val_loop: ValLoop | None = None
@@ -218,6 +242,13 @@ class Runner(HasCheckpoints):
             with self._naming("optim_wrapper"):
                 self.optim_wrapper = self._build_optim_wrapper(optim_wrapper)
                 self.settings.update(optimizer_settings(optim_wrapper))
+            if auto_scale_lr.get("enable"):
+                size = getattr(loader.batch_sampler, "batch_size", loader.batch_size)
+                size = None if size is None else size * self.world_size
+                with self._naming("auto_scale_lr"):
+                    ratio = scale_lr(auto_scale_lr, self.optim_wrapper, param_scheduler, size)
+                self.settings["auto_scale_lr"] = ratio
+                self.logger.info(f"auto_scale_lr: the learning rates are multiplied by {ratio:g}")
             with self._naming("param_scheduler"):
                 self.param_schedulers = self._build_param_schedulers(param_scheduler)
                 self.settings.update(scheduler_settings(param_scheduler, self.max_epochs, self.max_iters))
@@ -231,7 +262,9 @@ class Runner(HasCheckpoints):
 
     @classmethod
     def from_cfg(cls, cfg: Mapping[str, Any]) -> Runner:
-        """Build a runner from a config, whose keys are the arguments of the class. Other keys are ignored.
+        """Build a runner from a config, whose keys are the arguments of the class.
+
+        Other keys are ignored, with one warning in the log that lists them.
 
         Args:
             cfg: needs ``model`` and ``work_dir``. Not changed.
@@ -249,7 +282,11 @@ class Runner(HasCheckpoints):
             close = difflib.get_close_matches(key, known, 1, cutoff=0.9)
             if close:
                 warn_caller(f"the config has {key!r}, which the Runner does not use; did you mean {close[0]!r}?")
-        return cls(**{key: cfg[key] for key in cfg if key in known}, cfg=cfg)
+        runner = cls(**{key: cfg[key] for key in cfg if key in known}, cfg=cfg)
+        ignored = [key for key in cfg if key not in known | {"custom_imports"}]
+        if ignored:
+            runner.logger.warning(f"These keys of the config have no effect on the Runner: {', '.join(ignored)}")
+        return runner
 
     @classmethod
     def config_keys(cls) -> set[str]:
@@ -402,6 +439,9 @@ class Runner(HasCheckpoints):
             self.optim_wrapper.initialize_count_status(self.model, self.iter, self.max_iters)
             self.load_or_resume()
             self._dump_config()
+            if self._compile and "train_step" not in vars(self.model):
+                options = {} if self._compile is True else self._compile
+                self.model.train_step = torch.compile(self.model.train_step, **options)
             self.train_loop.run()
         return self.model
 
