@@ -14,12 +14,13 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from ...messages import check_whole_number, did_you_mean
-from ..registry import EVALUATOR, LOOPS, MODEL_WRAPPERS, MODELS, VISUALIZERS, check_config
+from ..builder import build_optim_wrapper
+from ..registry import EVALUATOR, LOOPS, MODEL_WRAPPERS, MODELS, OPTIM_WRAPPERS, VISUALIZERS, check_config
 from ..schedulers import _ParamScheduler
 from ..unwrapping import holders
 from ..wrappers import OptimWrapper, OptimWrapperDict
 from .evaluator import Evaluator
-from .loops import EpochBasedTrainLoop, IterBasedTrainLoop, TrainLoop
+from .loops import EpochBasedTrainLoop, IterBasedTrainLoop, TestLoop, TrainLoop, ValLoop
 from .visualizer import Visualizer
 
 if TYPE_CHECKING:
@@ -27,8 +28,10 @@ if TYPE_CHECKING:
 
 __all__ = [
     "ENVIRONMENT_KEYS",
+    "build_evaluation_loop",
     "build_evaluator",
     "build_model",
+    "build_runner_wrapper",
     "build_train_loop",
     "build_visualizer",
     "check_together",
@@ -177,8 +180,37 @@ def build_evaluator(mode: str, evaluator: Any) -> Any:
     return Evaluator(evaluator)
 
 
+def build_runner_wrapper(model: nn.Module, cfg: Any) -> tuple[OptimWrapper, bool]:
+    """The optimizer wrapper of a run, and whether it was built from a config alone, without objects in it.
+
+    Args:
+        model: the model.
+        cfg: a wrapper; a config, whose ``optimizer`` may be an optimizer; or a dict of wrappers by name.
+    """
+    if isinstance(cfg, OptimWrapper):
+        return cfg, False
+    if isinstance(cfg, Mapping) and isinstance(cfg.get("optimizer"), torch.optim.Optimizer):
+        return OPTIM_WRAPPERS.build({"type": "OptimWrapper", **cfg}), False
+    if isinstance(cfg, Mapping) and cfg and all(isinstance(each, OptimWrapper) for each in cfg.values()):
+        return OptimWrapperDict(**cfg), False
+    return build_optim_wrapper(model, cfg), True
+
+
+def build_evaluation_loop(runner: Runner, cfg: Any, mode: str, dataloader: DataLoader, evaluator: Any) -> Any:
+    """Build the loop that ``val_cfg`` or ``test_cfg`` describes, or return the given one, now of this runner."""
+    default = ValLoop if mode == "val" else TestLoop
+    if isinstance(cfg, ValLoop | TestLoop):
+        cfg.runner = runner
+        return cfg
+    check_config(f"{mode}_cfg", cfg)
+    return LOOPS.build({"type": default, **cfg}, runner=runner, dataloader=dataloader, evaluator=evaluator)
+
+
 def build_train_loop(runner: Runner, cfg: Any, dataloader: DataLoader) -> TrainLoop:
-    """Build the loop that ``train_cfg`` describes."""
+    """Build the loop that ``train_cfg`` describes, or return the given one, now of this runner."""
+    if isinstance(cfg, TrainLoop):
+        cfg.runner = runner
+        return cfg
     check_config("train_cfg", cfg)
     settings = dict(cfg)
     if "type" not in settings:

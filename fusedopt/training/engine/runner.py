@@ -20,9 +20,8 @@ from torch.utils.data import DataLoader
 
 from ...messages import plain, warn_caller
 from .. import schedulers
-from ..builder import build_optim_wrapper
 from ..config import Config, ConfigError, naming
-from ..registry import LOOPS, check_config, is_known_scope, scope_by_default
+from ..registry import check_config, is_known_scope, scope_by_default
 from ..unwrapping import stateful
 from ..wrappers import OptimWrapper
 from . import distributed
@@ -34,8 +33,10 @@ from .loops import TestLoop, TrainLoop, ValLoop
 from .message_hub import MessageHub
 from .parts import (
     ENVIRONMENT_KEYS,
+    build_evaluation_loop,
     build_evaluator,
     build_model,
+    build_runner_wrapper,
     build_train_loop,
     build_visualizer,
     check_together,
@@ -70,7 +71,8 @@ class Runner(HasCheckpoints):
         test_cfg: as ``val_cfg``.
         auto_scale_lr: ``dict(base_batch_size=…, enable=True)`` multiplies the learning rates by the number of samples
             in an iteration, over all processes, divided by ``base_batch_size``.
-        optim_wrapper: the optimizer wrapper or its config, see :func:`fusedopt.build_optim_wrapper`.
+        optim_wrapper: the optimizer wrapper or its config, see :func:`fusedopt.build_optim_wrapper`; ``optimizer`` in
+            it may be an optimizer; or a dict of wrappers by name.
         param_scheduler: schedulers, their configs, or a dict of these for several optimizers.
         val_evaluator: metrics of a validation: one, its config, or a list.
         test_evaluator: metrics of a test.
@@ -202,6 +204,9 @@ class Runner(HasCheckpoints):
         name = experiment_name or (Path(filename).stem if filename else "")
         self.experiment_name = "_".join(filter(None, (name, self.timestamp)))
         self.logger = build_logger(self.work_dir, self.timestamp, log_level)
+        ignored = [key for key in self.cfg if key not in self.config_keys() | {"custom_imports"}]
+        if ignored:
+            self.logger.warning(f"These keys of the config have no effect on the Runner: {', '.join(ignored)}")
         self._warned_of: set[str] = set()
         self._hooks: list[Hook] = []
         self._load_from = load_from
@@ -240,8 +245,8 @@ class Runner(HasCheckpoints):
             with self._naming("train_cfg"):
                 self.train_loop = build_train_loop(self, train_cfg, loader)
             with self._naming("optim_wrapper"):
-                self.optim_wrapper = self._build_optim_wrapper(optim_wrapper)
-                self.settings.update(optimizer_settings(optim_wrapper))
+                self.optim_wrapper, from_config = build_runner_wrapper(self.bare_model, optim_wrapper)
+                self.settings.update(optimizer_settings(optim_wrapper if from_config else self.optim_wrapper))
             if auto_scale_lr.get("enable"):
                 size = getattr(loader.batch_sampler, "batch_size", loader.batch_size)
                 size = None if size is None else size * self.world_size
@@ -282,11 +287,7 @@ class Runner(HasCheckpoints):
             close = difflib.get_close_matches(key, known, 1, cutoff=0.9)
             if close:
                 warn_caller(f"the config has {key!r}, which the Runner does not use; did you mean {close[0]!r}?")
-        runner = cls(**{key: cfg[key] for key in cfg if key in known}, cfg=cfg)
-        ignored = [key for key in cfg if key not in known | {"custom_imports"}]
-        if ignored:
-            runner.logger.warning(f"These keys of the config have no effect on the Runner: {', '.join(ignored)}")
-        return runner
+        return cls(**{key: cfg[key] for key in cfg if key in known}, cfg=cfg)
 
     @classmethod
     def config_keys(cls) -> set[str]:
@@ -398,12 +399,7 @@ class Runner(HasCheckpoints):
         with self._naming(f"{mode}_evaluator"):
             judge = build_evaluator(mode, evaluator)
         with self._naming(f"{mode}_cfg"):
-            check_config(f"{mode}_cfg", cfg)
-            settings = {"type": ValLoop if mode == "val" else TestLoop, **cfg}
-            return LOOPS.build(settings, runner=self, dataloader=loader, evaluator=judge)
-
-    def _build_optim_wrapper(self, cfg: Any) -> OptimWrapper:
-        return cfg if isinstance(cfg, OptimWrapper) else build_optim_wrapper(self.bare_model, cfg)
+            return build_evaluation_loop(self, cfg, mode, loader, judge)
 
     def _build_param_schedulers(self, cfg: Any) -> Any:
         if cfg is None:
