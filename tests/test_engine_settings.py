@@ -15,7 +15,7 @@ from torch import nn
 from fusedopt import FusedSGD, OptimWrapper
 from fusedopt.cli import main
 from fusedopt.training.engine import Runner
-from fusedopt.training.engine.parts import build_model
+from fusedopt.training.engine.parts import wrap_model
 from fusedopt.training.schedulers import StepLR
 
 
@@ -93,9 +93,7 @@ class Wrapper(nn.Module):
 
 class TestSeveralProcesses:
     def build(self, **settings):
-        return build_model(
-            PointNet(batch_norm=True), None, dict(type=Wrapper), torch.device("cpu"), distributed=True, **settings
-        )
+        return wrap_model(PointNet(batch_norm=True), dict(type=Wrapper), torch.device("cpu"), True, **settings)
 
     def test_find_unused_parameters(self, tmp_path):
         assert self.build(find_unused_parameters=True).settings["find_unused_parameters"] is True

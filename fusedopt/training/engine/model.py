@@ -41,10 +41,19 @@ class BaseModel(nn.Module, abc.ABC):
     Args:
         data_preprocessor: processes each batch first, as ``data_preprocessor(data, training)``: a module or its
             config; by default a :class:`BaseDataPreprocessor`.
+        init_cfg: must be None; MMEngine's initializers are not supported.
+
+    Raises:
+        ValueError: ``init_cfg`` is given.
     """
 
-    def __init__(self, data_preprocessor: nn.Module | Mapping[str, Any] | None = None):
+    def __init__(self, data_preprocessor: nn.Module | Mapping[str, Any] | None = None, init_cfg: Any = None):
         super().__init__()
+        if init_cfg:
+            raise ValueError(
+                f"Invalid init_cfg: {init_cfg!r}; expected None. Initialize the weights in __init__, or load them with "
+                "the Runner's load_from"
+            )
         if isinstance(data_preprocessor, Mapping):
             data_preprocessor = MODELS.build({"type": "BaseDataPreprocessor", **data_preprocessor})
         self.data_preprocessor: Any = BaseDataPreprocessor() if data_preprocessor is None else data_preprocessor

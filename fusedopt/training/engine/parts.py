@@ -35,9 +35,11 @@ __all__ = [
     "build_train_loop",
     "build_visualizer",
     "check_together",
+    "is_described",
     "scale_lr",
     "section",
     "set_environment",
+    "wrap_model",
 ]
 
 ENVIRONMENT_KEYS = ("cudnn_benchmark", "device", "dist_cfg", "mp_cfg", "resource_limit")
@@ -137,24 +139,37 @@ def build_visualizer(visualizer: Visualizer | Mapping[str, Any] | None, save_dir
     return VISUALIZERS.build(settings, save_dir=str(save_dir))
 
 
-def build_model(
-    model: nn.Module | Mapping[str, Any],
-    data_preprocessor: Mapping[str, Any] | None,
-    wrapper_cfg: Mapping[str, Any] | None,
-    device: torch.device,
-    distributed: bool,
-    find_unused_parameters: bool = False,
-    sync_bn: str | None = None,
-) -> nn.Module:
-    """Build the model on its device, in a wrapper if there are several processes."""
-    if sync_bn not in (None, "torch"):
-        raise ValueError(f"Invalid sync_bn: {sync_bn!r}; expected 'torch' or None (mmcv's layer is not supported)")
+def build_model(model: nn.Module | Mapping[str, Any], data_preprocessor: Mapping[str, Any] | None) -> nn.Module:
+    """Build the model, or return the given one."""
     if not isinstance(model, nn.Module):
         check_config("model", model)
         extra = {} if data_preprocessor is None else {"data_preprocessor": data_preprocessor}
         model = MODELS.build(model, **extra)
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module or its config, got {type(model).__name__}")
+    return model
+
+
+def wrap_model(
+    model: nn.Module,
+    cfg: Mapping[str, Any] | None,
+    device: torch.device,
+    distributed: bool,
+    find_unused_parameters: bool = False,
+    sync_bn: str | None = None,
+) -> nn.Module:
+    """Move the model to its device and, if there are several processes, wrap it.
+
+    Args:
+        model: the model.
+        cfg: the config of its wrapper.
+        device: the device.
+        distributed: whether there are several processes.
+        find_unused_parameters: default of this argument of the wrapper.
+        sync_bn: ``'torch'`` to replace BatchNorm layers.
+    """
+    if sync_bn not in (None, "torch"):
+        raise ValueError(f"Invalid sync_bn: {sync_bn!r}; expected 'torch' or None (mmcv's layer is not supported)")
     model = model.to(device)
     if not distributed or any(map(_is_distributed, holders(model))):
         return model
@@ -165,10 +180,10 @@ def build_model(
         settings["find_unused_parameters"] = True
     if device.type == "cuda":
         settings["device_ids"] = [device.index]
-    return MODEL_WRAPPERS.build({**settings, **(wrapper_cfg or {})}, module=model)
+    return MODEL_WRAPPERS.build({**settings, **(cfg or {})}, module=model)
 
 
-def build_evaluator(mode: str, evaluator: Any) -> Any:
+def build_evaluator(name: str, evaluator: Any) -> Any:
     """Build the evaluator of a validation or test: from metrics, or from a config that has ``metrics``."""
     if hasattr(evaluator, "evaluate") and hasattr(evaluator, "metrics"):
         return evaluator
@@ -176,24 +191,32 @@ def build_evaluator(mode: str, evaluator: Any) -> Any:
         return EVALUATOR.build({"type": "Evaluator", **evaluator})
     for metric in evaluator if isinstance(evaluator, list | tuple) else [evaluator]:
         if not hasattr(metric, "process"):
-            check_config(f"{mode}_evaluator", metric)
+            check_config(name, metric)
     return Evaluator(evaluator)
 
 
-def build_runner_wrapper(model: nn.Module, cfg: Any) -> tuple[OptimWrapper, bool]:
-    """The optimizer wrapper of a run, and whether it was built from a config alone, without objects in it.
+def is_described(optim_wrapper: Any) -> bool:
+    """Whether the optimizer wrapper of a run is described by configs alone, without objects."""
+    if isinstance(optim_wrapper, OptimWrapper):
+        return False
+    parts = optim_wrapper.values() if isinstance(optim_wrapper, Mapping) else ()
+    return not any(isinstance(each, OptimWrapper | torch.optim.Optimizer) for each in parts)
+
+
+def build_runner_wrapper(model: nn.Module, cfg: Any) -> OptimWrapper:
+    """The optimizer wrapper of a run.
 
     Args:
         model: the model.
         cfg: a wrapper; a config, whose ``optimizer`` may be an optimizer; or a dict of wrappers by name.
     """
     if isinstance(cfg, OptimWrapper):
-        return cfg, False
+        return cfg
     if isinstance(cfg, Mapping) and isinstance(cfg.get("optimizer"), torch.optim.Optimizer):
-        return OPTIM_WRAPPERS.build({"type": "OptimWrapper", **cfg}), False
+        return OPTIM_WRAPPERS.build({"type": "OptimWrapper", **cfg})
     if isinstance(cfg, Mapping) and cfg and all(isinstance(each, OptimWrapper) for each in cfg.values()):
-        return OptimWrapperDict(**cfg), False
-    return build_optim_wrapper(model, cfg), True
+        return OptimWrapperDict(**cfg)
+    return build_optim_wrapper(model, cfg)
 
 
 def build_evaluation_loop(runner: Runner, cfg: Any, mode: str, dataloader: DataLoader, evaluator: Any) -> Any:

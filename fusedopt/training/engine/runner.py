@@ -19,27 +19,20 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from ...messages import plain, warn_caller
-from .. import schedulers
-from ..config import Config, ConfigError, naming
+from ..config import Config, ConfigError
 from ..registry import check_config, is_known_scope, scope_by_default
-from ..unwrapping import stateful
 from ..wrappers import OptimWrapper
 from . import distributed
-from .checkpointing import HasCheckpoints
-from .data import build_dataloader
+from .builders import HasBuilders
 from .hooks.hook import Hook
 from .log import build_logger
 from .loops import TestLoop, TrainLoop, ValLoop
 from .message_hub import MessageHub
 from .parts import (
     ENVIRONMENT_KEYS,
-    build_evaluation_loop,
-    build_evaluator,
-    build_model,
-    build_runner_wrapper,
-    build_train_loop,
     build_visualizer,
     check_together,
+    is_described,
     scale_lr,
     section,
     set_environment,
@@ -53,7 +46,7 @@ from .visualizer import Visualizer
 __all__ = ["Runner"]
 
 
-class Runner(HasCheckpoints):
+class Runner(HasBuilders):
     """Trains a model as a config describes, with the names of ``mmengine.runner.Runner``.
 
     Everything is built at once, so that mistakes in a config show before anything runs. Arguments of MMEngine's Runner
@@ -219,43 +212,42 @@ class Runner(HasCheckpoints):
         self._loaded = False
         with self._naming("visualizer"):
             self.visualizer = build_visualizer(visualizer, Path(self.work_dir) / "vis_data")
-        with self._naming("model"):
-            self.model: Any = build_model(
-                model,
-                data_preprocessor,
-                model_wrapper_cfg,
-                self.device,
-                launcher != "none",
-                find_unused_parameters,
-                sync_bn,
-            )
-
+        self._given = {
+            "train_dataloader": train_dataloader,
+            "val_dataloader": val_dataloader,
+            "test_dataloader": test_dataloader,
+            "val_evaluator": val_evaluator,
+            "test_evaluator": test_evaluator,
+            "data_preprocessor": data_preprocessor,
+            "find_unused_parameters": find_unused_parameters,
+            "sync_bn": sync_bn,
+        }
+        self.model = self.wrap_model(model_wrapper_cfg, self.build_model(model))
         self.train_loop: TrainLoop | None = None
         self.val_loop: ValLoop | None = None
         self.test_loop: TestLoop | None = None
-        self.optim_wrapper: OptimWrapper | None = None
+        self.optim_wrapper = None
         self.param_schedulers: Any = None
         if validates:
-            self.val_loop = self._build_evaluation_loop("val", val_dataloader, val_evaluator, val_cfg)
+            self.val_loop = self.build_val_loop(val_cfg)
         if tests:
-            self.test_loop = self._build_evaluation_loop("test", test_dataloader, test_evaluator, test_cfg)
+            self.test_loop = self.build_test_loop(test_cfg)
         if trains:
-            with self._naming("train_dataloader"):
-                loader = self.build_dataloader(train_dataloader, shuffle=True)
-            with self._naming("train_cfg"):
-                self.train_loop = build_train_loop(self, train_cfg, loader)
+            self.train_loop = self.build_train_loop(train_cfg)
+            self.optim_wrapper = self.build_optim_wrapper(optim_wrapper)
             with self._naming("optim_wrapper"):
-                self.optim_wrapper, from_config = build_runner_wrapper(self.bare_model, optim_wrapper)
-                self.settings.update(optimizer_settings(optim_wrapper if from_config else self.optim_wrapper))
+                described = optim_wrapper if is_described(optim_wrapper) else self.optim_wrapper
+                self.settings.update(optimizer_settings(described))
             if auto_scale_lr.get("enable"):
+                loader = self.train_loop.dataloader
                 size = getattr(loader.batch_sampler, "batch_size", loader.batch_size)
                 size = None if size is None else size * self.world_size
                 with self._naming("auto_scale_lr"):
                     ratio = scale_lr(auto_scale_lr, self.optim_wrapper, param_scheduler, size)
                 self.settings["auto_scale_lr"] = ratio
                 self.logger.info(f"auto_scale_lr: the learning rates are multiplied by {ratio:g}")
+            self.param_schedulers = self.build_param_scheduler(param_scheduler)
             with self._naming("param_scheduler"):
-                self.param_schedulers = self._build_param_schedulers(param_scheduler)
                 self.settings.update(scheduler_settings(param_scheduler, self.max_epochs, self.max_iters))
         with self._naming("default_hooks"):
             self.register_default_hooks(default_hooks)
@@ -315,6 +307,17 @@ class Runner(HasCheckpoints):
         return 0 if self.train_loop is None else self.train_loop.max_epochs
 
     @property
+    def val_interval(self) -> int:
+        """Number of epochs or iterations between validations, at present."""
+        loop = self.train_loop
+        return 0 if loop is None else loop.interval_after(loop.epoch if loop.by_epoch else loop.iter)
+
+    @property
+    def val_begin(self) -> int:
+        """Number of the first epoch or iteration after which a validation may follow."""
+        return 0 if self.train_loop is None else self.train_loop.val_begin
+
+    @property
     def train_dataloader(self) -> Any:
         """The loader of the training data, or None."""
         return None if self.train_loop is None else self.train_loop.dataloader
@@ -330,6 +333,11 @@ class Runner(HasCheckpoints):
         return None if self.test_loop is None else self.test_loop.dataloader
 
     @property
+    def distributed(self) -> bool:
+        """Whether there is a launcher for several processes."""
+        return self.launcher != "none"
+
+    @property
     def rank(self) -> int:
         """The rank of this process."""
         return distributed.rank()
@@ -338,18 +346,6 @@ class Runner(HasCheckpoints):
     def world_size(self) -> int:
         """The number of processes."""
         return distributed.world_size()
-
-    @property
-    def bare_model(self) -> nn.Module:
-        """The model without wrappers such as torch.compile's or DistributedDataParallel; see :func:`stateful`."""
-        return stateful(self.model)
-
-    @contextlib.contextmanager
-    def _naming(self, key: str) -> Iterator[None]:
-        """Sets the scope and the message hub for building a part; errors name the config's file and ``key``."""
-        named = naming(self.cfg, key) if isinstance(self.cfg, Config) else contextlib.nullcontext()
-        with named, scope_by_default(self.default_scope), self.message_hub.as_current():
-            yield
 
     def set_randomness(
         self, seed: int | None = None, diff_rank_seed: bool = False, deterministic: bool = False
@@ -378,41 +374,6 @@ class Runner(HasCheckpoints):
             torch.backends.cudnn.benchmark = False
             torch.use_deterministic_algorithms(True)
         seed_everything((seed + self.rank) % 2**32 if diff_rank_seed else seed)
-
-    def build_dataloader(self, dataloader: Any, shuffle: bool = False) -> DataLoader:
-        """Build a data loader from its config, see :func:`build_dataloader`.
-
-        Args:
-            dataloader: the config.
-            shuffle: whether it shuffles, unless the config says so.
-        """
-        if isinstance(dataloader, Mapping):
-            for part in ("dataset", "sampler", "batch_sampler"):
-                if isinstance(dataloader.get(part), bool | float | int | str):
-                    check_config(part, dataloader[part])
-        with scope_by_default(self.default_scope):
-            return build_dataloader(dataloader, self.seed, shuffle, self._start_method)
-
-    def _build_evaluation_loop(self, mode: str, dataloader: Any, evaluator: Any, cfg: Any) -> Any:
-        with self._naming(f"{mode}_dataloader"):
-            loader = self.build_dataloader(dataloader)
-        with self._naming(f"{mode}_evaluator"):
-            judge = build_evaluator(mode, evaluator)
-        with self._naming(f"{mode}_cfg"):
-            return build_evaluation_loop(self, cfg, mode, loader, judge)
-
-    def _build_param_schedulers(self, cfg: Any) -> Any:
-        if cfg is None:
-            return None
-        assert self.train_loop is not None
-        assert self.optim_wrapper is not None
-        return schedulers.build_param_schedulers(
-            cfg,
-            self.optim_wrapper,
-            epoch_length=len(self.train_loop.dataloader),
-            max_epochs=self.max_epochs,
-            max_iters=self.max_iters,
-        )
 
     def warn_once(self, message: str) -> None:
         """Log a warning, unless it was logged before."""

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import hashlib
+import io
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from ....messages import as_float, check_whole_number, did_you_mean
 from ...registry import HOOKS
-from ..checkpoint import LAST_CHECKPOINT, UNFINISHED, write_atomically
+from ..checkpoint import LAST_CHECKPOINT, UNFINISHED, read_checkpoint, write_atomically
 from ..distributed import is_main_process
-from .hook import Hook
+from .hook import Hook, check_local_files
 from .rules import GREATER_KEYS, LESS_KEYS, RULES, rule_of
 
 if TYPE_CHECKING:
@@ -50,6 +54,9 @@ class CheckpointHook(Hook):
         filename_tmpl: template of file names, where ``{}`` is the epoch or iteration; ``'epoch_{}.pth'`` or
             ``'iter_{}.pth'`` by default.
         save_begin: number of the epoch or iteration from which the interval counts.
+        published_keys: at the end, also write files with only these keys of the last and the best checkpoints, such as
+            ``['meta', 'state_dict']``; the beginning of the content's SHA-256 is in their names.
+        backend_args: None or ``dict(backend='local')``: files are on a local disk.
 
     Raises:
         TypeError, ValueError: an argument has the wrong type or is out of range, or a rule cannot be inferred.
@@ -72,7 +79,11 @@ class CheckpointHook(Hook):
         less_keys: str | Sequence[str] | None = None,
         filename_tmpl: str | None = None,
         save_begin: int = 0,
+        published_keys: str | Sequence[str] | None = None,
+        backend_args: Mapping[str, Any] | None = None,
     ):
+        check_local_files(backend_args)
+        self.published_keys = _as_list("published_keys", published_keys)
         self.interval = check_whole_number("interval", interval)
         self.max_keep_ckpts = check_whole_number("max_keep_ckpts", max_keep_ckpts)
         self.save_begin = check_whole_number("save_begin", save_begin, 0)
@@ -102,6 +113,7 @@ class CheckpointHook(Hook):
         self.rules = {} if self.save_best == ["auto"] else self._tell_rules(self.save_best)
         self._folder: Path | None = None  # None outside a run
         self._kept: list[int] = []
+        self._newest: Path | None = None
 
     def _tell_rules(self, metrics: Sequence[str]) -> dict[str, str]:
         if self._given_rules:
@@ -120,8 +132,25 @@ class CheckpointHook(Hook):
         self._remove_outdated(runner)
 
     def after_train(self, runner: Runner) -> None:
-        """Leave the folder: a later validation is not part of the run."""
+        """Publish checkpoints, and leave the folder: a later validation is not part of the run."""
+        if self.published_keys and self._folder is not None and is_main_process():
+            best = [
+                runner.message_hub.get_info(f"best_ckpt{suffix}") for suffix in ("", *(f"_{m}" for m in self.rules))
+            ]
+            paths = [self._newest if self.save_last else None, *(self._folder / name for name in best if name)]
+            for path in paths:
+                if path is not None:
+                    self._publish(runner, path)
         self._folder = None
+
+    def _publish(self, runner: Runner, path: Path) -> None:
+        checkpoint = read_checkpoint(path)
+        content = io.BytesIO()
+        torch.save({key: checkpoint[key] for key in self.published_keys if key in checkpoint}, content)
+        digest = hashlib.sha256(content.getvalue()).hexdigest()[:8]
+        published = path.with_name(f"{path.stem}-{digest}.pth")
+        write_atomically(published, lambda file: file.write(content.getvalue()))
+        runner.logger.info(f"Published {published}")
 
     def after_train_epoch(self, runner: Runner) -> None:
         """Save if the interval is in epochs and due."""
@@ -150,6 +179,7 @@ class CheckpointHook(Hook):
         filename = self.filename_tmpl.format(step)
         path = runner.save_checkpoint(self._folder, filename, self.save_optimizer, self.save_param_scheduler)
         runner.logger.info(f"Saved {path}")
+        self._newest = path
         if is_main_process():
             work_dir = Path(runner.work_dir)
             name = path.name if path.parent == work_dir else str(path.resolve())
