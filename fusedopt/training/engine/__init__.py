@@ -23,7 +23,7 @@ from .hooks import (
 )
 from .loops import EpochBasedTrainLoop, IterBasedTrainLoop, TestLoop, TrainLoop, ValLoop
 from .message_hub import MessageHub
-from .model import BaseDataPreprocessor, BaseModel, MMDistributedDataParallel
+from .model import BaseDataPreprocessor, BaseModel, MMDistributedDataParallel, MMSeparateDistributedDataParallel
 from .runner import Runner
 from .visualizer import BaseVisBackend, LocalVisBackend, TensorboardVisBackend, Visualizer
 
@@ -51,6 +51,7 @@ __all__ = [
     "LocalVisBackend",
     "LoggerHook",
     "MMDistributedDataParallel",
+    "MMSeparateDistributedDataParallel",
     "MessageHub",
     "MultiDatasetsEvaluator",
     "ParamSchedulerHook",

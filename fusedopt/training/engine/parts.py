@@ -21,6 +21,7 @@ from ..unwrapping import holders
 from ..wrappers import OptimWrapper, OptimWrapperDict
 from .evaluator import Evaluator
 from .loops import EpochBasedTrainLoop, IterBasedTrainLoop, TestLoop, TrainLoop, ValLoop
+from .model import MMSeparateDistributedDataParallel
 from .visualizer import Visualizer
 
 if TYPE_CHECKING:
@@ -251,4 +252,4 @@ def build_train_loop(runner: Runner, cfg: Any, dataloader: DataLoader) -> TrainL
 
 
 def _is_distributed(model: nn.Module) -> bool:
-    return isinstance(model, nn.parallel.DistributedDataParallel)
+    return isinstance(model, nn.parallel.DistributedDataParallel | MMSeparateDistributedDataParallel)
