@@ -102,7 +102,6 @@ class TestEarlyStopping:
         )
         ours, theirs = EarlyStoppingHook(**settings), hooks.EarlyStoppingHook(**settings)
         runner = Runner.from_cfg(config(tmp_path))
-        runner.message_hub.update_info("loop_stage", "val")
         stopped = []
         for score in scores:
             theirs_stops, _ = theirs._check_stop_condition(score)

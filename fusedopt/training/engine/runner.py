@@ -150,7 +150,7 @@ class Runner(HasBuilders):
         auto_scale_lr = section("auto_scale_lr", auto_scale_lr, ("enable", "base_batch_size"))
         if not isinstance(compile, bool | Mapping):
             raise TypeError(f"compile must be True, False or a dict of torch.compile's arguments, got {compile!r}")
-        self._compile = compile
+        self._compile: bool | Mapping[str, Any] = compile
 
         self.cfg = {} if cfg is None else cfg
         if not isinstance(work_dir, str | Path) or not work_dir:
@@ -396,9 +396,10 @@ class Runner(HasBuilders):
             self.optim_wrapper.initialize_count_status(self.model, self.iter, self.max_iters)
             self.load_or_resume()
             self._dump_config()
-            if self._compile and "train_step" not in vars(self.model):
+            if self._compile is not False:
                 options = {} if self._compile is True else self._compile
                 self.model.train_step = torch.compile(self.model.train_step, **options)
+                self._compile = False  # done
             self.train_loop.run()
         return self.model
 

@@ -134,13 +134,12 @@ class CheckpointHook(Hook):
     def after_train(self, runner: Runner) -> None:
         """Publish checkpoints, and leave the folder: a later validation is not part of the run."""
         if self.published_keys and self._folder is not None and is_main_process():
-            best = [
-                runner.message_hub.get_info(f"best_ckpt{suffix}") for suffix in ("", *(f"_{m}" for m in self.rules))
-            ]
-            paths = [self._newest if self.save_last else None, *(self._folder / name for name in best if name)]
+            infos = ("best_ckpt", *(f"best_ckpt_{metric}" for metric in self.rules))
+            paths = [self._folder / name for info in infos if (name := runner.message_hub.get_info(info))]
+            if self.save_last and self._newest is not None:
+                paths.append(self._newest)
             for path in paths:
-                if path is not None:
-                    self._publish(runner, path)
+                self._publish(runner, path)
         self._folder = None
 
     def _publish(self, runner: Runner, path: Path) -> None:

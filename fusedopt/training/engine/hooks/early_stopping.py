@@ -63,17 +63,18 @@ class EarlyStoppingHook(Hook):
 
     def after_val_epoch(self, runner: Runner, metrics: Mapping[str, Any] | None = None) -> None:
         """End the run if the metric says so."""
-        if runner.train_loop is None or runner.message_hub.get_info("loop_stage") != "val":
+        if runner.train_loop is None:
             return
-        if self.monitor not in (metrics or {}):
-            message = f"monitor={self.monitor!r} is not among the metrics; {did_you_mean(self.monitor, metrics or {})}"
+        metrics = metrics or {}
+        if self.monitor not in metrics:
+            message = f"monitor={self.monitor!r} is not among the metrics; {did_you_mean(self.monitor, metrics)}"
             if self.strict:
                 raise KeyError(message)
             runner.warn_once(message)
             return
-        score = as_float((metrics or {})[self.monitor])
+        score = as_float(metrics[self.monitor])
         if score is None:
-            raise TypeError(f"monitor={self.monitor!r} is not a number, got {(metrics or {})[self.monitor]!r}")
+            raise TypeError(f"monitor={self.monitor!r} is a {type(metrics[self.monitor]).__name__}, not a number")
         reason = self._reason_to_stop(runner, score)
         if reason is not None:
             runner.train_loop.stop_training = True
