@@ -12,7 +12,7 @@ import torch
 from engine_cases import PointNet, config, recorded, state_of, train
 from torch import nn
 
-from fusedopt import FusedSGD, OptimWrapper
+from fusedopt import FusedSGD, OptimWrapper, SkipAwareScheduler
 from fusedopt.cli import main
 from fusedopt.training.engine import Runner
 from fusedopt.training.engine.parts import wrap_model
@@ -65,10 +65,12 @@ class TestAutoScaleLR:
         with pytest.raises(error, match=re.escape(message)):
             Runner.from_cfg(config(tmp_path, **changes))
 
-    def test_a_scheduler_that_is_built_is_refused_and_the_wrapper_stays(self, tmp_path):
+    @pytest.mark.parametrize("skips", [False, True])
+    def test_a_scheduler_that_is_built_is_refused_and_the_wrapper_stays(self, tmp_path, skips):
         model = PointNet()
         wrapper = OptimWrapper(FusedSGD(model.parameters(), lr=0.1))
         scheduler = StepLR(wrapper, step_size=1)
+        scheduler = SkipAwareScheduler(scheduler, wrapper) if skips else scheduler
         changes = dict(model=model, optim_wrapper=wrapper, param_scheduler=[scheduler])
         with pytest.raises(ValueError, match="needs the configs of schedulers, got a scheduler that is built"):
             Runner.from_cfg(config(tmp_path, auto_scale_lr=dict(base_batch_size=1, enable=True), **changes))

@@ -18,7 +18,7 @@ from ..builder import build_optim_wrapper
 from ..registry import EVALUATOR, LOOPS, MODEL_WRAPPERS, MODELS, OPTIM_WRAPPERS, VISUALIZERS, check_config
 from ..schedulers import _ParamScheduler
 from ..unwrapping import holders
-from ..wrappers import OptimWrapper, OptimWrapperDict
+from ..wrappers import OptimWrapper, OptimWrapperDict, SkipAwareScheduler
 from .evaluator import Evaluator
 from .loops import EpochBasedTrainLoop, IterBasedTrainLoop, TestLoop, TrainLoop, ValLoop
 from .model import MMSeparateDistributedDataParallel
@@ -111,7 +111,7 @@ def scale_lr(auto_scale_lr: Mapping[str, Any], optim_wrapper: OptimWrapper, sche
     if base is None or batch_size is None:
         missing = "auto_scale_lr.base_batch_size" if base is None else "train_dataloader.batch_size"
         raise ValueError(f"auto_scale_lr.enable=True needs {missing}, which is not set")
-    if any(isinstance(each, _ParamScheduler) for each in _leaves(schedulers)):
+    if any(isinstance(each, _ParamScheduler | SkipAwareScheduler) for each in _leaves(schedulers)):
         raise ValueError("auto_scale_lr.enable=True needs the configs of schedulers, got a scheduler that is built")
     ratio = batch_size / check_whole_number("auto_scale_lr.base_batch_size", base, 1)
     several = isinstance(optim_wrapper, OptimWrapperDict)
