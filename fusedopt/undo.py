@@ -72,9 +72,9 @@ def _note(holder: Any, undo: list[Callable[[], object]], seen: set[int]) -> None
                 _note_slots(shared, undo)
             for group in holder.param_groups:
                 _note(group, undo, seen)
-        elif isinstance(getattr(holder, "optimizer", None), torch.optim.Optimizer):  # a wrapper
+        elif isinstance(getattr(holder, "optimizer", None), torch.optim.Optimizer):  # a wrapper or a scheduler
             _note(holder.optimizer, undo, seen)
-            _note(holder.base_param_settings, undo, seen)
+            _note(getattr(holder, "base_param_settings", None), undo, seen)
         elif isinstance(wrappers := getattr(holder, "optim_wrappers", None), dict):  # an OptimWrapperDict
             for wrapper in wrappers.values():
                 _note(wrapper, undo, seen)

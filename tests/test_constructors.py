@@ -402,10 +402,11 @@ def test_the_weight_decay_that_is_multiplied_is_a_number(rule):
         DefaultOptimWrapperConstructor(dict(optimizer=dict(type="SGD", lr=LR, weight_decay="0.1")), {rule: 2})
 
 
-@pytest.mark.parametrize("key", ["constructor", "paramwise_cfg"])
-def test_keys_of_build_optim_wrapper_are_refused_by_name(key):
-    with pytest.raises(ValueError, match=f"optim_wrapper: '{key}' is for build_optim_wrapper"):
-        DefaultOptimWrapperConstructor({"optimizer": dict(type="SGD", lr=LR), key: None})
+def test_a_whole_config_may_be_handed_to_the_class():
+    cfg = dict(optimizer=dict(type="SGD", lr=LR), constructor="DefaultOptimWrapperConstructor")
+    assert DefaultOptimWrapperConstructor(cfg)(Model()).get_lr() == {"lr": [LR]}
+    with pytest.raises(ValueError, match="optim_wrapper: 'paramwise_cfg' is for build_optim_wrapper"):
+        DefaultOptimWrapperConstructor({**cfg, "paramwise_cfg": None})
 
 
 def test_a_numpy_multiplier_gives_a_plain_number():

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from engine_cases import assert_same, by_iterations, config, loader, recorded, state_of, train
+from engine_cases import PointNet, assert_same, by_iterations, config, loader, recorded, state_of, train
 
 from fusedopt.training.engine import DefaultSampler, Hook, InfiniteSampler, Runner
 from fusedopt.training.engine.evaluator import BaseMetric
@@ -67,6 +67,30 @@ ACCUMULATE = dict(
     randomness=dict(seed=0, diff_rank_seed=True),
 )
 ZERO = dict(type="ZeroRedundancyOptimizer", optimizer_type="FusedAdamW", lr=1e-2, clip_grad=dict(max_norm=1.0))
+
+
+class Parts(PointNet):
+    """Trains two parts with an optimizer each."""
+
+    def train_step(self, data, optim_wrapper):
+        loss, log_vars = self.parse_losses(self(**self.data_preprocessor(data, True), mode="loss"))
+        for wrapper in optim_wrapper.values():
+            wrapper.zero_grad()
+        loss.backward()
+        for wrapper in optim_wrapper.values():
+            wrapper.step()
+        return log_vars
+
+
+SEPARATE = dict(
+    model=dict(type=Parts, dropout=0.0),
+    model_wrapper_cfg=dict(type="MMSeparateDistributedDataParallel"),
+    optim_wrapper=dict(
+        constructor="MultiOptimWrapperConstructor",
+        backbone=dict(optimizer=dict(type="FusedAdamW", lr=1e-2)),
+        head=dict(optimizer=dict(type="FusedSGD", lr=0.1)),
+    ),
+)
 SHARDED = dict(optim_wrapper=dict(optimizer=ZERO))
 
 
@@ -80,6 +104,23 @@ def plain(rank: int, folder: str) -> dict[str, Any]:
         lrs=recorded(runner).lrs,
         metrics=recorded(runner).metrics,
         wrapper=type(runner.model).__name__,
+    )
+
+
+def separate(rank: int, folder: str) -> dict[str, Any]:
+    runner = train(cfg(f"{folder}/straight", WORLD, **SEPARATE))
+    with contextlib.suppress(Interrupted):
+        train(cfg(f"{folder}/resumed", WORLD, **SEPARATE), Interrupt())
+    again = train(cfg(f"{folder}/resumed", WORLD, resume=True, **SEPARATE))
+    with runner.model.no_sync():
+        syncs = [part.require_backward_grad_sync for part in list(runner.bare_model.children())[1:]]
+    return dict(
+        syncs=syncs,
+        weights=[param.detach().clone() for param in runner.bare_model.parameters()],
+        again=[param.detach().clone() for param in again.bare_model.parameters()],
+        parts={name: type(part).__name__ for name, part in runner.bare_model.named_children()},
+        names=list(torch.load(f"{folder}/straight/epoch_4.pth", weights_only=True)["state_dict"]),
+        metrics=recorded(runner).metrics,
     )
 
 
@@ -137,6 +178,7 @@ def seedless(rank: int, folder: str) -> dict[str, Any]:
 
 SCENARIOS: dict[str, tuple[Callable[..., dict[str, Any]], tuple]] = {
     "plain": (plain, ()),
+    "separate": (separate, ()),
     "infinite": (infinite, ()),
     "buffers": (buffers, ()),
     "resumed": (resumed, (ACCUMULATE,)),
@@ -183,6 +225,20 @@ def test_two_processes_train_as_one_with_twice_the_batch(outcomes, tmp_path, sce
     assert all(map(torch.equal, first, second))
     for param, expected in zip(first, alone.model.parameters(), strict=True):
         torch.testing.assert_close(param, expected, **TOLERANCE)
+
+
+def test_parts_that_are_wrapped_separately_train_as_in_one_process(outcomes, tmp_path):
+    alone = train(cfg(tmp_path, 1, **SEPARATE))
+    first, second = outcomes["separate"]
+    assert all(map(torch.equal, first["weights"], second["weights"]))
+    assert all(map(torch.equal, first["weights"], first["again"]))
+    for param, expected in zip(first["weights"], alone.model.parameters(), strict=True):
+        torch.testing.assert_close(param, expected, **TOLERANCE)
+    assert first["syncs"] == [False, False]
+    assert first["parts"] == dict(
+        data_preprocessor="BaseDataPreprocessor", backbone="DistributedDataParallel", head="DistributedDataParallel"
+    )
+    assert first["names"] == list(alone.model.state_dict()) and first["metrics"] == recorded(alone).metrics
 
 
 def test_both_have_the_learning_rates_and_the_metrics_of_the_whole(outcomes, tmp_path):

@@ -40,6 +40,22 @@ class Tracer(Hook):
         return super().__getattribute__(name)
 
 
+def test_a_hook_of_ones_own_has_the_name_of_one_that_we_provide_for_others(tmp_path, monkeypatch):
+    for name in ("_modules", "_replaceable"):
+        monkeypatch.setattr(HOOKS, name, getattr(HOOKS, name).copy())
+
+    @HOOKS.register_module()
+    class SegVisualizationHook(Hook):
+        def __init__(self, thickness):
+            self.thickness = thickness
+
+    hook = dict(type="SegVisualizationHook", thickness=3)
+    runner = Runner.from_cfg(config(tmp_path, default_hooks=dict(visualization=hook)))
+    assert [each.thickness for each in runner.hooks if type(each) is SegVisualizationHook] == [3]
+    with pytest.raises(KeyError, match="'CheckpointHook' is already in"):
+        HOOKS.register_module(name="CheckpointHook", module=SegVisualizationHook)
+
+
 class TestPriorities:
     def test_the_defaults(self, tmp_path):
         assert order(Runner.from_cfg(config(tmp_path))) == list(DEFAULTS.items())

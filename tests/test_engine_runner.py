@@ -544,7 +544,6 @@ def test_losses_that_are_none(losses, error, message):
         (dict(randomness=dict(sead=1)), ValueError, "randomness has the unknown key 'sead'; did you mean 'seed'?"),
         (dict(launcher="slurm"), ValueError, "Invalid launcher: 'slurm'"),
         (dict(launcher="pytorch"), RuntimeError, "start the training with torchrun"),
-        (dict(auto_scale_lr=dict(base_batch_size=16, enable=True)), ValueError, "auto_scale_lr is not supported"),
         (
             dict(visualizer=dict(vis_backends=[dict(type="LocalVisBackends")])),
             KeyError,

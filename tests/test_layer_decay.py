@@ -492,3 +492,20 @@ class TestWrongConfigs:
                 segmentation(Layered(), decay_rate=0.5, **{key: value})
         with pytest.warns(UserWarning, match=r"unknown key 'layer_decay'.*did you mean 'layer_decay_rate'"):
             pretrain(Layered(), layer_decay=0.5)
+
+
+@pytest.mark.parametrize("key", ["layer_decay_rate", "decay_rate"])
+def test_mmsegmentations_older_name(key):
+    rules = {key: 0.5, "num_layers": 3}
+    cfg = dict(optimizer=dict(type="AdamW", lr=0.1, weight_decay=0.05))
+    older, newer = (
+        build_optim_wrapper(Model(BEiT()), dict(**cfg, constructor=name, paramwise_cfg=paramwise_cfg))
+        for name, paramwise_cfg in (
+            ("LayerDecayOptimizerConstructor", rules),
+            ("LearningRateDecayOptimizerConstructor", dict(num_layers=3, decay_rate=0.5)),
+        )
+    )
+    assert rules == {key: 0.5, "num_layers": 3}
+    kept = ("group_name", "param_names", "lr", "lr_scale", "weight_decay")
+    groups = [[{name: group.get(name) for name in kept} for group in each.param_groups] for each in (older, newer)]
+    assert groups[0] == groups[1] and len(groups[0]) > 2

@@ -206,7 +206,6 @@ class TestWrongConfigs:
                 KeyError,
                 r"\['generator'\] needs the key 'optimizer'; it has 'optimiser",
             ),
-            (dict(), ValueError, "optim_wrapper has no entries: with MultiOptimWrapperConstructor it is"),
             (
                 dict(generator=adam(constructor="DefaultOptimWrapperConstructor")),
                 ValueError,
@@ -218,6 +217,16 @@ class TestWrongConfigs:
     def test_say_what_is_wrong(self, cfg, error, message):
         with pytest.raises(error, match=message):
             build(GAN(), **cfg)
+
+    def test_no_entries_train_nothing(self):
+        with pytest.warns(UserWarning, match="no entry claims the parameters"):
+            wrapper = build(GAN())
+        assert type(wrapper) is OptimWrapperDict and len(wrapper) == 0 and wrapper.get_lr() == {}
+
+    def test_a_whole_config_may_be_handed_to_the_class(self):
+        cfg = dict(constructor="MultiOptimWrapperConstructor", generator=adam(), discriminator=adam())
+        assert set(MultiOptimWrapperConstructor(cfg)(GAN())) == {"generator", "discriminator"}
+        assert "constructor" in cfg
 
     def test_the_config_is_a_dict(self):
         with pytest.raises(TypeError, match="optim_wrapper must be a dict, got list"):

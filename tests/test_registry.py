@@ -63,6 +63,22 @@ def test_a_taken_name_needs_force_and_leaves_the_registry_as_it_was(registry):
     assert registry.get("int") is float
 
 
+@pytest.mark.parametrize("theirs_first", [True, False])
+def test_a_replaceable_entry_gives_its_name_to_whoever_registers_it(registry, theirs_first):
+    def provide():
+        registry.register_module(name="Hook", module=int, replaceable=True)
+
+    if not theirs_first:
+        provide()
+        assert registry.get("Hook") is int
+    registry.register_module(name="Hook", module=float)
+    if theirs_first:
+        provide()
+    assert registry.get("Hook") is float
+    with pytest.raises(KeyError, match="'Hook' is already in"):
+        registry.register_module(name="Hook", module=str)
+
+
 def test_refuses_what_cannot_be_registered(registry):
     with pytest.raises(TypeError, match=r"name must be a string.*parentheses"):
 

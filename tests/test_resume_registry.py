@@ -64,11 +64,13 @@ SCHEDULERS: dict[str, dict[str, Any]] = {
 HOOK_SETTINGS: dict[str, dict[str, Any]] = {
     "CheckpointHook": dict(by_epoch=False, interval=2, max_keep_ckpts=2, save_best="auto", filename_tmpl="mine_{}.pth"),
     "DistSamplerSeedHook": dict(),
+    "EarlyStoppingHook": dict(monitor="count", rule="greater", patience=3),
     "EMAHook": dict(momentum=0.1, begin_iter=3),
     "EmptyCacheHook": dict(),
     "IterTimerHook": dict(),
     "LoggerHook": dict(interval=1),
     "ParamSchedulerHook": dict(),
+    "ProfilerHook": dict(by_epoch=False, profile_times=2),
     "RuntimeInfoHook": dict(),
     "SegVisualizationHook": dict(),
     "SyncBuffersHook": dict(),

@@ -9,8 +9,10 @@ import math
 import pickle
 import subprocess
 import sys
+import warnings
 import weakref
 
+import numpy as np
 import pytest
 import torch
 from schedules import OPTIMIZERS, parameter_groups
@@ -383,6 +385,32 @@ def test_a_step_before_the_optimizers_is_a_warning_at_the_callers_line() -> None
     assert not optimizer._optimizer_step_post_hooks
 
 
+def test_it_is_one_with_last_step_too_as_in_torch() -> None:
+    found = []
+    for make in (
+        lambda optimizer: schedulers.StepLR(optimizer, step_size=2, last_step=4),
+        lambda optimizer: torch.optim.lr_scheduler.StepLR(optimizer, step_size=2, last_epoch=4),
+    ):
+        for steps in (False, True):
+            optimizer = sgd()
+            optimizer.param_groups[0]["initial_lr"] = 0.1
+            scheduler = make(optimizer)
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                if steps:
+                    optimizer.step()
+                scheduler.step()
+                scheduler.step()
+            found.append(len(caught))
+    assert found == [1, 0, 1, 0]
+
+
+def test_a_second_scheduler_is_no_reason_to_warn() -> None:
+    optimizer = sgd()
+    schedulers.StepLR(optimizer, step_size=2)
+    schedulers.ExponentialLR(optimizer, gamma=0.5, last_step=3)
+
+
 def test_the_iterations_of_an_accumulation_are_no_reason_to_warn() -> None:
     parameter = nn.Parameter(torch.ones(1))
     wrapper = OptimWrapper(FusedSGD([parameter], lr=0.1), accumulative_counts=4)
@@ -716,6 +744,16 @@ def test_a_plateau_needs_the_metric_it_monitors(metrics) -> None:
     with pytest.raises(TypeError, match="a dict or a number, got tensor"):
         scheduler.step(torch.ones(2))
     assert scheduler.state_dict() == state
+
+
+@pytest.mark.parametrize("one", [torch.tensor([[2.0]]), np.array([2.0]), np.float32(2.0), np.array(2)])
+def test_a_plateau_takes_one_element_arrays_and_tensors(one) -> None:
+    optimizer = sgd()
+    scheduler = schedulers.ReduceOnPlateauLR(optimizer, monitor="loss", patience=0, factor=0.5)
+    before = optimizer.param_groups[0]["lr"]
+    scheduler.step({"loss": one})
+    scheduler.step({"loss": one})
+    assert optimizer.param_groups[0]["lr"] == before / 2
 
 
 def test_positional_arguments_of_torchs_schedulers_are_checked() -> None:

@@ -153,7 +153,7 @@ def of_constructor(name: str) -> Case:
 
     model = Net()
     rules: dict[str, Any] = dict(bias_decay_mult=0.0)
-    if "LearningRate" in name:
+    if "Decay" in name:
         rules = dict(layer_decay_rate=0.5) if name.endswith("WrapperConstructor") else dict(decay_rate=0.5)
     optimizer = dict(type="FusedAdamW", lr=0.1, weight_decay=0.1)
     cfg: dict[str, Any] = dict(constructor=name, optimizer=optimizer, paramwise_cfg=rules, clip_grad=dict(max_norm=1.0))

@@ -723,3 +723,19 @@ class TestFragments:
         optim_wrapper_new.load_state_dict(optim_state_dict)
         assert_equal_nested(amp_optim_wrapper_new.state_dict(), amp_optim_state_dict)
         assert_equal_nested(optim_wrapper_new.state_dict(), optim_state_dict)
+
+
+@pytest.mark.parametrize("kind", [FusedSGD, torch.optim.SGD])
+def test_mmengines_names_for_a_subclass_with_its_own_step(kind):
+    class Own(OptimWrapper):
+        def step(self, **kwargs):
+            if self.clip_grad_kwargs:
+                self._clip_grad()
+            self.optimizer.step(**kwargs)
+
+    parameter = nn.Parameter(torch.ones(4))
+    wrapper = Own(kind([parameter], lr=1.0), clip_grad=dict(type="norm", max_norm=1.0))
+    assert wrapper.clip_grad_kwargs == dict(max_norm=1.0, norm_type=2.0, error_if_nonfinite=False)
+    wrapper.update_params((10 * parameter).sum())
+    torch.testing.assert_close(parameter.detach(), torch.full((4,), 0.5))
+    assert OptimWrapper(kind([parameter], lr=1.0)).clip_grad_kwargs is None

@@ -31,6 +31,12 @@ def add(commands: Any) -> None:
     )
     parser.add_argument("--amp", action="store_true", help="mixed precision: OptimWrapper becomes AmpOptimWrapper")
     parser.add_argument(
+        "--auto-scale-lr",
+        action="store_true",
+        help="multiply the learning rates by the batch size of all processes divided by the config's "
+        "auto_scale_lr.base_batch_size",
+    )
+    parser.add_argument(
         "--resume",
         metavar="CHECKPOINT",
         nargs="?",
@@ -63,6 +69,8 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.amp:
         with naming(config, "optim_wrapper"):
             config.optim_wrapper = enable_amp(config.get("optim_wrapper", {}))
+    if arguments.auto_scale_lr:
+        config.auto_scale_lr = {**(config.get("auto_scale_lr") or {}), "enable": True}
     if arguments.work_dir is not None:
         config.work_dir = arguments.work_dir
     if config.get("work_dir") is None:

@@ -4,7 +4,7 @@ from .caller import warn_caller
 from .extras import MissingExtraError, require
 from .lines import one_line, some
 from .names import did_you_mean, group_names, parameter_name
-from .numbers import check_betas, check_number, check_whole_number, is_number
+from .numbers import as_float, check_betas, check_number, check_whole_number, is_number
 from .plain import plain, plain_groups, plain_settings
 from .shards import refuse_norm_of_shards, refuse_scaling_of_shards, sharded_parameter
 from .tables import aligned
@@ -21,6 +21,7 @@ __all__ = [
     "SUPPORTED_DTYPES",
     "MissingExtraError",
     "aligned",
+    "as_float",
     "check_betas",
     "check_gradient",
     "check_no_model",

@@ -71,6 +71,13 @@ def check_whole_number(name: str, value: Any, minimum: int | None = None) -> int
     return int(number)
 
 
+def as_float(value: Any) -> float | None:
+    """A number, or the only element of an array or tensor, as a float; None for anything else."""
+    size = value.numel() if isinstance(value, Tensor) else getattr(value, "size", None)
+    number = plain(value.item() if size == 1 and hasattr(value, "item") else value)
+    return float(number) if isinstance(number, numbers.Real) else None
+
+
 def is_number(value: Any) -> bool:
     """Whether ``value`` is a number or a 1-element tensor; True and False do not count."""
     if isinstance(value, Tensor):

@@ -6,6 +6,7 @@ Registries, optimizer wrappers and their constructors, schedulers, averaged mode
 from . import optimizers as _optimizers  # noqa: F401  registers them
 from .registry import (
     DATA_SAMPLERS,
+    EVALUATOR,
     FUNCTIONS,
     HOOKS,
     LOOPS,
@@ -20,5 +21,5 @@ from .registry import (
 PARAM_SCHEDULERS.add_locations("fusedopt.training.schedulers")
 for _name in ("StochasticWeightAverage", "ExponentialMovingAverage", "MomentumAnnealingEMA"):
     MODELS.register_lazily(_name, f"fusedopt.training.averaging.{_name}")
-for _registry in (DATA_SAMPLERS, FUNCTIONS, HOOKS, LOOPS, MODEL_WRAPPERS, VISBACKENDS, VISUALIZERS):
+for _registry in (DATA_SAMPLERS, EVALUATOR, FUNCTIONS, HOOKS, LOOPS, MODEL_WRAPPERS, VISBACKENDS, VISUALIZERS):
     _registry.add_locations("fusedopt.training.engine")

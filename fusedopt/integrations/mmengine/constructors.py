@@ -11,6 +11,7 @@ from mmengine.registry import OPTIM_WRAPPERS, OPTIMIZERS
 from ...training import constructors
 
 __all__ = [
+    "LayerDecayOptimizerConstructor",
     "LearningRateDecayOptimWrapperConstructor",
     "LearningRateDecayOptimizerConstructor",
     "MultiOptimWrapperConstructor",
@@ -41,6 +42,10 @@ class LearningRateDecayOptimWrapperConstructor(_Resolved, constructors.LearningR
 
 
 class LearningRateDecayOptimizerConstructor(_Resolved, constructors.LearningRateDecayOptimizerConstructor):
+    """As in fusedopt, with MMEngine's wrappers."""
+
+
+class LayerDecayOptimizerConstructor(_Resolved, constructors.LayerDecayOptimizerConstructor):
     """As in fusedopt, with MMEngine's wrappers."""
 
 

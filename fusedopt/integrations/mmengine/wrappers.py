@@ -78,12 +78,6 @@ class _InsideMMEngine(OptimWrapper):
         self._log_norm()
 
     @property
-    def clip_grad_kwargs(self) -> dict[str, Any] | None:
-        """The arguments of :attr:`clip_func`; None without clipping."""
-        clip = self.clip_grad
-        return None if clip is None else {key: value for key, value in clip.items() if key != "type"}
-
-    @property
     def clip_func(self) -> Callable[..., Any]:
         """The function that clips for an optimizer that is not fused; AttributeError without clipping."""
         return torch.nn.utils.clip_grad_norm_ if self._clips_by("norm") else torch.nn.utils.clip_grad_value_
@@ -99,9 +93,9 @@ class _InsideMMEngine(OptimWrapper):
         return self.clip_grad["type"] == kind
 
     def _clip_grad(self) -> None:
-        """For a subclass' ``step``: clip and log the norm. A no-op for a fused optimizer, whose step clips."""
+        """As in fusedopt, and log the norm."""
+        super()._clip_grad()
         if self._stock_clip is not None:
-            self._clip_gradients(self._stock_clip)
             self._log_norm()
 
     def _log_norm(self) -> None:

@@ -91,6 +91,7 @@ class DefaultOptimWrapperConstructor:
                 f"{', '.join(map(repr, optim_wrapper_cfg)) or 'no keys'}"
             )
         self.optim_wrapper_cfg = dict(plain_settings(optim_wrapper_cfg))
+        self.optim_wrapper_cfg.pop("constructor", None)  # a whole config, handed straight to its constructor
         self.optimizer_cfg = self.optim_wrapper_cfg.pop("optimizer")
         check_config("optimizer", self.optimizer_cfg)
         self.optim_wrapper_cfg.setdefault("type", "OptimWrapper")
@@ -104,9 +105,8 @@ class DefaultOptimWrapperConstructor:
     def _check_wrapper_keys(self) -> None:
         with OPTIM_WRAPPERS.switch_scope_and_registry(self.optim_wrapper_cfg.get("_scope_")) as registry:
             accepted = accepted_arguments(registry.resolve(self.optim_wrapper_cfg["type"]))
-        for key in ("constructor", "paramwise_cfg"):
-            if key in self.optim_wrapper_cfg:
-                raise ValueError(f"optim_wrapper: {key!r} is for build_optim_wrapper, which takes it out of the config")
+        if "paramwise_cfg" in self.optim_wrapper_cfg:
+            raise ValueError("optim_wrapper: 'paramwise_cfg' is for build_optim_wrapper, which takes it out")
         if accepted is None:
             return
         known = {*accepted, "type", "_scope_", "optimizer"}

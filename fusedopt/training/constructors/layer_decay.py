@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from torch import nn
@@ -12,7 +13,11 @@ from ..unwrapping import named_children, named_parameters, unwrap
 from .default import DefaultOptimWrapperConstructor, join, multiply
 from .depth import DepthFunction, family_of_segmentation, layer_depth, own_depth, stage_depth
 
-__all__ = ["LearningRateDecayOptimWrapperConstructor", "LearningRateDecayOptimizerConstructor"]
+__all__ = [
+    "LayerDecayOptimizerConstructor",
+    "LearningRateDecayOptimWrapperConstructor",
+    "LearningRateDecayOptimizerConstructor",
+]
 
 
 def _backbone_of(model: nn.Module) -> tuple[nn.Module, str]:
@@ -46,7 +51,7 @@ class _LayerDecayConstructor(DefaultOptimWrapperConstructor):
         return {"lr": multiply(self.base_lr, scale), "lr_scale": scale}
 
 
-@OPTIM_WRAPPER_CONSTRUCTORS.register_module()
+@OPTIM_WRAPPER_CONSTRUCTORS.register_module(replaceable=True)
 class LearningRateDecayOptimWrapperConstructor(_LayerDecayConstructor):
     """Layer-wise learning rate decay in MMPretrain's dialect.
 
@@ -107,7 +112,7 @@ class LearningRateDecayOptimWrapperConstructor(_LayerDecayConstructor):
         return join(module_name, name)
 
 
-@OPTIM_WRAPPER_CONSTRUCTORS.register_module()
+@OPTIM_WRAPPER_CONSTRUCTORS.register_module(replaceable=True)
 class LearningRateDecayOptimizerConstructor(_LayerDecayConstructor):
     """Layer- or stage-wise learning rate decay in MMSegmentation's dialect.
 
@@ -198,3 +203,19 @@ class LearningRateDecayOptimizerConstructor(_LayerDecayConstructor):
             groups[group_name]["params"].append(param)
             groups[group_name]["param_names"].append(name)
         params.extend(groups.values())
+
+
+@OPTIM_WRAPPER_CONSTRUCTORS.register_module(replaceable=True)
+class LayerDecayOptimizerConstructor(LearningRateDecayOptimizerConstructor):
+    """MMSegmentation's older name of :class:`LearningRateDecayOptimizerConstructor`, in the configs of BEiT.
+
+    Args:
+        optim_wrapper_cfg: see :class:`DefaultOptimWrapperConstructor`.
+        paramwise_cfg: ``num_layers``, and ``layer_decay_rate`` or ``decay_rate``.
+    """
+
+    def __init__(self, optim_wrapper_cfg: Mapping[str, Any], paramwise_cfg: Mapping[str, Any] | None = None):
+        if isinstance(paramwise_cfg, Mapping) and "layer_decay_rate" in paramwise_cfg:
+            rest = {key: value for key, value in paramwise_cfg.items() if key != "layer_decay_rate"}
+            paramwise_cfg = {**rest, self.rate_key: paramwise_cfg["layer_decay_rate"]}
+        super().__init__(optim_wrapper_cfg, paramwise_cfg)

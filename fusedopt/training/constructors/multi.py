@@ -17,7 +17,7 @@ from .default import DefaultOptimWrapperConstructor
 __all__ = ["MultiOptimWrapperConstructor"]
 
 
-@OPTIM_WRAPPER_CONSTRUCTORS.register_module()
+@OPTIM_WRAPPER_CONSTRUCTORS.register_module(replaceable=True)
 class MultiOptimWrapperConstructor:
     """Several optimizers for the parts of a model, as for the networks of a GAN; as MMagic's class of this name.
 
@@ -28,7 +28,8 @@ class MultiOptimWrapperConstructor:
     the entries; an entry's own settings take precedence.
 
     With ``modules`` at the top level, one optimizer in a plain wrapper trains all of them. Parameters that no entry
-    claims are not trained; with several entries, a warning names some of those that are not frozen.
+    claims are not trained; with entries, or with nothing, a warning names some of those that are not frozen. A config
+    without entries, as in MMagic's base files, trains nothing.
 
     Args:
         optim_wrapper_cfg: the above. Not changed.
@@ -46,6 +47,7 @@ class MultiOptimWrapperConstructor:
         check_config("optim_wrapper", optim_wrapper_cfg)
         if paramwise_cfg is not None:
             raise ValueError("paramwise_cfg is set for each optimizer separately: put it into that optimizer's entry")
+        optim_wrapper_cfg = {key: value for key, value in optim_wrapper_cfg.items() if key != "constructor"}
         self.single = "modules" in optim_wrapper_cfg
         self.constructors: dict[str, DefaultOptimWrapperConstructor] = {}
         self.modules: dict[str, list[str]] = {}
@@ -69,11 +71,6 @@ class MultiOptimWrapperConstructor:
                 raise KeyError(f"optim_wrapper[{key!r}] needs the key 'optimizer'; it has {has}")
             if "constructor" in entry:
                 raise ValueError(f"optim_wrapper[{key!r}]: 'constructor' belongs at the top level, not in an entry")
-        if not entries:
-            raise ValueError(
-                "optim_wrapper has no entries: with MultiOptimWrapperConstructor it is "
-                "dict(generator=dict(optimizer=...), discriminator=dict(optimizer=...))"
-            )
         return {key: {**common, **entry} for key, entry in entries.items()}
 
     @staticmethod

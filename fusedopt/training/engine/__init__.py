@@ -3,10 +3,11 @@
 from ..config import Config, ConfigDict, ConfigError, parse_options
 from .checkpoint import CheckpointError
 from .data import DefaultSampler, InfiniteSampler, build_dataloader, pseudo_collate
-from .evaluator import BaseMetric, Evaluator
+from .evaluator import BaseMetric, Evaluator, MultiDatasetsEvaluator
 from .hooks import (
     CheckpointHook,
     DistSamplerSeedHook,
+    EarlyStoppingHook,
     EMAHook,
     EmptyCacheHook,
     Hook,
@@ -14,6 +15,7 @@ from .hooks import (
     LoggerHook,
     ParamSchedulerHook,
     Priority,
+    ProfilerHook,
     RuntimeInfoHook,
     SegVisualizationHook,
     SyncBuffersHook,
@@ -21,7 +23,7 @@ from .hooks import (
 )
 from .loops import EpochBasedTrainLoop, IterBasedTrainLoop, TestLoop, TrainLoop, ValLoop
 from .message_hub import MessageHub
-from .model import BaseDataPreprocessor, BaseModel, MMDistributedDataParallel
+from .model import BaseDataPreprocessor, BaseModel, MMDistributedDataParallel, MMSeparateDistributedDataParallel
 from .runner import Runner
 from .visualizer import BaseVisBackend, LocalVisBackend, TensorboardVisBackend, Visualizer
 
@@ -38,6 +40,7 @@ __all__ = [
     "DefaultSampler",
     "DistSamplerSeedHook",
     "EMAHook",
+    "EarlyStoppingHook",
     "EmptyCacheHook",
     "EpochBasedTrainLoop",
     "Evaluator",
@@ -48,9 +51,12 @@ __all__ = [
     "LocalVisBackend",
     "LoggerHook",
     "MMDistributedDataParallel",
+    "MMSeparateDistributedDataParallel",
     "MessageHub",
+    "MultiDatasetsEvaluator",
     "ParamSchedulerHook",
     "Priority",
+    "ProfilerHook",
     "Runner",
     "RuntimeInfoHook",
     "SegVisualizationHook",

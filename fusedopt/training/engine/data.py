@@ -11,8 +11,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import BatchSampler, DataLoader, Sampler, default_collate, get_worker_info
+from torch.utils.data import BatchSampler, DataLoader, Dataset, Sampler, default_collate, get_worker_info
 
+from ...messages import check_whole_number
 from ..registry import DATA_SAMPLERS, DATASETS, FUNCTIONS, check_config
 from .distributed import broadcast, rank, world_size
 from .random_states import seed_everything
@@ -201,6 +202,35 @@ class _SeededCollate:
         return batch
 
 
+class _First(Dataset[Any]):
+    """The first ``size`` samples of a data set, with its attributes."""
+
+    def __init__(self, dataset: Any, size: int):
+        self._dataset, self._size = dataset, size
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):  # asked for by unpickling, before there is a data set
+            raise AttributeError(name)
+        return getattr(self._dataset, name)
+
+    def __getitem__(self, index: int) -> Any:
+        return self._dataset[index]
+
+    def __len__(self) -> int:
+        return self._size
+
+
+def _first_batches(dataset: Any, count: int, settings: Mapping[str, Any]) -> Any:
+    """The part of a data set that makes ``count`` batches in each process, for ``num_batch_per_epoch``."""
+    check_whole_number("num_batch_per_epoch", count, 1)
+    batch_sampler = settings.get("batch_sampler")
+    own = batch_sampler.get("batch_size") if isinstance(batch_sampler, Mapping) else None
+    size = count * settings.get("batch_size", own or 1) * world_size()
+    if size > len(dataset):
+        raise ValueError(f"num_batch_per_epoch={count} needs {size} samples; the data set has {len(dataset)}")
+    return _First(dataset, size)
+
+
 def _function(name: str, cfg: Any) -> Callable[..., Any]:
     """A function, given itself or as a config: ``type``, and its keyword arguments."""
     if callable(cfg):
@@ -209,7 +239,8 @@ def _function(name: str, cfg: Any) -> Callable[..., Any]:
     settings = dict(cfg)
     if "type" not in settings:
         raise KeyError(f"{name} needs the key 'type', got {settings!r}")
-    function = FUNCTIONS.resolve(settings.pop("type"))
+    with FUNCTIONS.switch_scope_and_registry(settings.pop("_scope_", None)) as registry:
+        function = registry.resolve(settings.pop("type"))
     return partial(function, **settings) if settings else function
 
 
@@ -221,7 +252,8 @@ def build_dataloader(
     Args:
         cfg: ``dataset`` (a config or an object), ``sampler`` (by default a :class:`DefaultSampler`), ``batch_sampler``,
             ``collate_fn`` (``'pseudo_collate'`` by default, as in MMEngine; torch's is ``'default_collate'``),
-            ``worker_init_fn``, and the arguments of ``torch.utils.data.DataLoader``. A finished loader is returned as
+            ``worker_init_fn``, ``num_batch_per_epoch`` (use only the first samples, enough for so many batches in each
+            process), and the arguments of ``torch.utils.data.DataLoader``. A finished loader is returned as
             it is. Not changed.
         seed: seed of the sampler and the workers.
         shuffle: whether the default sampler shuffles.
@@ -242,6 +274,9 @@ def build_dataloader(
     dataset = settings.pop("dataset")
     if isinstance(dataset, Mapping):
         dataset = DATASETS.build(dataset)
+    batches = settings.pop("num_batch_per_epoch", None)
+    if batches is not None:
+        dataset = _first_batches(dataset, batches, settings)
     sampler = settings.pop("sampler", None)
     if sampler is None:
         sampler = {"type": "DefaultSampler", "shuffle": shuffle}

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ...undo import unchanged_on_error
-from ..registry import HOOKS, check_config
+from ..registry import HOOKS, check_config, scope_by_default
 from .hooks.hook import Hook, get_priority
 from .loops import TrainLoop
 
@@ -27,6 +27,7 @@ class HasHooks:
     """The part of :class:`Runner` that holds hooks, in the order in which they act."""
 
     train_loop: TrainLoop | None
+    default_scope: str | None
     _hooks: list[Hook]
 
     @property
@@ -51,7 +52,8 @@ class HasHooks:
             settings = dict(hook)
             own = settings.pop("priority", None)
             priority = own if priority is None else priority
-            hook = HOOKS.build(settings)
+            with scope_by_default(self.default_scope):
+                hook = HOOKS.build(settings)
         if not isinstance(hook, Hook):
             raise TypeError(f"hook must be a Hook or the config of one, got {hook!r}")
         number = get_priority(hook.priority if priority is None else priority)

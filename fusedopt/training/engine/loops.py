@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -42,13 +42,28 @@ class TrainLoop(abc.ABC):
     max_epochs: int
     max_iters: int
 
-    def __init__(self, runner: Runner, dataloader: DataLoader, val_begin: int, val_interval: int):
+    def __init__(
+        self,
+        runner: Runner,
+        dataloader: DataLoader,
+        val_begin: int,
+        val_interval: int,
+        dynamic_intervals: Sequence[tuple[int, int]] | None = None,
+    ):
         if not len(dataloader):
             raise ValueError("train_dataloader has no batch: drop_last with fewer samples than batch_size?")
         self.runner = runner
         self.dataloader = dataloader
         self.val_begin = check_whole_number("train_cfg.val_begin", val_begin, 0)
         self.val_interval = check_whole_number("train_cfg.val_interval", val_interval, 1)
+        self.dynamic_intervals: list[tuple[int, int]] = []
+        name = "train_cfg.dynamic_intervals"
+        for pair in dynamic_intervals or ():
+            if not isinstance(pair, (list, tuple)) or len(pair) != 2:
+                raise TypeError(f"{name} must be a list of pairs (milestone, interval), got {dynamic_intervals!r}")
+            milestone = check_whole_number(f"{name} milestone", pair[0], 0)
+            self.dynamic_intervals.append((milestone, check_whole_number(f"{name} interval", pair[1], 1)))
+        self.dynamic_intervals.sort()
         self.stop_training = False
         self.epoch = 0
         self.iter = 0
@@ -68,12 +83,17 @@ class TrainLoop(abc.ABC):
     def _end(self) -> int:
         return self.max_epochs if self.by_epoch else self.max_iters
 
+    def interval_after(self, count: int) -> int:
+        """The number of epochs or iterations between validations, after ``count`` of them."""
+        passed = [interval for milestone, interval in self.dynamic_intervals if count + 1 >= milestone]
+        return passed[-1] if passed else self.val_interval
+
     def validates_after(self, count: int) -> bool:
         """Whether a validation follows after ``count`` epochs or iterations."""
         return (
             self.runner.val_loop is not None
             and count >= self.val_begin
-            and (count % self.val_interval == 0 or count == self._end)
+            and (count % self.interval_after(count) == 0 or count == self._end)
         )
 
     def progress(self) -> dict[str, Any]:
@@ -159,6 +179,7 @@ class EpochBasedTrainLoop(TrainLoop):
         max_epochs: number of epochs.
         val_begin: number of the first epoch, counted from 1, after which a validation may follow.
         val_interval: number of epochs between validations; one also follows the last epoch.
+        dynamic_intervals: pairs of the number of an epoch, from 1, and the ``val_interval`` from there on.
 
     Raises:
         TypeError, ValueError: an argument has the wrong type or is out of range, or the data have no end.
@@ -167,14 +188,20 @@ class EpochBasedTrainLoop(TrainLoop):
     by_epoch = True
 
     def __init__(
-        self, runner: Runner, dataloader: DataLoader, max_epochs: int, val_begin: int = 1, val_interval: int = 1
+        self,
+        runner: Runner,
+        dataloader: DataLoader,
+        max_epochs: int,
+        val_begin: int = 1,
+        val_interval: int = 1,
+        dynamic_intervals: Sequence[tuple[int, int]] | None = None,
     ):
         if isinstance(sampler_of(dataloader), InfiniteSampler):
             raise ValueError(
                 "an epoch of an InfiniteSampler never ends; use DefaultSampler, or train by iterations: "
                 "train_cfg=dict(by_epoch=False, max_iters=...)"
             )
-        super().__init__(runner, dataloader, val_begin, val_interval)
+        super().__init__(runner, dataloader, val_begin, val_interval, dynamic_intervals)
         self.max_epochs = check_whole_number("train_cfg.max_epochs", max_epochs, 1)
         self.max_iters = self.max_epochs * len(dataloader)
 
@@ -207,6 +234,7 @@ class IterBasedTrainLoop(TrainLoop):
         max_iters: number of iterations.
         val_begin: number of the first iteration, counted from 1, after which a validation may follow.
         val_interval: number of iterations between validations; one also follows the last iteration.
+        dynamic_intervals: pairs of the number of an iteration, from 1, and the ``val_interval`` from there on.
 
     Raises:
         TypeError, ValueError: an argument has the wrong type or is out of range.
@@ -215,9 +243,15 @@ class IterBasedTrainLoop(TrainLoop):
     by_epoch = False
 
     def __init__(
-        self, runner: Runner, dataloader: DataLoader, max_iters: int, val_begin: int = 1, val_interval: int = 1000
+        self,
+        runner: Runner,
+        dataloader: DataLoader,
+        max_iters: int,
+        val_begin: int = 1,
+        val_interval: int = 1000,
+        dynamic_intervals: Sequence[tuple[int, int]] | None = None,
     ):
-        super().__init__(runner, dataloader, val_begin, val_interval)
+        super().__init__(runner, dataloader, val_begin, val_interval, dynamic_intervals)
         self.max_epochs = 1
         self.max_iters = check_whole_number("train_cfg.max_iters", max_iters, 1)
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections import deque
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -90,10 +91,31 @@ class MessageHub:
         runtime_info: anything else by name, such as ``'iter'``.
     """
 
+    _current: ClassVar[MessageHub | None] = None
+
     def __init__(self, window_size: int = 10):
         self.window_size = check_whole_number("window_size", window_size, 1)
         self.log_scalars: dict[str, HistoryBuffer] = {}
         self.runtime_info: dict[str, Any] = {}
+
+    @classmethod
+    def get_current_instance(cls) -> MessageHub:
+        """The hub of the Runner that is being built or runs, for models and others that do not know their Runner.
+
+        Outside of that it is a hub without a Runner.
+        """
+        if MessageHub._current is None:
+            MessageHub._current = cls()
+        return MessageHub._current
+
+    @contextlib.contextmanager
+    def as_current(self) -> Iterator[None]:
+        """Make this the current instance while the block runs."""
+        before, MessageHub._current = MessageHub._current, self
+        try:
+            yield
+        finally:
+            MessageHub._current = before
 
     def update_scalar(self, key: str, value: float | Tensor, unless: Tensor | None = None) -> None:
         """Add a value to a scalar.

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Mapping, Sequence
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from ..registry import MODEL_WRAPPERS, MODELS
 from ..wrappers import OptimWrapper
 from .data import moved
 
-__all__ = ["BaseDataPreprocessor", "BaseModel", "MMDistributedDataParallel"]
+__all__ = ["BaseDataPreprocessor", "BaseModel", "MMDistributedDataParallel", "MMSeparateDistributedDataParallel"]
 
 
 @MODELS.register_module()
@@ -41,10 +42,19 @@ class BaseModel(nn.Module, abc.ABC):
     Args:
         data_preprocessor: processes each batch first, as ``data_preprocessor(data, training)``: a module or its
             config; by default a :class:`BaseDataPreprocessor`.
+        init_cfg: must be None; MMEngine's initializers are not supported.
+
+    Raises:
+        ValueError: ``init_cfg`` is given.
     """
 
-    def __init__(self, data_preprocessor: nn.Module | Mapping[str, Any] | None = None):
+    def __init__(self, data_preprocessor: nn.Module | Mapping[str, Any] | None = None, init_cfg: Any = None):
         super().__init__()
+        if init_cfg:
+            raise ValueError(
+                f"Invalid init_cfg: {init_cfg!r}; expected None. Initialize the weights in __init__, or load them with "
+                "the Runner's load_from"
+            )
         if isinstance(data_preprocessor, Mapping):
             data_preprocessor = MODELS.build({"type": "BaseDataPreprocessor", **data_preprocessor})
         self.data_preprocessor: Any = BaseDataPreprocessor() if data_preprocessor is None else data_preprocessor
@@ -151,3 +161,49 @@ class MMDistributedDataParallel(nn.parallel.DistributedDataParallel):
     def test_step(self, data: Any) -> list[Any]:
         """As :meth:`BaseModel.test_step`."""
         return self.module.test_step(data)
+
+
+@MODEL_WRAPPERS.register_module()
+class MMSeparateDistributedDataParallel(nn.Module):
+    """Wraps each part of a model in a ``DistributedDataParallel`` of its own, as MMEngine's class of this name.
+
+    For models like GANs, whose ``train_step`` steps the optimizers of its parts in turns. Parts are the first-level
+    modules with a parameter that is not frozen; parameters of the model itself are not averaged over the processes.
+
+    Args:
+        module: the model, whose ``train_step`` does the iteration. Its parts are replaced by the wrapped ones.
+        broadcast_buffers, find_unused_parameters, kwargs: as for ``torch.nn.parallel.DistributedDataParallel``.
+    """
+
+    module: Any
+
+    def __init__(
+        self, module: nn.Module, broadcast_buffers: bool = False, find_unused_parameters: bool = False, **kwargs: Any
+    ):
+        super().__init__()
+        self.module = module
+        settings = {"broadcast_buffers": broadcast_buffers, "find_unused_parameters": find_unused_parameters, **kwargs}
+        for name, part in list(module.named_children()):
+            if any(param.requires_grad for param in part.parameters()):
+                module._modules[name] = nn.parallel.DistributedDataParallel(part, **settings)
+
+    def train_step(self, data: Any, optim_wrapper: OptimWrapper) -> dict[str, Tensor]:
+        """The model's, in which each wrapped part averages its gradients over all processes."""
+        return self.module.train_step(data, optim_wrapper)
+
+    def val_step(self, data: Any) -> list[Any]:
+        """As the model's."""
+        return self.module.val_step(data)
+
+    def test_step(self, data: Any) -> list[Any]:
+        """As the model's."""
+        return self.module.test_step(data)
+
+    @contextlib.contextmanager
+    def no_sync(self) -> Iterator[None]:
+        """Inside, no part averages its gradients."""
+        with contextlib.ExitStack() as stack:
+            for part in self.module.children():
+                if isinstance(part, nn.parallel.DistributedDataParallel):
+                    stack.enter_context(part.no_sync())
+            yield

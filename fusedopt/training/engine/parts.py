@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import contextlib
+import importlib
+import resource
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,11 +13,15 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
-from ...messages import did_you_mean
-from ..registry import LOOPS, MODEL_WRAPPERS, MODELS, VISUALIZERS, check_config
+from ...messages import check_whole_number, did_you_mean
+from ..builder import build_optim_wrapper
+from ..registry import EVALUATOR, LOOPS, MODEL_WRAPPERS, MODELS, OPTIM_WRAPPERS, VISUALIZERS, check_config
+from ..schedulers import _ParamScheduler
 from ..unwrapping import holders
+from ..wrappers import OptimWrapper, OptimWrapperDict, SkipAwareScheduler
 from .evaluator import Evaluator
-from .loops import TrainLoop
+from .loops import EpochBasedTrainLoop, IterBasedTrainLoop, TestLoop, TrainLoop, ValLoop
+from .model import MMSeparateDistributedDataParallel
 from .visualizer import Visualizer
 
 if TYPE_CHECKING:
@@ -22,13 +29,18 @@ if TYPE_CHECKING:
 
 __all__ = [
     "ENVIRONMENT_KEYS",
+    "build_evaluation_loop",
     "build_evaluator",
     "build_model",
+    "build_runner_wrapper",
     "build_train_loop",
     "build_visualizer",
     "check_together",
+    "is_described",
+    "scale_lr",
     "section",
     "set_environment",
+    "wrap_model",
 ]
 
 ENVIRONMENT_KEYS = ("cudnn_benchmark", "device", "dist_cfg", "mp_cfg", "resource_limit")
@@ -54,10 +66,23 @@ def section(name: str, value: Mapping[str, Any] | None, known: Sequence[str] = (
 
 
 def set_environment(settings: Mapping[str, Any]) -> tuple[torch.device, str | None]:
-    """Apply ``env_cfg``; return the training device and the start method of data workers."""
+    """Apply ``env_cfg``; return the training device and the start method of data workers.
+
+    As in MMEngine, ``resource_limit`` raises the number of files that the process may open, and never lowers it.
+    """
     if settings.get("cudnn_benchmark"):
         torch.backends.cudnn.benchmark = True
-    start_method = section("env_cfg.mp_cfg", settings.get("mp_cfg")).get("mp_start_method")
+    workers = section("env_cfg.mp_cfg", settings.get("mp_cfg"), ("mp_start_method", "opencv_num_threads"))
+    start_method = workers.get("mp_start_method")
+    if "opencv_num_threads" in workers:
+        with contextlib.suppress(ImportError):
+            importlib.import_module("cv2").setNumThreads(workers["opencv_num_threads"])
+    if "resource_limit" in settings:
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        files = check_whole_number("env_cfg.resource_limit", settings["resource_limit"], 1)
+        if hard != resource.RLIM_INFINITY:
+            files = min(files, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, files), hard))
     default = "cpu"
     if torch.cuda.is_available():
         default = f"cuda:{torch.cuda.current_device()}"
@@ -68,6 +93,40 @@ def set_environment(settings: Mapping[str, Any]) -> tuple[torch.device, str | No
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"Invalid env_cfg.device: {settings['device']!r}; torch finds no usable CUDA device here")
     return device, start_method
+
+
+def scale_lr(auto_scale_lr: Mapping[str, Any], optim_wrapper: OptimWrapper, schedulers: Any, batch_size: Any) -> float:
+    """Multiply every learning rate by ``batch_size / base_batch_size``; return the factor.
+
+    Args:
+        auto_scale_lr: has ``base_batch_size``, the batch size for which the learning rates are meant.
+        optim_wrapper: the wrapper.
+        schedulers: the configs of schedulers.
+        batch_size: number of samples of an iteration in all processes; None if the loader does not say.
+
+    Raises:
+        ValueError: a number is missing, or a scheduler is built already and keeps the learning rates of before.
+    """
+    base = auto_scale_lr.get("base_batch_size")
+    if base is None or batch_size is None:
+        missing = "auto_scale_lr.base_batch_size" if base is None else "train_dataloader.batch_size"
+        raise ValueError(f"auto_scale_lr.enable=True needs {missing}, which is not set")
+    if any(isinstance(each, _ParamScheduler | SkipAwareScheduler) for each in _leaves(schedulers)):
+        raise ValueError("auto_scale_lr.enable=True needs the configs of schedulers, got a scheduler that is built")
+    ratio = batch_size / check_whole_number("auto_scale_lr.base_batch_size", base, 1)
+    several = isinstance(optim_wrapper, OptimWrapperDict)
+    for wrapper in optim_wrapper.values() if several else [optim_wrapper]:  # type: ignore[attr-defined]
+        for group in wrapper.param_groups:
+            group["lr"] = group["lr"] * ratio
+    return ratio
+
+
+def _leaves(schedulers: Any) -> Iterator[Any]:
+    if isinstance(schedulers, Mapping | list | tuple):
+        for each in schedulers.values() if isinstance(schedulers, Mapping) else schedulers:
+            yield from _leaves(each)
+    else:
+        yield schedulers
 
 
 def build_visualizer(visualizer: Visualizer | Mapping[str, Any] | None, save_dir: Path) -> Visualizer:
@@ -81,45 +140,107 @@ def build_visualizer(visualizer: Visualizer | Mapping[str, Any] | None, save_dir
     return VISUALIZERS.build(settings, save_dir=str(save_dir))
 
 
-def build_model(
-    model: nn.Module | Mapping[str, Any],
-    data_preprocessor: Mapping[str, Any] | None,
-    wrapper_cfg: Mapping[str, Any] | None,
-    device: torch.device,
-    distributed: bool,
-) -> nn.Module:
-    """Build the model on its device, in a wrapper if there are several processes."""
+def build_model(model: nn.Module | Mapping[str, Any], data_preprocessor: Mapping[str, Any] | None) -> nn.Module:
+    """Build the model, or return the given one."""
     if not isinstance(model, nn.Module):
         check_config("model", model)
         extra = {} if data_preprocessor is None else {"data_preprocessor": data_preprocessor}
         model = MODELS.build(model, **extra)
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module or its config, got {type(model).__name__}")
+    return model
+
+
+def wrap_model(
+    model: nn.Module,
+    cfg: Mapping[str, Any] | None,
+    device: torch.device,
+    distributed: bool,
+    find_unused_parameters: bool = False,
+    sync_bn: str | None = None,
+) -> nn.Module:
+    """Move the model to its device and, if there are several processes, wrap it.
+
+    Args:
+        model: the model.
+        cfg: the config of its wrapper.
+        device: the device.
+        distributed: whether there are several processes.
+        find_unused_parameters: default of this argument of the wrapper.
+        sync_bn: ``'torch'`` to replace BatchNorm layers.
+    """
+    if sync_bn not in (None, "torch"):
+        raise ValueError(f"Invalid sync_bn: {sync_bn!r}; expected 'torch' or None (mmcv's layer is not supported)")
     model = model.to(device)
     if not distributed or any(map(_is_distributed, holders(model))):
         return model
+    if sync_bn is not None:
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     settings: dict[str, Any] = {"type": "MMDistributedDataParallel", "broadcast_buffers": False}
+    if find_unused_parameters:
+        settings["find_unused_parameters"] = True
     if device.type == "cuda":
         settings["device_ids"] = [device.index]
-    return MODEL_WRAPPERS.build({**settings, **(wrapper_cfg or {})}, module=model)
+    return MODEL_WRAPPERS.build({**settings, **(cfg or {})}, module=model)
 
 
-def build_evaluator(mode: str, evaluator: Any) -> Evaluator:
-    """Build the evaluator of a validation or test from metrics or their configs, or return the given one."""
+def build_evaluator(name: str, evaluator: Any) -> Any:
+    """Build the evaluator of a validation or test: from metrics, or from a config that has ``metrics``."""
+    if hasattr(evaluator, "evaluate") and hasattr(evaluator, "metrics"):
+        return evaluator
+    if isinstance(evaluator, Mapping) and "metrics" in evaluator:
+        return EVALUATOR.build({"type": "Evaluator", **evaluator})
     for metric in evaluator if isinstance(evaluator, list | tuple) else [evaluator]:
         if not hasattr(metric, "process"):
-            check_config(f"{mode}_evaluator", metric)
-    return evaluator if isinstance(evaluator, Evaluator) else Evaluator(evaluator)
+            check_config(name, metric)
+    return Evaluator(evaluator)
+
+
+def is_described(optim_wrapper: Any) -> bool:
+    """Whether the optimizer wrapper of a run is described by configs alone, without objects."""
+    if isinstance(optim_wrapper, OptimWrapper):
+        return False
+    parts = optim_wrapper.values() if isinstance(optim_wrapper, Mapping) else ()
+    return not any(isinstance(each, OptimWrapper | torch.optim.Optimizer) for each in parts)
+
+
+def build_runner_wrapper(model: nn.Module, cfg: Any) -> OptimWrapper:
+    """The optimizer wrapper of a run.
+
+    Args:
+        model: the model.
+        cfg: a wrapper; a config, whose ``optimizer`` may be an optimizer; or a dict of wrappers by name.
+    """
+    if isinstance(cfg, OptimWrapper):
+        return cfg
+    if isinstance(cfg, Mapping) and isinstance(cfg.get("optimizer"), torch.optim.Optimizer):
+        return OPTIM_WRAPPERS.build({"type": "OptimWrapper", **cfg})
+    if isinstance(cfg, Mapping) and cfg and all(isinstance(each, OptimWrapper) for each in cfg.values()):
+        return OptimWrapperDict(**cfg)
+    return build_optim_wrapper(model, cfg)
+
+
+def build_evaluation_loop(runner: Runner, cfg: Any, mode: str, dataloader: DataLoader, evaluator: Any) -> Any:
+    """Build the loop that ``val_cfg`` or ``test_cfg`` describes, or return the given one, now of this runner."""
+    default = ValLoop if mode == "val" else TestLoop
+    if isinstance(cfg, ValLoop | TestLoop):
+        cfg.runner = runner
+        return cfg
+    check_config(f"{mode}_cfg", cfg)
+    return LOOPS.build({"type": default, **cfg}, runner=runner, dataloader=dataloader, evaluator=evaluator)
 
 
 def build_train_loop(runner: Runner, cfg: Any, dataloader: DataLoader) -> TrainLoop:
-    """Build the loop that ``train_cfg`` describes."""
+    """Build the loop that ``train_cfg`` describes, or return the given one, now of this runner."""
+    if isinstance(cfg, TrainLoop):
+        cfg.runner = runner
+        return cfg
     check_config("train_cfg", cfg)
     settings = dict(cfg)
     if "type" not in settings:
         if not isinstance(settings.get("by_epoch"), bool):
             raise ValueError(f"train_cfg needs by_epoch=True or False, or a type; got {dict(cfg)!r}")
-        settings["type"] = "EpochBasedTrainLoop" if settings.pop("by_epoch") else "IterBasedTrainLoop"
+        settings["type"] = EpochBasedTrainLoop if settings.pop("by_epoch") else IterBasedTrainLoop
     elif "by_epoch" in settings:
         raise ValueError("train_cfg has both type and by_epoch; use only one of them")
     loop = LOOPS.build(settings, runner=runner, dataloader=dataloader)
@@ -131,4 +252,4 @@ def build_train_loop(runner: Runner, cfg: Any, dataloader: DataLoader) -> TrainL
 
 
 def _is_distributed(model: nn.Module) -> bool:
-    return isinstance(model, nn.parallel.DistributedDataParallel)
+    return isinstance(model, nn.parallel.DistributedDataParallel | MMSeparateDistributedDataParallel)

@@ -19,26 +19,21 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from ...messages import plain, warn_caller
-from .. import schedulers
-from ..builder import build_optim_wrapper
-from ..config import Config, ConfigError, naming
-from ..registry import LOOPS, check_config
-from ..unwrapping import stateful
+from ..config import Config, ConfigError
+from ..registry import check_config, is_known_scope, scope_by_default
 from ..wrappers import OptimWrapper
 from . import distributed
-from .checkpointing import HasCheckpoints
-from .data import build_dataloader
+from .builders import HasBuilders
 from .hooks.hook import Hook
 from .log import build_logger
 from .loops import TestLoop, TrainLoop, ValLoop
 from .message_hub import MessageHub
 from .parts import (
     ENVIRONMENT_KEYS,
-    build_evaluator,
-    build_model,
-    build_train_loop,
     build_visualizer,
     check_together,
+    is_described,
+    scale_lr,
     section,
     set_environment,
 )
@@ -51,7 +46,7 @@ from .visualizer import Visualizer
 __all__ = ["Runner"]
 
 
-class Runner(HasCheckpoints):
+class Runner(HasBuilders):
     """Trains a model as a config describes, with the names of ``mmengine.runner.Runner``.
 
     Everything is built at once, so that mistakes in a config show before anything runs. Arguments of MMEngine's Runner
@@ -67,8 +62,10 @@ class Runner(HasCheckpoints):
             max_iters=…, val_begin=1, val_interval=1000)``; instead of ``by_epoch``, ``type`` may name a loop.
         val_cfg: ``dict(fp16=False)``.
         test_cfg: as ``val_cfg``.
-        auto_scale_lr: MMEngine's scaling of learning rates; not supported, and accepted only when off.
-        optim_wrapper: the optimizer wrapper or its config, see :func:`fusedopt.build_optim_wrapper`.
+        auto_scale_lr: ``dict(base_batch_size=…, enable=True)`` multiplies the learning rates by the number of samples
+            in an iteration, over all processes, divided by ``base_batch_size``.
+        optim_wrapper: the optimizer wrapper or its config, see :func:`fusedopt.build_optim_wrapper`; ``optimizer`` in
+            it may be an optimizer; or a dict of wrappers by name.
         param_scheduler: schedulers, their configs, or a dict of these for several optimizers.
         val_evaluator: metrics of a validation: one, its config, or a list.
         test_evaluator: metrics of a test.
@@ -81,12 +78,14 @@ class Runner(HasCheckpoints):
             the beginning.
         launcher: ``'none'``, or ``'pytorch'`` under ``torchrun``.
         env_cfg: ``dist_cfg=dict(backend=…)``, ``cudnn_benchmark``, ``mp_cfg=dict(mp_start_method=…)``, and ``device``,
-            by default a GPU if available. MMEngine's ``resource_limit`` and ``opencv_num_threads`` have no effect.
+            by default a GPU if available; ``resource_limit``, the number of files that may be open, and
+            ``mp_cfg.opencv_num_threads``.
         log_processor: ``window_size``, the number of iterations over which logged losses are averaged (10), and
             ``by_epoch``, whether the log counts epochs (by default, as training does).
         log_level: a name such as ``'INFO'``, or a number.
         visualizer: a visualizer or its config; by default scalars go to ``vis_data/scalars.json`` in ``work_dir``.
-        default_scope: accepted for MMEngine's sake; names are always looked up in fusedopt's registries.
+        default_scope: the package in whose registries names are looked up first, while the Runner is built and runs;
+            these registries are children of fusedopt's.
         randomness: ``seed`` (random by default), ``diff_rank_seed`` (add the process's rank to it) and
             ``deterministic`` (torch's deterministic algorithms).
         experiment_name: by default the name of the config file.
@@ -94,6 +93,9 @@ class Runner(HasCheckpoints):
             ``find_unused_parameters``.
         resume_overrides: if the config was edited after the resumed checkpoint was written, use the edited settings of
             optimizers and schedulers. By default the checkpoint's are used, and a warning lists the edits.
+        find_unused_parameters: for the wrapper of the model, unless ``model_wrapper_cfg`` says otherwise.
+        sync_bn: ``'torch'`` makes BatchNorm layers torch's ``SyncBatchNorm`` if there are several processes.
+        compile: whether the model's ``train_step`` is compiled: True, or the arguments of ``torch.compile``.
         cfg: the whole config. A :class:`Config` from a file is saved beside the checkpoints and named in errors.
 
     Raises:
@@ -135,6 +137,9 @@ class Runner(HasCheckpoints):
         experiment_name: str | None = None,
         model_wrapper_cfg: Mapping[str, Any] | None = None,
         resume_overrides: bool = False,
+        find_unused_parameters: bool = False,
+        sync_bn: str | None = None,
+        compile: bool | Mapping[str, Any] = False,
         cfg: Mapping[str, Any] | None = None,
     ):
         trains = check_together(train_dataloader=train_dataloader, train_cfg=train_cfg, optim_wrapper=optim_wrapper)
@@ -142,8 +147,10 @@ class Runner(HasCheckpoints):
         tests = check_together(test_dataloader=test_dataloader, test_cfg=test_cfg, test_evaluator=test_evaluator)
         if param_scheduler is not None and not trains:
             raise ValueError("param_scheduler is given, but there is no optim_wrapper whose settings it could change")
-        if section("auto_scale_lr", auto_scale_lr).get("enable", False):
-            raise ValueError("auto_scale_lr is not supported; set the learning rate for your batch size in the config")
+        auto_scale_lr = section("auto_scale_lr", auto_scale_lr, ("enable", "base_batch_size"))
+        if not isinstance(compile, bool | Mapping):
+            raise TypeError(f"compile must be True, False or a dict of torch.compile's arguments, got {compile!r}")
+        self._compile: bool | Mapping[str, Any] = compile
 
         self.cfg = {} if cfg is None else cfg
         if not isinstance(work_dir, str | Path) or not work_dir:
@@ -152,9 +159,26 @@ class Runner(HasCheckpoints):
             raise TypeError(f"load_from must be a path or None, got {load_from!r}")
         if experiment_name is not None and not isinstance(experiment_name, str):
             raise TypeError(f"experiment_name must be a string or None, got {experiment_name!r}")
-        for flag, value in (("resume", resume), ("resume_overrides", resume_overrides)):
+        flags = {
+            "resume": resume,
+            "resume_overrides": resume_overrides,
+            "find_unused_parameters": find_unused_parameters,
+            "auto_scale_lr.enable": auto_scale_lr.get("enable", False),
+        }
+        for flag, value in flags.items():
             if not isinstance(value, bool):
                 raise TypeError(f"{flag} must be True or False, got {value!r}")
+        if not isinstance(default_scope, str | None):
+            raise TypeError(f"default_scope must be a string or None, got {default_scope!r}")
+        self.default_scope = default_scope
+        log_settings = section("log_processor", log_processor, ("type", "by_epoch", "window_size"))
+        self.message_hub = MessageHub(log_settings.get("window_size", 10))
+        self.log_by_epoch: bool | None = log_settings.get("by_epoch")
+        with self._naming("default_scope"):
+            if default_scope is not None and not is_known_scope(default_scope):
+                warn_caller(
+                    f"default_scope={default_scope!r}: no registry has this scope; names are looked up in fusedopt's"
+                )
         with self._naming("env_cfg"):
             environment = section("env_cfg", env_cfg, ENVIRONMENT_KEYS)
             dist_cfg = section("env_cfg.dist_cfg", environment.get("dist_cfg"))
@@ -173,9 +197,9 @@ class Runner(HasCheckpoints):
         name = experiment_name or (Path(filename).stem if filename else "")
         self.experiment_name = "_".join(filter(None, (name, self.timestamp)))
         self.logger = build_logger(self.work_dir, self.timestamp, log_level)
-        log_settings = section("log_processor", log_processor, ("type", "by_epoch", "window_size"))
-        self.message_hub = MessageHub(log_settings.get("window_size", 10))
-        self.log_by_epoch: bool | None = log_settings.get("by_epoch")
+        ignored = [key for key in self.cfg if key not in self.config_keys() | {"custom_imports"}]
+        if ignored:
+            self.logger.warning(f"These keys of the config have no effect on the Runner: {', '.join(ignored)}")
         self._warned_of: set[str] = set()
         self._hooks: list[Hook] = []
         self._load_from = load_from
@@ -188,29 +212,42 @@ class Runner(HasCheckpoints):
         self._loaded = False
         with self._naming("visualizer"):
             self.visualizer = build_visualizer(visualizer, Path(self.work_dir) / "vis_data")
-        with self._naming("model"):
-            distributes = launcher != "none"
-            self.model: Any = build_model(model, data_preprocessor, model_wrapper_cfg, self.device, distributes)
-
+        self._given = {
+            "train_dataloader": train_dataloader,
+            "val_dataloader": val_dataloader,
+            "test_dataloader": test_dataloader,
+            "val_evaluator": val_evaluator,
+            "test_evaluator": test_evaluator,
+            "data_preprocessor": data_preprocessor,
+            "find_unused_parameters": find_unused_parameters,
+            "sync_bn": sync_bn,
+        }
+        self.model = self.wrap_model(model_wrapper_cfg, self.build_model(model))
         self.train_loop: TrainLoop | None = None
         self.val_loop: ValLoop | None = None
         self.test_loop: TestLoop | None = None
-        self.optim_wrapper: OptimWrapper | None = None
+        self.optim_wrapper = None
         self.param_schedulers: Any = None
         if validates:
-            self.val_loop = self._build_evaluation_loop("val", val_dataloader, val_evaluator, val_cfg)
+            self.val_loop = self.build_val_loop(val_cfg)
         if tests:
-            self.test_loop = self._build_evaluation_loop("test", test_dataloader, test_evaluator, test_cfg)
+            self.test_loop = self.build_test_loop(test_cfg)
         if trains:
-            with self._naming("train_dataloader"):
-                loader = self.build_dataloader(train_dataloader, shuffle=True)
-            with self._naming("train_cfg"):
-                self.train_loop = build_train_loop(self, train_cfg, loader)
+            self.train_loop = self.build_train_loop(train_cfg)
+            self.optim_wrapper = self.build_optim_wrapper(optim_wrapper)
             with self._naming("optim_wrapper"):
-                self.optim_wrapper = self._build_optim_wrapper(optim_wrapper)
-                self.settings.update(optimizer_settings(optim_wrapper))
+                described = optim_wrapper if is_described(optim_wrapper) else self.optim_wrapper
+                self.settings.update(optimizer_settings(described))
+            if auto_scale_lr.get("enable"):
+                loader = self.train_loop.dataloader
+                size = getattr(loader.batch_sampler, "batch_size", loader.batch_size)
+                size = None if size is None else size * self.world_size
+                with self._naming("auto_scale_lr"):
+                    ratio = scale_lr(auto_scale_lr, self.optim_wrapper, param_scheduler, size)
+                self.settings["auto_scale_lr"] = ratio
+                self.logger.info(f"auto_scale_lr: the learning rates are multiplied by {ratio:g}")
+            self.param_schedulers = self.build_param_scheduler(param_scheduler)
             with self._naming("param_scheduler"):
-                self.param_schedulers = self._build_param_schedulers(param_scheduler)
                 self.settings.update(scheduler_settings(param_scheduler, self.max_epochs, self.max_iters))
         with self._naming("default_hooks"):
             self.register_default_hooks(default_hooks)
@@ -222,7 +259,9 @@ class Runner(HasCheckpoints):
 
     @classmethod
     def from_cfg(cls, cfg: Mapping[str, Any]) -> Runner:
-        """Build a runner from a config, whose keys are the arguments of the class. Other keys are ignored.
+        """Build a runner from a config, whose keys are the arguments of the class.
+
+        Other keys are ignored, with one warning in the log that lists them.
 
         Args:
             cfg: needs ``model`` and ``work_dir``. Not changed.
@@ -268,6 +307,17 @@ class Runner(HasCheckpoints):
         return 0 if self.train_loop is None else self.train_loop.max_epochs
 
     @property
+    def val_interval(self) -> int:
+        """Number of epochs or iterations between validations, at present."""
+        loop = self.train_loop
+        return 0 if loop is None else loop.interval_after(loop.epoch if loop.by_epoch else loop.iter)
+
+    @property
+    def val_begin(self) -> int:
+        """Number of the first epoch or iteration after which a validation may follow."""
+        return 0 if self.train_loop is None else self.train_loop.val_begin
+
+    @property
     def train_dataloader(self) -> Any:
         """The loader of the training data, or None."""
         return None if self.train_loop is None else self.train_loop.dataloader
@@ -283,6 +333,11 @@ class Runner(HasCheckpoints):
         return None if self.test_loop is None else self.test_loop.dataloader
 
     @property
+    def distributed(self) -> bool:
+        """Whether there is a launcher for several processes."""
+        return self.launcher != "none"
+
+    @property
     def rank(self) -> int:
         """The rank of this process."""
         return distributed.rank()
@@ -291,15 +346,6 @@ class Runner(HasCheckpoints):
     def world_size(self) -> int:
         """The number of processes."""
         return distributed.world_size()
-
-    @property
-    def bare_model(self) -> nn.Module:
-        """The model without wrappers such as torch.compile's or DistributedDataParallel; see :func:`stateful`."""
-        return stateful(self.model)
-
-    def _naming(self, key: str) -> contextlib.AbstractContextManager[None]:
-        """If there is a :class:`Config`, make errors name its file and ``key``."""
-        return naming(self.cfg, key) if isinstance(self.cfg, Config) else contextlib.nullcontext()
 
     def set_randomness(
         self, seed: int | None = None, diff_rank_seed: bool = False, deterministic: bool = False
@@ -329,45 +375,6 @@ class Runner(HasCheckpoints):
             torch.use_deterministic_algorithms(True)
         seed_everything((seed + self.rank) % 2**32 if diff_rank_seed else seed)
 
-    def build_dataloader(self, dataloader: Any, shuffle: bool = False) -> DataLoader:
-        """Build a data loader from its config, see :func:`build_dataloader`.
-
-        Args:
-            dataloader: the config.
-            shuffle: whether it shuffles, unless the config says so.
-        """
-        if isinstance(dataloader, Mapping):
-            for part in ("dataset", "sampler", "batch_sampler"):
-                if isinstance(dataloader.get(part), bool | float | int | str):
-                    check_config(part, dataloader[part])
-        return build_dataloader(dataloader, self.seed, shuffle, self._start_method)
-
-    def _build_evaluation_loop(self, mode: str, dataloader: Any, evaluator: Any, cfg: Any) -> Any:
-        with self._naming(f"{mode}_dataloader"):
-            loader = self.build_dataloader(dataloader)
-        with self._naming(f"{mode}_evaluator"):
-            judge = build_evaluator(mode, evaluator)
-        with self._naming(f"{mode}_cfg"):
-            check_config(f"{mode}_cfg", cfg)
-            settings = {"type": f"{mode.capitalize()}Loop", **cfg}
-            return LOOPS.build(settings, runner=self, dataloader=loader, evaluator=judge)
-
-    def _build_optim_wrapper(self, cfg: Any) -> OptimWrapper:
-        return cfg if isinstance(cfg, OptimWrapper) else build_optim_wrapper(self.bare_model, cfg)
-
-    def _build_param_schedulers(self, cfg: Any) -> Any:
-        if cfg is None:
-            return None
-        assert self.train_loop is not None
-        assert self.optim_wrapper is not None
-        return schedulers.build_param_schedulers(
-            cfg,
-            self.optim_wrapper,
-            epoch_length=len(self.train_loop.dataloader),
-            max_epochs=self.max_epochs,
-            max_iters=self.max_iters,
-        )
-
     def warn_once(self, message: str) -> None:
         """Log a warning, unless it was logged before."""
         if message not in self._warned_of:
@@ -389,6 +396,10 @@ class Runner(HasCheckpoints):
             self.optim_wrapper.initialize_count_status(self.model, self.iter, self.max_iters)
             self.load_or_resume()
             self._dump_config()
+            if self._compile is not False:
+                options = {} if self._compile is True else self._compile
+                self.model.train_step = torch.compile(self.model.train_step, **options)
+                self._compile = False  # done
             self.train_loop.run()
         return self.model
 
@@ -421,6 +432,8 @@ class Runner(HasCheckpoints):
     def running(self) -> Iterator[None]:
         """Call the hooks' ``before_run`` and ``after_run`` around the block; close everything at the end."""
         with contextlib.ExitStack() as stack:  # closes everything, even if one close fails
+            stack.enter_context(scope_by_default(self.default_scope))
+            stack.enter_context(self.message_hub.as_current())
             stack.callback(self.visualizer.close)
             for hook in reversed(self._hooks):
                 stack.callback(hook.close)

@@ -91,7 +91,8 @@ def scheduler_settings(param_scheduler: Any, max_epochs: int, max_iters: int) ->
             end = max_epochs if entry.get("by_epoch", True) else max_iters
             told = {**_defaults(PARAM_SCHEDULERS, entry), "end": end, **entry}
             kind = entry["type"]
-            told["type"] = (kind if isinstance(kind, str) else kind.__name__).rpartition(".")[2]
+            name_of_kind = kind if isinstance(kind, str) else getattr(kind, "__name__", type(kind).__name__)
+            told["type"] = name_of_kind.rpartition(".")[2]
         else:
             told = {"type": type(entry).__name__, **entry.state_dict()}
         found.update(_flat(told, name))

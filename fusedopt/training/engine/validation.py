@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from ...messages import did_you_mean
@@ -10,6 +10,7 @@ from ..config import naming
 from ..registry import (
     DATA_SAMPLERS,
     DATASETS,
+    EVALUATOR,
     FUNCTIONS,
     HOOKS,
     LOOPS,
@@ -22,6 +23,7 @@ from ..registry import (
     VISUALIZERS,
     Registry,
     accepted_arguments,
+    scope_by_default,
 )
 
 __all__ = ["check_names"]
@@ -49,7 +51,7 @@ _SECTIONS: dict[str, tuple[Registry, set[str] | None]] = {
         )
     },
     **{f"{mode}_cfg": (LOOPS, None) for mode in ("train", "val", "test")},
-    **{f"{mode}_evaluator{rest}": (METRICS, set()) for mode in ("val", "test") for rest in ("", ".*")},
+    **{f"{mode}_evaluator{rest}": (METRICS, set()) for mode in ("val", "test") for rest in ("", ".*", ".metrics.*")},
     "default_hooks.*": (HOOKS, {"priority"}),
     "custom_hooks.*": (HOOKS, {"priority"}),
     "visualizer": (VISUALIZERS, None),
@@ -59,6 +61,8 @@ _SECTIONS: dict[str, tuple[Registry, set[str] | None]] = {
 def check_names(config: Mapping[str, Any], *keys: str) -> None:
     """Check the ``type`` of each section of a config, and that it accepts the section's other keys.
 
+    As in a Runner, names are looked up in the config's ``default_scope``.
+
     Args:
         config: a config for :meth:`fusedopt.training.engine.Runner.from_cfg`.
         keys: top-level keys to check; all by default.
@@ -66,6 +70,11 @@ def check_names(config: Mapping[str, Any], *keys: str) -> None:
     Raises:
         ConfigError: an unknown ``type`` or argument; the message names the file and the key.
     """
+    with scope_by_default(config.get("default_scope")):
+        _check_names(config, keys)
+
+
+def _check_names(config: Mapping[str, Any], keys: Sequence[str]) -> None:
     for pattern, (registry, extra) in _SECTIONS.items():
         path = pattern.split(".")
         for key, section in _sections(config, path) if not keys or path[0] in keys else ():
@@ -75,7 +84,8 @@ def check_names(config: Mapping[str, Any], *keys: str) -> None:
                 with naming(config, key):
                     registry.resolve(section)
             elif isinstance(section, Mapping) and "type" in section:
-                _check_section(config, key, section, registry, extra)
+                is_evaluator = registry is METRICS and "metrics" in section
+                _check_section(config, key, section, EVALUATOR if is_evaluator else registry, extra)
 
 
 def _sections(value: Any, keys: list[str], path: str = "") -> Iterator[tuple[str, Any]]:

@@ -4,11 +4,12 @@
 """
 
 from .building import accepted_arguments, build_optimizer, build_scheduler, check_config
-from .registry import Registry
+from .registry import Registry, is_known_scope, scope_by_default
 
 __all__ = [
     "DATASETS",
     "DATA_SAMPLERS",
+    "EVALUATOR",
     "FUNCTIONS",
     "HOOKS",
     "LOOPS",
@@ -24,6 +25,8 @@ __all__ = [
     "Registry",
     "accepted_arguments",
     "check_config",
+    "is_known_scope",
+    "scope_by_default",
 ]
 
 OPTIMIZERS = Registry("optimizer", build_func=build_optimizer)
@@ -38,6 +41,7 @@ DATA_SAMPLERS = Registry("data sampler")
 #: Functions that a config names, such as ``collate_fn``.
 FUNCTIONS = Registry("function")
 METRICS = Registry("metric")
+EVALUATOR = Registry("evaluator")
 LOOPS = Registry("loop")
 VISUALIZERS = Registry("visualizer")
 VISBACKENDS = Registry("visualization backend")

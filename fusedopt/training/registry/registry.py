@@ -13,10 +13,37 @@ from ...messages import did_you_mean, warn_caller
 from .building import build_from_cfg
 from .paths import dotted_name, import_dotted, import_registry_of
 
-__all__ = ["Registry"]
+__all__ = ["Registry", "is_known_scope", "scope_by_default"]
 
-#: The scope set by a config's ``_scope_``, while it and its nested configs are built.
+#: The scope set by a config's ``_scope_``, while it and its nested configs are built, or by :func:`scope_by_default`.
 _default_scope: ContextVar[str | None] = ContextVar("default_scope", default=None)
+#: The scope of MMEngine's own registries, in whose place are those at the top of a tree here.
+_MMENGINE = "mmengine"
+#: The scopes of all registries.
+_scopes: set[str] = {_MMENGINE}
+
+
+@contextlib.contextmanager
+def scope_by_default(scope: str | None) -> Iterator[None]:
+    """Look unscoped names up in the registries of ``scope`` while the block runs; None changes nothing.
+
+    The module ``scope.registry``, which adds a package's registries to the tree, is imported first, if it exists.
+    """
+    if scope is None:
+        yield
+        return
+    if scope != _MMENGINE:
+        import_registry_of(scope)
+    token = _default_scope.set(scope)
+    try:
+        yield
+    finally:
+        _default_scope.reset(token)
+
+
+def is_known_scope(scope: str) -> bool:
+    """Whether there is a registry of this scope."""
+    return scope in _scopes
 
 
 class Registry:
@@ -65,10 +92,12 @@ class Registry:
         self._locations = list(locations)
         self._modules: dict[str, Callable[..., Any]] = {}
         self._lazy: dict[str, str] = {}
+        self._replaceable: set[str] = set()
         if parent is not None:
             if scope in parent.children:
                 raise ValueError(f"the {parent.name} registry has a child of scope {scope!r} already")
             parent.children[scope] = self
+        _scopes.add(scope)
 
     @property
     def module_dict(self) -> dict[str, Callable[..., Any]]:
@@ -81,7 +110,11 @@ class Registry:
         return self if self.parent is None else self.parent.root
 
     def register_module(
-        self, name: str | Sequence[str] | None = None, force: bool = False, module: Callable[..., Any] | None = None
+        self,
+        name: str | Sequence[str] | None = None,
+        force: bool = False,
+        module: Callable[..., Any] | None = None,
+        replaceable: bool = False,
     ) -> Any:
         """Register a class or function: ``@register_module()`` above it, or ``register_module(module=cls)``.
 
@@ -89,6 +122,8 @@ class Registry:
             name: name or names to register under; by default the object's own.
             force: replace an object that is registered under a name.
             module: the object, if this is not used as a decorator.
+            replaceable: for classes of other packages that this one provides: whoever registers a name, before or
+                after, needs no ``force`` and has it.
 
         Returns:
             ``module``, or the decorator.
@@ -109,15 +144,19 @@ class Registry:
         def register(target: Callable[..., Any]) -> Callable[..., Any]:
             if not callable(target):
                 raise TypeError(f"the {self.name} registry holds classes and functions, got {target!r}")
-            keys = names or [target.__name__]
+            keys = list(names or [target.__name__])
             entries = self._entries()
             taken = [key for key in keys if key in entries and not self._is_reloaded(key, target)]
-            if taken and not force:
+            refused = [key for key in taken if key not in self._replaceable and not force]
+            if replaceable:
+                keys = [key for key in keys if key not in taken]
+            elif refused:
                 raise KeyError(
-                    f"{taken[0]!r} is already in the {self.name} registry as {entries[taken[0]]}; "
+                    f"{refused[0]!r} is already in the {self.name} registry as {entries[refused[0]]}; "
                     "force=True replaces it"
                 )
             self._modules.update(dict.fromkeys(keys, target))
+            (self._replaceable.update if replaceable else self._replaceable.difference_update)(keys)
             return target
 
         return register if module is None else register(module)
@@ -171,8 +210,9 @@ class Registry:
 
     def _search(self, scope: str) -> Registry | None:
         """The registry of ``scope``: this one or below it, else anywhere in the tree."""
-        below = self._search_below(scope)
-        return self.root._search_below(scope) if below is None else below
+        found = self._search_below(scope)
+        found = self.root._search_below(scope) if found is None else found
+        return self.root if found is None and scope == _MMENGINE else found
 
     def _search_below(self, scope: str) -> Registry | None:
         if scope == self.scope:
@@ -206,21 +246,15 @@ class Registry:
             scope: None keeps the default scope. If no registry of the tree has the scope, this one is used, with a
                 warning.
         """
-        token = _default_scope.set(_default_scope.get() if scope is None else scope)
-        try:
+        with scope_by_default(scope):
             current = _default_scope.get()
             registry = None if current is None else self._search(current)
-            if current is not None and registry is None:
-                import_registry_of(current)
-                registry = self._search(current)
             if registry is None and scope is not None:
                 warn_caller(f"no {self.name} registry has the scope {scope!r}; {self.scope!r} is used")
             yield self if registry is None else registry
-        finally:
-            _default_scope.reset(token)
 
     def resolve(self, kind: str | Callable[..., Any]) -> Callable[..., Any]:
-        """The class or function that the ``type`` of a config stands for.
+        """The class or function that the ``type`` of a config stands for, looked up in the default scope if set.
 
         Args:
             kind: a key for :meth:`get`, or the class or function itself.
@@ -229,9 +263,10 @@ class Registry:
             KeyError: an unknown name; the message gives the closest registered one.
             TypeError: it is not, or does not lead to, a callable.
         """
-        target = self.get(kind) if isinstance(kind, str) else kind
+        with self.switch_scope_and_registry(None) as registry:
+            target = registry.get(kind) if isinstance(kind, str) else kind
         if target is None:
-            known = self._names()
+            known = registry._names()
             hint = did_you_mean(str(kind), known) if known else "nothing is registered"
             raise KeyError(f"{kind!r} is not in the {self.name} registry and cannot be imported; {hint}")
         if not callable(target):

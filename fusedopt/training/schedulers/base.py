@@ -142,7 +142,7 @@ class _ParamScheduler:
 
     def step(self) -> None:
         """Advance by one step; call it after the optimizer's."""
-        if self._global_step == 0:
+        if hasattr(self, "_last_value"):  # not the step at construction
             warn_unless_stepped(self.optimizer)
         groups = self.optimizer.param_groups
         if len(groups) != len(self.base_values):

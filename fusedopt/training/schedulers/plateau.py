@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 from torch.optim import lr_scheduler
 
-from ...messages import check_number, check_whole_number, did_you_mean, is_number
+from ...messages import as_float, check_number, check_whole_number, did_you_mean
 from ..registry import PARAM_SCHEDULERS
 from .base import LRSchedulerMixin, MomentumSchedulerMixin, _copied
 from .from_torch import TorchParamScheduler
@@ -176,9 +176,10 @@ class ReduceOnPlateauParamScheduler(TorchParamScheduler):
                 hint = did_you_mean(self.monitor, map(str, metrics)) if metrics else "there are none"
                 raise KeyError(f"metrics has no {self.monitor!r}, which {type(self).__name__} monitors; {hint}")
             metric = metrics[self.monitor]
-        if not is_number(metric):
+        number = None if isinstance(metric, bool) else as_float(metric)
+        if number is None:
             raise TypeError(f"{type(self).__name__} takes metrics as a dict or a number, got {metric!r}")
-        return float(metric)
+        return number
 
     @classmethod
     def build_iter_from_epoch(cls, optimizer: OptimizerLike, *, epoch_length: int, **kwargs: Any) -> Any:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ...messages import check_whole_number, group_names, warn_caller
 from ..builder import build_optim_wrapper
-from ..registry import MODELS, PARAM_SCHEDULERS, check_config
+from ..registry import MODELS, PARAM_SCHEDULERS, check_config, scope_by_default
 from ..wrappers import OptimWrapper, OptimWrapperDict
 from .base import _ParamScheduler
 from .build import build_param_schedulers
@@ -133,9 +133,10 @@ def simulate_schedule(
         if key not in cfg:
             raise KeyError(f"the config has no {key!r}, which its schedule depends on")
     max_epochs, max_iters = _training_length(cfg["train_cfg"], epoch_length)
-    with torch.random.fork_rng(devices=[]):  # keeps the random numbers of later training
-        wrapper = _build_wrapper(cfg, model)
-    all_driven = _drive(cfg.get("param_scheduler"), wrapper, epoch_length, max_epochs, max_iters)
+    with scope_by_default(cfg.get("default_scope")):
+        with torch.random.fork_rng(devices=[]):  # keeps the random numbers of later training
+            wrapper = _build_wrapper(cfg, model)
+        all_driven = _drive(cfg.get("param_scheduler"), wrapper, epoch_length, max_epochs, max_iters)
 
     schedulers = [scheduler for driven in all_driven for scheduler in driven.schedulers]
     by_iteration = max_epochs is None or any(not each.by_epoch for each in schedulers)

@@ -57,10 +57,12 @@ def unwatch(driven: OptimizerLike) -> bool:
 
 def warn_unless_stepped(driven: OptimizerLike) -> None:
     """Warn if the optimizer was watched and has not stepped; stop watching it."""
+    if not unwatch(driven):
+        return
     optimizer = optimizer_of(driven)
     # No step is expected of a wrapper that accumulates, or whose scaler skipped the step.
     excused = optimizer in DRIVEN if driven is optimizer else getattr(driven, "inner_count", 0)
-    if unwatch(driven) and not getattr(optimizer, "_opt_called", False) and not excused:
+    if not getattr(optimizer, "_opt_called", False) and not excused:
         warn_caller(
             "scheduler.step() was called before optimizer.step(), so the first value of the schedule is skipped; "
             "call the optimizer's first"

@@ -99,6 +99,12 @@ class OptimWrapper(BaseOptimWrapper):
         clip = self._stock_clip
         return getattr(self.optimizer, "clip_grad", None) if clip is None else clip.as_dict()
 
+    @property
+    def clip_grad_kwargs(self) -> dict[str, Any] | None:
+        """:attr:`clip_grad` without its ``type``, under MMEngine's name; None without clipping."""
+        clip = self.clip_grad
+        return None if clip is None else {key: value for key, value in clip.items() if key != "type"}
+
     def update_params(
         self,
         loss: Tensor,
@@ -137,6 +143,11 @@ class OptimWrapper(BaseOptimWrapper):
             self._clip_gradients(self._stock_clip)
         self.optimizer.step(**kwargs)
         self._count_made_step()
+
+    def _clip_grad(self) -> None:
+        """Clip, for a subclass' own ``step``; MMEngine's name. A no-op for a fused optimizer, whose step clips."""
+        if self._stock_clip is not None:
+            self._clip_gradients(self._stock_clip)
 
     def count_made_steps(self) -> int | Tensor:
         """The number of steps since the first call of this that were not skipped; does not wait for the device."""

@@ -2,28 +2,26 @@
 
 from __future__ import annotations
 
+import hashlib
+import io
 import math
-import numbers
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
+import torch
 
-from ....messages import check_whole_number, did_you_mean, plain
+from ....messages import as_float, check_whole_number, did_you_mean
 from ...registry import HOOKS
-from ..checkpoint import LAST_CHECKPOINT, UNFINISHED, write_atomically
+from ..checkpoint import LAST_CHECKPOINT, UNFINISHED, read_checkpoint, write_atomically
 from ..distributed import is_main_process
-from .hook import Hook
+from .hook import Hook, check_local_files
+from .rules import GREATER_KEYS, LESS_KEYS, RULES, rule_of
 
 if TYPE_CHECKING:
     from ..runner import Runner
 
 __all__ = ["CheckpointHook"]
-
-_GREATER_KEYS = ("acc", "top", "AR@", "auc", "precision", "mAP", "mDice", "mIoU", "mAcc", "aAcc")
-_LESS_KEYS = ("loss",)
-_RULES = ("greater", "less")
 
 
 def _as_list(name: str, value: str | Sequence[str] | None) -> list[str]:
@@ -56,6 +54,9 @@ class CheckpointHook(Hook):
         filename_tmpl: template of file names, where ``{}`` is the epoch or iteration; ``'epoch_{}.pth'`` or
             ``'iter_{}.pth'`` by default.
         save_begin: number of the epoch or iteration from which the interval counts.
+        published_keys: at the end, also write files with only these keys of the last and the best checkpoints, such as
+            ``['meta', 'state_dict']``; the beginning of the content's SHA-256 is in their names.
+        backend_args: None or ``dict(backend='local')``: files are on a local disk.
 
     Raises:
         TypeError, ValueError: an argument has the wrong type or is out of range, or a rule cannot be inferred.
@@ -78,7 +79,11 @@ class CheckpointHook(Hook):
         less_keys: str | Sequence[str] | None = None,
         filename_tmpl: str | None = None,
         save_begin: int = 0,
+        published_keys: str | Sequence[str] | None = None,
+        backend_args: Mapping[str, Any] | None = None,
     ):
+        check_local_files(backend_args)
+        self.published_keys = _as_list("published_keys", published_keys)
         self.interval = check_whole_number("interval", interval)
         self.max_keep_ckpts = check_whole_number("max_keep_ckpts", max_keep_ckpts)
         self.save_begin = check_whole_number("save_begin", save_begin, 0)
@@ -93,38 +98,28 @@ class CheckpointHook(Hook):
         self.filename_tmpl = filename_tmpl or ("epoch_{}.pth" if by_epoch else "iter_{}.pth")
         if self.filename_tmpl.count("{}") != 1:
             raise ValueError(f"filename_tmpl must have {{}} once, got {filename_tmpl!r}")
-        self.greater_keys = _as_list("greater_keys", greater_keys) or list(_GREATER_KEYS)
-        self.less_keys = _as_list("less_keys", less_keys) or list(_LESS_KEYS)
+        self.greater_keys = _as_list("greater_keys", greater_keys) or list(GREATER_KEYS)
+        self.less_keys = _as_list("less_keys", less_keys) or list(LESS_KEYS)
         self.save_best = _as_list("save_best", save_best)
         if len(set(self.save_best)) < len(self.save_best) or ("auto" in self.save_best and len(self.save_best) > 1):
             raise ValueError(f"save_best must name each metric once, or be 'auto' alone, got {save_best!r}")
         rules = _as_list("rule", rule)
         for each in rules:
-            if each not in _RULES:
-                raise ValueError(f"Invalid rule: {each!r}; {did_you_mean(each, _RULES)}")
+            if each not in RULES:
+                raise ValueError(f"Invalid rule: {each!r}; {did_you_mean(each, RULES)}")
         if len(rules) not in (0, 1, len(self.save_best)):
             raise ValueError(f"rule has {len(rules)} entries for {len(self.save_best)} metrics of save_best")
         self._given_rules = rules
         self.rules = {} if self.save_best == ["auto"] else self._tell_rules(self.save_best)
         self._folder: Path | None = None  # None outside a run
         self._kept: list[int] = []
+        self._newest: Path | None = None
 
     def _tell_rules(self, metrics: Sequence[str]) -> dict[str, str]:
         if self._given_rules:
             given = self._given_rules * len(metrics) if len(self._given_rules) == 1 else self._given_rules
             return dict(zip(metrics, given, strict=True))
-        return {metric: self._tell_rule(metric) for metric in metrics}
-
-    def _tell_rule(self, metric: str) -> str:
-        name = metric.lower()
-        keys = {"greater": [key.lower() for key in self.greater_keys], "less": [key.lower() for key in self.less_keys]}
-        for rule in _RULES:
-            if name in keys[rule]:
-                return rule
-        for rule in _RULES:
-            if any(key in name for key in keys[rule]):
-                return rule
-        raise ValueError(f"save_best={metric!r}: its name does not say whether greater or less is better; set rule")
+        return {metric: rule_of("save_best", metric, self.greater_keys, self.less_keys) for metric in metrics}
 
     def before_train(self, runner: Runner) -> None:
         """Set the folder, and remove leftovers of killed processes."""
@@ -137,8 +132,24 @@ class CheckpointHook(Hook):
         self._remove_outdated(runner)
 
     def after_train(self, runner: Runner) -> None:
-        """Leave the folder: a later validation is not part of the run."""
+        """Publish checkpoints, and leave the folder: a later validation is not part of the run."""
+        if self.published_keys and self._folder is not None and is_main_process():
+            infos = ("best_ckpt", *(f"best_ckpt_{metric}" for metric in self.rules))
+            paths = [self._folder / name for info in infos if (name := runner.message_hub.get_info(info))]
+            if self.save_last and self._newest is not None:
+                paths.append(self._newest)
+            for path in paths:
+                self._publish(runner, path)
         self._folder = None
+
+    def _publish(self, runner: Runner, path: Path) -> None:
+        checkpoint = read_checkpoint(path)
+        content = io.BytesIO()
+        torch.save({key: checkpoint[key] for key in self.published_keys if key in checkpoint}, content)
+        digest = hashlib.sha256(content.getvalue()).hexdigest()[:8]
+        published = path.with_name(f"{path.stem}-{digest}.pth")
+        write_atomically(published, lambda file: file.write(content.getvalue()))
+        runner.logger.info(f"Published {published}")
 
     def after_train_epoch(self, runner: Runner) -> None:
         """Save if the interval is in epochs and due."""
@@ -167,6 +178,7 @@ class CheckpointHook(Hook):
         filename = self.filename_tmpl.format(step)
         path = runner.save_checkpoint(self._folder, filename, self.save_optimizer, self.save_param_scheduler)
         runner.logger.info(f"Saved {path}")
+        self._newest = path
         if is_main_process():
             work_dir = Path(runner.work_dir)
             name = path.name if path.parent == work_dir else str(path.resolve())
@@ -195,10 +207,10 @@ class CheckpointHook(Hook):
         for metric, rule in self.rules.items():
             if metric not in metrics:
                 raise KeyError(f"save_best={metric!r} is not among the metrics; {did_you_mean(metric, metrics)}")
-            score = plain(metrics[metric])
-            if not isinstance(score, (numbers.Real, Tensor)):
-                raise TypeError(f"save_best={metric!r} is a {type(score).__name__}, not a number")
-            self._save_if_best(runner, metric, float(score), rule)
+            score = as_float(metrics[metric])
+            if score is None:
+                raise TypeError(f"save_best={metric!r} is a {type(metrics[metric]).__name__}, not a number")
+            self._save_if_best(runner, metric, score, rule)
 
     def _save_if_best(self, runner: Runner, metric: str, score: float, rule: str) -> None:
         hub = runner.message_hub

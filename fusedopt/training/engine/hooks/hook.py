@@ -11,7 +11,7 @@ from ....messages import did_you_mean, plain
 if TYPE_CHECKING:
     from ..runner import Runner
 
-__all__ = ["Hook", "Priority", "get_priority"]
+__all__ = ["Hook", "Priority", "check_local_files", "get_priority"]
 
 
 class Priority(IntEnum):
@@ -49,6 +49,12 @@ def get_priority(priority: int | str) -> int:
     if not 0 <= priority <= 100:
         raise ValueError(f"Invalid priority: {priority}; expected a number from 0 to 100")
     return int(priority)
+
+
+def check_local_files(backend_args: Any) -> None:
+    """Raise ValueError unless ``backend_args``, which MMEngine's hooks have, stand for files on a local disk."""
+    if backend_args is not None and backend_args != {"backend": "local"}:
+        raise ValueError(f"Invalid backend_args: {backend_args!r}; expected None or dict(backend='local')")
 
 
 class Hook:
@@ -207,6 +213,15 @@ class Hook:
         """Whether the number of iterations done since ``start`` is a multiple of ``n``; False for ``n <= 0``."""
         return _is_multiple(runner.iter + 1 - start, n)
 
+    def end_of_epoch(self, dataloader: Any, batch_idx: int) -> bool:
+        """Whether this is the last batch of ``dataloader``."""
+        return batch_idx + 1 == len(dataloader)
+
+    def get_triggered_stages(self) -> list[str]:
+        """The stages in which the class of this hook acts, in the order of a run."""
+        own = {name for cls in type(self).__mro__ if cls is not Hook and issubclass(cls, Hook) for name in vars(cls)}
+        return [stage for stage in self.stages if {stage, _method_for_all_modes(stage)} & own]
+
     def is_last_train_epoch(self, runner: Runner) -> bool:
         """Whether this is the last epoch."""
         return runner.epoch + 1 == runner.max_epochs
@@ -214,6 +229,11 @@ class Hook:
     def is_last_train_iter(self, runner: Runner) -> bool:
         """Whether this is the last iteration."""
         return runner.iter + 1 == runner.max_iters
+
+
+def _method_for_all_modes(stage: str) -> str:
+    """The method that a stage calls: ``'_after_iter'`` for ``'after_train_iter'``."""
+    return "_" + "_".join(part for part in stage.split("_") if part not in ("train", "val", "test"))
 
 
 def _is_multiple(count: int, n: int) -> bool:

@@ -14,7 +14,7 @@ import torch
 from ....messages import MissingExtraError, check_whole_number, require
 from ...registry import HOOKS
 from ..distributed import is_main_process
-from .hook import Hook
+from .hook import Hook, check_local_files
 
 if TYPE_CHECKING:
     from ..runner import Runner
@@ -37,9 +37,11 @@ class LoggerHook(Hook):
         ignore_last: whether the end of an epoch that is not a multiple of ``interval`` is not logged.
         log_metric_by_epoch: whether metrics are saved by the number of epochs done; otherwise, of iterations.
         out_dir: folder to which the log and scalars are copied at the end, in a subfolder named like ``work_dir``.
+        interval_exp_name: number of iterations between lines with the name of the experiment.
+        backend_args: None or ``dict(backend='local')``: files are on a local disk.
 
     Raises:
-        TypeError, ValueError: ``interval`` is not an int above 0.
+        TypeError, ValueError: an interval is not an int above 0, or ``backend_args`` is something else.
     """
 
     priority = "BELOW_NORMAL"
@@ -50,7 +52,11 @@ class LoggerHook(Hook):
         ignore_last: bool = True,
         log_metric_by_epoch: bool = True,
         out_dir: str | Path | None = None,
+        interval_exp_name: int = 1000,
+        backend_args: Mapping[str, Any] | None = None,
     ):
+        check_local_files(backend_args)
+        self.interval_exp_name = check_whole_number("interval_exp_name", interval_exp_name, 1)
         self.interval = check_whole_number("interval", interval, 1)
         self.ignore_last = ignore_last
         self.log_metric_by_epoch = log_metric_by_epoch
@@ -89,6 +95,8 @@ class LoggerHook(Hook):
         """Log if due."""
         if self._bar is not None:
             self._bar.advance("train", runner.iter + 1)
+        if self.every_n_train_iters(runner, self.interval_exp_name):
+            runner.logger.info(f"Exp name: {runner.experiment_name}", extra={"on_progress_bar": self._bar is not None})
         length = len(runner.train_dataloader)
         at_end = batch_idx + 1 == length and (not self.ignore_last or length <= self.interval)
         if not (self.every_n_inner_iters(batch_idx, self.interval) or at_end):

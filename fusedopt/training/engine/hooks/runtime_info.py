@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from ....messages import as_float
 from ....version import __version__
 from ...registry import HOOKS
 from .hook import Hook
@@ -111,8 +112,6 @@ class RuntimeInfoHook(Hook):
 def _note_metrics(runner: Runner, mode: str, metrics: Mapping[str, Any] | None) -> None:
     """Record the metrics that are numbers; hooks get the others as an argument."""
     for name, value in (metrics or {}).items():
-        try:
-            number = float(value)
-        except (TypeError, ValueError, RuntimeError):
-            continue
-        runner.message_hub.update_scalar(f"{mode}/{name}", number)
+        number = as_float(value)
+        if number is not None:
+            runner.message_hub.update_scalar(f"{mode}/{name}", number)

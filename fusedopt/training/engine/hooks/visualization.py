@@ -72,7 +72,7 @@ def _images(data_batch: Any) -> Any:
     return data_batch["inputs"]
 
 
-@HOOKS.register_module()
+@HOOKS.register_module(replaceable=True)
 class SegVisualizationHook(VisualizationHook):
     """:class:`VisualizationHook` with MMSegmentation's name and arguments: it draws class maps.
 
