@@ -73,11 +73,12 @@ def read_state_dict(
     for index, group in enumerate(groups):
         if not isinstance(group, Mapping) or "params" not in group:
             raise ValueError(f"loaded param_groups[{index}] has no 'params'")
-        keys = group["params"]
-        if not isinstance(keys, (list, tuple)) or not all(isinstance(key, Hashable) for key in keys):
-            raise ValueError(
-                f"loaded param_groups[{index}]['params'] is {keys!r:.100}; expected a list of numbers or names"
-            )
+        for key in ("params", "param_names"):
+            listed = group.get(key)
+            if listed is None and key == "param_names":
+                continue
+            if not isinstance(listed, (list, tuple)) or not all(isinstance(each, Hashable) for each in listed):
+                raise ValueError(f"loaded param_groups[{index}][{key!r}] is {listed!r:.80}; expected a list")
     groups = in_the_order_of(param_groups, groups)
 
     owners: dict[Any, tuple[int, Tensor, str]] = {}
