@@ -43,7 +43,7 @@ LAYERS = [
 ]
 #: The same within fusedopt.training.
 TRAINING_LAYERS = [
-    ["errors", "registry", "portable", "unwrapping"],
+    ["errors", "registry", "portable", "text_files", "unwrapping"],
     ["optimizers", "zero"],
     ["wrappers"],
     ["constructors"],

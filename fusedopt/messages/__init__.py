@@ -15,6 +15,7 @@ from .tensors import (
     check_state_kinds,
     parse_dtype,
 )
+from .text import encodable, one_line
 
 __all__ = [
     "SUPPORTED_DTYPES",
@@ -28,8 +29,10 @@ __all__ = [
     "check_state_kinds",
     "check_whole_number",
     "did_you_mean",
+    "encodable",
     "group_names",
     "is_number",
+    "one_line",
     "parameter_name",
     "parse_dtype",
     "plain",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from ..messages import one_line
+
 __all__ = ["CheckpointError", "ConfigError"]
 
 
@@ -11,3 +13,6 @@ class CheckpointError(RuntimeError):
 
 class ConfigError(ValueError):
     """A config cannot be used; the one-line message names the file, the key and what is wrong."""
+
+    def __init__(self, message: str):
+        super().__init__(one_line(message))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NoReturn
@@ -11,8 +12,9 @@ from typing import Any, NoReturn
 from ...messages import did_you_mean, require, warn_caller
 from ..errors import ConfigError
 from ..registry import check_config
-from .dicts import ConfigDict
-from .files import load
+from ..text_files import utf8_name
+from .dicts import MOST_LEVELS, ConfigDict, levels
+from .files import TOO_DEEP, load
 from .merging import merged
 from .naming import config_error, naming
 from .writing import is_argument, python_source, writable
@@ -74,9 +76,11 @@ class Config(ConfigDict):
             MissingExtraError: PyYAML is not installed.
         """
         try:
-            config = cls(load(Path(filename), ()), filename=filename)
+            config = cls(load(Path(utf8_name(os.fspath(filename)))), filename=filename)
         except RecursionError as error:
-            raise config_error(filename, "", "the file is nested too deeply") from error
+            raise config_error(filename, "", TOO_DEEP) from error
+        if levels(config) > MOST_LEVELS:
+            raise config_error(filename, "", TOO_DEEP)
         if import_custom_modules:
             config.import_custom_modules()
         return config
@@ -107,7 +111,8 @@ class Config(ConfigDict):
                 importlib.import_module(name)
             except ImportError as error:
                 if not may_fail:
-                    message = f"cannot import {name!r}: {error} (folders in PYTHONPATH are searched, too)"
+                    reason = " ".join(str(error).split())
+                    message = f"cannot import {name!r}: {reason} (folders in PYTHONPATH are searched, too)"
                     raise config_error(self.filename, "custom_imports", message) from error
                 warn_caller(f"{self.filename}: custom_imports: {name!r} is skipped: {error}")
 
@@ -120,8 +125,13 @@ class Config(ConfigDict):
             allow_list_keys: let numbers index lists and tuples, as in ``{'param_scheduler.0.end': 5}``.
 
         Raises:
-            ConfigError: a key leads through a value that has no items, or past the end of a list.
+            ConfigError: a key leads through a value that has no items, or past the end of a list, or more than 100
+                levels deep.
         """
+        for key, value in options.items():
+            if key.count(".") + levels(value) >= MOST_LEVELS:
+                message = f"expected a setting at most {MOST_LEVELS} levels deep"
+                raise config_error(self.filename, key[:MOST_LEVELS], message)
         nested: dict[str, Any] = {}
         for key, value in ConfigDict(options).items():
             *parents, last = key.split(".")

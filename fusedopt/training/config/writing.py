@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Mapping
 from typing import Any, NoReturn
 
-from .files import NO_SETTING
+from .python_files import NO_SETTING
 
 __all__ = ["is_argument", "python_source", "writable"]
 
