@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import json
 import os
@@ -12,12 +13,13 @@ from typing import Any, NoReturn
 from ...messages import did_you_mean, require, warn_caller
 from ..errors import ConfigError
 from ..registry import check_config
-from ..text_files import utf8_name
+from ..text_files import replace_text, utf8_name
 from .dicts import MOST_LEVELS, ConfigDict, levels
-from .files import TOO_DEEP, load
+from .files import TOO_DEEP, load, load_text
 from .merging import merged
 from .naming import config_error, naming
-from .writing import is_argument, python_source, writable
+from .python_files import BASE
+from .writing import first_difference, is_argument, python_source, writable
 
 __all__ = ["Config"]
 
@@ -155,7 +157,8 @@ class Config(ConfigDict):
             filename: a ``.py``, ``.json``, ``.yaml`` or ``.yml`` file; None only returns :attr:`pretty_text`.
 
         Raises:
-            ConfigError: a value, such as a lambda, cannot be written; no file has been written then.
+            ConfigError: a value, such as a lambda, cannot be written or would not be read back equal, or the file
+                cannot be written. An existing file is unchanged then.
             MissingExtraError: PyYAML is not installed.
         """
         if filename is None:
@@ -165,17 +168,32 @@ class Config(ConfigDict):
         def refuse(where: str, message: str) -> NoReturn:
             raise config_error(self.filename, where, message)
 
+        if levels(self) > MOST_LEVELS:
+            refuse("", f"expected at most {MOST_LEVELS} levels")
         settings = writable(self, "", refuse, (str,) if suffix == ".json" else (str, int, float))
         if suffix == ".py":
             for key in settings:
-                if not is_argument(key) or key.startswith("_"):
+                # python_source writes calls of dict and float.
+                if not is_argument(key) or key.startswith("_") or key in ("dict", "float"):
                     refuse(str(key), "a Python config file cannot set this name; dump to JSON or YAML")
             text = python_source(settings)
         elif suffix == ".json":
             text = json.dumps(settings, indent=2) + "\n"
         elif suffix in (".yaml", ".yml"):
-            text = require("yaml", "engine").safe_dump(settings, sort_keys=False, allow_unicode=True)
+            dump = functools.partial(require("yaml", "engine").safe_dump, settings, sort_keys=False)
+            text = dump(allow_unicode=True)
+            if "\x85" in text:  # unescaped, it would be read as a line break
+                text = dump(allow_unicode=False)
         else:
             raise ConfigError(f"{filename}: unknown suffix {suffix!r}; expected .py, .json, .yaml or .yml")
-        Path(filename).write_text(text, encoding="utf-8")
+        path = Path(utf8_name(os.fspath(filename)))
+        if BASE in settings:
+            refuse(BASE, "this name is reserved for the files that a config inherits")
+        difference = first_difference(settings, load_text(text, path))
+        if difference is not None:
+            refuse(difference, f"the value would not be read back equal from a {suffix} file")
+        try:
+            replace_text(path, text)
+        except (OSError, ValueError) as error:
+            raise config_error(filename, "", f"cannot write: {getattr(error, 'strerror', None) or error}") from error
         return text
