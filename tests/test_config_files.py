@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -317,6 +318,20 @@ class TestCommandLine:
             output = capsys.readouterr()
             assert code == 2 and output.out == ""
             assert output.err.startswith("fusedopt") and output.err[:-1].isprintable() and output.err[-1] == "\n"
+
+    def test_other_errors_and_warnings_are_one_line_too(self, capsys, write, tmp_path):
+        pytest.importorskip("matplotlib", reason="plot-schedule needs matplotlib")
+        text = (
+            "optim_wrapper = dict(optimizer=dict(type='SGD', lr=0.1))\ntrain_cfg = dict(by_epoch=True, max_epochs=2)\n"
+        )
+        text += "custom_imports = dict(imports='no_such', allow_failed_imports=True)\n"
+        path = write("a\x1b[31m.py", text)
+        with warnings.catch_warnings():
+            warnings.simplefilter("always")
+            assert main(["plot-schedule", str(path), "-o", str(tmp_path / "a.x\ny")]) == 2
+        warning, error = capsys.readouterr().err.splitlines()
+        assert warning.startswith(rf"fusedopt: warning: {tmp_path}/a\x1b[31m.py: custom_imports: 'no_such' is skipped")
+        assert error.startswith(rf"fusedopt: --out {tmp_path}/a.x\ny: cannot save: ")
 
     def test_in_a_process_of_its_own(self, tmp_path):
         os.mkfifo(tmp_path / "fifo.py")

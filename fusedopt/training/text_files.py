@@ -6,7 +6,7 @@ import contextlib
 import os
 from pathlib import Path
 
-__all__ = ["replace_text", "text_of_name", "utf8_name"]
+__all__ = ["replace_text", "utf8_name"]
 
 
 def utf8_name(name: str) -> str:
@@ -18,11 +18,6 @@ def utf8_name(name: str) -> str:
         return os.fsdecode(name.encode("utf-8", "surrogateescape"))
     except UnicodeEncodeError:  # a surrogate that stands for no byte: no file has this name
         return name
-
-
-def text_of_name(name: str) -> str:
-    """A file name as text: its bytes read as UTF-8, with escapes for those that are none."""
-    return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
 def replace_text(path: Path, text: str) -> None:

@@ -132,7 +132,7 @@ def find_latest_checkpoint(work_dir: str | Path) -> Path | None:
     pointer = Path(work_dir) / LAST_CHECKPOINT
     if not pointer.is_file():
         return None
-    path = Path(work_dir) / pointer.read_text().strip()
+    path = Path(work_dir) / os.fsdecode(pointer.read_bytes()).strip()
     if not path.is_file():
         raise CheckpointError(f"{pointer} names {path}, which does not exist")
     return path

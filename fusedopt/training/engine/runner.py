@@ -23,6 +23,7 @@ from .. import schedulers
 from ..builder import build_optim_wrapper
 from ..config import Config, ConfigError, naming
 from ..registry import LOOPS, check_config
+from ..text_files import utf8_name
 from ..unwrapping import stateful
 from ..wrappers import OptimWrapper
 from . import distributed
@@ -167,7 +168,7 @@ class Runner(HasCheckpoints):
         with self._naming("randomness"):
             randomness = section("randomness", randomness, ("seed", "diff_rank_seed", "deterministic"))
             self.set_randomness(**randomness)
-        self.work_dir = str(Path(work_dir).resolve())
+        self.work_dir = str(Path(utf8_name(str(work_dir))).resolve())
         self.timestamp = distributed.broadcast(time.strftime("%Y%m%d_%H%M%S"))
         filename = cfg.filename if isinstance(cfg, Config) else None
         name = experiment_name or (Path(filename).stem if filename else "")

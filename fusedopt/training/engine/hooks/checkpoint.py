@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import numbers
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from ....messages import check_whole_number, did_you_mean, plain
 from ...registry import HOOKS
+from ...text_files import utf8_name
 from ..checkpoint import LAST_CHECKPOINT, UNFINISHED, write_atomically
 from ..distributed import is_main_process
 from .hook import Hook
@@ -164,13 +166,13 @@ class CheckpointHook(Hook):
             # The outdated one is still in the list: if the process is killed now, the resumed run removes it.
             self._kept = [*(kept for kept in self._kept if kept != step), step]
             runner.message_hub.update_info("keep_ckpt_ids", list(self._kept))
-        filename = self.filename_tmpl.format(step)
+        filename = utf8_name(self.filename_tmpl.format(step))
         path = runner.save_checkpoint(self._folder, filename, self.save_optimizer, self.save_param_scheduler)
         runner.logger.info(f"Saved {path}")
         if is_main_process():
             work_dir = Path(runner.work_dir)
             name = path.name if path.parent == work_dir else str(path.resolve())
-            write_atomically(work_dir / LAST_CHECKPOINT, lambda file: file.write(name.encode()))
+            write_atomically(work_dir / LAST_CHECKPOINT, lambda file: file.write(os.fsencode(name)))
         self._remove_outdated(runner)
 
     def _remove_outdated(self, runner: Runner) -> None:
@@ -178,7 +180,7 @@ class CheckpointHook(Hook):
             return
         assert self._folder is not None
         while len(self._kept) > self.max_keep_ckpts:
-            outdated = self._folder / self.filename_tmpl.format(self._kept.pop(0))
+            outdated = self._folder / utf8_name(self.filename_tmpl.format(self._kept.pop(0)))
             if is_main_process():
                 outdated.unlink(missing_ok=True)
         runner.message_hub.update_info("keep_ckpt_ids", list(self._kept))
@@ -212,7 +214,10 @@ class CheckpointHook(Hook):
         filename = f"best_{metric}_{self.filename_tmpl.format(step)}".replace("/", "_")
         hub.update_info(f"best_score{suffix}", score)
         hub.update_info(f"best_ckpt{suffix}", filename)
-        path = runner.save_checkpoint(self._folder, filename, save_optimizer=False, save_param_scheduler=False)
+        # A checkpoint holds names as text, whatever the locale makes of them.
+        path = runner.save_checkpoint(
+            self._folder, utf8_name(filename), save_optimizer=False, save_param_scheduler=False
+        )
         if is_main_process() and before not in (None, filename):
-            (self._folder / before).unlink(missing_ok=True)
+            (self._folder / utf8_name(before)).unlink(missing_ok=True)
         runner.logger.info(f"Saved {path}, the best so far with {metric} {score:.4f}")
