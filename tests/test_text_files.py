@@ -19,6 +19,7 @@ from fusedopt.messages import encodable, one_line
 from fusedopt.training.config import Config, ConfigError
 from fusedopt.training.engine import CheckpointError
 from fusedopt.training.engine.checkpoint import find_latest_checkpoint
+from fusedopt.training.engine.hooks.logger import _ProgressBar
 from fusedopt.training.engine.log import build_logger
 from fusedopt.training.text_files import replace_text, utf8_name
 
@@ -161,13 +162,25 @@ class TestLog:
         assert capfd.readouterr().err == ""
 
 
+def test_the_progress_bar_gets_escapes(monkeypatch):
+    pytest.importorskip("rich", reason="rich is not installed")
+    stream = io.TextIOWrapper(io.BytesIO(), encoding="ascii", write_through=True)
+    monkeypatch.setattr(sys, "stdout", stream)
+    bar = _ProgressBar()
+    bar.begin("train", 2, 0)
+    bar.tell("train", "précision: 1")
+    bar.close()
+    assert b"pr\\xe9cision: 1" in stream.buffer.getvalue()
+
+
 OWN = """
+import time
 from engine_cases import HOOKS, METRICS, Hook, HitRate
 
 @METRICS.register_module()
 class Precision(HitRate):
     def compute_metrics(self, results):
-        return {"précision": len(results)}
+        return {"précision": time.time()}  # which grows
 
 @HOOKS.register_module()
 class Speaking(Hook):
@@ -190,22 +203,26 @@ def test_a_run_logs_and_resumes(tmp_path, locale, experiment_name):
     cfg["custom_imports"] = dict(imports=["own"])
     cfg["param_scheduler"] = None
     cfg["val_evaluator"] = dict(type="Precision")
-    cfg["default_hooks"]["checkpoint"] = dict(type="CheckpointHook", save_best="précision", rule="greater")
+    cfg["default_hooks"]["checkpoint"] = dict(
+        type="CheckpointHook", filename_tmpl="é{}.pth", max_keep_ckpts=1, save_best="précision", rule="greater"
+    )
     cfg["custom_hooks"] = [dict(type="Speaking")]
     (folder / "basis ü.json").write_text(json.dumps(cfg), encoding="utf-8")
     (folder / "größe.py").write_text("_base_ = 'basis ü.json'\n", encoding="utf-8")
     first = run("train", "größe.py", "--cfg-options", "train_cfg.max_epochs=1", cwd=folder, **locale)
     assert first.returncode == 0 and first.stderr == "", first.stderr
     out = folder / "aus gabe ü"
-    assert (out / "last_checkpoint").read_bytes() == b"epoch_1.pth"
-    assert (out / "best_précision_epoch_1.pth").is_file() and (out / "vis_data/vis_image/größe_0.png").is_file()
+    assert (out / "last_checkpoint").read_bytes() == "é1.pth".encode()
+    assert {path.name for path in out.glob("*.pth")} == {"é1.pth", "best_précision_é1.pth"}
+    assert (out / "vis_data/vis_image/größe_0.png").is_file()
     second = run("train", "größe.py", "--resume", "--cfg-options", "train_cfg.max_epochs=2", cwd=folder, **locale)
     assert second.returncode == 0 and second.stderr == "", second.stderr
+    assert {path.name for path in out.glob("*.pth")} == {"é2.pth", "best_précision_é2.pth"}
     logs = "".join(path.read_text(encoding="utf-8") for path in out.glob("*.log"))
-    assert "größe 😀 \\udcff" in logs and "précision: 20" in logs and "1 epochs and 5 iterations are done" in logs
+    assert "größe 😀 \\udcff" in logs and "précision: " in logs and "1 epochs and 5 iterations are done" in logs
     assert any("précision" in line for line in scalars(out))
     assert Config.fromfile(out / "größe.py", import_custom_modules=False).work_dir == f"{folder}/aus gabe ü"
-    assert find_latest_checkpoint(out) == out / "epoch_2.pth"
+    assert find_latest_checkpoint(out) == out / "é2.pth"
 
 
 def test_a_last_checkpoint_that_is_no_text(tmp_path):
