@@ -226,9 +226,10 @@ def test_a_run_logs_and_resumes(tmp_path, locale, experiment_name):
 
 
 def test_a_last_checkpoint_that_is_no_text(tmp_path):
-    (tmp_path / "last_checkpoint").write_bytes(b"\xff\0\x1b\n\xfe")
-    with pytest.raises(CheckpointError, match="does not exist"):
-        find_latest_checkpoint(tmp_path)
+    for content in (b"\xff\0\x1b\n\xfe", b"\xff" * 5000):
+        (tmp_path / "last_checkpoint").write_bytes(content)
+        with pytest.raises(CheckpointError, match="does not exist"):
+            find_latest_checkpoint(tmp_path)
     (tmp_path / os.fsdecode(b"\xff.pth")).touch()
     (tmp_path / "last_checkpoint").write_bytes(b"\xff.pth\n")
     assert find_latest_checkpoint(tmp_path) == tmp_path / os.fsdecode(b"\xff.pth")

@@ -25,7 +25,7 @@ def naming(config: Mapping[str, Any], key: str = "") -> Iterator[None]:
         yield
     except (CheckpointError, ConfigError, MissingExtraError):
         raise
-    except (ImportError, LookupError, OSError, RuntimeError, TypeError, ValueError) as error:
+    except (ArithmeticError, ImportError, LookupError, OSError, RuntimeError, TypeError, ValueError) as error:
         # str() of a KeyError quotes its message.
         message = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
         message = " ".join(message.split()) or type(error).__name__

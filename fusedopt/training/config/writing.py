@@ -75,10 +75,10 @@ def writable(
         written = {}
         for key, item in value.items():
             key = _scalar(key)
-            if refuse is not None and not isinstance(key, keys):
-                refuse(where, f"the key {key!r} cannot be written there; expected a string")
             if refuse is not None:
                 writable(key, where, refuse)
+                if not isinstance(key, keys):
+                    refuse(where, f"the key {key!r} cannot be written there; expected a string")
             written[key] = writable(item, f"{where}.{key}".lstrip("."), refuse, keys)
         return written
     path = _import_path(value)

@@ -133,7 +133,7 @@ def find_latest_checkpoint(work_dir: str | Path) -> Path | None:
     if not pointer.is_file():
         return None
     path = Path(work_dir) / os.fsdecode(pointer.read_bytes()).strip()
-    if not path.is_file():
+    if not os.path.isfile(path):  # False for what can be no name, too
         raise CheckpointError(f"{pointer} names {path}, which does not exist")
     return path
 
