@@ -144,7 +144,7 @@ def save(gates: list[Gate], path: Path, complete: bool) -> None:
         "complete": complete,
         "gates": [gate.record() for gate in gates],
     }
-    path.write_text(json.dumps(content, indent=1) + "\n")
+    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -182,7 +182,7 @@ def main(argv: list[str] | None = None) -> int:
     keep(complete=True)
     print(f"\n{table(gates)}")
     if arguments.out:
-        arguments.out.write_text(table(gates) + "\n")
+        arguments.out.write_text(table(gates) + "\n", encoding="utf-8")
     unchecked = [gate.error for gate in gates if gate.error]
     for text in unchecked:
         print(f"benchmarks.gate: {text}", file=sys.stderr)

@@ -216,7 +216,7 @@ def load(
         GateError: the file is wrong.
     """
     try:
-        content = tomllib.loads(path.read_text())
+        content = tomllib.loads(path.read_text(encoding="utf-8"))
         rounds, retries, rival = (content["settings"][key] for key in ("rounds", "retries", "rival"))
     except OSError as error:
         raise GateError(f"{path}: {error.strerror}") from error

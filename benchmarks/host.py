@@ -161,7 +161,9 @@ def count_instructions(grouping: str, steps: int) -> Counter[str]:
         toggle = "--toggle-collect=fusedopt::StepPlan::step*"
         subprocess.run([*callgrind, toggle, *child], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
         annotate = ["callgrind_annotate", "--threshold=100", "--auto=no", out.name]
-        return parse_annotation(subprocess.run(annotate, check=True, capture_output=True, text=True).stdout)
+        return parse_annotation(
+            subprocess.run(annotate, check=True, capture_output=True, text=True, encoding="utf-8").stdout
+        )
 
 
 def measure_instructions(few: int = 3, many: int = 23) -> dict[str, dict[str, float]]:

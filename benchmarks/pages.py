@@ -68,7 +68,7 @@ class Results:
     def content(self, kind: str) -> dict[str, Any] | None:
         """The JSON of one kind, or None while there is none."""
         path = self.path(kind)
-        return json.loads(path.read_text()) if path.exists() else None
+        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
 
     def note(self, kind: str = "") -> str:
         """What a picture says of the file it is made from."""
@@ -212,7 +212,7 @@ def fill(text: str, results: Results, name: str = "the page") -> str:
 
 def texts(results: Results, root: Path = ROOT) -> dict[Path, str]:
     """What every generated file of text should hold."""
-    found = {root / page: fill((root / page).read_text(), results, page) for page in PAGES}
+    found = {root / page: fill((root / page).read_text(encoding="utf-8"), results, page) for page in PAGES}
     if results.suite is not None:
         suite = results.suite
         suite.training = results.demo  # one training run for all pages
@@ -233,7 +233,11 @@ def notes(results: Results, root: Path = ROOT) -> dict[Path, str]:
 
 def stale(results: Results, root: Path = ROOT) -> list[Path]:
     """Generated files that are not what the JSON files give."""
-    old = [path for path, text in texts(results, root).items() if not path.exists() or path.read_text() != text]
+    old = [
+        path
+        for path, text in texts(results, root).items()
+        if not path.exists() or path.read_text(encoding="utf-8") != text
+    ]
     for path, note in notes(results, root).items():
         if not path.exists() or note.encode() not in path.read_bytes():
             old.append(path)
@@ -243,7 +247,7 @@ def stale(results: Results, root: Path = ROOT) -> list[Path]:
 def write(results: Results, root: Path = ROOT) -> None:
     """Write every generated file."""
     for path, text in texts(results, root).items():
-        path.write_text(text)
+        path.write_text(text, encoding="utf-8")
     if results.suite is not None:
         report.draw(results.suite, results.folder, results.machine, results.note())
     if results.demo is not None:

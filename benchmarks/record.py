@@ -23,7 +23,9 @@ from fusedopt.cli.info import info
 def git(*arguments: str) -> str:
     """What git prints, or ``'unknown'``."""
     try:
-        return subprocess.run(["git", *arguments], capture_output=True, text=True, check=True).stdout.strip()
+        return subprocess.run(
+            ["git", *arguments], capture_output=True, text=True, encoding="utf-8", check=True
+        ).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
 
@@ -61,7 +63,7 @@ def rounded(value: Any, digits: int = 5) -> Any:
 def save(content: dict[str, Any], path: Path) -> None:
     """Write figures; a list of numbers takes one line."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(_text(rounded(content)) + "\n")
+    path.write_text(_text(rounded(content)) + "\n", encoding="utf-8")
 
 
 def _text(value: Any, indent: str = "") -> str:
@@ -79,7 +81,7 @@ def main() -> None:
     parser.add_argument("source", type=Path, help="such as the comparison.json of `fusedopt compare`")
     parser.add_argument("target", type=Path)
     arguments = parser.parse_args()
-    content = json.loads(arguments.source.read_text())
+    content = json.loads(arguments.source.read_text(encoding="utf-8"))
     save({**content, "measured": environment()}, arguments.target)
 
 

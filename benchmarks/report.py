@@ -63,7 +63,7 @@ class Report:
     @classmethod
     def load(cls, path: Path) -> Report:
         """Read a file that `make bench` wrote."""
-        content = json.loads(path.read_text())
+        content = json.loads(path.read_text(encoding="utf-8"))
         report = cls(content["machine_info"], content["commit_info"], content["datetime"][:10])
         steps: dict[str, Result] = {}
         for record in content["benchmarks"]:
@@ -272,7 +272,7 @@ def write(source: Path, folder: Path, name: str) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     draw(report, folder, name, source.name)
     target = folder / f"{name}.md"
-    target.write_text(page(report, pictures(report, name)))
+    target.write_text(page(report, pictures(report, name)), encoding="utf-8")
     return target
 
 

@@ -148,6 +148,12 @@ class TestReport:
         assert picture.startswith(b"\x89PNG")
         assert b"some JSON" in picture
 
+    def test_a_config_whose_name_is_no_text(self, tmp_path):
+        comparison = dataclasses.replace(make_comparison([2.0] * 10, [2.0] * 10), config="a\udcff\n.py")
+        save_json(comparison, tmp_path / "comparison.json")
+        save_figure(comparison, tmp_path / "comparison.png")
+        assert json.loads((tmp_path / "comparison.json").read_text(encoding="utf-8"))["config"] == "a\udcff\n.py"
+
     def test_progress_is_plain_lines_without_a_terminal(self, capsys):
         with show_progress(Console(force_terminal=False)) as listener:
             for done in range(1, 41):

@@ -524,7 +524,9 @@ class TestDump:
 
 
 class TestNaming:
-    @pytest.mark.parametrize("kind", [KeyError, IndexError, TypeError, ValueError, ImportError, OSError, RuntimeError])
+    @pytest.mark.parametrize(
+        "kind", [KeyError, IndexError, TypeError, ValueError, ImportError, OSError, RuntimeError, OverflowError]
+    )
     @pytest.mark.parametrize("message", ["no\n such", "model: no such"])
     def test_errors_of_building_become_one_line(self, kind, message):
         with pytest.raises(ConfigError, match=r"^c\.py: model: no such$"), naming(Config(filename="c.py"), "model"):

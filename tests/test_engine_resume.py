@@ -32,7 +32,8 @@ from engine_cases import (
 from torch.utils.data import DataLoader
 
 from fusedopt.training.engine import BaseMetric, CheckpointError, CheckpointHook, Config, DefaultSampler, Hook, Runner
-from fusedopt.training.engine.checkpoint import UNFINISHED, read_checkpoint, write_checkpoint
+from fusedopt.training.engine.checkpoint import read_checkpoint, write_checkpoint
+from fusedopt.training.files import UNFINISHED
 from fusedopt.training.registry import HOOKS
 
 

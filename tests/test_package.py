@@ -43,7 +43,7 @@ LAYERS = [
 ]
 #: The same within fusedopt.training.
 TRAINING_LAYERS = [
-    ["errors", "registry", "portable", "unwrapping"],
+    ["errors", "files", "registry", "portable", "unwrapping"],
     ["reading"],
     ["optimizers", "zero"],
     ["wrappers"],

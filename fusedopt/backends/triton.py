@@ -271,7 +271,7 @@ class Launcher:
         with contextlib.suppress(OSError, RuntimeError, ValueError, TypeError):  # no cache, or something else in it
             path = self._cache(key).get_file("fusedopt-tuning.json")
             if path is not None:
-                with open(path) as file:
+                with open(path, encoding="utf-8") as file:
                     return _TUNINGS[_TUNINGS.index(Tuning(*json.load(file)))]
         return None
 

@@ -22,7 +22,7 @@ def _last_level_cache() -> int:
     units = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30}
     sizes = []
     for file in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
-        if match := re.fullmatch(r"(\d+)([KMG]?)", file.read_text().strip()):
+        if match := re.fullmatch(r"(\d+)([KMG]?)", file.read_text(encoding="utf-8").strip()):
             sizes.append(int(match[1]) * units[match[2]])
     return max(sizes, default=32 * 2**20)
 

@@ -12,7 +12,8 @@ __all__ = ["PeakMemory"]
 
 def _resident_kib() -> dict[str, int]:
     """The resident set now (``VmRSS``) and its highest since it was reset (``VmHWM``)."""
-    fields = (line.split() for line in Path("/proc/self/status").read_text().splitlines())
+    status = Path("/proc/self/status").read_text(encoding="utf-8", errors="replace")
+    fields = (line.split() for line in status.splitlines())
     return {field[0].rstrip(":"): int(field[1]) for field in fields if field[0] in ("VmRSS:", "VmHWM:")}
 
 
@@ -36,7 +37,7 @@ class PeakMemory:
         try:
             # glibc keeps freed memory and would serve the phase from it, unseen: give it back first.
             ctypes.CDLL(None).malloc_trim(0)
-            Path("/proc/self/clear_refs").write_text("5")
+            Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
             self._before = _resident_kib()["VmRSS"]
         except (AttributeError, OSError, KeyError, TypeError):
             self._before = -1

@@ -7,6 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
+from ..messages import one_line
+
 __all__ = ["TRUSTED", "Parser", "UsageError", "common", "configured", "whole_number"]
 
 TRUSTED = "The config file is Python and is run: use only files you trust."
@@ -18,7 +20,7 @@ class UsageError(Exception):
 
 class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
+        self.exit(2, f"{self.prog}: {one_line(message)} (see {self.prog} --help)\n")
 
 
 def whole_number(least: int = 1) -> Callable[[str], int]:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import sys
 import traceback
 import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from ..messages import MissingExtraError
+from ..messages import MissingExtraError, one_line
 from . import bench, compare, convert, info, plot_schedule, train
 from .arguments import Parser, UsageError
 
@@ -38,6 +39,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     Raises:
         SystemExit: the arguments cannot be parsed (2), or help was asked for (0).
     """
+    if isinstance(sys.stdout, io.TextIOWrapper):  # as stderr: escapes for what the terminal's encoding lacks
+        sys.stdout.reconfigure(errors="backslashreplace")
     parser = _build_parser()
     arguments = parser.parse_args(argv)
     if arguments.command is None:
@@ -55,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments.debug:
             traceback.print_exc()
         else:
-            print(f"fusedopt: {error}", file=sys.stderr)
+            print(f"fusedopt: {one_line(str(error))}", file=sys.stderr)
         return 2
 
 
@@ -66,7 +69,7 @@ def _short_warnings() -> Iterator[None]:
 
     def show_line(message: Warning | str, category: type[Warning], *place: Any, **file: Any) -> None:
         if issubclass(category, UserWarning):
-            print(f"fusedopt: warning: {' '.join(str(message).split())}", file=sys.stderr)
+            print(f"fusedopt: warning: {one_line(' '.join(str(message).split()))}", file=sys.stderr)
         else:
             show(message, category, *place, **file)
 

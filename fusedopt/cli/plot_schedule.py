@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from ..messages import require
+from ..messages import one_line, require
 from .arguments import TRUSTED, UsageError, configured, whole_number
 from .configs import epoch_length_of, load_config
 
@@ -58,7 +58,7 @@ def run(arguments: argparse.Namespace) -> int:
         if epoch_length is None and "epoch_length" in str(error):
             raise UsageError(f"{error}: give --epoch-length") from error
         raise
-    figure = plot_schedule(schedule, title=str(arguments.config), log=arguments.log)
+    figure = plot_schedule(schedule, title=one_line(str(arguments.config)), log=arguments.log)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(out, dpi=130)

@@ -7,6 +7,7 @@ from pathlib import Path
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from ..messages import one_line
 from .comparison import Comparison, Moved, Run
 
 __all__ = ["save_figure"]
@@ -84,7 +85,9 @@ def save_figure(comparison: Comparison, path: Path, source: str = "") -> None:
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.25)
     figure.suptitle(
-        f"{comparison.config}, {comparison.fused.name}:\n{_headline(comparison)}", fontweight="bold", fontsize="medium"
+        f"{one_line(comparison.config)}, {comparison.fused.name}:\n{_headline(comparison)}",
+        fontweight="bold",
+        fontsize="medium",
     )
     environment = comparison.environment
     figure.supxlabel(

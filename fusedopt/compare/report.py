@@ -73,4 +73,4 @@ def print_comparison(comparison: Comparison, console: Console) -> None:
 
 def save_json(comparison: Comparison, path: Path) -> None:
     """Write every figure, with versions and seeds."""
-    path.write_text(json.dumps(comparison.as_dict(), indent=2) + "\n")
+    path.write_text(json.dumps(comparison.as_dict(), indent=2) + "\n", encoding="utf-8")

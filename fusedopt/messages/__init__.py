@@ -2,7 +2,6 @@
 
 from .caller import warn_caller
 from .extras import MissingExtraError, require
-from .lines import one_line, some
 from .names import did_you_mean, group_names, parameter_name
 from .numbers import as_float, check_betas, check_number, check_whole_number, is_number
 from .plain import plain, plain_groups, plain_settings
@@ -16,6 +15,7 @@ from .tensors import (
     check_state_kinds,
     parse_dtype,
 )
+from .text import encodable, one_line, some
 
 __all__ = [
     "SUPPORTED_DTYPES",
@@ -30,6 +30,7 @@ __all__ = [
     "check_state_kinds",
     "check_whole_number",
     "did_you_mean",
+    "encodable",
     "group_names",
     "is_number",
     "one_line",

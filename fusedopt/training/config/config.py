@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
 from ...messages import did_you_mean, require, warn_caller
 from ..errors import ConfigError
+from ..files import replace_file, utf8_name
 from ..registry import check_config
-from .dicts import ConfigDict
-from .files import load
+from .dicts import MOST_LEVELS, ConfigDict, levels
+from .files import TOO_DEEP, load, load_text
 from .merging import merged
 from .naming import config_error, naming
-from .writing import is_argument, python_source, writable
+from .python_files import BASE
+from .writing import first_difference, is_argument, python_source, writable
 
 __all__ = ["Config"]
 
@@ -74,9 +78,11 @@ class Config(ConfigDict):
             MissingExtraError: PyYAML is not installed.
         """
         try:
-            config = cls(load(Path(filename), ()), filename=filename)
+            config = cls(load(Path(utf8_name(os.fspath(filename)))), filename=filename)
         except RecursionError as error:
-            raise config_error(filename, "", "the file is nested too deeply") from error
+            raise config_error(filename, "", TOO_DEEP) from error
+        if levels(config) > MOST_LEVELS:
+            raise config_error(filename, "", TOO_DEEP)
         if import_custom_modules:
             config.import_custom_modules()
         return config
@@ -107,7 +113,8 @@ class Config(ConfigDict):
                 importlib.import_module(name)
             except ImportError as error:
                 if not may_fail:
-                    message = f"cannot import {name!r}: {error} (folders in PYTHONPATH are searched, too)"
+                    reason = " ".join(str(error).split())
+                    message = f"cannot import {name!r}: {reason} (folders in PYTHONPATH are searched, too)"
                     raise config_error(self.filename, "custom_imports", message) from error
                 warn_caller(f"{self.filename}: custom_imports: {name!r} is skipped: {error}")
 
@@ -120,8 +127,13 @@ class Config(ConfigDict):
             allow_list_keys: let numbers index lists and tuples, as in ``{'param_scheduler.0.end': 5}``.
 
         Raises:
-            ConfigError: a key leads through a value that has no items, or past the end of a list.
+            ConfigError: a key leads through a value that has no items, or past the end of a list, or more than 100
+                levels deep.
         """
+        for key, value in options.items():
+            if key.count(".") + levels(value) >= MOST_LEVELS:
+                message = f"expected a setting at most {MOST_LEVELS} levels deep"
+                raise config_error(self.filename, key[:MOST_LEVELS], message)
         nested: dict[str, Any] = {}
         for key, value in ConfigDict(options).items():
             *parents, last = key.split(".")
@@ -145,7 +157,8 @@ class Config(ConfigDict):
             filename: a ``.py``, ``.json``, ``.yaml`` or ``.yml`` file; None only returns :attr:`pretty_text`.
 
         Raises:
-            ConfigError: a value, such as a lambda, cannot be written; no file has been written then.
+            ConfigError: a value, such as a lambda, cannot be written or would not be read back equal, or the file
+                cannot be written. An existing file is unchanged then.
             MissingExtraError: PyYAML is not installed.
         """
         if filename is None:
@@ -155,17 +168,32 @@ class Config(ConfigDict):
         def refuse(where: str, message: str) -> NoReturn:
             raise config_error(self.filename, where, message)
 
+        if levels(self) > MOST_LEVELS:
+            refuse("", f"expected at most {MOST_LEVELS} levels")
         settings = writable(self, "", refuse, (str,) if suffix == ".json" else (str, int, float))
         if suffix == ".py":
             for key in settings:
-                if not is_argument(key) or key.startswith("_"):
+                # python_source writes calls of dict and float.
+                if not is_argument(key) or key.startswith("_") or key in ("dict", "float"):
                     refuse(str(key), "a Python config file cannot set this name; dump to JSON or YAML")
             text = python_source(settings)
         elif suffix == ".json":
             text = json.dumps(settings, indent=2) + "\n"
         elif suffix in (".yaml", ".yml"):
-            text = require("yaml", "engine").safe_dump(settings, sort_keys=False, allow_unicode=True)
+            dump = functools.partial(require("yaml", "engine").safe_dump, settings, sort_keys=False)
+            text = dump(allow_unicode=True)
+            if "\x85" in text:  # unescaped, it would be read as a line break
+                text = dump(allow_unicode=False)
         else:
             raise ConfigError(f"{filename}: unknown suffix {suffix!r}; expected .py, .json, .yaml or .yml")
-        Path(filename).write_text(text, encoding="utf-8")
+        path = Path(utf8_name(os.fspath(filename)))
+        if BASE in settings:
+            refuse(BASE, "this name is reserved for the files that a config inherits")
+        difference = first_difference(settings, load_text(text, path))
+        if difference is not None:
+            refuse(difference, f"the value would not be read back equal from a {suffix} file")
+        try:
+            replace_file(path, lambda file: file.write(text.encode()))
+        except (OSError, ValueError) as error:
+            raise config_error(filename, "", f"cannot write: {getattr(error, 'strerror', None) or error}") from error
         return text

@@ -9,7 +9,10 @@ from typing import Any
 
 from ...messages import did_you_mean
 
-__all__ = ["ConfigDict"]
+__all__ = ["MOST_LEVELS", "ConfigDict", "levels"]
+
+#: How deep a config may be nested, which keeps every recursion over it below Python's limit.
+MOST_LEVELS = 100
 
 
 class ConfigDict(dict[str, Any]):
@@ -71,6 +74,17 @@ class ConfigDict(dict[str, Any]):
     def to_dict(self) -> dict[str, Any]:
         """The same as plain dicts, including those inside lists and tuples."""
         return _plain(self)
+
+
+def levels(value: Any) -> int:
+    """How deep ``value`` is nested in dicts, lists and tuples; deeper than ``MOST_LEVELS`` counts as one level more."""
+    containers = [value]
+    for level in range(MOST_LEVELS + 1):
+        containers = [each for each in containers if isinstance(each, (dict, list, tuple))]
+        if not containers:
+            return level
+        containers = [item for each in containers for item in (each.values() if isinstance(each, dict) else each)]
+    return MOST_LEVELS + 1
 
 
 def _converted(value: Any) -> Any:

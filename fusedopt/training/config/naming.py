@@ -14,8 +14,8 @@ __all__ = ["config_error", "naming"]
 
 
 def config_error(filename: str | Path | None, key: str, message: str) -> ConfigError:
-    """A ConfigError with a one-line message: the file, the key, and what is wrong."""
-    return ConfigError(": ".join(part for part in (str(filename or ""), key, " ".join(message.split())) if part))
+    """A ConfigError that names the file, the key, and what is wrong."""
+    return ConfigError(": ".join(part for part in (str(filename or ""), key, message) if part))
 
 
 @contextmanager
@@ -25,8 +25,8 @@ def naming(config: Mapping[str, Any], key: str = "") -> Iterator[None]:
         yield
     except (CheckpointError, ConfigError, MissingExtraError):
         raise
-    except (ImportError, LookupError, OSError, RuntimeError, TypeError, ValueError) as error:
+    except (ArithmeticError, ImportError, LookupError, OSError, RuntimeError, TypeError, ValueError) as error:
         # str() of a KeyError quotes its message.
         message = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
-        message = message or type(error).__name__
+        message = " ".join(message.split()) or type(error).__name__
         raise config_error(getattr(config, "filename", None), key, message.removeprefix(f"{key}: ")) from error

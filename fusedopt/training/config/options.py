@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from ..errors import ConfigError
+from .dicts import MOST_LEVELS
 
 __all__ = ["parse_options"]
 
@@ -23,12 +24,13 @@ def parse_options(options: Iterable[str]) -> dict[str, Any]:
     values = {}
     for option in options:
         key, equals, text = option.partition("=")
+        shown = option if len(option) <= 200 else f"{option[:200]}..."
         if not equals or not key:
-            raise ConfigError(f"--cfg-options {option}: expected KEY=VALUE")
+            raise ConfigError(f"--cfg-options {shown}: expected KEY=VALUE")
         try:
             values[key] = _parse_value(text)
         except ValueError as error:
-            raise ConfigError(f"--cfg-options {option}: {error}") from error
+            raise ConfigError(f"--cfg-options {shown}: {error}") from error
     return values
 
 
@@ -46,8 +48,9 @@ def _parse_value(text: str) -> Any:
     for kind in (int, float):
         try:
             return kind(text)
-        except ValueError:
-            pass
+        except ValueError as error:
+            if "Exceeds the limit" in str(error):  # a float would take its value for infinite
+                raise
     return {"true": True, "false": False}.get(text.lower(), None if text == "None" else text)
 
 
@@ -61,6 +64,8 @@ def _split(text: str) -> list[str]:
             quote = character
         elif character in "[(":
             brackets += {"[": "]", "(": ")"}[character]
+            if len(brackets) > MOST_LEVELS:
+                raise ValueError(f"expected at most {MOST_LEVELS} nested brackets")
         elif character in "])":
             if brackets[-1:] != character:
                 raise ValueError(f"unexpected {character!r}")

@@ -5,14 +5,20 @@ from __future__ import annotations
 import keyword
 import os
 import sys
+import unicodedata
 from collections.abc import Callable, Mapping
 from typing import Any, NoReturn
 
-from .files import NO_SETTING
+from ...messages import plain
+from .placeholders import has_placeholder
+from .python_files import NO_SETTING
 
-__all__ = ["is_argument", "python_source", "writable"]
+__all__ = ["first_difference", "is_argument", "python_source", "writable"]
 
 _LINE_WIDTH = 100
+
+#: Methods that return the value of a subclass, such as an Enum's member, which may have its own ``__str__``.
+_VALUE_OF: dict[type, Callable[[Any], Any]] = {int: int.__int__, float: float.__float__, str: str.__str__}
 
 
 def _import_path(value: Any) -> str | None:
@@ -23,6 +29,20 @@ def _import_path(value: Any) -> str | None:
     for part in value.__qualname__.split("."):
         found = getattr(found, part, None)
     return f"{value.__module__}.{value.__qualname__}" if found is value else None
+
+
+def _scalar(value: Any) -> Any:
+    """A number or string as Python's own, without its class; other values unchanged."""
+    if isinstance(value, bool):
+        return value
+    for kind, value_of in _VALUE_OF.items():
+        if isinstance(value, kind):
+            return value_of(value)
+    try:
+        number = plain(value)  # NumPy's, fractions and decimals
+    except (OverflowError, ValueError):  # beyond the range of floats
+        return value
+    return number if number is not value and (number == value or number != number) else value
 
 
 def writable(
@@ -36,29 +56,60 @@ def writable(
         refuse: called with the key and the reason for a value without such a form; if None, its ``repr`` is used.
         keys: allowed types of dict keys.
     """
-    if value is None or isinstance(value, bool):
+    value = _scalar(value)
+    if isinstance(value, os.PathLike) and isinstance(name := os.fspath(value), str):
+        value = name
+    if isinstance(value, str) and refuse is not None and has_placeholder(value):
+        refuse(where, f"{value!r} holds a placeholder, which would be replaced when the file is read")
+    if isinstance(value, int):
+        try:
+            repr(value)
+        except ValueError as error:
+            return hex(value) if refuse is None else refuse(where, str(error))
+    if value is None or isinstance(value, (bool, int, float, str)):
         return value
-    for kind in (int, float, str):
-        if isinstance(value, kind):
-            return kind(value)
-    if isinstance(value, os.PathLike):
-        return os.fspath(value)
     if isinstance(value, (list, tuple)):
         items = [writable(item, f"{where}.{index}", refuse, keys) for index, item in enumerate(value)]
         return items if isinstance(value, list) else tuple(items)
     if isinstance(value, dict):
-        for key in value:
-            if refuse is not None and not isinstance(key, keys):
-                refuse(where, f"the key {key!r} cannot be written there; expected a string")
-        return {key: writable(item, f"{where}.{key}".lstrip("."), refuse, keys) for key, item in value.items()}
+        written = {}
+        for key, item in value.items():
+            key = _scalar(key)
+            if refuse is not None:
+                writable(key, where, refuse)
+                if not isinstance(key, keys):
+                    refuse(where, f"the key {key!r} cannot be written there; expected a string")
+            written[key] = writable(item, f"{where}.{key}".lstrip("."), refuse, keys)
+        return written
     path = _import_path(value)
     if path is None and refuse is not None:
         refuse(where, f"{value!r} cannot be written to a file")
     return path or repr(value)
 
 
+def first_difference(written: Any, read: Any, where: str = "") -> str | None:
+    """The key of the first value that was read back differently, or None. Tuples may come back as lists."""
+    if isinstance(written, dict) and isinstance(read, dict):
+        found = {repr(key): item for key, item in read.items()}
+        for key, item in written.items():
+            name = f"{where}.{key}".lstrip(".")
+            if repr(key) not in found:
+                return name
+            if (difference := first_difference(item, found.pop(repr(key)), name)) is not None:
+                return difference
+        return where if found else None
+    if isinstance(written, (list, tuple)) and isinstance(read, (list, tuple)) and len(written) == len(read):
+        pairs = enumerate(zip(written, read, strict=True))
+        differences = (first_difference(*pair, f"{where}.{index}") for index, pair in pairs)
+        return next((each for each in differences if each is not None), None)
+    return None if repr(written) == repr(read) else where
+
+
 def is_argument(key: Any) -> bool:
-    return isinstance(key, str) and key.isidentifier() and not keyword.iskeyword(key)
+    """Whether Python reads ``key=...`` as this key."""
+    if not isinstance(key, str) or not key.isidentifier() or keyword.iskeyword(key) or key == "__debug__":
+        return False
+    return unicodedata.normalize("NFKC", key) == key  # as Python reads identifiers
 
 
 def python_source(settings: Mapping[str, Any]) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator, Mapping
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 
 from ...messages import plain_settings, some
 from ..errors import CheckpointError
+from ..files import replace_file
 from ..reading import StandIn, read_file
 from ..unwrapping import bare_state_dict
 
@@ -30,9 +30,6 @@ __all__ = [
 #: The file in ``work_dir`` that holds the name of the newest checkpoint.
 LAST_CHECKPOINT = "last_checkpoint"
 
-#: Suffix of a file that is being written; a leftover one is from a killed process.
-UNFINISHED = ".unfinished"
-
 _PLAIN = (str, bytes, int, float, complex, bool, type(None), torch.dtype, torch.device, torch.Size)
 
 
@@ -44,25 +41,11 @@ def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
     Raises:
         CheckpointError: it cannot be written; ``path`` is unchanged.
     """
-    unfinished = path.with_name(path.name + UNFINISHED)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(unfinished, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(unfinished, path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
-    except BaseException as error:
-        with contextlib.suppress(OSError):  # on a disk that became read-only
-            unfinished.unlink(missing_ok=True)
-        if isinstance(error, (OSError, RuntimeError)):  # torch's writer raises a RuntimeError on a full disk
-            raise CheckpointError(f"{path} cannot be written and is unchanged: {error}") from error
-        raise
+        replace_file(path, write)
+    except (OSError, RuntimeError) as error:  # torch's writer raises a RuntimeError on a full disk
+        raise CheckpointError(f"{path} cannot be written and is unchanged: {error}") from error
 
 
 def unloadable_parts(value: Any, name: str) -> Iterator[str]:
@@ -121,8 +104,8 @@ def find_latest_checkpoint(work_dir: str | Path) -> Path | None:
     pointer = Path(work_dir) / LAST_CHECKPOINT
     if not pointer.is_file():
         return None
-    path = Path(work_dir) / pointer.read_text().strip()
-    if not path.is_file():
+    path = Path(work_dir) / os.fsdecode(pointer.read_bytes()).strip()
+    if not os.path.isfile(path):  # False for what can be no name, too
         raise CheckpointError(f"{pointer} names {path}, which does not exist")
     return path
 

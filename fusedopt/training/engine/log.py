@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import TextIO
 
+from ...messages import encodable
 from .distributed import is_main_process
 
 __all__ = ["build_logger"]
@@ -20,6 +21,9 @@ class _Console(logging.StreamHandler):
         self.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", "%H:%M:%S"))
         # Messages that the progress bar shows go only to the file.
         self.addFilter(lambda record: not getattr(record, "on_progress_bar", False))
+
+    def format(self, record: logging.LogRecord) -> str:
+        return encodable(super().format(record), sys.stdout)
 
     @property
     def stream(self) -> TextIO:
@@ -41,7 +45,7 @@ class _File(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            with open(self.path, "a") as file:
+            with open(self.path, "a", encoding="utf-8", errors="backslashreplace") as file:
                 file.write(self.format(record) + "\n")
         except Exception:
             self.handleError(record)

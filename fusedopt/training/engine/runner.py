@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader
 
 from ...messages import plain, warn_caller
 from ..config import Config, ConfigError
+from ..files import utf8_name
 from ..registry import check_config, is_known_scope, scope_by_default
 from ..wrappers import OptimWrapper
 from . import distributed
@@ -191,7 +192,7 @@ class Runner(HasBuilders):
         with self._naming("randomness"):
             randomness = section("randomness", randomness, ("seed", "diff_rank_seed", "deterministic"))
             self.set_randomness(**randomness)
-        self.work_dir = str(Path(work_dir).resolve())
+        self.work_dir = str(Path(utf8_name(str(work_dir))).resolve())
         self.timestamp = distributed.broadcast(time.strftime("%Y%m%d_%H%M%S"))
         filename = cfg.filename if isinstance(cfg, Config) else None
         name = experiment_name or (Path(filename).stem if filename else "")

@@ -163,7 +163,7 @@ def check_training(runner: Runner, filename: str | Path, checkpoint: dict[str, A
         raise CheckpointError(f"{filename} is from other optimizers: {meta['optimizers']} instead of {own}")
     _check_kinds(filename, checkpoint)
     for part in unloadable_parts(checkpoint, "checkpoint"):
-        raise CheckpointError(f"{filename} cannot be resumed from: {one_line(part)} is neither a tensor nor plain")
+        raise CheckpointError(f"{filename} cannot be resumed from: {one_line(part, 300)} is neither a tensor nor plain")
     check_weights(runner, filename, checkpoint, strict=True)
     if meta["epoch_length"] != len(loop.dataloader):
         runner.logger.warning(

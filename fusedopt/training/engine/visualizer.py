@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ...messages import require
+from ..files import utf8_name
 from ..registry import VISBACKENDS, VISUALIZERS
 from .distributed import is_main_process
 
@@ -54,14 +55,15 @@ class LocalVisBackend(BaseVisBackend):
         finite = {name: value if math.isfinite(value) else None for name, value in scalars.items()}
         line = json.dumps({**finite, "step": step}, allow_nan=False)
         self.save_dir.mkdir(parents=True, exist_ok=True)
-        with open(self.save_dir / "scalars.json", "a") as file:
+        with open(self.save_dir / "scalars.json", "a", encoding="utf-8") as file:
             file.write(line + "\n")
 
     def add_image(self, name: str, image: Any, step: int) -> None:
         """Write ``<name>_<step>.png``; slashes in the name become underscores."""
         folder = self.save_dir / "vis_image"
         folder.mkdir(parents=True, exist_ok=True)
-        require("matplotlib.image", "plot").imsave(folder / f"{name.replace('/', '_')}_{step}.png", image)
+        path = folder / utf8_name(f"{name.replace('/', '_')}_{step}.png")
+        require("matplotlib.image", "plot").imsave(path, image)
 
 
 @VISBACKENDS.register_module()

@@ -64,7 +64,7 @@ def read_file(path: str | Path) -> Contents:
     except Exception as error:  # a file with arbitrary content can raise anything
         told = isinstance(error, CheckpointError)
         reason = str(error) if told else f"truncated or damaged ({type(error).__name__}: {error})"
-        raise CheckpointError(f"{one_line(path)}: {one_line(reason, 300)}") from error
+        raise CheckpointError(f"{path}: {one_line(reason, 300)}") from error
 
 
 def _read(file: IO[bytes], path: Path) -> Contents:

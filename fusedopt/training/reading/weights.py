@@ -59,11 +59,11 @@ def find_weights(contents: Contents) -> Weights:
             return _weights(contents, found, key, [other for other in entries if other != key])
     found = _state_dict(value)
     if not _has_tensors(found):
-        what = f"a {one_line(value.name if isinstance(value, StandIn) else type(value).__name__)}"
+        what = f"a {one_line(value.name if isinstance(value, StandIn) else type(value).__name__, 200)}"
         what += f" with {some(list(entries))}" if entries else ""
         keys = ", ".join(map(repr, WEIGHT_KEYS))
         raise CheckpointError(
-            f"{one_line(contents.path)} has no weights: it holds {what}, and no tensors at its top or under {keys}"
+            f"{contents.path} has no weights: it holds {what}, and no tensors at its top or under {keys}"
         )
     return _weights(contents, found, None, [])
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import math
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ....messages import as_float, check_whole_number, did_you_mean
+from ...files import UNFINISHED, utf8_name
 from ...registry import HOOKS
-from ..checkpoint import LAST_CHECKPOINT, UNFINISHED, read_checkpoint, write_atomically
+from ..checkpoint import LAST_CHECKPOINT, read_checkpoint, write_atomically
 from ..distributed import is_main_process
 from .hook import Hook, check_local_files
 from .rules import GREATER_KEYS, LESS_KEYS, RULES, rule_of
@@ -175,14 +177,14 @@ class CheckpointHook(Hook):
             # The outdated one is still in the list: if the process is killed now, the resumed run removes it.
             self._kept = [*(kept for kept in self._kept if kept != step), step]
             runner.message_hub.update_info("keep_ckpt_ids", list(self._kept))
-        filename = self.filename_tmpl.format(step)
+        filename = utf8_name(self.filename_tmpl.format(step))
         path = runner.save_checkpoint(self._folder, filename, self.save_optimizer, self.save_param_scheduler)
         runner.logger.info(f"Saved {path}")
         self._newest = path
         if is_main_process():
             work_dir = Path(runner.work_dir)
             name = path.name if path.parent == work_dir else str(path.resolve())
-            write_atomically(work_dir / LAST_CHECKPOINT, lambda file: file.write(name.encode()))
+            write_atomically(work_dir / LAST_CHECKPOINT, lambda file: file.write(os.fsencode(name)))
         self._remove_outdated(runner)
 
     def _remove_outdated(self, runner: Runner) -> None:
@@ -190,7 +192,7 @@ class CheckpointHook(Hook):
             return
         assert self._folder is not None
         while len(self._kept) > self.max_keep_ckpts:
-            outdated = self._folder / self.filename_tmpl.format(self._kept.pop(0))
+            outdated = self._folder / utf8_name(self.filename_tmpl.format(self._kept.pop(0)))
             if is_main_process():
                 outdated.unlink(missing_ok=True)
         runner.message_hub.update_info("keep_ckpt_ids", list(self._kept))
@@ -224,7 +226,10 @@ class CheckpointHook(Hook):
         filename = f"best_{metric}_{self.filename_tmpl.format(step)}".replace("/", "_")
         hub.update_info(f"best_score{suffix}", score)
         hub.update_info(f"best_ckpt{suffix}", filename)
-        path = runner.save_checkpoint(self._folder, filename, save_optimizer=False, save_param_scheduler=False)
+        # A checkpoint holds names as text, whatever the locale makes of them.
+        path = runner.save_checkpoint(
+            self._folder, utf8_name(filename), save_optimizer=False, save_param_scheduler=False
+        )
         if is_main_process() and before not in (None, filename):
-            (self._folder / before).unlink(missing_ok=True)
+            (self._folder / utf8_name(before)).unlink(missing_ok=True)
         runner.logger.info(f"Saved {path}, the best so far with {metric} {score:.4f}")

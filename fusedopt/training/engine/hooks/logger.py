@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ....messages import MissingExtraError, check_whole_number, require
+from ....messages import MissingExtraError, check_whole_number, encodable, require
 from ...registry import HOOKS
 from ..distributed import is_main_process
 from .hook import Hook, check_local_files
@@ -227,7 +227,7 @@ class _ProgressBar:
 
     def tell(self, mode: str, status: str) -> None:
         if mode in self._tasks:
-            self._progress.update(self._tasks[mode], status=status)
+            self._progress.update(self._tasks[mode], status=encodable(status, sys.stdout))
 
     def end(self, mode: str) -> None:
         if mode in self._tasks:
