@@ -642,3 +642,45 @@ class TestAsMMEngine:
         for kind, error in ((Theirs, KeyError), (Config, ConfigError)):
             with pytest.raises(error, match="Duplicate key"):
                 kind.fromfile(path)
+
+
+class TestMMEnginesSmallerParts:
+    def test_fromstring(self, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        Config({"a": {"b": 1}}).dump("base.json")
+        assert Config.fromstring("_base_ = 'base.json'\na = dict(c=2)", ".py") == {"a": {"b": 1, "c": 2}}
+        assert Config.fromstring('{"a": [1]}', ".json") == {"a": [1]}
+        with pytest.raises(ConfigError, match=r"config\.toml: unknown suffix '\.toml'"):
+            Config.fromstring("a = 1", ".toml")
+        with pytest.raises(ConfigError, match=r"config\.py:2: syntax error"):
+            Config.fromstring("a = 1\nb =", ".py")
+
+    def test_text_and_diff(self, tmp_path):
+        (tmp_path / "a.py").write_text("lr = 0.1  # ü\n", encoding="utf-8")
+        config = Config.fromfile(tmp_path / "a.py")
+        assert config.text == "lr = 0.1  # ü\n" and Config({"lr": 0.1}).text == ""
+        assert Config.diff(config, str(tmp_path / "a.py")) == ""
+        assert Config.diff(config, Config({"lr": 0.2})).splitlines()[-2:] == ["-lr = 0.1", "+lr = 0.2"]
+
+    def test_a_base_in_an_installed_package(self, tmp_path, monkeypatch):
+        folder = tmp_path / "pretend_openmmlab" / ".mim" / "configs" / "net"
+        folder.mkdir(parents=True)
+        (tmp_path / "pretend_openmmlab" / "__init__.py").write_text("raise SystemError('imported')")
+        (folder / "net.py").write_text(
+            "model = dict(type='Net', head=dict(type='Head'))\nhooks = [dict(type='A')]\nx = 1\n"
+        )
+        (tmp_path / "child.py").write_text("_base_ = ['pretend_openmmlab::net/net.py']\nmodel = dict(depth=2)\n")
+        monkeypatch.syspath_prepend(tmp_path)
+        assert Config.fromfile(tmp_path / "child.py") == {
+            "model": {"_scope_": "pretend_openmmlab", "type": "Net", "head": {"type": "Head"}, "depth": 2},
+            "hooks": [{"_scope_": "pretend_openmmlab", "type": "A"}],
+            "x": 1,
+        }
+        for base, message in (
+            ("not_installed::a.py", "there is no installed package 'not_installed'"),
+            ("os.path::a.py", "there is no installed package 'os.path'"),
+            ("pretend_openmmlab::net/no.py", "cannot read .*net/no.py: No such file"),
+        ):
+            (tmp_path / "child.py").write_text(f"_base_ = {base!r}\n")
+            with pytest.raises(ConfigError, match=message):
+                Config.fromfile(tmp_path / "child.py")

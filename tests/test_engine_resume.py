@@ -32,7 +32,7 @@ from engine_cases import (
 from torch.utils.data import DataLoader
 
 from fusedopt.training.engine import BaseMetric, CheckpointError, CheckpointHook, Config, DefaultSampler, Hook, Runner
-from fusedopt.training.engine.checkpoint import read_checkpoint, write_checkpoint
+from fusedopt.training.engine.checkpoint import find_latest_checkpoint, read_checkpoint, write_checkpoint
 from fusedopt.training.files import UNFINISHED
 from fusedopt.training.registry import HOOKS
 
@@ -495,7 +495,7 @@ class TestFailures:
             train(config(tmp_path / "resumed", default_hooks=dict(checkpoint=dict(type="CheckpointHook", interval=1))))
         folder = tmp_path / "resumed"
         assert {path.name for path in folder.glob("*epoch*")} == {"epoch_1.pth", "epoch_2.pth"}
-        assert (folder / "last_checkpoint").read_text() == "epoch_2.pth"
+        assert (folder / "last_checkpoint").read_text() == str(folder / "epoch_2.pth")
         monkeypatch.setattr(torch, "save", write)
         straight = train(config(tmp_path / "straight"))
         assert_same(state_of(train(config(folder, resume=True))), state_of(straight))
@@ -917,3 +917,24 @@ def test_the_best_metric_must_be_a_number(tmp_path):
     hook = dict(type="CheckpointHook", interval=1, save_best="auto", rule="greater")
     with pytest.raises(TypeError, match="save_best='parts' is a dict, not a number"):
         train(config(tmp_path, val_evaluator=Parts(), default_hooks=dict(checkpoint=hook)))
+
+
+class TestLastCheckpoint:
+    def test_mmengine_finds_it(self, tmp_path):
+        find = pytest.importorskip("mmengine.runner", reason="mmengine is not installed").find_latest_checkpoint
+        train(config(tmp_path, train_cfg=dict(by_epoch=True, max_epochs=2)))
+        assert find(str(tmp_path)) == str(tmp_path / "epoch_2.pth") == str(find_latest_checkpoint(tmp_path))
+
+    def test_a_folder_that_was_moved(self, tmp_path):
+        train(config(tmp_path / "before", train_cfg=dict(by_epoch=True, max_epochs=2)))
+        (tmp_path / "before").rename(tmp_path / "after")
+        assert find_latest_checkpoint(tmp_path / "after") == tmp_path / "after" / "epoch_2.pth"
+
+    @pytest.mark.parametrize("content", ["epoch_1.pth", "work/epoch_1.pth", "elsewhere/gone/epoch_1.pth\n"])
+    def test_what_mmengine_and_older_versions_wrote(self, content, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        (tmp_path / "work").mkdir()
+        (tmp_path / "epoch_1.pth").touch()  # of something else
+        (tmp_path / "work" / "epoch_1.pth").touch()
+        (tmp_path / "work" / "last_checkpoint").write_text(content)
+        assert find_latest_checkpoint("work") == Path("work/epoch_1.pth")

@@ -33,7 +33,7 @@ def test_training_by_epochs_trains_validates_logs_and_saves(tmp_path):
     assert sum(list(record.losses.values())[-5:]) < sum(list(record.losses.values())[:5])
     assert len(record.metrics) == 4 and record.metrics[-1]["count"] == 20
     assert sorted(path.name for path in tmp_path.glob("*.pth")) == [f"epoch_{epoch}.pth" for epoch in (1, 2, 3, 4)]
-    assert (tmp_path / "last_checkpoint").read_text() == "epoch_4.pth"
+    assert (tmp_path / "last_checkpoint").read_text() == str(tmp_path / "epoch_4.pth")
     lines = scalars(tmp_path)
     trained = [line for line in lines if "loss" in line]
     assert [(line["epoch"], line["iter"]) for line in trained] == [

@@ -8,6 +8,7 @@ import copy
 import importlib
 import itertools
 import logging
+import os
 import pickletools
 import subprocess
 import sys
@@ -36,7 +37,7 @@ with warnings.catch_warnings():
 
     import fusedopt
     from fusedopt.integrations import mmengine_log
-    from fusedopt.integrations.mmengine import FusedAmpOptimWrapper, FusedOptimWrapper
+    from fusedopt.integrations.mmengine import FusedAmpOptimWrapper, FusedOptimWrapper, FusedOptimWrapperConstructor
     from fusedopt.integrations.mmengine_log import announce_path, announce_stock_path, gradient_passes
 
 # What the import watches for would be the first fused step of any test.
@@ -169,6 +170,44 @@ class TestThreeWays:
         (line,) = path_lines(runner)
         assert line.startswith("FusedOptimWrapper drives FusedAdamW (backend ")
         assert line.endswith("it makes 1 of the 2 stock passes over the gradients before the update, 1 saved")
+
+    def test_b_by_one_option_in_a_new_process(self, tmp_path):
+        option = f"optim_wrapper.constructor={INTEGRATION}.FusedOptimWrapperConstructor"
+        code = (
+            "import sys, test_mmengine as t; from pathlib import Path\n"
+            f"runner = t.run(t.load(Path({str(tmp_path)!r}), {option!r}))\n"
+            "print(type(runner.optim_wrapper).__name__, type(runner.optim_wrapper.optimizer).__name__)"
+        )
+        env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), os.environ["PYTHONPATH"]])}
+        done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, env=env)
+        assert "FusedOptimWrapper FusedAdamW" in done.stdout, done.stderr[-2000:]
+
+    def test_b_by_one_option(self, tmp_path, stock):
+        runner = run(load(tmp_path, f"optim_wrapper.constructor={INTEGRATION}.FusedOptimWrapperConstructor"))
+        assert type(runner.optim_wrapper) is FusedOptimWrapper
+        assert type(runner.optim_wrapper.optimizer) is fusedopt.FusedAdamW
+        assert_like(runner, stock)
+
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            (
+                {"type": "ApexOptimWrapper"},
+                "optim_wrapper.type='ApexOptimWrapper' has no fused twin",
+            ),
+            ({"optimizer": dict(type="Adamax", lr=0.1)}, "optim_wrapper.optimizer.type='Adamax' has no fused twin"),
+            ({"optimizer": None}, "which has no dict 'optimizer'"),
+        ],
+    )
+    def test_b_by_one_option_without_a_twin(self, change, message):
+        cfg = {"optimizer": dict(type="AdamW", lr=0.1), **change}
+        with pytest.raises(ValueError, match=message):
+            FusedOptimWrapperConstructor(cfg)
+        for kind in ("AdamW", "FusedAdamW", torch.optim.AdamW, "torch.optim.AdamW"):
+            made = FusedOptimWrapperConstructor(dict(type="AmpOptimWrapper", optimizer=dict(type=kind, lr=0.1)))(
+                nn.Linear(1, 1)
+            )
+            assert type(made) is FusedAmpOptimWrapper and type(made.optimizer) is fusedopt.FusedAdamW
 
     def test_c_our_wrapper_in_the_stock_ones_place(self, tmp_path, stock):
         runner = run(load(tmp_path, OPTION, imports=REPLACE))

@@ -212,7 +212,7 @@ def test_a_run_logs_and_resumes(tmp_path, locale, experiment_name):
     first = run("train", "größe.py", "--cfg-options", "train_cfg.max_epochs=1", cwd=folder, **locale)
     assert first.returncode == 0 and first.stderr == "", first.stderr
     out = folder / "aus gabe ü"
-    assert (out / "last_checkpoint").read_bytes() == "é1.pth".encode()
+    assert (out / "last_checkpoint").read_bytes() == os.fsencode(folder) + "/aus gabe ü/é1.pth".encode()
     assert {path.name for path in out.glob("*.pth")} == {"é1.pth", "best_précision_é1.pth"}
     assert (out / "vis_data/vis_image/größe_0.png").is_file()
     second = run("train", "größe.py", "--resume", "--cfg-options", "train_cfg.max_epochs=2", cwd=folder, **locale)

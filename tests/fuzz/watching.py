@@ -32,8 +32,8 @@ def _hook(event: str, arguments: tuple[object, ...]) -> None:
         raise PermissionError(f"reading must not do this: {_seen[-1]}")
 
 
-# What Python and the reader import when they first need it: encodings of names in archives, and of text in pickles, configs and
-# messages, and the package that reads safetensors.
+# What Python and the readers import when they first need it: encodings of text in files and messages, and the package
+# that reads safetensors.
 for encoding in ("cp437", "raw_unicode_escape", "unicode_escape", "utf_8_sig"):
     codecs.lookup(encoding)
 with contextlib.suppress(ImportError):

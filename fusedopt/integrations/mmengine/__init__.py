@@ -2,7 +2,8 @@
 
 ``custom_imports = dict(imports=['fusedopt.integrations.mmengine'])`` in a config registers ``FusedSGD``, ``FusedAdam``,
 ``FusedAdamW``, ``FusedOptimWrapper`` and ``FusedAmpOptimWrapper`` in MMEngine, and the constructors that it lacks:
-``MultiOptimWrapperConstructor`` and those for layer-wise decay. One line in the log says which path a run takes.
+``MultiOptimWrapperConstructor``, those for layer-wise decay, and ``FusedOptimWrapperConstructor``, which makes a stock
+config fused by one option. One line in the log says which path a run takes.
 :mod:`fusedopt.integrations.mmengine.replace` also replaces the stock wrappers.
 """
 
@@ -17,9 +18,17 @@ from ...optimizers import FusedAdam, FusedAdamW, FusedOptimizer, FusedSGD
 from ...training.registry import OPTIMIZERS as OUR_OPTIMIZERS
 from ..mmengine_log import announce_stock_path
 from . import constructors
+from .constructors import FusedOptimWrapperConstructor
 from .wrappers import FusedAmpOptimWrapper, FusedOptimWrapper
 
-__all__ = ["FusedAdam", "FusedAdamW", "FusedAmpOptimWrapper", "FusedOptimWrapper", "FusedSGD"]
+__all__ = [
+    "FusedAdam",
+    "FusedAdamW",
+    "FusedAmpOptimWrapper",
+    "FusedOptimWrapper",
+    "FusedOptimWrapperConstructor",
+    "FusedSGD",
+]
 
 
 def register(registry: Any, name: str, module: type, path: str, also: str = "fusedopt.") -> None:

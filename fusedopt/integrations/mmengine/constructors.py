@@ -8,9 +8,13 @@ from typing import Any, ClassVar
 import mmengine.optim
 from mmengine.registry import OPTIM_WRAPPERS, OPTIMIZERS
 
+from ...messages import did_you_mean
+from ...optimizers import FUSED_OPTIMIZERS
 from ...training import constructors
+from .wrappers import FusedAmpOptimWrapper, FusedOptimWrapper
 
 __all__ = [
+    "FusedOptimWrapperConstructor",
     "LayerDecayOptimizerConstructor",
     "LearningRateDecayOptimWrapperConstructor",
     "LearningRateDecayOptimizerConstructor",
@@ -35,6 +39,44 @@ class _Resolved:
 
     def __init__(self, optim_wrapper_cfg: Mapping[str, Any], paramwise_cfg: Mapping[str, Any] | None = None):
         super().__init__(_resolved({"type": "OptimWrapper", **optim_wrapper_cfg}), paramwise_cfg)  # type: ignore[call-arg]
+
+
+class FusedOptimWrapperConstructor(mmengine.optim.DefaultOptimWrapperConstructor):
+    """MMEngine's default constructor, which builds the fused twins of the wrapper and of the optimizer.
+
+    As ``optim_wrapper.constructor`` it makes a stock config fused by one option on the command line.
+
+    Args:
+        optim_wrapper_cfg: an ``OptimWrapper`` or ``AmpOptimWrapper`` of an ``SGD``, ``Adam`` or ``AdamW``, or twins of
+            these.
+        paramwise_cfg: as in MMEngine.
+
+    Raises:
+        ValueError: another wrapper or optimizer, which has no twin.
+    """
+
+    def __init__(self, optim_wrapper_cfg: Mapping[str, Any], paramwise_cfg: Mapping[str, Any] | None = None):
+        optimizer = optim_wrapper_cfg.get("optimizer")
+        if not isinstance(optimizer, Mapping):
+            raise ValueError(f"{type(self).__name__} builds one wrapper from its config, which has no dict 'optimizer'")
+        wrappers = {"OptimWrapper": FusedOptimWrapper, "AmpOptimWrapper": FusedAmpOptimWrapper}
+        wrapper = _twin("optim_wrapper.type", optim_wrapper_cfg.get("type", "OptimWrapper"), wrappers)
+        twin = _twin("optim_wrapper.optimizer.type", optimizer.get("type"), _TWINS)
+        cfg = {**optim_wrapper_cfg, "type": wrapper, "optimizer": {**optimizer, "type": twin}}
+        super().__init__(cfg, paramwise_cfg)
+
+
+#: The fused twins by the names of torch's classes.
+_TWINS = {name.removeprefix("Fused"): twin for name, twin in FUSED_OPTIMIZERS.items()}
+
+
+def _twin(key: str, kind: Any, twins: Mapping[str, Any]) -> Any:
+    """The twin of a type, which may be one already."""
+    name = (kind if isinstance(kind, str) else getattr(kind, "__name__", repr(kind))).rpartition(".")[2]
+    bare = name.removeprefix("Fused")
+    if bare not in twins:
+        raise ValueError(f"{key}={kind!r} has no fused twin; {did_you_mean(bare, twins)}")
+    return twins[bare]
 
 
 class LearningRateDecayOptimWrapperConstructor(_Resolved, constructors.LearningRateDecayOptimWrapperConstructor):

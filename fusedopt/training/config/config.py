@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import functools
 import importlib
 import json
@@ -51,6 +52,11 @@ class Config(ConfigDict):
         return self._filename
 
     @property
+    def text(self) -> str:
+        """The content of the file that it was read from, without what the file inherits; empty without one."""
+        return "" if self._filename is None else Path(utf8_name(self._filename)).read_text(encoding="utf-8-sig")
+
+    @property
     def pretty_text(self) -> str:
         """The config as readable Python source; values that :meth:`dump` rejects are shown as their ``repr``."""
         return python_source(writable(self, "", None))
@@ -63,7 +69,8 @@ class Config(ConfigDict):
         underscore, modules, functions and classes are private to the file and not part of the config. A JSON or YAML
         file runs no code and inherits only from JSON or YAML files.
 
-        ``_base_`` names a file, or a list of files, relative to this one; their items are inherited, nested dicts are
+        ``_base_`` names a file, or a list of files, relative to this one, or as ``package::file`` among the configs of
+        an installed OpenMMLab package; their items are inherited, nested dicts are
         merged, and a dict with ``_delete_=True`` replaces the inherited one. A Python file reads an inherited value as
         ``_base_.key``, or as ``{{_base_.key}}`` in MMEngine's notation; ``{{ fileDirname }}``, ``{{ fileBasename }}``,
         ``{{ fileBasenameNoExtension }}`` and ``{{ fileExtname }}`` stand for the parts of the file's own path.
@@ -86,6 +93,33 @@ class Config(ConfigDict):
         if import_custom_modules:
             config.import_custom_modules()
         return config
+
+    @classmethod
+    def fromstring(cls, cfg_str: str, file_format: str) -> Config:
+        """As :meth:`fromfile`, with the content of a file; what it inherits is relative to the current folder.
+
+        Args:
+            cfg_str: the content.
+            file_format: ``'.py'``, ``'.json'``, ``'.yaml'`` or ``'.yml'``.
+
+        Raises:
+            ConfigError, MissingExtraError: as for :meth:`fromfile`.
+        """
+        config = cls(load_text(cfg_str, Path(f"config{file_format}")))
+        config.import_custom_modules()
+        return config
+
+    @staticmethod
+    def diff(cfg1: str | Path | Config, cfg2: str | Path | Config) -> str:
+        """The lines in which the :attr:`pretty_text` of two configs, or of the configs in two files, differ.
+
+        Returns:
+            a unified diff; empty if they are equal.
+        """
+        configs = [each if isinstance(each, Config) else Config.fromfile(each) for each in (cfg1, cfg2)]
+        one, other = (each.pretty_text.splitlines() for each in configs)
+        name, other_name = (each.filename or "" for each in configs)
+        return "\n".join(difflib.unified_diff(one, other, name, other_name, lineterm=""))
 
     def import_custom_modules(self) -> None:
         """Import the modules in ``custom_imports``, ``dict(imports=[...], allow_failed_imports=False)``.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import stat
 from collections.abc import Sequence
@@ -56,8 +57,8 @@ def load_text(text: str, path: Path, children: Sequence[Path] = ()) -> dict[str,
     except (RecursionError, MemoryError) as error:  # MemoryError: from Python's parser
         raise config_error(path, "", TOO_DEEP) from error
     bases = ConfigDict()
-    for base in _base_paths(names, path):
-        inherited = load(base, (*children, path))
+    for base, scope in _base_paths(names, path):
+        inherited = _scoped(load(base, (*children, path)), scope)
         twice = [key for key in inherited if key in bases]
         if twice:
             raise config_error(path, twice[0], f"Duplicate key: {base} sets it, and so does another file of {BASE}")
@@ -68,12 +69,36 @@ def load_text(text: str, path: Path, children: Sequence[Path] = ()) -> dict[str,
         raise config_error(path, "", TOO_DEEP) from error
 
 
-def _base_paths(names: Any, path: Path) -> list[Path]:
+def _base_paths(names: Any, path: Path) -> list[tuple[Path, str | None]]:
+    """The files that ``path`` inherits from, and the package of those that are given as ``package::file``."""
     names = [names] if isinstance(names, str) else names
     if not isinstance(names, (list, tuple)) or not all(isinstance(name, str) for name in names):
         raise config_error(path, BASE, f"expected a file name or a list of them, got {names!r}")
-    bases = [Path(os.path.normpath(path.parent / utf8_name(name))) for name in names]
-    for base in bases:
+    bases = []
+    for name in names:
+        package, colons, within = name.partition("::")
+        folder = _configs_of(package, path) if colons else path.parent
+        base = Path(os.path.normpath(folder / utf8_name(within if colons else name)))
         if base.suffix == ".py" and path.suffix != ".py":
             raise config_error(path, BASE, f"a {path.suffix} file runs no code, so it cannot inherit from {base}")
+        bases.append((base, package if colons else None))
     return bases
+
+
+def _configs_of(package: str, path: Path) -> Path:
+    """The folder where an OpenMMLab package keeps its configs; the package is not imported."""
+    spec = importlib.util.find_spec(package) if package.isidentifier() else None
+    if spec is None or not spec.submodule_search_locations:
+        raise config_error(path, BASE, f"{package}::...: there is no installed package {package!r}")
+    return Path(spec.submodule_search_locations[0]) / ".mim" / "configs"
+
+
+def _scoped(value: Any, scope: str | None) -> Any:
+    """``value`` with ``scope`` as the ``_scope_`` of its outermost dicts that have a type, as in MMEngine."""
+    if scope is None:
+        return value
+    if isinstance(value, dict) and "type" in value:
+        return {"_scope_": scope, **value}
+    if isinstance(value, dict):
+        return {key: _scoped(item, scope) for key, item in value.items()}
+    return type(value)(_scoped(item, scope) for item in value) if type(value) in (list, tuple) else value

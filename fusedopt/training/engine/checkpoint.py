@@ -96,7 +96,9 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
 
 
 def find_latest_checkpoint(work_dir: str | Path) -> Path | None:
-    """The newest checkpoint in ``work_dir``, or None if none was written.
+    """The newest checkpoint in ``work_dir``, or None if none was written. MMEngine's files are understood too.
+
+    If the folder has been moved, the checkpoint is looked for where it is now.
 
     Raises:
         CheckpointError: the file named as the newest does not exist.
@@ -104,10 +106,14 @@ def find_latest_checkpoint(work_dir: str | Path) -> Path | None:
     pointer = Path(work_dir) / LAST_CHECKPOINT
     if not pointer.is_file():
         return None
-    path = Path(work_dir) / os.fsdecode(pointer.read_bytes()).strip()
-    if not os.path.isfile(path):  # False for what can be no name, too
-        raise CheckpointError(f"{pointer} names {path}, which does not exist")
-    return path
+    written = Path(os.fsdecode(pointer.read_bytes()).strip())
+    places = [Path(work_dir) / written, Path(work_dir) / written.name]
+    if written.name != str(written):  # MMEngine may write a path that is relative to the current folder
+        places.insert(0, written)
+    for path in places:
+        if os.path.isfile(path):  # False for what can be no name, too
+            return path
+    raise CheckpointError(f"{pointer} names {written}, which does not exist")
 
 
 def check_fit(state_dict: Mapping[str, Any], model: nn.Module) -> list[str]:

@@ -182,9 +182,9 @@ class CheckpointHook(Hook):
         runner.logger.info(f"Saved {path}")
         self._newest = path
         if is_main_process():
-            work_dir = Path(runner.work_dir)
-            name = path.name if path.parent == work_dir else str(path.resolve())
-            write_atomically(work_dir / LAST_CHECKPOINT, lambda file: file.write(os.fsencode(name)))
+            # The whole path, as MMEngine expects it.
+            content = os.fsencode(path.resolve())
+            write_atomically(Path(runner.work_dir) / LAST_CHECKPOINT, lambda file: file.write(content))
         self._remove_outdated(runner)
 
     def _remove_outdated(self, runner: Runner) -> None:
