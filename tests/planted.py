@@ -11,6 +11,7 @@ import pickle
 import struct
 import zipfile
 from collections.abc import Callable
+from typing import Any
 
 __all__ = ["FUNCTIONS", "PICKLES", "archive", "calls", "old_file"]
 
@@ -126,17 +127,30 @@ def _repeated(start: bytes, wrap: Callable[[bytes], bytes], count: int) -> bytes
     return start
 
 
-def _tensor(size: tuple[int, ...], stride: tuple[int, ...], offset: int = 0, count: int = 4, key: str = "0") -> bytes:
-    """A tensor in a storage of ``count`` float32, as ``torch.save`` writes it."""
+def _bare_tensor(
+    size: tuple[int, ...], stride: tuple[int, ...], offset: int = 0, count: int = 4, key: str = "0"
+) -> bytes:
+    """The instructions for a tensor in a storage of ``count`` float32, as ``torch.save`` writes them."""
     storage = b"(" + _text("storage") + b"ctorch\nFloatStorage\n" + _text(key) + _text("cpu") + _pickled(count) + b"tQ"
     arguments = b"(" + storage + _pickled(offset) + _pickled(size) + _pickled(stride) + b"\x89N" + b"t"
-    return b"\x80\x02}" + _text("w") + b"ctorch._utils\n_rebuild_tensor_v2\n" + arguments + b"Rs."
+    return b"ctorch._utils\n_rebuild_tensor_v2\n" + arguments + b"R"
+
+
+def _tensor(*settings: tuple[int, ...], **more: Any) -> bytes:
+    return b"\x80\x02}" + _text("w") + _bare_tensor(*settings, **more) + b"s."
 
 
 #: Each level refers twice to the one before.
-_LAUGHS = b"".join(
-    b"h" + bytes([level]) * 1 + b"h" + bytes([level]) + b"\x86q" + bytes([level + 1]) for level in range(60)
-)
+_LAUGHS = b"".join(b"h" + bytes([level]) + b"h" + bytes([level]) + b"\x86q" + bytes([level + 1]) for level in range(60))
+
+
+def _again(kept: bytes, use: bytes, count: int = 20_000) -> bytes:
+    """A value that is kept, and then used again and again; ``use`` begins with getting it."""
+    return b"\x80\x04" + kept + b"q\x00" + use * count + b"."
+
+
+#: One element, said to be more than there are atoms in a grain of sand.
+_EXPANDED = _bare_tensor((7,) * 20, (0,) * 20)
 
 #: Pickles that make a reader hang, crash, or use up memory, or that are just not right.
 PICKLES = {
@@ -234,6 +248,24 @@ PICKLES = {
     + _pickled(("f8", 0, 1)) + b"R" + _text("abc") + b"\x86R.",
     "an object array": b"\x80\x02cnumpy.core.multiarray\n_reconstruct\ncnumpy\nndarray\nK\x00\x85c_codecs\nencode\n"
     + _text("b") + b"\x85R\x87R(K\x01K\x01\x85cnumpy\ndtype\n" + _pickled(("O8", 0, 1)) + b"R\x89]tb.",
+    "a long name again and again": _again(_text("m" * 900_000), b"h\x00X\x01\x00\x00\x00f\x93"),
+    "a long text encoded again and again": _again(_text("t" * 900_000), b"c_codecs\nencode\nh\x00\x85R"),
+    "long arguments again and again": _again(b"(" + b"N" * 900_000 + b"t", b"ca\nb\nh\x00}\x92"),
+    "counts of counts": _again(_pickled(dict.fromkeys(range(100_000))), b"ccollections\nCounter\nh\x00\x85R", 300),
+    "equal keys": b"\x80\x04}" + (_text("k" * 100_000) + b"q\x00N") + b"s" + b"h\x00Ns" * 5_000 + b".",
+    "a long key": b"\x80\x04}" + _text("k" * 1_000_000) + b"Ns.",
+    "an item twice": b"\x80\x02}K\x01K\x02sK\x01K\x03s.",
+    "numbers that are found slowly": b"\x80\x02}("
+    + b"".join(_pickled(2**40 * number) + b"N" for number in range(30_000)) + b"u.",
+    "a long key of many numbers": b"\x80\x02}" + _pickled(tuple(range(1_000))) + b"Ns.",
+    "a tensor as a key": b"\x80\x02}" + _EXPANDED + b"Ns.",
+    "a tensor in a key": b"\x80\x02}" + _EXPANDED + b"\x85Ns.",
+    "a storage as a key": b"\x80\x02}(" + _text("storage") + b"ctorch\nFloatStorage\n" + _text("0") + _text("cpu")
+    + b"K\x04tQNs.",
+    "a tensor of another dtype": b"\x80\x02}" + _text("w")
+    + b"ctorch._utils\n_rebuild_device_tensor_from_cpu_tensor\n(" + _EXPANDED + b"ctorch\nfloat64\n" + _text("cpu")
+    + b"\x89tRs.",
+    "many lists under a long key": b"\x80\x02}" + _text("k" * 4_000) + b"](" + b"N" * 400_000 + b"es.",
     "counts in an encoding": b"\x80\x02ccollections\nCounter\n" + _text("abc") + b"\x85R.",
     "a set of lists": b"\x80\x02cbuiltins\nset\n" + _pickled([[[1]]]) + b"\x85R.",
     "a set of gigabytes": b"\x80\x02cbuiltins\nset\n" + _pickled(10**12) + b"\x85R.",

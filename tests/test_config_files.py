@@ -96,6 +96,7 @@ class TestContentsThatAreNone:
     @pytest.mark.parametrize(
         ("name", "text", "message"),
         [
+            ("a.yaml", "x: 1\n!!set y: 1\n", r":2: a (set|generator) cannot be a key"),
             ("a.yaml", "x: 1\ny: 2024-13-45\n", r":2: syntax error: '2024-13-45' is not a valid timestamp: month must"),
             ("a.yaml", f"x: 1\ny: {DIGITS}\n", r":2: syntax error: '1+\.\.\.1+' is not a valid int: .* 5000 digits"),
             ("a.yaml", "x: !!timestamp abc", r":1: syntax error: 'abc' is not a valid timestamp$"),

@@ -18,6 +18,7 @@ from torch import nn
 
 from fusedopt.cli import main
 from fusedopt.training.engine import CheckpointError, Runner
+from fusedopt.training.reading import find_weights, read_file
 
 
 def donor() -> PointNet:
@@ -78,7 +79,7 @@ FILES = {
     "timm": (timm, "left out: epoch, arch, args, version, metric, objects of argparse.Namespace, datetime.datetime"),
     "a part of a larger model": (
         lambda weights: prefixed("detector.backbone.", weights) | {"detector.head.weight": torch.ones(3)},
-        "10 weights",
+        "9 of 10 weights",
     ),
     "another class of dict": (
         lambda weights: {"state_dict": of_class("dicts_like", "Weights", dict, weights)},
@@ -138,6 +139,48 @@ def test_two_prefixes_are_refused(tmp_path):
     with pytest.raises(CheckpointError, match=r"names fit without 'student\.', and as well without 'teacher\.'"):
         loaded.load_or_resume()
     assert all(torch.equal(value, before[name]) for name, value in loaded.model.state_dict().items())
+
+
+def test_two_sets_of_names_do_not_become_one(tmp_path, capsys):
+    weights = donor().state_dict()
+    others = {name: torch.zeros_like(value) for name, value in weights.items()}
+    torch.save({**weights, **prefixed("module.", others)}, tmp_path / "file.pth")
+    loaded = runner(tmp_path / "out", load_from=tmp_path / "file.pth")
+    loaded.load_or_resume()
+    assert_loaded(loaded.model)
+    log = capsys.readouterr().out
+    assert "it has module.backbone.0.weight" in log and "9 of 18 weights" in log
+
+
+@pytest.mark.parametrize("names", [["head.bias"], ["head.bias", "head.weight", "backbone.0.bias"]])
+def test_a_few_names_that_fit_are_no_prefix(names, tmp_path):
+    weights = donor().state_dict()
+    torch.save({f"other.{name}": weights[name] for name in names}, tmp_path / "file.pth")
+    with pytest.raises(CheckpointError, match="does not fit the model: it lacks"):
+        runner(tmp_path / "out", load_from=tmp_path / "file.pth").load_or_resume()
+
+
+def test_a_name_that_fits_by_accident_does_not_hide_the_prefix(tmp_path):
+    weights = donor().state_dict()
+    accident = {"head.bias": torch.zeros(3)}
+    torch.save({**accident, **prefixed("net.", weights)}, tmp_path / "file.pth")
+    loaded = runner(tmp_path / "out", load_from=tmp_path / "file.pth")
+    loaded.load_or_resume()
+    assert_loaded(loaded.model)
+
+
+def test_parts_of_a_model_that_are_no_modules_are_named(tmp_path):
+    model = nn.Sequential(nn.Linear(2, 2), torch.fx.symbolic_trace(nn.Linear(2, 2)))
+    torch.save(model, tmp_path / "file.pth")
+    found = find_weights(read_file(tmp_path / "file.pth"))
+    assert list(found.state_dict) == ["0.weight", "0.bias"]
+    assert "left out: 1 (torch.fx.graph_module.reduce_graph_module)" in found.told()
+
+
+def test_names_that_become_the_same_text(tmp_path):
+    torch.save({1: torch.ones(1), "1": torch.zeros(1)}, tmp_path / "file.pth")
+    with pytest.raises(CheckpointError, match=r"file\.pth has no weights that can be told apart"):
+        find_weights(read_file(tmp_path / "file.pth"))
 
 
 @pytest.mark.parametrize(
@@ -220,6 +263,9 @@ class TestConvert:
     def test_mistakes(self, tmp_path, capsys):
         torch.save({"w": torch.ones(1), "note": "text"}, tmp_path / "file.pth")
         (tmp_path / "text.pth").write_text("text")
+        torch.save({"w": torch.ones(2).to_sparse()}, tmp_path / "sparse.pth")
+        torch.save({"\ud800": torch.ones(2)}, tmp_path / "name.pth")
+        torch.save({"w": torch.ones(1).expand((2,) * 40)}, tmp_path / "large.pth")
         (tmp_path / "folder").mkdir()
         for arguments, message in (
             (("file.pth", "file.pth"), "is the checkpoint itself; give OUT another name"),
@@ -227,7 +273,13 @@ class TestConvert:
             (("text.pth", "out.pth"), "neither a file of torch.save nor of safetensors"),
             (("file.pth", "folder"), "cannot be written"),
             (("file.pth", "out.safetensors"), "safetensors hold only tensors, but there is note"),
+            (("sparse.pth", "out.safetensors"), "cannot be written as safetensors: "),
+            (("name.pth", "out.safetensors"), "cannot be written as safetensors: "),
+            (("large.pth", "out.safetensors"), "safetensors hold every element, and w repeat one"),
         ):
             code, told = self.run(capsys, *(tmp_path / name for name in arguments))
             assert code == 2 and message in told and told.startswith("fusedopt: ") and told.count("\n") == 1
-        assert {path.name for path in tmp_path.iterdir()} == {"file.pth", "text.pth", "folder"}
+        assert {path.name for path in tmp_path.iterdir()} == {
+            *(f"{name}.pth" for name in ("file", "text", "sparse", "name", "large")),
+            "folder",
+        }

@@ -12,7 +12,7 @@ from mmengine.config import Config
 from mmengine.registry import PARAM_SCHEDULERS as THEIR_SCHEDULERS
 from test_engine_parity import TheirRunner, numbers, settings
 
-from fusedopt.training.engine import Runner
+from fusedopt.training.engine import CheckpointError, Runner
 from fusedopt.training.registry import PARAM_SCHEDULERS
 
 pytestmark = [
@@ -34,6 +34,23 @@ CASES: dict[str, tuple[dict[str, Any], str]] = {
             default_hooks=dict(checkpoint=dict(type="CheckpointHook", by_epoch=False, interval=7)),
         ),
         "iter_7.pth",
+    ),
+    "at the end of an epoch, by iterations": (
+        dict(
+            train_dataloader=loader(40, 8, shuffle=False),
+            default_hooks=dict(checkpoint=dict(type="CheckpointHook", by_epoch=False, interval=5)),
+            optim_wrapper=dict(optimizer=SGD),
+            param_scheduler=[dict(type="StepLR", step_size=1, gamma=0.5)],
+        ),
+        "iter_10.pth",
+    ),
+    "after the best validation": (
+        dict(
+            default_hooks=dict(checkpoint=dict(type="CheckpointHook", interval=1, save_best="accuracy", rule="less")),
+            param_scheduler=[dict(type="ReduceOnPlateauLR", monitor="count", rule="less", patience=0, factor=0.5)],
+            optim_wrapper=dict(optimizer=SGD),
+        ),
+        "epoch_1.pth",
     ),
     "a 1cycle with a straight line": (
         dict(
@@ -127,3 +144,86 @@ def test_a_scheduler_goes_on_from_the_state_of_mmengine(kind, steps):
         advance(mine, own, LOSSES[steps:]), advance(optimizer, scheduler, LOSSES[steps:]), strict=True
     ):
         assert [number for group in values for number in group] == pytest.approx([n for g in expected for n in g])
+
+
+class TestRefused:
+    def checkpoint(
+        self, folder: Path, changes: dict[str, Any], name: str = "epoch_2.pth"
+    ) -> tuple[Path, dict[str, Any]]:
+        their_run(folder, changes)
+        return folder / name, torch.load(folder / name, weights_only=False)
+
+    def refused(self, folder: Path, path: Path, message: str, **changes: Any) -> None:
+        mine = Runner.from_cfg({**settings(folder, changes), "load_from": path, "resume": True})
+        before = {name: value.clone() for name, value in mine.model.state_dict().items()}
+        with pytest.raises(CheckpointError, match=message):
+            mine.load_or_resume()
+        assert all(torch.equal(value, before[name]) for name, value in mine.model.state_dict().items())
+        assert not mine.optim_wrapper.state_dict()["state"]
+
+    def test_something_is_missing(self, tmp_path):
+        hooks = dict(
+            checkpoint=dict(type="CheckpointHook", interval=1, save_optimizer=False, save_param_scheduler=False)
+        )
+        path, checkpoint = self.checkpoint(tmp_path / "theirs", dict(default_hooks=hooks))
+        self.refused(tmp_path / "mine", path, "this checkpoint of MMEngine lacks optimizer. load_from without resume")
+        checkpoint["optimizer"] = dict(state={}, param_groups=[])
+        torch.save(checkpoint, path)
+        self.refused(tmp_path / "mine", path, "it lacks param_schedulers")
+
+    @pytest.mark.parametrize("told", [True, False], ids=["in the config", "by the groups"])
+    @pytest.mark.parametrize(
+        ("theirs", "mine"),
+        [("SGD", "AdamW"), ("Adam", "AdamW"), ("AdamW", "Adam"), ("NAdam", "Adam"), ("RAdam", "FusedAdam")],
+    )
+    def test_another_optimizer(self, theirs, mine, told, tmp_path):
+        changes = dict(optim_wrapper=dict(optimizer=dict(type=theirs, lr=0.01)))
+        path, checkpoint = self.checkpoint(tmp_path / "theirs", changes)
+        if not told:
+            checkpoint["meta"]["cfg"] = "model = Net()"
+            torch.save(checkpoint, path)
+        message = "is from other optimizers" if told or theirs[1:] != "Adam" else "neither the text of its config nor"
+        self.refused(tmp_path / "mine", path, message, optim_wrapper=dict(optimizer=dict(type=mine, lr=0.01)))
+
+    def test_an_import_path_as_the_type(self, tmp_path):
+        changes = dict(optim_wrapper=dict(optimizer=dict(type="torch.optim.NAdam", lr=0.01)))
+        path, _ = self.checkpoint(tmp_path / "theirs", changes)
+        other = dict(optim_wrapper=dict(optimizer=dict(type="Adam", lr=0.01)))
+        self.refused(tmp_path / "mine", path, "other optimizers: {'': 'NAdam'} instead of {'': 'Adam'}", **other)
+
+    def test_another_kind_of_training(self, tmp_path):
+        path, _ = self.checkpoint(tmp_path / "theirs", {})
+        message = "from training by epochs, but this run is by iterations"
+        self.refused(tmp_path / "mine", path, message, **by_iterations())
+
+    def test_epochs_of_another_length(self, tmp_path, capsys):
+        path, checkpoint = self.checkpoint(tmp_path / "theirs", {})
+        mine = Runner.from_cfg(
+            {
+                **settings(tmp_path / "mine", {}),
+                "train_dataloader": loader(40, 10, True),
+                "load_from": path,
+                "resume": True,
+            }
+        )
+        mine.load_or_resume()
+        assert mine.epoch == 2 and mine.train_loop.progress()["position"] == dict(passes=2, batches=0)
+        assert "a run with 5 batches in an epoch, but this run has 4" in capsys.readouterr().out
+        checkpoint["meta"].update(epoch=1, iter=7)
+        torch.save(checkpoint, path)
+        message = "written after 7 iterations, in an epoch of 5 batches, and this run has 4; the data or the batch"
+        self.refused(tmp_path / "mine", path, message, train_dataloader=loader(40, 10, True))
+
+    def test_the_best_file_of_the_other_run_is_not_removed(self, tmp_path):
+        hooks = dict(checkpoint=dict(type="CheckpointHook", interval=1, save_best="accuracy", rule="less"))
+        their = their_run(tmp_path / "theirs", dict(default_hooks=hooks))
+        best = Path(their.message_hub.get_info("best_ckpt"))
+        mine = Runner.from_cfg(
+            {
+                **settings(tmp_path / "mine", dict(default_hooks=hooks)),
+                "load_from": best.parent / "epoch_1.pth",
+                "resume": True,
+            }
+        )
+        mine.train()
+        assert best.exists() and mine.message_hub.get_info("best_score") is not None

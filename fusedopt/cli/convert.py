@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections import OrderedDict
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,7 @@ def add(commands: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Run the command; return its exit code."""
-    from ..training.engine.checkpoint import write_atomically, write_checkpoint
+    from ..training.engine.checkpoint import write_checkpoint
     from ..training.reading import find_weights, read_file
 
     checkpoint, out = arguments.checkpoint, arguments.out
@@ -47,17 +48,32 @@ def run(arguments: argparse.Namespace) -> int:
     weights = find_weights(read_file(checkpoint))
     state_dict = _bare(weights.state_dict)
     if out.suffix == ".safetensors":
-        others = [name for name, value in state_dict.items() if not isinstance(value, Tensor)]
-        if others:
-            raise UsageError(f"{one_line(out)}: safetensors hold only tensors, but there is {some(others)}")
-        # Copies, because tensors that share memory cannot be written.
-        copies = {name: value.clone(memory_format=torch.contiguous_format) for name, value in state_dict.items()}
-        content = require("safetensors.torch", "engine").save(copies, {"format": "pt"})
-        write_atomically(out, lambda file: file.write(content))
+        _write_safetensors(state_dict, out)
     else:
         write_checkpoint(state_dict, out)
     print(f"{one_line(out)}: {weights.told()}")
     return 0
+
+
+def _write_safetensors(state_dict: Mapping[str, Any], out: Path) -> None:
+    from ..training.engine.checkpoint import write_atomically
+
+    others = [name for name, value in state_dict.items() if not isinstance(value, Tensor)]
+    if others:
+        raise UsageError(f"{out}: safetensors hold only tensors, but there is {some(others)}")
+    dense = {name: value for name, value in state_dict.items() if value.layout == torch.strided}
+    larger = [name for name, value in dense.items() if value.numel() > 1024 * value.untyped_storage().nbytes()]
+    if larger:
+        raise UsageError(f"{out}: safetensors hold every element, and {some(larger)} repeat one; write another format")
+    safetensors = require("safetensors.torch", "engine")
+    try:
+        # Copies, because tensors that share memory cannot be written.
+        copies = {name: value.clone(memory_format=torch.contiguous_format) for name, value in state_dict.items()}
+        content = safetensors.save(copies, {"format": "pt"})
+    except Exception as error:  # whatever it raises for layouts, dtypes and names
+        reason = one_line(error, 200)
+        raise UsageError(f"{out}: cannot be written as safetensors: {type(error).__name__}: {reason}") from error
+    write_atomically(out, lambda file: file.write(content))
 
 
 def _bare(state_dict: OrderedDict[str, Any]) -> OrderedDict[str, Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 __all__ = ["encodable", "one_line", "some"]
@@ -15,19 +15,25 @@ def one_line(text: object, most: int | None = None) -> str:
         text: converted with ``str``.
         most: of a longer text, so many characters are kept, and the middle is left out.
     """
-    shown = "".join(
-        char if char.isprintable() else char.encode("unicode_escape", "surrogatepass").decode() for char in str(text)
+    whole = str(text)
+    if most is not None and len(whole) > most:
+        half = (most - 5) // 2
+        whole = f"{whole[:half]} ... {whole[-half:]}"
+    return "".join(
+        char if char.isprintable() else char.encode("unicode_escape", "surrogatepass").decode() for char in whole
     )
-    if most is None or len(shown) <= most:
-        return shown
-    half = (most - 5) // 2
-    return f"{shown[:half]} ... {shown[-half:]}"
 
 
-def some(names: Sequence[object], most: int = 5) -> str:
-    """The first names, on one line, and how many more there are."""
+def some(names: Sequence[Any], most: int = 5, told: Callable[[Any], object] = str) -> str:
+    """The first names, on one line, and how many more there are.
+
+    Args:
+        names: anything that ``told`` can make text of.
+        most: number of names.
+        told: what is shown of a name.
+    """
     rest = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(one_line(name, 200) for name in names[:most]) + rest
+    return ", ".join(one_line(told(name), 200) for name in names[:most]) + rest
 
 
 def encodable(text: str, stream: Any) -> str:

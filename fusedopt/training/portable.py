@@ -16,8 +16,8 @@ from ..messages import plain
 __all__ = ["as_before", "portable"]
 
 # Note [Types on the way through a file]
-# Checkpoints are read with weights_only=True, which accepts dicts, lists, tuples, sets, OrderedDict, Counter, numbers,
-# strings and tensors. Everything else that a state may hold (a defaultdict, an enum, numpy's numbers and arrays) is
+# What is read of a checkpoint are dicts, lists, tuples, sets, OrderedDict, Counter, numbers, strings and tensors, as
+# with weights_only=True. Everything else that a state may hold (a defaultdict, an enum, numpy's numbers and arrays) is
 # written as a plain value. The object that loads a state has such a state itself, and so knows the types: a value from
 # the file takes the type of the value that it replaces. So files that were written with other types load too.
 

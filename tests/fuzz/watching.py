@@ -32,12 +32,13 @@ def _hook(event: str, arguments: tuple[object, ...]) -> None:
         raise PermissionError(f"reading must not do this: {_seen[-1]}")
 
 
-# What Python and the readers import when they first need it: encodings of text in files and messages, and the package
-# that reads safetensors.
+# What Python, torch and the readers import when they first need it: encodings of text in files and messages, the package
+# that reads safetensors, and a part of torch.
 for encoding in ("cp437", "raw_unicode_escape", "unicode_escape", "utf_8_sig"):
     codecs.lookup(encoding)
-with contextlib.suppress(ImportError):
-    importlib.import_module("safetensors.torch")
+for module in ("safetensors.torch", "torch._subclasses.schema_check_mode"):
+    with contextlib.suppress(ImportError):
+        importlib.import_module(module)
 
 sys.addaudithook(_hook)
 

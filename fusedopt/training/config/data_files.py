@@ -6,6 +6,7 @@ import json
 import math
 import re
 import reprlib
+from collections.abc import Hashable
 from pathlib import Path
 from typing import Any
 
@@ -116,6 +117,8 @@ class DataFile:
                     if key.id != "scalar" or tag == "merge":
                         continue
                     name = key.value if tag == "value" else loader.construct_object(key)  # PyYAML reads = as '='
+                    if not isinstance(name, Hashable):  # such as a scalar that is tagged as a set
+                        raise self._error(key.start_mark.line + 1, f"a {type(name).__name__} cannot be a key")
                     if name in keys:
                         raise self._error(key.start_mark.line + 1, f"the key {name!r} occurs twice")
                     keys.add(name)

@@ -9,17 +9,15 @@ from pathlib import Path
 from typing import IO, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ...messages import plain_settings, some
+from ...messages import one_line, plain_settings
 from ..errors import CheckpointError
 from ..files import replace_file
 from ..reading import StandIn, read_file
-from ..unwrapping import bare_state_dict
 
 __all__ = [
     "CheckpointError",
-    "check_fit",
     "find_latest_checkpoint",
     "read_checkpoint",
     "unloadable_parts",
@@ -30,7 +28,7 @@ __all__ = [
 #: The file in ``work_dir`` that holds the name of the newest checkpoint.
 LAST_CHECKPOINT = "last_checkpoint"
 
-_PLAIN = (str, bytes, int, float, complex, bool, type(None), torch.dtype, torch.device, torch.Size)
+_PLAIN = frozenset({str, bytes, int, float, complex, bool, type(None), torch.dtype, torch.device, torch.Size})
 
 
 def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
@@ -50,15 +48,24 @@ def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
 
 def unloadable_parts(value: Any, name: str) -> Iterator[str]:
     """The parts of ``value`` that are neither tensors nor plain, so that they would not be read back."""
+    for place, kind in _unloadable(value):
+        yield f"{name}{place} ({kind})"
+
+
+def _unloadable(value: Any) -> Iterator[tuple[str, str]]:
+    """The place and the class of each such part. Paths are only made where there is one: there may be many places."""
     if type(value) in (dict, OrderedDict, Counter):
         for key, item in value.items():
-            yield from unloadable_parts(key, f"the key {key!r} of {name}")
-            yield from unloadable_parts(item, f"{name}[{key!r}]")
+            if type(key) not in _PLAIN:
+                yield from ((f"{place} in the key {one_line(key, 100)}", kind) for place, kind in _unloadable(key))
+            if type(item) not in _PLAIN:
+                yield from ((f"[{key!r}]{place}", kind) for place, kind in _unloadable(item))
     elif type(value) in (list, tuple, set):
         for index, item in enumerate(value):
-            yield from unloadable_parts(item, f"{name}[{index}]")
+            if type(item) not in _PLAIN:
+                yield from ((f"[{index}]{place}", kind) for place, kind in _unloadable(item))
     elif type(value) not in _PLAIN and not isinstance(value, Tensor):
-        yield f"{name} ({value.name if isinstance(value, StandIn) else type(value).__name__})"
+        yield "", value.name if isinstance(value, StandIn) else type(value).__name__
 
 
 def write_checkpoint(checkpoint: Mapping[str, Any], path: Path) -> None:
@@ -114,22 +121,3 @@ def find_latest_checkpoint(work_dir: str | Path) -> Path | None:
         if os.path.isfile(path):  # False for what can be no name, too
             return path
     raise CheckpointError(f"{pointer} names {written}, which does not exist")
-
-
-def check_fit(state_dict: Mapping[str, Any], model: nn.Module) -> list[str]:
-    """Why ``state_dict`` does not fit ``model``: a clause for each kind of difference."""
-    own = bare_state_dict(model)
-    reshaped = [
-        f"{name} has {_shape(state_dict[name])} instead of {_shape(value)}"
-        for name, value in own.items()
-        if name in state_dict and isinstance(value, Tensor) and _shape(state_dict[name]) != _shape(value)
-    ]
-    missing = [name for name in own if name not in state_dict]
-    unknown = [name for name in state_dict if name not in own]
-    clauses = [f"it lacks {some(missing)}"] if missing else []
-    clauses += [f"it has {some(unknown)}, which the model does not have"] if unknown else []
-    return clauses + ([some(reshaped)] if reshaped else [])
-
-
-def _shape(value: Any) -> str:
-    return f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"

@@ -10,9 +10,11 @@ from typing import TYPE_CHECKING, Any, cast
 from ..reading import find_weights, read_file
 from . import distributed
 from .checkpoint import find_latest_checkpoint, read_checkpoint, write_checkpoint
+from .checks import check_training
 from .hooking import HasHooks
 from .mmengine_checkpoint import as_own, is_from_mmengine
-from .state import check_training, check_weights, load_training, load_weights, training_state
+from .state import load_training, training_state
+from .weights import check_weights, load_weights
 
 if TYPE_CHECKING:
     from .runner import Runner
@@ -92,7 +94,8 @@ class HasCheckpoints(HasHooks):
         Args:
             filename: a file of ``torch.save`` or safetensors: a checkpoint of MMEngine, Lightning or others, a state
                 dict, or a model. Nothing in it is run. What wrappers such as DataParallel and ``torch.compile`` add to
-                names does not matter; a prefix that all weights of the model have, such as ``model.``, is removed.
+                names does not matter; a prefix under which half of the model's weights or more are, such as
+                ``model.``, is removed.
             strict: require that every weight is in it and fits; otherwise, weights that do not are logged and kept.
 
         Raises:
@@ -105,8 +108,8 @@ class HasCheckpoints(HasHooks):
         checkpoint = {**(contents.value if whole else {}), "state_dict": weights.state_dict}
         check_weights(self._runner, filename, checkpoint, strict)
         self.call_hook("after_load_checkpoint", checkpoint=checkpoint)
-        load_weights(self._runner, checkpoint)
-        self.logger.info(f"Loaded {filename}: {weights.told()}")
+        loaded = load_weights(self._runner, checkpoint)
+        self.logger.info(f"Loaded {filename}: {weights.told(loaded)}")
         return checkpoint
 
     def resume(self, filename: str | Path) -> None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ...messages import some
+from ...messages import one_line, some
 from ..reading import StandIn
 from .checkpoint import CheckpointError, unloadable_parts
 from .data import InfiniteSampler, sampler_of
@@ -56,6 +57,7 @@ def as_own(runner: Runner, filename: str | Path, checkpoint: Mapping[str, Any]) 
     hub = checkpoint["message_hub"]
     infos = hub.get("runtime_info") if isinstance(hub.get("runtime_info"), Mapping) else {}
     plain_infos = {str(key): value for key, value in infos.items() if not any(unloadable_parts(value, ""))}
+    bests = {key: Path(best).name for key, best in plain_infos.items() if _is_best(key, best)}
     left_out = [str(key) for key in checkpoint if key not in (*_KEYS, "meta", "message_hub")]
     left_out += [f"meta[{key!r}]" for key in meta if key not in _META_KEYS]
     left_out += [f"message_hub[{key!r}]" for key in infos if str(key) not in plain_infos]
@@ -70,12 +72,13 @@ def as_own(runner: Runner, filename: str | Path, checkpoint: Mapping[str, Any]) 
     return {
         **own,
         "meta": {
-            **_place(runner, filename, meta, config),
+            **_place(runner, filename, meta, config, {**plain_infos, **bests}),
             "seed": meta["seed"] if type(meta.get("seed")) is int else runner.seed,
             "optimizers": {name: _optimizer(filename, name, state, config) for name, state in states.items()},
             "cfg": meta.get("cfg"),
         },
-        "message_hub": {"log_scalars": {}, "runtime_info": plain_infos},
+        # Files are named here, since those of the other run are not this run's to remove.
+        "message_hub": {"log_scalars": {}, "runtime_info": {**plain_infos, **bests}},
         "accumulation": dict.fromkeys(states, meta["iter"]),
         "processes": [],
     }
@@ -94,14 +97,25 @@ def _with_names(states: Any) -> Any:
     return arguments[-1] if states.name == "builtins.getattr" and isinstance(arguments[-1], str) else states.name
 
 
-def _place(runner: Runner, filename: str | Path, meta: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
+def _is_best(key: str, value: Any) -> bool:
+    return key.startswith("best_ckpt") and isinstance(value, str)
+
+
+def _place(
+    runner: Runner,
+    filename: str | Path,
+    meta: Mapping[str, Any],
+    config: Mapping[str, Any],
+    infos: Mapping[str, Any],
+) -> dict[str, Any]:
     """The entries of ``meta`` that say where in the training and in the data the checkpoint was written."""
     loop = runner.train_loop
     assert loop is not None
     train_cfg = config.get("train_cfg")
     train_cfg = train_cfg if isinstance(train_cfg, Mapping) else {}
     kinds = {"EpochBasedTrainLoop": True, "IterBasedTrainLoop": False}
-    by_epoch = train_cfg.get("by_epoch", kinds.get(train_cfg.get("type", ""), loop.by_epoch))
+    told = train_cfg.get("by_epoch", kinds.get(str(train_cfg.get("type"))))
+    by_epoch = told if isinstance(told, bool) else loop.by_epoch
     epoch, done, length = meta["epoch"], meta["iter"], len(loop.dataloader)
     if not by_epoch:
         epoch = 0
@@ -109,24 +123,41 @@ def _place(runner: Runner, filename: str | Path, meta: Mapping[str, Any], config
         passes, batches = (
             (0, done) if isinstance(sampler_of(loop.dataloader), InfiniteSampler) else divmod(done, length)
         )
-    elif 0 <= done - epoch * length < length:
-        passes, batches = epoch, done - epoch * length
-    elif epoch and done % epoch == 0:  # a complete epoch of other data
-        passes, batches, length = epoch, 0, done // epoch
     else:
-        raise CheckpointError(
-            f"{filename} cannot be resumed from: after {epoch} epochs of {length} batches it cannot have done {done} "
-            "iterations; the data or the batch size differ"
-        )
+        length = _epoch_length(infos) or length
+        # An epoch whose batches are all done is complete for MMEngine only after the hooks at its end.
+        passes, batches = epoch, done - epoch * length
+        if not 0 <= batches <= length or (batches % length and length != len(loop.dataloader)):
+            raise CheckpointError(
+                f"{filename} cannot be resumed from: it was written after {done} iterations, in an epoch of {length} "
+                f"batches, and this run has {len(loop.dataloader)}; the data or the batch size differ"
+            )
+        batches = len(loop.dataloader) if batches == length else batches
+    count = epoch if by_epoch else done
+    due = loop.validates_after(count) and not (by_epoch and batches)
     return {
         "epoch": epoch,
         "iter": done,
         "by_epoch": by_epoch,
         "epoch_length": length,
         "position": {"passes": passes, "batches": batches},
-        # MMEngine, too, writes checkpoints before it validates.
-        "validation_due": not (by_epoch and batches) and loop.validates_after(epoch if by_epoch else done),
+        # MMEngine writes a checkpoint before it validates, and again after a validation with the best metric so far.
+        "validation_due": due and not _is_newest_best(infos, count),
     }
+
+
+def _epoch_length(infos: Mapping[str, Any]) -> int | None:
+    """Batches in an epoch of the run that wrote the checkpoint."""
+    epochs, iters = infos.get("max_epochs"), infos.get("max_iters")
+    if type(epochs) is not int or type(iters) is not int or epochs < 1 or iters < 1 or iters % epochs:
+        return None
+    return iters // epochs
+
+
+def _is_newest_best(infos: Mapping[str, Any], count: int) -> bool:
+    """Whether the checkpoint after ``count`` epochs or iterations is the best one, so that it has been validated."""
+    bests = [value for key, value in infos.items() if _is_best(key, value)]
+    return any(re.search(rf"(?<!\d){count}\.\w+$", value) for value in bests)
 
 
 def _optimizer(filename: str | Path, name: str, state: Any, config: Mapping[str, Any]) -> str:
@@ -136,14 +167,15 @@ def _optimizer(filename: str | Path, name: str, state: Any, config: Mapping[str,
         section = section.get(name)
     settings = section.get("optimizer") if isinstance(section, Mapping) else None
     if isinstance(settings, Mapping) and isinstance(settings.get("type"), str):
-        return settings["type"].removeprefix("Fused")
+        return settings["type"].rpartition(".")[2].removeprefix("Fused")
     groups = state.get("param_groups") if isinstance(state, Mapping) else None
-    group = groups[0] if isinstance(groups, list) and groups else {}
+    group = groups[0] if isinstance(groups, list) and groups and isinstance(groups[0], Mapping) else {}
     if {"momentum", "dampening", "nesterov"} <= set(group):
         return "SGD"
-    if "betas" in group and isinstance(group.get("decoupled_weight_decay"), bool):
+    # RAdam and NAdam have decoupled_weight_decay, too, but not amsgrad.
+    if {"betas", "eps", "amsgrad"} <= set(group) and isinstance(group.get("decoupled_weight_decay"), bool):
         return "AdamW" if group["decoupled_weight_decay"] else "Adam"
-    which = f"the state {name!r}" if name else "its state"
+    which = f"the state {one_line(name, 100)!r}" if name else "its state"
     raise CheckpointError(
         f"{filename} cannot be resumed from: neither the text of its config nor the parameter groups say to which "
         f"optimizer {which} belongs"

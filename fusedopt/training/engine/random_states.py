@@ -10,8 +10,16 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
+from torch import Tensor
 
-__all__ = ["fix_cublas_workspace", "isolated_random_states", "random_states", "seed_everything", "set_random_states"]
+__all__ = [
+    "check_random_states",
+    "fix_cublas_workspace",
+    "isolated_random_states",
+    "random_states",
+    "seed_everything",
+    "set_random_states",
+]
 
 _CUBLAS = "CUBLAS_WORKSPACE_CONFIG"
 _CUBLAS_FIXED = (":4096:8", ":16:8")  # the values that torch.use_deterministic_algorithms accepts
@@ -88,6 +96,20 @@ def set_random_states(states: Mapping[str, Any], generator: torch.Generator | No
         torch.cuda.set_rng_state(states["cuda"])
     if generator is not None and "generator" in states:
         generator.set_state(states["generator"])
+
+
+def check_random_states(states: Mapping[str, Any]) -> None:
+    """Try states from :func:`random_states` on other generators; whatever these raise shows that they are not."""
+    version, values, gauss = states["python"]
+    random.Random().setstate((version, tuple(values), gauss))
+    for key in ("torch", "generator"):
+        if key in states or key == "torch":
+            torch.Generator().set_state(states[key])
+    numpy_random = _numpy_random()
+    if numpy_random is not None and "numpy" in states:
+        numpy_random.RandomState().set_state(tuple(states["numpy"]))
+    if not isinstance(states.get("cuda"), (Tensor, type(None))):
+        raise TypeError("the state of the GPU's generator is no tensor")
 
 
 @contextlib.contextmanager

@@ -30,7 +30,7 @@ _EFFECTIVE = {
 #: Stands for a setting that one side does not have.
 NOT_SET = "not set"
 #: Characters of the longest config text that is looked into.
-_LONGEST_TEXT = 1_000_000
+_LONGEST_TEXT = 200_000
 
 
 def optimizer_settings(optim_wrapper: Any) -> dict[str, Any]:
@@ -180,6 +180,8 @@ def settings_of_text(text: Any, meta: Mapping[str, Any]) -> dict[str, Any] | Non
     """
     config = config_of_text(text)
     try:
+        if any(map(_names_a_path, config.values())):
+            return None
         train_cfg = config["train_cfg"]
         by_epoch = meta["by_epoch"]
         max_epochs = train_cfg["max_epochs"] if by_epoch else 1
@@ -191,7 +193,7 @@ def settings_of_text(text: Any, meta: Mapping[str, Any]) -> dict[str, Any] | Non
 
 
 def config_of_text(text: Any) -> dict[str, Any]:
-    """The items of a config whose values are literals, from its text; import paths are left out.
+    """The items of a config whose values are literals, from its text.
 
     Args:
         text: as :attr:`Config.pretty_text`, or MMEngine's. No code in it is run. Anything but such a text has no items.
@@ -203,9 +205,7 @@ def config_of_text(text: Any) -> dict[str, Any]:
     config = {}
     for node in body:
         with contextlib.suppress(Exception):
-            value = _literal(node.value)  # type: ignore[attr-defined]
-            if not _names_a_path(value):
-                config[node.targets[0].id] = value  # type: ignore[attr-defined]
+            config[node.targets[0].id] = _literal(node.value)  # type: ignore[attr-defined]
     return config
 
 

@@ -4,34 +4,29 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections import Counter, OrderedDict
 from collections.abc import Iterator, Mapping
-from copy import copy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
-from torch.nn.modules.utils import consume_prefix_in_state_dict_if_present
 
 from ...messages import one_line
 from ...version import __version__
 from ..config import Config
 from ..portable import as_before, portable
 from ..unwrapping import bare_state_dict, fitted_state_dict, named_parameters
-from ..wrappers import OptimWrapper, OptimWrapperDict
 from . import distributed
-from .checkpoint import CheckpointError, check_fit, unloadable_parts
+from .checkpoint import CheckpointError
+from .checks import optimizer_names, wrappers_by_name
 from .data import moved, reseed
 from .overrides import GroupSettings, check_replay, replay_schedules
 from .settings import differing, settings_of_text
+from .weights import load_weights, with_versions
 
 if TYPE_CHECKING:
     from .runner import Runner
 
-__all__ = ["check_training", "check_weights", "load_training", "load_weights", "training_state"]
-
-_META_KEYS = ("epoch", "iter", "position", "validation_due", "seed", "by_epoch", "epoch_length", "optimizers")
-_UNITS = {True: "epochs", False: "iterations"}
+__all__ = ["load_training", "training_state"]
 
 
 def training_state(
@@ -60,7 +55,7 @@ def training_state(
             "by_epoch": loop.by_epoch,
             "epoch_length": len(loop.dataloader),
             "seed": runner.seed,
-            "optimizers": _optimizer_names(runner),
+            "optimizers": optimizer_names(runner),
             "settings": dict(runner.settings_in_effect),
             "experiment_name": runner.experiment_name,
             "time": time.strftime("%Y%m%d_%H%M%S"),
@@ -68,12 +63,12 @@ def training_state(
             "fusedopt_version": __version__,
             **(meta or {}),
         },
-        "state_dict": _with_versions(moved(portable(weights), "cpu"), weights),
+        "state_dict": with_versions(moved(portable(weights), "cpu"), weights),
         "message_hub": moved(runner.message_hub.state_dict(), "cpu"),
     }
     if save_optimizer:
         checkpoint["optimizer"] = moved(portable(runner.optim_wrapper.state_dict()), "cpu")
-        checkpoint["accumulation"] = {name: each.inner_count for name, each in _wrappers(runner).items()}
+        checkpoint["accumulation"] = {name: each.inner_count for name, each in wrappers_by_name(runner).items()}
         checkpoint["processes"] = distributed.gather(
             {
                 **portable(loop.process_state()),
@@ -84,109 +79,6 @@ def training_state(
     if save_param_scheduler and runner.param_schedulers is not None:
         checkpoint["param_schedulers"] = _scheduler_states(runner.param_schedulers)
     return checkpoint
-
-
-def check_weights(runner: Runner, filename: str | Path, checkpoint: dict[str, Any], strict: bool) -> None:
-    """Raise CheckpointError unless the weights fit the model; give them the names that they have there."""
-    weights = checkpoint["state_dict"]
-    if not isinstance(weights, Mapping) or not any(isinstance(value, Tensor) for value in weights.values()):
-        raise CheckpointError(f"{filename} has no weights: no tensors in its 'state_dict', or in all of it")
-    own = bare_state_dict(runner.model)
-    taken = fitted_state_dict(_with_versions({str(name): value for name, value in weights.items()}, weights), own)
-    consume_prefix_in_state_dict_if_present(taken, "module.")
-    prefix = _prefix(filename, taken, own)
-    if prefix:
-        runner.logger.info(f"{filename}: the prefix {prefix!r} of the weights' names is removed")
-        consume_prefix_in_state_dict_if_present(taken, prefix)
-    checkpoint["state_dict"] = taken
-    differences = check_fit(taken, runner.bare_model)
-    if differences and (strict or not any(name in own for name in _loadable(runner.bare_model, taken))):
-        raise CheckpointError(f"{filename} does not fit the model: {'; '.join(differences)}")
-    if differences:
-        runner.logger.warning(f"{filename} does not fit the model: {'; '.join(differences)}")
-
-
-def _prefix(filename: str | Path, weights: Mapping[str, Any], own: Mapping[str, Any]) -> str:
-    """The prefix that the model's names have in ``weights``, as a part of a larger model; ``''`` without one.
-
-    Raises:
-        CheckpointError: there are several.
-    """
-    if any(name in own for name in weights):
-        return ""
-    fitting: Counter[str] = Counter()
-    for name in weights:
-        parts = name.split(".")
-        prefixes = (".".join(parts[:count]) + "." for count in range(1, min(len(parts), 10)))
-        fitting.update(prefix for prefix in prefixes if name.removeprefix(prefix) in own)
-    (first, most), (second, next_most) = [*fitting.most_common(2), ("", 0), ("", 0)][:2]
-    if most and most == next_most:
-        raise CheckpointError(
-            f"{filename} does not fit the model: its names fit without {first!r}, and as well without {second!r}"
-        )
-    return first
-
-
-def load_weights(runner: Runner, checkpoint: Mapping[str, Any]) -> None:
-    """Load the weights, except those whose shape does not fit the model."""
-    model = runner.bare_model
-    weights = fitted_state_dict(_loadable(model, checkpoint["state_dict"]), model.state_dict())
-    model.load_state_dict(weights, strict=False)
-
-
-def check_training(runner: Runner, filename: str | Path, checkpoint: dict[str, Any]) -> None:
-    """Raise CheckpointError unless the checkpoint fits this run and has everything that resuming needs."""
-    loop = runner.train_loop
-    assert loop is not None
-    kinds: dict[str, Any] = dict.fromkeys(("meta", "state_dict", "message_hub", "optimizer", "accumulation"), Mapping)
-    kinds["processes"] = list
-    if runner.param_schedulers is not None and not runner.resume_overrides:
-        kinds["param_schedulers"] = (Mapping, list)
-    missing = [key for key, kind in kinds.items() if not isinstance(checkpoint.get(key), kind)]
-    if "meta" not in missing:
-        missing += [f"meta[{key!r}]" for key in _META_KEYS if key not in checkpoint["meta"]]
-    if missing:
-        raise CheckpointError(
-            f"{filename} cannot be resumed from: it lacks {', '.join(missing)}. load_from without resume loads "
-            "only the weights"
-        )
-    meta = checkpoint["meta"]
-    if meta["by_epoch"] != loop.by_epoch:
-        raise CheckpointError(
-            f"{filename} is from training by {_UNITS[meta['by_epoch']]}, but this run is by {_UNITS[loop.by_epoch]}"
-        )
-    names = _wrappers(runner).keys()
-    if set(checkpoint["accumulation"]) != set(names):
-        found, expected = (", ".join(filter(None, each)) or "one" for each in (checkpoint["accumulation"], names))
-        raise CheckpointError(f"{filename} is from other optimizers: {found} instead of {expected}")
-    if meta["optimizers"] != (own := _optimizer_names(runner)):
-        raise CheckpointError(f"{filename} is from other optimizers: {meta['optimizers']} instead of {own}")
-    _check_kinds(filename, checkpoint)
-    for part in unloadable_parts(checkpoint, "checkpoint"):
-        raise CheckpointError(f"{filename} cannot be resumed from: {one_line(part, 300)} is neither a tensor nor plain")
-    check_weights(runner, filename, checkpoint, strict=True)
-    if meta["epoch_length"] != len(loop.dataloader):
-        runner.logger.warning(
-            f"{filename} is from a run with {meta['epoch_length']} batches in an epoch, but this run has "
-            f"{len(loop.dataloader)}: it continues with other data"
-        )
-
-
-def _check_kinds(filename: str | Path, checkpoint: Mapping[str, Any]) -> None:
-    """Raise CheckpointError if an entry that is loaded last has the wrong type."""
-    wanted: dict[str, tuple[Any, dict[str, Any]]] = {
-        "meta['position']": (checkpoint["meta"]["position"], {"passes": int, "batches": int}),
-        "accumulation": (checkpoint["accumulation"], dict.fromkeys(checkpoint["accumulation"], int)),
-    }
-    for rank, process in enumerate(checkpoint["processes"]):
-        parts = dict.fromkeys(("random", "pass_random", "gradients", "buffers"), Mapping)
-        wanted[f"processes[{rank}]"] = process, parts
-        for key in ("random", "pass_random"):
-            states = process.get(key) if isinstance(process, Mapping) else None
-            wanted[f"processes[{rank}][{key!r}]"] = states, {"python": tuple, "torch": Tensor}
-    for name, (value, kinds) in wanted.items():
-        if not isinstance(value, Mapping) or any(not isinstance(value.get(key), kind) for key, kind in kinds.items()):
-            raise CheckpointError(f"{filename} cannot be resumed from: {name} is not as it was written: {value!r:.80}")
 
 
 def load_training(runner: Runner, filename: str | Path, checkpoint: dict[str, Any]) -> None:
@@ -228,7 +120,7 @@ def load_training(runner: Runner, filename: str | Path, checkpoint: dict[str, An
     load_weights(runner, checkpoint)
     meta, processes = checkpoint["meta"], checkpoint["processes"]
     mine = processes[runner.rank] if len(processes) == runner.world_size else None
-    for name, each in _wrappers(runner).items():
+    for name, each in wrappers_by_name(runner).items():
         # Without this process's state, the gradients of an incomplete accumulation are missing.
         each.resume_inner_count(checkpoint["accumulation"][name], restart_accumulation=mine is None)
     place = loop.progress()
@@ -242,7 +134,7 @@ def load_training(runner: Runner, filename: str | Path, checkpoint: dict[str, An
         model = runner.bare_model
         if mine["buffers"]:
             buffers = fitted_state_dict(mine["buffers"], model.state_dict())
-            model.load_state_dict(_with_versions(buffers, checkpoint["state_dict"]), strict=False)
+            model.load_state_dict(with_versions(buffers, checkpoint["state_dict"]), strict=False)
         gradients = fitted_state_dict(mine["gradients"], [name for name, _ in named_parameters(model)])
         for name, param in named_parameters(model):
             if name in gradients:
@@ -266,7 +158,7 @@ def _settings_before(meta: Mapping[str, Any]) -> Mapping[str, Any] | None:
 def _tell_edits(runner: Runner, filename: str | Path, edits: Mapping[str, tuple[Any, Any]], overrides: bool) -> None:
     if not edits:
         return
-    listed = "; ".join(f"{key} was {old!r} and is {new!r}" for key, (old, new) in edits.items())
+    listed = one_line("; ".join(f"{key} was {old!r} and is {new!r}" for key, (old, new) in edits.items()))
     if overrides:
         runner.logger.info(f"resume_overrides: the settings of the config apply, not those of {filename}: {listed}")
     else:
@@ -298,13 +190,6 @@ def _restored_on_error(runner: Runner, filename: str | Path) -> Iterator[None]:
         raise CheckpointError(f"{filename} cannot be resumed from: {error}") from error
 
 
-def _wrappers(runner: Runner) -> dict[str, OptimWrapper]:
-    """The optimizer wrappers by name; a single one has the name ``''``."""
-    wrapper = runner.optim_wrapper
-    assert wrapper is not None
-    return dict(wrapper.items()) if isinstance(wrapper, OptimWrapperDict) else {"": wrapper}
-
-
 def _gradients(model: nn.Module) -> dict[str, Tensor]:
     """The gradients between two iterations: those of an incomplete accumulation."""
     return {name: param.grad for name, param in named_parameters(model) if param.grad is not None}
@@ -316,34 +201,6 @@ def _buffers(model: nn.Module) -> dict[str, Any]:
         return {}
     params = {name for name, _ in named_parameters(model, remove_duplicate=False)}
     return {name: value for name, value in bare_state_dict(model).items() if name not in params}
-
-
-def _with_versions(state_dict: Mapping[str, Any], source: Mapping[str, Any]) -> OrderedDict[str, Any]:
-    """``state_dict`` with the versions of modules that torch attaches to ``source``."""
-    noted: Any = OrderedDict(state_dict)
-    if hasattr(source, "_metadata"):
-        noted._metadata = copy(source._metadata)
-    return noted
-
-
-def _loadable(model: nn.Module, state_dict: Mapping[str, Any]) -> OrderedDict[str, Any]:
-    """The entries of ``state_dict`` to pass to the model, which may accept old names too."""
-    own = bare_state_dict(model)
-    fitting = {
-        name: as_before(value, own.get(name))
-        for name, value in state_dict.items()
-        if name not in own or getattr(own[name], "shape", None) == getattr(value, "shape", None)
-    }
-    return _with_versions(fitting, state_dict)
-
-
-def _optimizer_names(runner: Runner) -> dict[str, str]:
-    """The class name of each optimizer, without ``Fused``, by the name of its wrapper."""
-    names = {}
-    for name, wrapper in _wrappers(runner).items():
-        optimizer = getattr(wrapper.optimizer, "optim", wrapper.optimizer)  # inside a ZeroRedundancyOptimizer
-        names[name] = type(optimizer).__name__.removeprefix("Fused")
-    return names
 
 
 def _scheduler_states(param_schedulers: Any) -> Any:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..errors import CheckpointError
-from .bounds import checked_key
+from .bounds import Budget
 from .standins import StandIn
 
 __all__ = ["BUILDERS", "CONSTANTS", "Building", "Storage", "StorageType"]
@@ -32,7 +32,7 @@ class StorageType:
         return 1 if self.dtype is None else self.dtype.itemsize
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class Storage:
     """Bytes of a file that tensors look into."""
 
@@ -45,22 +45,29 @@ class Building:
 
     Args:
         stored: the storage for a reference to one.
+        budget: what reading may cost.
     """
 
-    def __init__(self, stored: Callable[[Any], Storage | StandIn]):
+    def __init__(self, stored: Callable[[Any], Storage | StandIn], budget: Budget):
         self.stored = stored
-        self._sparse: list[Tensor] = []
+        self.budget = budget
+        self._sparse: list[tuple[Tensor, bool]] = []
 
-    def sparse(self, indices: Tensor, values: Tensor, size: Any) -> Tensor:
-        """A sparse tensor; its indices are checked by :meth:`finish`, since they may not have been read yet."""
+    def sparse(self, indices: Tensor, values: Tensor, size: torch.Size, coalesced: bool) -> Tensor:
+        """A sparse tensor; :meth:`finish` checks its indices, since they may not have been read yet."""
         tensor = torch.sparse_coo_tensor(indices, values, size, check_invariants=False)
-        self._sparse.append(tensor)
+        self._sparse.append((tensor, coalesced))
         return tensor
 
     def finish(self) -> None:
         """Check what could not be checked before all storages were read."""
-        for tensor in self._sparse:
-            torch.sparse_coo_tensor(tensor._indices(), tensor._values(), tensor.size(), check_invariants=True)
+        for tensor, coalesced in self._sparse:
+            indices, values, size = tensor._indices(), tensor._values(), tensor.size()
+            checked = torch.sparse_coo_tensor(indices, values, size, check_invariants=True)
+            if coalesced:
+                if not torch.equal(checked.coalesce().indices(), indices):
+                    raise CheckpointError("it has a sparse tensor whose indices are not in order")
+                tensor._coalesced_(True)
 
 
 def _whole_numbers(values: Any) -> tuple[int, ...]:
@@ -92,7 +99,7 @@ def _tensor(
     last = offset + sum((length - 1) * step for length, step in zip(size, stride, strict=True))
     if 0 not in size and (last + 1) * dtype.itemsize > storage.bytes.nbytes():
         raise CheckpointError(f"it has a tensor of shape {size} that reaches beyond its storage")
-    tensor = torch.empty(0, dtype=dtype).set_(storage.bytes, offset, size, stride)
+    tensor = torch.empty(0, dtype=dtype, device="cpu").set_(storage.bytes, offset, size, stride)
     if isinstance(metadata, dict):
         tensor = tensor.conj() if metadata.get("conj") is True else tensor
         tensor = torch._neg_view(tensor) if metadata.get("neg") is True else tensor
@@ -110,18 +117,21 @@ def _subclass(building: Building, function: Any, kind: Any, arguments: Any, *sta
     return NotImplemented if builder is None else builder(building, *arguments)
 
 
+def _is_whole(tensor: Any) -> bool:
+    """Whether a tensor has no more elements than its storage, which is not larger than the file."""
+    return isinstance(tensor, Tensor) and tensor.numel() * tensor.itemsize <= tensor.untyped_storage().nbytes()
+
+
 def _sparse(building: Building, layout: Any, data: Any) -> Any:
-    indices, values, size = data[:3]
-    if layout is not torch.sparse_coo or not isinstance(indices, Tensor) or not isinstance(values, Tensor):
+    indices, values, size, *coalesced = data
+    if layout is not torch.sparse_coo or not _is_whole(indices) or not _is_whole(values):
         return NotImplemented
-    return building.sparse(indices, values, torch.Size(_whole_numbers(size)))
+    return building.sparse(indices, values, torch.Size(_whole_numbers(size)), coalesced[:1] == [True])
 
 
 def _moved(_: Building, data: Any, dtype: Any, *more: Any) -> Any:
-    """``torch._utils._rebuild_device_tensor_from_cpu_tensor``, left on the CPU."""
-    if not isinstance(data, Tensor) or not isinstance(dtype, torch.dtype):
-        return NotImplemented
-    return data.to(dtype)
+    """``torch._utils._rebuild_device_tensor_from_cpu_tensor``, left on the CPU. torch writes one dtype twice."""
+    return data if isinstance(data, Tensor) and data.dtype == dtype else NotImplemented
 
 
 def _layout(_: Building, name: Any) -> Any:
@@ -129,9 +139,9 @@ def _layout(_: Building, name: Any) -> Any:
     return layouts.get(name, NotImplemented)
 
 
-def _pairs(_: Building, pairs: Any = ()) -> Any:
+def _pairs(building: Building, pairs: Any = ()) -> Any:
     """An ``OrderedDict``, from a list of pairs in Python 2's files."""
-    return OrderedDict((checked_key(key), value) for key, value in pairs)
+    return OrderedDict((building.budget.key(key, len(pairs)), value) for key, value in pairs)
 
 
 def _counts(_: Building, counts: Any = None) -> Any:
@@ -143,12 +153,13 @@ def _without_default(_: Building, *factory: Any) -> dict[Any, Any]:
     return {}
 
 
-def _set(_: Building, items: Any = ()) -> Any:
-    return set(map(checked_key, items)) if isinstance(items, (list, tuple)) else NotImplemented
+def _set(building: Building, items: Any = ()) -> Any:
+    return {building.budget.key(item, len(items)) for item in items} if isinstance(items, list) else NotImplemented
 
 
-def _frozenset(_: Building, items: Any = ()) -> Any:
-    return frozenset(map(checked_key, items)) if isinstance(items, (list, tuple)) else NotImplemented
+def _frozenset(building: Building, items: Any = ()) -> Any:
+    built = _set(building, items)
+    return built if built is NotImplemented else frozenset(built)
 
 
 def _encoded(_: Building, text: Any, encoding: Any = "latin1") -> Any:

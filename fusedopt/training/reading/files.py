@@ -16,7 +16,7 @@ import torch
 
 from ...messages import MissingExtraError, one_line, require
 from ..errors import CheckpointError
-from .bounds import check_extent
+from .bounds import Budget, check_extent
 from .building import Building, Storage, StorageType
 from .machine import Machine
 from .standins import StandIn
@@ -62,8 +62,11 @@ def read_file(path: str | Path) -> Contents:
     except MissingExtraError:
         raise
     except Exception as error:  # a file with arbitrary content can raise anything
-        told = isinstance(error, CheckpointError)
-        reason = str(error) if told else f"truncated or damaged ({type(error).__name__}: {error})"
+        reason = str(error)
+        if isinstance(error, OSError) and error.strerror:
+            reason = f"cannot be read: {error.strerror}"
+        elif not isinstance(error, CheckpointError):
+            reason = f"truncated or damaged ({type(error).__name__}: {reason})"
         raise CheckpointError(f"{path}: {one_line(reason, 300)}") from error
 
 
@@ -87,7 +90,7 @@ class _File:
         self.file, self.path = file, path
         self.size = self._left = path.stat().st_size
         self.storages: dict[str, Storage] = {}
-        self.building = Building(self.stored)
+        self.building = Building(self.stored, Budget(self.size))
         self.machine = Machine(self.building)
 
     def allocated(self, count: int) -> torch.UntypedStorage:
@@ -95,7 +98,7 @@ class _File:
         if not 0 <= count <= self._left:
             raise CheckpointError(f"truncated or damaged: it claims more tensors than its {self.size:,} bytes hold")
         self._left -= count
-        return torch.empty(count, dtype=torch.uint8).untyped_storage()
+        return torch.empty(count, dtype=torch.uint8, device="cpu").untyped_storage()
 
     def fill(self, storage: torch.UntypedStorage) -> None:
         """Read a storage at the file's position."""

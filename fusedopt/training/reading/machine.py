@@ -7,9 +7,9 @@ neither table becomes a :class:`StandIn`, which records the arguments, the state
 get. Nothing of the file is ever called, and no attribute is set on anything but a stand-in, except the versions that
 torch attaches to a state dict.
 
-Sizes are bounded by the size of the file: what the machine keeps grows by a bounded amount with each instruction, and
-storages may together not be larger than the file (:mod:`formats`). Sharing can make a small file large, and nesting
-exhausts the stack of whatever walks it, so both are bounded too (:mod:`bounds`).
+Memory and time are bounded by the size of the file: storages may together not be larger than it (:mod:`files`), and
+what else is copied or compared is charged to a budget. Sharing can make a small file large, and nesting exhausts the
+stack of whatever walks it, so both are bounded too (:mod:`bounds`).
 """
 
 from __future__ import annotations
@@ -20,11 +20,14 @@ from collections.abc import Callable
 from typing import IO, Any
 
 from ..errors import CheckpointError
-from .bounds import checked_integer, checked_key
+from .bounds import checked_integer
 from .building import BUILDERS, CONSTANTS, Building
 from .standins import StandIn
 
 __all__ = ["Machine"]
+
+#: Characters of the longest name of a function.
+LONGEST_NAME = 1000
 
 #: Python 2's names of modules.
 _RENAMED = {"__builtin__": "builtins", "copy_reg": "copyreg", "torch.tensor": "torch._tensor"}
@@ -44,7 +47,7 @@ class Machine:
     """Follows the instructions of a pickle.
 
     Args:
-        building: makes storages and tensors.
+        building: the file's storages and budget.
 
     Attributes:
         not_built: how often each name occurs for which there are only stand-ins.
@@ -53,6 +56,7 @@ class Machine:
     def __init__(self, building: Building):
         self.not_built: Counter[str] = Counter()
         self._building = building
+        self._budget = building.budget
         self._stack: list[Any] = []
         self._marked: list[list[Any]] = []
         self._memo: dict[int, Any] = {}
@@ -154,7 +158,7 @@ class Machine:
 
     def _frozenset(self) -> None:
         values = self._since_mark()
-        self._stack.append(frozenset(map(checked_key, values)))
+        self._stack.append(frozenset(self._budget.key(value, len(values)) for value in values))
 
     def _append(self) -> None:
         self._extend([self._pop()])
@@ -179,7 +183,7 @@ class Machine:
         elif isinstance(target, list):
             target.extend(values)
         elif isinstance(target, set):
-            target.update(map(checked_key, values))
+            target.update(self._budget.key(value, len(target) + len(values)) for value in values)
         else:
             raise CheckpointError(f"it appends to a {type(target).__name__}")
 
@@ -189,9 +193,14 @@ class Machine:
         if not isinstance(entries, dict) or len(values) % 2:
             raise CheckpointError(f"it sets items of a {type(target).__name__}")
         for index in range(0, len(values), 2):
-            entries[checked_key(values[index])] = values[index + 1]
+            key = self._budget.key(values[index], len(entries))
+            if key in entries:
+                raise CheckpointError("it sets an item twice")
+            entries[key] = values[index + 1]
 
     def _global(self, path: str) -> None:
+        if len(path) > LONGEST_NAME:
+            raise CheckpointError(f"it names a function by {len(path):,} characters; {LONGEST_NAME:,} are allowed")
         module, _, name = path.partition(" ")
         path = f"{_RENAMED.get(module, module)}.{name}"
         if path in CONSTANTS:
@@ -205,6 +214,8 @@ class Machine:
         name, module = self._pop(), self._pop()
         if not isinstance(name, str) or not isinstance(module, str):
             raise CheckpointError("it names a function by something other than text")
+        if len(module) + len(name) > LONGEST_NAME:
+            raise CheckpointError(f"it names a function by more than {LONGEST_NAME:,} characters")
         self._global(f"{module} {name}")
 
     def _ext1(self, code: int) -> None:
@@ -219,6 +230,8 @@ class Machine:
         if isinstance(function, StandIn) and function.arguments is None:
             builder = BUILDERS.get(function.name)
         if builder is not None:
+            for argument in arguments:
+                self._budget.charge_copy(argument)
             built = builder(self._building, *arguments)
             self._stack.append(StandIn(function.name, arguments) if built is NotImplemented else built)
         else:
@@ -235,7 +248,7 @@ class Machine:
         if not isinstance(arguments, tuple):
             raise CheckpointError(f"it calls with a {type(arguments).__name__} instead of arguments")
         # No builder takes named arguments.
-        self._stack.append(StandIn(getattr(function, "name", type(function).__name__), (*arguments, named)))
+        self._stack.append(StandIn(getattr(function, "name", type(function).__name__), arguments, named))
 
     def _inst(self, path: str) -> None:
         arguments = tuple(self._since_mark())
@@ -251,9 +264,7 @@ class Machine:
         if isinstance(target, StandIn):
             target.state = state if target.state is None else (target.state, state)
         elif isinstance(target, OrderedDict):
-            versions = state.get("_metadata") if isinstance(state, dict) else None
-            if isinstance(versions, dict) and all(isinstance(each, dict) for each in versions.values()):
-                target._metadata = versions  # type: ignore[attr-defined]
+            target._metadata = _versions(state)  # type: ignore[attr-defined]
         # Other plain values have no state; what a file gives them is dropped.
 
     def _binpersid(self) -> None:
@@ -261,6 +272,17 @@ class Machine:
 
     def _persid(self, text: str) -> None:
         raise CheckpointError(f"it refers to {text!r} outside the file")
+
+
+def _versions(state: Any) -> dict[str, dict[str, int]]:
+    """The versions of modules in the attributes of a state dict; torch obeys other things there, too."""
+    noted = state.get("_metadata") if isinstance(state, dict) else None
+    found = {}
+    for name, about in noted.items() if isinstance(noted, dict) else ():
+        version = about.get("version") if isinstance(about, dict) else None
+        if isinstance(name, str) and type(version) is int:
+            found[name] = {"version": version}
+    return found
 
 
 def _text(value: str) -> str | bytes:

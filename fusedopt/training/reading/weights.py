@@ -19,8 +19,9 @@ __all__ = ["Weights", "find_weights"]
 #: Keys under which trainers save a state dict or a module, those of MMEngine and Lightning first.
 WEIGHT_KEYS = ("state_dict", "model", "model_state_dict", "module", "net", "params")
 
-#: The most modules, nested and shared ones counted each time, in a model that was saved as an object.
-MOST_MODULES = 1_000_000
+#: Bounds on a model that was saved as an object: characters of all names, shared modules counted each time, and of one.
+MOST_CHARACTERS = 50_000_000
+LONGEST_NAME = 10_000
 
 
 @dataclass
@@ -38,9 +39,14 @@ class Weights:
     key: str | None
     left_out: list[str] = field(default_factory=list)
 
-    def told(self) -> str:
-        """One line: how many weights, from where, and what was left out."""
+    def told(self, loaded: int | None = None) -> str:
+        """One line: how many weights, from where, and what was left out.
+
+        Args:
+            loaded: number of weights that were loaded; all by default.
+        """
         told = f"{len(self.state_dict)} weights"
+        told = told if loaded in (None, len(self.state_dict)) else f"{loaded} of {told}"
         told += "" if self.key is None else f" from its {self.key!r}"
         return told + (f"; left out: {', '.join(self.left_out)}" if self.left_out else "")
 
@@ -69,12 +75,15 @@ def find_weights(contents: Contents) -> Weights:
 
 
 def _weights(contents: Contents, found: Mapping[Any, Any], key: str | None, others: list[Any]) -> Weights:
-    kept: Any = OrderedDict((str(name), value) for name, value in found.items() if not isinstance(value, StandIn))
-    if isinstance(versions := getattr(found, "_metadata", None), dict):
-        kept._metadata = versions
-    dropped = [f"{name} ({value.name})" for name, value in found.items() if isinstance(value, StandIn)]
+    dropped = {str(name): value.name for name, value in found.items() if isinstance(value, StandIn)}
+    names = [name for name, value in found.items() if not isinstance(value, StandIn)]
+    kept: Any = OrderedDict((str(name), found[name]) for name in names)
+    if len(kept) != len(names):
+        raise CheckpointError(f"{contents.path} has no weights that can be told apart: of two names one is text")
+    if hasattr(found, "_metadata"):
+        kept._metadata = found._metadata
     left_out = [some(others, 10)] if others else []
-    left_out += [some(dropped)] if dropped else []
+    left_out += [some(list(dropped), told=lambda name: f"{name} ({dropped[name]})")] if dropped else []
     left_out += [f"objects of {some(list(contents.not_built))}"] if contents.not_built else []
     return Weights(kept, key, left_out)
 
@@ -105,18 +114,23 @@ def _parts(module: Any, kind: str) -> Mapping[Any, Any] | None:
 
 
 def _named_tensors(module: StandIn) -> Iterator[tuple[str, Any]]:
-    """The entries of the state dict that a module would have."""
+    """The entries of the state dict that a module would have; a part of it that is no module is an entry, too."""
     pending = [("", module)]
-    seen = 0
+    characters = 0
     while pending:
         prefix, each = pending.pop()
-        seen += 1
-        if seen > MOST_MODULES or prefix.count(".") > 100:
-            raise CheckpointError("a model with too many modules, or modules that are nested too deeply")
         passing = each.state.get("_non_persistent_buffers_set")
         for kind in ("_parameters", "_buffers"):
             for name, value in (_parts(each, kind) or {}).items():
                 if value is not None and not (isinstance(passing, set) and kind == "_buffers" and name in passing):
+                    characters += len(prefix) + 10
                     yield f"{prefix}{name}", value
-        children = [(f"{prefix}{name}.", child) for name, child in (_parts(each, "_modules") or {}).items()]
-        pending += [(name, child) for name, child in reversed(children) if _parts(child, "_parameters") is not None]
+        children = list((_parts(each, "_modules") or {}).items())
+        characters += sum(len(prefix) + 10 for _ in children)
+        if characters > MOST_CHARACTERS or len(prefix) > LONGEST_NAME:
+            raise CheckpointError("a model with too many modules, or modules that are nested too deeply")
+        for name, child in children:
+            if _parts(child, "_parameters") is None and isinstance(child, StandIn):
+                yield f"{prefix}{name}", child
+        parts = [(f"{prefix}{name}.", child) for name, child in children if _parts(child, "_parameters") is not None]
+        pending += reversed(parts)

@@ -15,7 +15,8 @@ from ...averaging import BaseAveragedModel, ExponentialMovingAverage, MomentumAn
 from ...portable import as_before
 from ...registry import HOOKS, MODELS, accepted_arguments
 from ...unwrapping import fitted_state_dict
-from ..checkpoint import CheckpointError, check_fit
+from ..checkpoint import CheckpointError
+from ..weights import check_fit
 from .hook import Hook
 
 if TYPE_CHECKING:
