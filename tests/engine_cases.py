@@ -6,11 +6,12 @@ import json
 from pathlib import Path
 from typing import Any, ClassVar
 
+import pytest
 import torch
 from torch import nn
 from torch.nn import functional
 
-from fusedopt.training.engine import BaseMetric, BaseModel, Hook, Runner
+from fusedopt.training.engine import BaseMetric, BaseModel, CheckpointError, Hook, Runner
 from fusedopt.training.registry import DATASETS, HOOKS, METRICS, MODELS
 
 
@@ -190,3 +191,27 @@ def assert_same(one: Any, other: Any, path: str = "state") -> None:
             assert_same(*pair, f"{path}[{index}]")
     else:
         assert one == other, path
+
+
+def foreign(tmp_path: Path, **changes: Any) -> Path:
+    """A checkpoint of ours, changed; None removes an entry."""
+    train(config(tmp_path, train_cfg=dict(by_epoch=True, max_epochs=2)))
+    path = tmp_path / "epoch_2.pth"
+    checkpoint = torch.load(path, weights_only=True) | changes
+    torch.save({key: value for key, value in checkpoint.items() if value is not None}, path)
+    return path
+
+
+def assert_refused(folder: Path, message: str) -> None:
+    """Resuming raises, and neither the files nor the model, optimizer and schedulers have changed."""
+    files = {path: path.read_bytes() for path in folder.glob("*") if path.suffix == ".pth"}
+    files[folder / "last_checkpoint"] = (folder / "last_checkpoint").read_bytes()
+    runner = Runner.from_cfg(config(folder, resume=True))
+    before, fresh = state_of(runner), Runner.from_cfg(config(folder))
+    hub = runner.message_hub.state_dict()
+    with pytest.raises(CheckpointError, match=message):
+        runner.load_or_resume()
+    assert_same({**state_of(runner), "random": 0}, {**before, "random": 0})
+    assert_same({**state_of(runner), "random": 0}, {**state_of(fresh), "random": 0})
+    assert runner.message_hub.state_dict() == hub
+    assert {path: path.read_bytes() for path in files} == files

@@ -20,9 +20,11 @@ import torch
 from engine_cases import (
     PointNet,
     Points,
+    assert_refused,
     assert_same,
     by_iterations,
     config,
+    foreign,
     loader,
     recorded,
     scalars,
@@ -528,24 +530,16 @@ class TestFailures:
         train(config(tmp_path, train_cfg=dict(by_epoch=True, max_epochs=2)))
         path = tmp_path / "epoch_2.pth"
         path.write_bytes(path.read_bytes()[:-missing])
-        self.refused(tmp_path, r"epoch_2\.pth: truncated or damaged")
+        assert_refused(tmp_path, r"epoch_2\.pth: truncated or damaged")
 
     def test_an_empty_and_a_missing_checkpoint(self, tmp_path):
         train(config(tmp_path, train_cfg=dict(by_epoch=True, max_epochs=2)))
         (tmp_path / "epoch_2.pth").write_bytes(b"")
-        self.refused(tmp_path, r"epoch_2\.pth: neither a file of torch\.save nor")
+        assert_refused(tmp_path, r"epoch_2\.pth: neither a file of torch\.save nor")
         (tmp_path / "epoch_2.pth").unlink()
-        self.refused(tmp_path, r"last_checkpoint names .*epoch_2\.pth, which does not exist")
+        assert_refused(tmp_path, r"last_checkpoint names .*epoch_2\.pth, which does not exist")
         with pytest.raises(CheckpointError, match=r"nowhere\.pth: there is no such checkpoint"):
             Runner.from_cfg(config(tmp_path, resume=True, load_from="nowhere.pth")).train()
-
-    def foreign(self, tmp_path: Path, **changes: Any) -> Path:
-        """A checkpoint of ours, changed; None removes an entry."""
-        train(config(tmp_path, train_cfg=dict(by_epoch=True, max_epochs=2)))
-        path = tmp_path / "epoch_2.pth"
-        checkpoint = torch.load(path, weights_only=True) | changes
-        torch.save({key: value for key, value in checkpoint.items() if value is not None}, path)
-        return path
 
     @pytest.mark.parametrize(
         ("changes", "message"),
@@ -575,98 +569,8 @@ class TestFailures:
         ],
     )
     def test_a_foreign_checkpoint_changes_nothing(self, tmp_path, changes, message):
-        self.foreign(tmp_path, **changes)
-        self.refused(tmp_path, re.escape(message))
-
-    @pytest.mark.parametrize(
-        ("key", "value", "message"),
-        [
-            ("by_epoch", "x", "meta['by_epoch'] is 'x'; expected True or False"),
-            ("epoch", -1, "meta['epoch'] is -1; expected a whole number of at least 0"),
-            ("iter", True, "meta['iter'] is True; expected a whole number"),
-            ("seed", [1], "meta['seed'] is a list; expected a whole number"),
-            ("position", dict(passes=-5, batches=0), "meta['position']['passes'] is -5; expected"),
-            ("position", dict(passes=torch.ones(1).expand((7,) * 20), batches=0), "['passes'] is a Tensor; expected"),
-            ("optimizers", 5, "meta['optimizers'] is 5; expected a dict"),
-            ("optimizers", {"": "x\n\x1b[2J"}, "is from other optimizers: {'': 'x\\n\\x1b[2J'} instead of"),
-        ],
-    )
-    def test_an_edited_meta_changes_nothing(self, tmp_path, key, value, message):
-        path = self.foreign(tmp_path)
-        checkpoint = torch.load(path)
-        checkpoint["meta"][key] = value
-        torch.save(checkpoint, path)
-        self.refused(tmp_path, re.escape(message))
-
-    @pytest.mark.parametrize(
-        ("part", "value", "message"),
-        [
-            ("gradients", {"head.bias": 5}, "gradients['head.bias'] has a int instead of shape (3,)"),
-            ("gradients", {"head.bias": torch.ones(4)}, "gradients['head.bias'] has shape (4,) instead of shape (3,)"),
-            ("buffers", {"head.bias": torch.ones(2)}, "buffers['head.bias'] has shape (2,) instead"),
-            (
-                "random",
-                {"python": (1, 2), "torch": torch.ones(2)},
-                "the states of random generators in 'random' are not",
-            ),
-            ("pass_random", {"python": (3, [1], None)}, "the states of random generators in 'pass_random' are not"),
-        ],
-    )
-    def test_an_edited_process_changes_nothing(self, tmp_path, part, value, message):
-        path = self.foreign(tmp_path)
-        checkpoint = torch.load(path)
-        checkpoint["processes"][0][part] = value
-        torch.save(checkpoint, path)
-        self.refused(tmp_path, re.escape(message))
-
-    @pytest.mark.parametrize(
-        ("value", "message"),
-        [
-            (torch.ones(3).to_sparse(), "head.bias is torch.sparse_coo instead of torch.strided"),
-            (torch.ones(3, dtype=torch.complex64), "head.bias is torch.complex64 instead of torch.float32"),
-            (
-                torch.ones(12, dtype=torch.uint8).view(torch.bits8)[:3],
-                "head.bias is torch.bits8 instead of torch.float32",
-            ),
-        ],
-    )
-    def test_weights_that_cannot_be_copied(self, tmp_path, value, message):
-        path = self.foreign(tmp_path)
-        checkpoint = torch.load(path)
-        checkpoint["state_dict"]["head.bias"] = value
-        torch.save(checkpoint, path)
-        self.refused(tmp_path, re.escape(f"does not fit the model: {message}"))
-        loaded = Runner.from_cfg(config(tmp_path))
-        before = loaded.model.head.bias.clone()
-        loaded.load_checkpoint(path)
-        assert torch.equal(loaded.model.head.bias, before)
-
-    def test_a_model_with_a_child_called_module(self, tmp_path):
-        class Outer(PointNet):
-            def __init__(self):
-                super().__init__()
-                self.module, self.backbone = self.backbone, torch.nn.Identity()
-
-            def forward(self, inputs, labels, mode="tensor"):
-                return super().forward(self.module(inputs), labels, mode)
-
-        cfg = config(tmp_path, model=Outer(), train_cfg=dict(by_epoch=True, max_epochs=2))
-        done = train(cfg)
-        again = Runner.from_cfg({**config(tmp_path, model=Outer()), "resume": True, "log_level": "ERROR"})
-        again.load_or_resume()
-        assert_same(dict(again.model.state_dict()), dict(done.model.state_dict()))
-
-    def test_what_torch_obeys_beside_versions_is_not_read(self, tmp_path):
-        donor = PointNet().double()
-        weights = donor.state_dict()
-        for about in weights._metadata.values():
-            about["assign_to_params_buffers"] = True
-        torch.save(weights, tmp_path / "file.pth")
-        loaded = Runner.from_cfg(config(tmp_path / "out"))
-        before = list(loaded.model.parameters())
-        loaded.load_checkpoint(tmp_path / "file.pth")
-        for param, old, value in zip(loaded.model.parameters(), before, weights.values(), strict=True):
-            assert param is old and param.dtype == torch.float32 and torch.equal(param, value.float())
+        foreign(tmp_path, **changes)
+        assert_refused(tmp_path, re.escape(message))
 
     @pytest.mark.parametrize(
         ("first", "second"),
@@ -702,8 +606,8 @@ class TestFailures:
     def test_a_weight_that_is_no_tensor(self, tmp_path):
         weights = dict(Runner.from_cfg(config(tmp_path)).bare_model.state_dict())
         name = next(reversed(weights))
-        self.foreign(tmp_path, state_dict={**weights, name: 3})
-        self.refused(tmp_path, re.escape(f"does not fit the model: {name} has a int instead of shape"))
+        foreign(tmp_path, state_dict={**weights, name: 3})
+        assert_refused(tmp_path, re.escape(f"does not fit the model: {name} has a int instead of shape"))
 
     def test_where_no_folder_can_be(self, tmp_path):
         (tmp_path / "file").write_bytes(b"")
@@ -761,23 +665,9 @@ class TestFailures:
     def test_a_file_that_is_no_checkpoint(self, tmp_path, content):
         train(config(tmp_path, train_cfg=dict(by_epoch=True, max_epochs=2)))
         torch.save(content, tmp_path / "epoch_2.pth")
-        self.refused(tmp_path, "epoch_2.pth")
+        assert_refused(tmp_path, "epoch_2.pth")
         with pytest.raises(CheckpointError, match=r"epoch_2\.pth"):
             Runner.from_cfg(config(tmp_path)).load_checkpoint(tmp_path / "epoch_2.pth")
-
-    def refused(self, folder: Path, message: str) -> None:
-        """Resuming raises, and neither the files nor the model, optimizer and schedulers have changed."""
-        files = {path: path.read_bytes() for path in folder.glob("*") if path.suffix == ".pth"}
-        files[folder / "last_checkpoint"] = (folder / "last_checkpoint").read_bytes()
-        runner = Runner.from_cfg(config(folder, resume=True))
-        before, fresh = state_of(runner), Runner.from_cfg(config(folder))
-        hub = runner.message_hub.state_dict()
-        with pytest.raises(CheckpointError, match=message):
-            runner.load_or_resume()
-        assert_same({**state_of(runner), "random": 0}, {**before, "random": 0})
-        assert_same({**state_of(runner), "random": 0}, {**state_of(fresh), "random": 0})
-        assert runner.message_hub.state_dict() == hub
-        assert {path: path.read_bytes() for path in files} == files
 
     def test_a_hook_that_refuses_a_checkpoint_changes_nothing(self, tmp_path):
         class Picky(Hook):
@@ -801,8 +691,8 @@ class TestFailures:
             def __reduce__(self):
                 return os.system, (f"touch {tmp_path}/ran",)
 
-        path = self.foreign(tmp_path, bad=Exploit())
-        self.refused(tmp_path, r"checkpoint\['bad'\] \(posix\.system\) is neither a tensor nor plain")
+        path = foreign(tmp_path, bad=Exploit())
+        assert_refused(tmp_path, r"checkpoint\['bad'\] \(posix\.system\) is neither a tensor nor plain")
         Runner.from_cfg(config(tmp_path)).load_checkpoint(path)
         assert not (tmp_path / "ran").exists()
 

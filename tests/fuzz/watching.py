@@ -32,8 +32,8 @@ def _hook(event: str, arguments: tuple[object, ...]) -> None:
         raise PermissionError(f"reading must not do this: {_seen[-1]}")
 
 
-# What Python, torch and the readers import when they first need it: encodings of text in files and messages, the package
-# that reads safetensors, and a part of torch.
+# What Python, torch and the readers import when they first need it: encodings of text in files and messages, the
+# package that reads safetensors, and a part of torch.
 for encoding in ("cp437", "raw_unicode_escape", "unicode_escape", "utf_8_sig"):
     codecs.lookup(encoding)
 for module in ("safetensors.torch", "torch._subclasses.schema_check_mode"):
