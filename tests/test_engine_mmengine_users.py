@@ -14,10 +14,12 @@ from fusedopt.training.engine import (
     CheckpointHook,
     EMAHook,
     EpochBasedTrainLoop,
+    Evaluator,
     Hook,
     LoggerHook,
     ParamSchedulerHook,
     Runner,
+    TestLoop,
     ValLoop,
 )
 
@@ -226,3 +228,25 @@ def test_init_cfg_is_refused_with_a_sentence():
     Net(init_cfg=None)
     with pytest.raises(ValueError, match=r"Invalid init_cfg: .*Kaiming.*; expected None\. Initialize the weights in"):
         Net(init_cfg=dict(type="Kaiming", layer="Conv2d"))
+
+
+def test_several_data_loaders_for_a_loop_of_ones_own(tmp_path):
+    class Each(TestLoop):
+        def __init__(self, runner, dataloader, evaluator):
+            self.loops = [TestLoop(runner, *pair) for pair in zip(dataloader, evaluator, strict=True)]
+
+        def run(self):
+            return [loop.run() for loop in self.loops]
+
+    cfg = config(tmp_path, test_dataloader=[loader(20, 8, shuffle=False), loader(10, 8, shuffle=False)])
+    cfg["test_evaluator"] = [dict(type="Evaluator", metrics=[dict(type="HitRate")]), dict(type="HitRate")]
+    runner = Runner.from_cfg({**cfg, "test_cfg": dict(type=Each)})
+    assert all(isinstance(loop.evaluator, Evaluator) for loop in runner.test_loop.loops)
+    with pytest.raises(TypeError, match="dataloader must be a dict, got list"):
+        Runner.from_cfg({**cfg, "test_cfg": dict()})
+
+
+def test_resume_none_is_false(tmp_path):
+    assert train(config(tmp_path, resume=None)).epoch == 4
+    with pytest.raises(TypeError, match="resume must be True or False, got 'auto'"):
+        Runner.from_cfg(config(tmp_path, resume="auto"))

@@ -3,6 +3,7 @@
 from ..config import Config, ConfigDict, ConfigError, parse_options
 from .checkpoint import CheckpointError
 from .data import DefaultSampler, InfiniteSampler, build_dataloader, pseudo_collate
+from .data_sets import ClassBalancedDataset, ConcatDataset, RepeatDataset
 from .evaluator import BaseMetric, Evaluator, MultiDatasetsEvaluator
 from .hooks import (
     CheckpointHook,
@@ -34,6 +35,8 @@ __all__ = [
     "BaseVisBackend",
     "CheckpointError",
     "CheckpointHook",
+    "ClassBalancedDataset",
+    "ConcatDataset",
     "Config",
     "ConfigDict",
     "ConfigError",
@@ -57,6 +60,7 @@ __all__ = [
     "ParamSchedulerHook",
     "Priority",
     "ProfilerHook",
+    "RepeatDataset",
     "Runner",
     "RuntimeInfoHook",
     "SegVisualizationHook",

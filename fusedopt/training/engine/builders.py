@@ -98,7 +98,10 @@ class HasBuilders(HasCheckpoints):
             return parts.build_train_loop(self._runner, loop, loader)
 
     def build_val_loop(self, loop: Any) -> Any:
-        """Build the loop that ``val_cfg`` describes, with its data and metrics, or return the given one."""
+        """Build the loop that ``val_cfg`` describes, with its data and metrics, or return the given one.
+
+        A loop that ``type`` names may have a list of data loaders. Each of its evaluators is then built, too.
+        """
         return self._build_evaluation_loop("val", loop)
 
     def build_test_loop(self, loop: Any) -> Any:
@@ -106,9 +109,16 @@ class HasBuilders(HasCheckpoints):
         return self._build_evaluation_loop("test", loop)
 
     def _build_evaluation_loop(self, mode: str, loop: Any) -> Any:
+        given = self._given[f"{mode}_dataloader"]
+        several = isinstance(given, list | tuple) and isinstance(loop, Mapping) and "type" in loop
+        loader: Any
         with self._naming(f"{mode}_dataloader"):
-            loader = self.build_dataloader(self._given[f"{mode}_dataloader"])
-        evaluator = self.build_evaluator(self._given[f"{mode}_evaluator"], f"{mode}_evaluator")
+            loader = [self.build_dataloader(each) for each in given] if several else self.build_dataloader(given)
+        metrics, name = self._given[f"{mode}_evaluator"], f"{mode}_evaluator"
+        if several and isinstance(metrics, list | tuple):
+            evaluator: Any = [self.build_evaluator(each, name) for each in metrics]
+        else:
+            evaluator = self.build_evaluator(metrics, name)
         with self._naming(f"{mode}_cfg"):
             return parts.build_evaluation_loop(self._runner, loop, mode, loader, evaluator)
 

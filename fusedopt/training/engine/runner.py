@@ -161,7 +161,7 @@ class Runner(HasBuilders):
         if experiment_name is not None and not isinstance(experiment_name, str):
             raise TypeError(f"experiment_name must be a string or None, got {experiment_name!r}")
         flags = {
-            "resume": resume,
+            "resume": resume if resume is not None else False,
             "resume_overrides": resume_overrides,
             "find_unused_parameters": find_unused_parameters,
             "auto_scale_lr.enable": auto_scale_lr.get("enable", False),
@@ -204,7 +204,7 @@ class Runner(HasBuilders):
         self._warned_of: set[str] = set()
         self._hooks: list[Hook] = []
         self._load_from = load_from
-        self._resume = resume
+        self._resume = bool(resume)
         self.resume_overrides = resume_overrides
         # The settings of the config, and those in effect, which may differ in a resumed run; see Note [Settings of a
         # resumed run].
