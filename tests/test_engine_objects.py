@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import warnings
+from typing import Any
 
 import pytest
 import torch
@@ -172,3 +174,44 @@ DEFAULT = DefaultOptimWrapperConstructor
 )
 def test_classes_and_functions_as_types(tmp_path, changes):
     assert trained(config(tmp_path, **changes)).epoch == 4
+
+
+def lazy(kind: Any, **settings: Any) -> dict[str, Any]:
+    return dict(type=kind, **settings)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("as_path", [False, True], ids=["classes", "import paths"])
+def test_classes_of_mmengine_stand_for_ours(tmp_path, as_path):
+    """As in its lazy configs, which import what they name."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        pytest.importorskip("mmengine.runner", reason="mmengine is not installed")
+        from mmengine import dataset, evaluator, hooks, optim, runner, visualization
+
+    def named(kind: Any) -> Any:
+        return f"{kind.__module__}.{kind.__name__}" if as_path else kind
+
+    cfg = config(
+        tmp_path,
+        train_cfg=lazy(named(runner.EpochBasedTrainLoop), max_epochs=2),
+        val_cfg=lazy(named(runner.ValLoop)),
+        val_evaluator=lazy(named(evaluator.Evaluator), metrics=[dict(type="HitRate")]),
+        optim_wrapper=lazy(
+            named(optim.OptimWrapper),
+            constructor=named(optim.DefaultOptimWrapperConstructor),
+            optimizer=lazy(named(torch.optim.AdamW), lr=0.01),
+        ),
+        param_scheduler=[lazy(named(optim.CosineAnnealingLR), T_max=2)],
+        default_hooks=dict(
+            checkpoint=lazy(named(hooks.CheckpointHook), interval=1), logger=lazy(named(hooks.LoggerHook), interval=2)
+        ),
+        custom_hooks=[lazy(named(hooks.EMAHook))],
+        visualizer=lazy(named(visualization.Visualizer), vis_backends=[lazy(named(visualization.LocalVisBackend))]),
+    )
+    cfg["train_dataloader"]["sampler"] = lazy(named(dataset.DefaultSampler), shuffle=True)
+    done = Runner.from_cfg(cfg)
+    done.train()
+    parts = [done.train_loop, done.val_loop, done.optim_wrapper, *done.param_schedulers, *done.hooks, done.visualizer]
+    assert {type(part).__module__.partition(".")[0] for part in parts} == {"fusedopt"}
+    assert done.iter == 10

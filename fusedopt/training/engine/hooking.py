@@ -27,7 +27,7 @@ class HasHooks:
     """The part of :class:`Runner` that holds hooks, in the order in which they act."""
 
     train_loop: TrainLoop | None
-    default_scope: str | None
+    default_scope: str
     _hooks: list[Hook]
 
     @property

@@ -86,7 +86,7 @@ class Runner(HasBuilders):
         log_level: a name such as ``'INFO'``, or a number.
         visualizer: a visualizer or its config; by default scalars go to ``vis_data/scalars.json`` in ``work_dir``.
         default_scope: the package in whose registries names are looked up first, while the Runner is built and runs;
-            these registries are children of fusedopt's.
+            these registries are children of fusedopt's. Without it, or as ``'mmengine'``, fusedopt's are used.
         randomness: ``seed`` (random by default), ``diff_rank_seed`` (add the process's rank to it) and
             ``deterministic`` (torch's deterministic algorithms).
         experiment_name: by default the name of the config file.
@@ -171,7 +171,7 @@ class Runner(HasBuilders):
                 raise TypeError(f"{flag} must be True or False, got {value!r}")
         if not isinstance(default_scope, str | None):
             raise TypeError(f"default_scope must be a string or None, got {default_scope!r}")
-        self.default_scope = default_scope
+        self.default_scope = default_scope or "mmengine"
         log_settings = section("log_processor", log_processor, ("type", "by_epoch", "window_size"))
         self.message_hub = MessageHub(log_settings.get("window_size", 10))
         self.log_by_epoch: bool | None = log_settings.get("by_epoch")

@@ -70,7 +70,7 @@ def check_names(config: Mapping[str, Any], *keys: str) -> None:
     Raises:
         ConfigError: an unknown ``type`` or argument; the message names the file and the key.
     """
-    with scope_by_default(config.get("default_scope")):
+    with scope_by_default(config.get("default_scope") or "mmengine"):
         _check_names(config, keys)
 
 

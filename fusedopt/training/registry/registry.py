@@ -257,7 +257,8 @@ class Registry:
         """The class or function that the ``type`` of a config stands for, looked up in the default scope if set.
 
         Args:
-            kind: a key for :meth:`get`, or the class or function itself.
+            kind: a key for :meth:`get`, or the class or function itself. Where a default scope is set, as in a Runner,
+                a class of MMEngine's stands for ours of the same name, if there is one.
 
         Raises:
             KeyError: an unknown name; the message gives the closest registered one.
@@ -269,9 +270,14 @@ class Registry:
             known = registry._names()
             hint = did_you_mean(str(kind), known) if known else "nothing is registered"
             raise KeyError(f"{kind!r} is not in the {self.name} registry and cannot be imported; {hint}")
+        if _default_scope.get() is not None and getattr(target, "__module__", "").partition(".")[0] == _MMENGINE:
+            target = self._root().module_dict.get(getattr(target, "__name__", ""), target)
         if not callable(target):
             raise TypeError(f"type of {self.name} must be a registered name, an import path or a class, got {kind!r}")
         return target
+
+    def _root(self) -> Registry:
+        return self if self.parent is None else self.parent._root()
 
     def _names(self) -> set[str]:
         return set(self) | (set() if self.parent is None else self.parent._names())

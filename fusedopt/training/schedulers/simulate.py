@@ -133,7 +133,7 @@ def simulate_schedule(
         if key not in cfg:
             raise KeyError(f"the config has no {key!r}, which its schedule depends on")
     max_epochs, max_iters = _training_length(cfg["train_cfg"], epoch_length)
-    with scope_by_default(cfg.get("default_scope")):
+    with scope_by_default(cfg.get("default_scope") or "mmengine"):
         with torch.random.fork_rng(devices=[]):  # keeps the random numbers of later training
             wrapper = _build_wrapper(cfg, model)
         all_driven = _drive(cfg.get("param_scheduler"), wrapper, epoch_length, max_epochs, max_iters)
