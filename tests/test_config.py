@@ -684,3 +684,7 @@ class TestMMEnginesSmallerParts:
             (tmp_path / "child.py").write_text(f"_base_ = {base!r}\n")
             with pytest.raises(ConfigError, match=message):
                 Config.fromfile(tmp_path / "child.py")
+
+    def test_what_a_config_imports_is_not_part_of_it(self, tmp_path):
+        (tmp_path / "a.py").write_text("from __future__ import annotations\nfrom typing import Any, Optional\nx = 1\n")
+        assert Config.fromfile(tmp_path / "a.py") == {"x": 1}

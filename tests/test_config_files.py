@@ -96,6 +96,13 @@ class TestContentsThatAreNone:
     @pytest.mark.parametrize(
         ("name", "text", "message"),
         [
+            (
+                "a.py",
+                "x = 1\nwith read_base():\n    from a import *\n",
+                r":2: `with read_base\(\):` is how",
+            ),
+            ("a.py", "x = 1\ny = '{{$LR:0.1}}'\n", r":2: {{\$LR:0.1}}: environment variables are not inserted"),
+            ("a.yaml", "x: {{$LR:0.1}}\n", r":1: {{\$LR:0.1}}: environment variables are not inserted"),
             ("a.yaml", "x: 1\n!!set y: 1\n", r":2: a (set|generator) cannot be a key"),
             ("a.yaml", "x: 1\ny: 2024-13-45\n", r":2: syntax error: '2024-13-45' is not a valid timestamp: month must"),
             ("a.yaml", f"x: 1\ny: {DIGITS}\n", r":2: syntax error: '1+\.\.\.1+' is not a valid int: .* 5000 digits"),

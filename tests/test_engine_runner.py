@@ -626,7 +626,10 @@ def test_load_from_takes_the_weights_that_fit(tmp_path, capsys):
     assert torch.equal(target.model.backbone[0].weight, source.model.backbone[0].weight)
     assert torch.equal(target.model.head.weight, before)
     output = capsys.readouterr().out
-    assert "it has extra, which the model does not have; head.weight has shape (5, 8) instead of shape (3, 8)" in output
+    assert (
+        "it has module.extra, which the model does not have; head.weight has shape (5, 8) instead of shape (3, 8)"
+        in output
+    )
     with pytest.raises(CheckpointError, match=r"weights\.pth does not fit the model"):
         target.load_checkpoint(tmp_path / "weights.pth", strict=True)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import resource
 import sys
+import threading
 from types import SimpleNamespace
 
 import pytest
@@ -14,7 +15,7 @@ from torch import nn
 
 from fusedopt import FusedSGD, OptimWrapper, SkipAwareScheduler
 from fusedopt.cli import main
-from fusedopt.training.engine import Runner
+from fusedopt.training.engine import MessageHub, Runner
 from fusedopt.training.engine.parts import wrap_model
 from fusedopt.training.schedulers import StepLR
 
@@ -170,3 +171,66 @@ def test_one_warning_lists_the_keys_without_effect(tmp_path, capsys):
     )
     train(config(tmp_path))
     assert "no effect" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        dict(randomness=dict(seed=0, deterministic="no")),
+        dict(randomness=dict(seed=0, diff_rank_seed="no")),
+        dict(env_cfg=dict(cudnn_benchmark="no")),
+        dict(log_processor=dict(by_epoch="no")),
+        dict(val_cfg=dict(fp16="no")),
+    ],
+)
+def test_text_is_no_flag(tmp_path, changes):
+    with pytest.raises(TypeError, match="must be True or False, got 'no'"):
+        Runner.from_cfg(config(tmp_path, **changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (dict(log_processor=dict(type="Mine")), "log_processor has the type 'Mine'; only LogProcessor"),
+        (dict(env_cfg=dict(mp_cfg=dict(mp_start_method="forkk"))), "Invalid env_cfg.mp_cfg.mp_start_method: 'forkk'"),
+        (dict(compile=dict(bakend="eager")), "compile has the unknown key 'bakend'; did you mean 'backend'"),
+        (dict(default_scope=5), "default_scope must be a string or None, got 5"),
+    ],
+)
+def test_what_would_be_ignored(tmp_path, changes, message):
+    with pytest.raises((TypeError, ValueError), match=message):
+        Runner.from_cfg(config(tmp_path, **changes))
+
+
+def test_a_key_that_is_no_text(tmp_path):
+    Runner.from_cfg({**config(tmp_path), 1: 2})
+
+
+def test_sections_of_another_scope(tmp_path):
+    cfg = config(tmp_path, log_processor=dict(type="LogProcessor", window_size=3, _scope_="mmengine"))
+    assert Runner.from_cfg(cfg).message_hub.window_size == 3
+
+
+def test_each_thread_has_the_hub_of_its_runner(tmp_path):
+    hubs = [MessageHub(), MessageHub()]
+    seen: dict[int, list[bool]] = {0: [], 1: []}
+    barrier = threading.Barrier(2)
+
+    def work(number: int) -> None:
+        with hubs[number].as_current():
+            barrier.wait()
+            seen[number].append(MessageHub.get_current_instance() is hubs[number])
+            barrier.wait()
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in (0, 1)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert seen == {0: [True], 1: [True]}
+    with hubs[0].as_current():  # a thread of the model's, which inherits no context
+        found: list[MessageHub] = []
+        thread = threading.Thread(target=lambda: found.append(MessageHub.get_current_instance()))
+        thread.start()
+        thread.join()
+        assert found == [hubs[0]]

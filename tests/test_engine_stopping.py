@@ -102,6 +102,8 @@ class TestEarlyStopping:
         )
         ours, theirs = EarlyStoppingHook(**settings), hooks.EarlyStoppingHook(**settings)
         runner = Runner.from_cfg(config(tmp_path))
+        runner.register_hook(ours)
+        ours.before_train(runner)
         stopped = []
         for score in scores:
             theirs_stops, _ = theirs._check_stop_condition(score)
@@ -110,6 +112,24 @@ class TestEarlyStopping:
             if theirs_stops:
                 break
         assert all(ours == theirs for ours, theirs in stopped)
+
+    def test_two_of_them_count_apart(self, tmp_path):
+        runner = Runner.from_cfg(config(tmp_path))
+        hooks = [EarlyStoppingHook(name, rule="greater", patience=3) for name in ("score", "score", "other")]
+        for hook in hooks:
+            runner.register_hook(hook)
+            hook.before_train(runner)
+        for other in (0.0, 1.0, 2.0):
+            for hook in hooks:
+                hook.after_val_epoch(runner, dict(score=5.0, other=other))
+            assert not runner.train_loop.stop_training
+        hooks[1].after_val_epoch(runner, dict(score=5.0, other=3.0))
+        assert runner.train_loop.stop_training
+
+    def test_a_validation_before_training_does_not_count(self, tmp_path):
+        runner = Runner.from_cfg(config(tmp_path))
+        EarlyStoppingHook("score", rule="less").after_val_epoch(runner, dict(score=float("nan")))
+        assert not runner.train_loop.stop_training
 
     def test_a_resumed_run_goes_on_counting(self, tmp_path):
         hook = dict(type="EarlyStoppingHook", monitor="score", rule="less", patience=3)

@@ -197,6 +197,11 @@ class TestThreeWays:
             ),
             ({"optimizer": dict(type="Adamax", lr=0.1)}, "optim_wrapper.optimizer.type='Adamax' has no fused twin"),
             ({"optimizer": None}, "which has no dict 'optimizer'"),
+            ({"optimizer": dict(type=type("AdamW", (torch.optim.AdamW,), {}), lr=0.1)}, "has no fused twin; expected"),
+            (
+                {"type": type("OptimWrapper", (mmengine_optim.OptimWrapper,), {})},
+                "has no fused twin",
+            ),
         ],
     )
     def test_b_by_one_option_without_a_twin(self, change, message):

@@ -173,7 +173,8 @@ def _train(
             for runner in (*order, moved):
                 torch.manual_seed(runner.seed + done)  # the same dropout in all
                 assert runner.train_loop is not None
-                runner.train_loop.run_iter(index, batch)
+                with runner.message_hub.as_current():
+                    runner.train_loop.run_iter(index, batch)
             if all(measurement.made_step for measurement in measurements.values()):
                 order = next(orders)
             if listener is not None:

@@ -3,7 +3,7 @@
 from .caller import warn_caller
 from .extras import MissingExtraError, require
 from .names import did_you_mean, group_names, parameter_name
-from .numbers import as_float, check_betas, check_number, check_whole_number, is_number
+from .numbers import as_float, check_betas, check_flag, check_number, check_whole_number, is_number
 from .plain import plain, plain_groups, plain_settings
 from .shards import refuse_norm_of_shards, refuse_scaling_of_shards, sharded_parameter
 from .tables import aligned
@@ -23,6 +23,7 @@ __all__ = [
     "aligned",
     "as_float",
     "check_betas",
+    "check_flag",
     "check_gradient",
     "check_no_model",
     "check_number",

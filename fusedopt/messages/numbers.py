@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .plain import plain
 
-__all__ = ["check_betas", "check_number", "check_whole_number", "is_number"]
+__all__ = ["check_betas", "check_flag", "check_number", "check_whole_number", "is_number"]
 
 
 def check_number(
@@ -52,6 +52,18 @@ def check_betas(betas: Any) -> None:
         raise ValueError(f"Invalid betas: {betas!r}; expected two numbers in [0, 1)")
     for index, beta in enumerate(betas):
         check_number(f"betas[{index}]", beta, below=1.0)
+
+
+def check_flag(name: str, value: Any) -> bool:
+    """``value``, which must be True or False.
+
+    Raises:
+        TypeError: it is not. Text such as ``'no'``, which counts as true in Python, is not either.
+    """
+    value = plain(value)
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, got {value!r}")
+    return value
 
 
 def check_whole_number(name: str, value: Any, minimum: int | None = None) -> int:

@@ -8,8 +8,7 @@ from typing import Any, ClassVar
 import mmengine.optim
 from mmengine.registry import OPTIM_WRAPPERS, OPTIMIZERS
 
-from ...messages import did_you_mean
-from ...optimizers import FUSED_OPTIMIZERS
+from ...optimizers import FUSED_TWINS
 from ...training import constructors
 from .wrappers import FusedAmpOptimWrapper, FusedOptimWrapper
 
@@ -59,24 +58,29 @@ class FusedOptimWrapperConstructor(mmengine.optim.DefaultOptimWrapperConstructor
         optimizer = optim_wrapper_cfg.get("optimizer")
         if not isinstance(optimizer, Mapping):
             raise ValueError(f"{type(self).__name__} builds one wrapper from its config, which has no dict 'optimizer'")
-        wrappers = {"OptimWrapper": FusedOptimWrapper, "AmpOptimWrapper": FusedAmpOptimWrapper}
-        wrapper = _twin("optim_wrapper.type", optim_wrapper_cfg.get("type", "OptimWrapper"), wrappers)
-        twin = _twin("optim_wrapper.optimizer.type", optimizer.get("type"), _TWINS)
+        wrapper = _twin(OPTIM_WRAPPERS, "optim_wrapper.type", optim_wrapper_cfg.get("type", "OptimWrapper"), _WRAPPERS)
+        twin = _twin(OPTIMIZERS, "optim_wrapper.optimizer.type", optimizer.get("type"), FUSED_TWINS)
         cfg = {**optim_wrapper_cfg, "type": wrapper, "optimizer": {**optimizer, "type": twin}}
         super().__init__(cfg, paramwise_cfg)
 
 
-#: The fused twins by the names of torch's classes.
-_TWINS = {name.removeprefix("Fused"): twin for name, twin in FUSED_OPTIMIZERS.items()}
+#: The fused twins of MMEngine's wrappers.
+_WRAPPERS = {
+    mmengine.optim.OptimWrapper: FusedOptimWrapper,
+    mmengine.optim.AmpOptimWrapper: FusedAmpOptimWrapper,
+}
 
 
-def _twin(key: str, kind: Any, twins: Mapping[str, Any]) -> Any:
-    """The twin of a type, which may be one already."""
-    name = (kind if isinstance(kind, str) else getattr(kind, "__name__", repr(kind))).rpartition(".")[2]
-    bare = name.removeprefix("Fused")
-    if bare not in twins:
-        raise ValueError(f"{key}={kind!r} has no fused twin; {did_you_mean(bare, twins)}")
-    return twins[bare]
+def _twin(registry: Any, key: str, kind: Any, twins: Mapping[Any, type]) -> type:
+    """The twin of a type, which may be one already. Another class of the same name has none."""
+    found = registry.get(kind) if isinstance(kind, str) else kind
+    if found in twins.values():
+        return found
+    if found not in twins:
+        raise ValueError(
+            f"{key}={kind!r} has no fused twin; expected one of {', '.join(each.__name__ for each in twins)}"
+        )
+    return twins[found]
 
 
 class LearningRateDecayOptimWrapperConstructor(_Resolved, constructors.LearningRateDecayOptimWrapperConstructor):

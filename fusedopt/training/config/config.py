@@ -39,6 +39,7 @@ class Config(ConfigDict):
     """
 
     _filename: str | None = None
+    _text: str = ""
 
     def __init__(self, config: Mapping[str, Any] | None = None, *, filename: str | Path | None = None):
         if config is not None:
@@ -54,7 +55,7 @@ class Config(ConfigDict):
     @property
     def text(self) -> str:
         """The content of the file that it was read from, without what the file inherits; empty without one."""
-        return "" if self._filename is None else Path(utf8_name(self._filename)).read_text(encoding="utf-8-sig")
+        return self._text
 
     @property
     def pretty_text(self) -> str:
@@ -90,6 +91,7 @@ class Config(ConfigDict):
             raise config_error(filename, "", TOO_DEEP) from error
         if levels(config) > MOST_LEVELS:
             raise config_error(filename, "", TOO_DEEP)
+        object.__setattr__(config, "_text", Path(utf8_name(os.fspath(filename))).read_text(encoding="utf-8-sig"))
         if import_custom_modules:
             config.import_custom_modules()
         return config

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 import stat
 from collections.abc import Sequence
 from pathlib import Path
@@ -51,6 +52,11 @@ def load_text(text: str, path: Path, children: Sequence[Path] = ()) -> dict[str,
         raise config_error(path, "", f"unknown suffix {path.suffix!r}; expected .py, .json, .yaml or .yml")
     if not path.stem.strip("."):  # the work folder has this name: .. would be the parent
         raise config_error(path, "", "the name of a config must be more than dots and a suffix")
+    variable = re.search(r"\{\{\s*\$\w+\s*:.*?\}\}", text)
+    if variable is not None:
+        line = text.count("\n", 0, variable.start()) + 1
+        message = "environment variables are not inserted; a Python config can read os.environ itself"
+        raise ConfigError(f"{path}:{line}: {variable[0]}: {message}")
     try:
         file = PythonFile(text, path) if path.suffix == ".py" else DataFile(text, path)
         names = file.take_bases()

@@ -38,10 +38,21 @@ class PythonFile:
         try:
             self._tree = ast.parse(self.names.text, str(path))
             _replace(self._tree, self._without_placeholder)
+            self._refuse_lazy()
         except ConfigError:
             raise
         except (SyntaxError, ValueError) as error:  # ValueError: a null byte
             raise self._syntax_error(error) from error
+
+    def _refuse_lazy(self) -> None:
+        for node in ast.walk(self._tree):
+            for item in node.items if isinstance(node, ast.With) else ():
+                called = getattr(item.context_expr, "func", None)
+                if "read_base" in (getattr(called, "id", None), getattr(called, "attr", None)):
+                    raise ConfigError(
+                        f"{self.path}:{item.context_expr.lineno}: `with read_base():` is how MMEngine's lazy configs "
+                        f"inherit, which is not supported; expected {BASE} = [...]"
+                    )
 
     def _syntax_error(self, error: Exception) -> ConfigError:
         line = getattr(error, "lineno", None) or 1
@@ -105,7 +116,9 @@ class PythonFile:
         return {
             key: value
             for key, value in namespace.items()
-            if not key.startswith("_") and not isinstance(value, NO_SETTING)
+            if not key.startswith("_")
+            and not isinstance(value, NO_SETTING)
+            and type(value).__module__ not in ("typing", "__future__")
         }
 
 

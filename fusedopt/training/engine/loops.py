@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.utils.data import DataLoader
 
-from ...messages import check_whole_number
+from ...messages import check_flag, check_whole_number
 from ..registry import LOOPS
 from .data import InfiniteSampler, iterate, sampler_of, set_epoch
 from .evaluator import Evaluator
@@ -297,7 +297,7 @@ class _EvaluationLoop:
         self.runner = runner
         self.dataloader = dataloader
         self.evaluator = evaluator
-        self.fp16 = fp16
+        self.fp16 = check_flag("fp16", fp16)
         metainfo = getattr(dataloader.dataset, "metainfo", None)
         if metainfo is not None:
             self.evaluator.dataset_meta = metainfo

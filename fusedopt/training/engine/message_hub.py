@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
+from contextvars import ContextVar
 from typing import Any, ClassVar
 
 import torch
@@ -91,7 +92,9 @@ class MessageHub:
         runtime_info: anything else by name, such as ``'iter'``.
     """
 
-    _current: ClassVar[MessageHub | None] = None
+    # The instance of this thread, and the latest of any: for threads that a model starts, which inherit no context.
+    _current: ClassVar[ContextVar[MessageHub | None]] = ContextVar("message_hub", default=None)
+    _latest: ClassVar[MessageHub | None] = None
 
     def __init__(self, window_size: int = 10):
         self.window_size = check_whole_number("window_size", window_size, 1)
@@ -104,18 +107,21 @@ class MessageHub:
 
         Outside of that it is a hub without a Runner.
         """
-        if MessageHub._current is None:
-            MessageHub._current = cls()
-        return MessageHub._current
+        current = MessageHub._current.get() or MessageHub._latest
+        if current is None:
+            current = MessageHub._latest = cls()
+        return current
 
     @contextlib.contextmanager
     def as_current(self) -> Iterator[None]:
         """Make this the current instance while the block runs."""
-        before, MessageHub._current = MessageHub._current, self
+        token, before = MessageHub._current.set(self), MessageHub._latest
+        MessageHub._latest = self
         try:
             yield
         finally:
-            MessageHub._current = before
+            MessageHub._current.reset(token)
+            MessageHub._latest = before
 
     def update_scalar(self, key: str, value: float | Tensor, unless: Tensor | None = None) -> None:
         """Add a value to a scalar.

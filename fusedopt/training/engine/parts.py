@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import multiprocessing
 import resource
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -13,7 +14,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
-from ...messages import check_whole_number, did_you_mean
+from ...messages import check_flag, check_whole_number, did_you_mean
 from ..builder import build_optim_wrapper
 from ..registry import EVALUATOR, LOOPS, MODEL_WRAPPERS, MODELS, OPTIM_WRAPPERS, VISUALIZERS, check_config
 from ..schedulers import _ParamScheduler
@@ -60,9 +61,9 @@ def section(name: str, value: Mapping[str, Any] | None, known: Sequence[str] = (
         return {}
     check_config(name, value)
     for key in value:
-        if known and key not in known:
+        if known and key not in (*known, "_scope_"):
             raise ValueError(f"{name} has the unknown key {key!r}; {did_you_mean(key, known)}")
-    return dict(value)
+    return {key: item for key, item in value.items() if not known or key != "_scope_"}
 
 
 def set_environment(settings: Mapping[str, Any]) -> tuple[torch.device, str | None]:
@@ -70,10 +71,13 @@ def set_environment(settings: Mapping[str, Any]) -> tuple[torch.device, str | No
 
     As in MMEngine, ``resource_limit`` raises the number of files that the process may open, and never lowers it.
     """
-    if settings.get("cudnn_benchmark"):
+    if check_flag("env_cfg.cudnn_benchmark", settings.get("cudnn_benchmark") or False):
         torch.backends.cudnn.benchmark = True
     workers = section("env_cfg.mp_cfg", settings.get("mp_cfg"), ("mp_start_method", "opencv_num_threads"))
     start_method = workers.get("mp_start_method")
+    if start_method not in (None, *multiprocessing.get_all_start_methods()):
+        expected = did_you_mean(str(start_method), multiprocessing.get_all_start_methods())
+        raise ValueError(f"Invalid env_cfg.mp_cfg.mp_start_method: {start_method!r}; {expected}")
     if "opencv_num_threads" in workers:
         with contextlib.suppress(ImportError):
             importlib.import_module("cv2").setNumThreads(workers["opencv_num_threads"])

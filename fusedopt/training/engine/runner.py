@@ -18,7 +18,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
-from ...messages import plain, warn_caller
+from ...messages import check_flag, plain, some, warn_caller
 from ..config import Config, ConfigError
 from ..files import utf8_name
 from ..registry import check_config, is_known_scope, scope_by_default
@@ -151,6 +151,8 @@ class Runner(HasBuilders):
         auto_scale_lr = section("auto_scale_lr", auto_scale_lr, ("enable", "base_batch_size"))
         if not isinstance(compile, bool | Mapping):
             raise TypeError(f"compile must be True, False or a dict of torch.compile's arguments, got {compile!r}")
+        if isinstance(compile, Mapping):
+            section("compile", compile, [*inspect.signature(torch.compile).parameters][1:])
         self._compile: bool | Mapping[str, Any] = compile
 
         self.cfg = {} if cfg is None else cfg
@@ -167,14 +169,20 @@ class Runner(HasBuilders):
             "auto_scale_lr.enable": auto_scale_lr.get("enable", False),
         }
         for flag, value in flags.items():
-            if not isinstance(value, bool):
-                raise TypeError(f"{flag} must be True or False, got {value!r}")
+            check_flag(flag, value)
         if not isinstance(default_scope, str | None):
             raise TypeError(f"default_scope must be a string or None, got {default_scope!r}")
         self.default_scope = default_scope or "mmengine"
         log_settings = section("log_processor", log_processor, ("type", "by_epoch", "window_size"))
+        kind = log_settings.get("type", "LogProcessor")
+        if getattr(kind, "__name__", kind) not in ("LogProcessor", "mmengine.LogProcessor"):
+            raise ValueError(
+                f"log_processor has the type {kind!r}; only LogProcessor, with its window_size and by_epoch"
+            )
         self.message_hub = MessageHub(log_settings.get("window_size", 10))
         self.log_by_epoch: bool | None = log_settings.get("by_epoch")
+        if self.log_by_epoch is not None:
+            check_flag("log_processor.by_epoch", self.log_by_epoch)
         with self._naming("default_scope"):
             if default_scope is not None and not is_known_scope(default_scope):
                 warn_caller(
@@ -191,6 +199,8 @@ class Runner(HasBuilders):
             self.device, self._start_method = set_environment(environment)
         with self._naming("randomness"):
             randomness = section("randomness", randomness, ("seed", "diff_rank_seed", "deterministic"))
+            for flag in ("diff_rank_seed", "deterministic"):
+                check_flag(f"randomness.{flag}", randomness.get(flag, False))
             self.set_randomness(**randomness)
         self.work_dir = str(Path(utf8_name(str(work_dir))).resolve())
         self.timestamp = distributed.broadcast(time.strftime("%Y%m%d_%H%M%S"))
@@ -200,7 +210,7 @@ class Runner(HasBuilders):
         self.logger = build_logger(self.work_dir, self.timestamp, log_level)
         ignored = [key for key in self.cfg if key not in self.config_keys() | {"custom_imports"}]
         if ignored:
-            self.logger.warning(f"These keys of the config have no effect on the Runner: {', '.join(ignored)}")
+            self.logger.warning(f"These keys of the config have no effect on the Runner: {some(ignored, len(ignored))}")
         self._warned_of: set[str] = set()
         self._hooks: list[Hook] = []
         self._load_from = load_from
@@ -276,7 +286,7 @@ class Runner(HasBuilders):
         for key in ("model", "work_dir"):
             if key not in cfg:
                 raise KeyError(f"the config of a Runner needs the key {key!r}; it has {', '.join(map(repr, cfg))}")
-        for key in set(cfg) - known:
+        for key in (key for key in cfg if key not in known and isinstance(key, str)):
             close = difflib.get_close_matches(key, known, 1, cutoff=0.9)
             if close:
                 warn_caller(f"the config has {key!r}, which the Runner does not use; did you mean {close[0]!r}?")
@@ -326,12 +336,12 @@ class Runner(HasBuilders):
     @property
     def val_dataloader(self) -> Any:
         """The loader of the validation data, or None."""
-        return None if self.val_loop is None else self.val_loop.dataloader
+        return getattr(self.val_loop, "dataloader", None)
 
     @property
     def test_dataloader(self) -> Any:
         """The loader of the test data, or None."""
-        return None if self.test_loop is None else self.test_loop.dataloader
+        return getattr(self.test_loop, "dataloader", None)
 
     @property
     def distributed(self) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -70,7 +71,9 @@ def check_names(config: Mapping[str, Any], *keys: str) -> None:
     Raises:
         ConfigError: an unknown ``type`` or argument; the message names the file and the key.
     """
-    with scope_by_default(config.get("default_scope") or "mmengine"):
+    with contextlib.ExitStack() as stack:
+        with naming(config, "default_scope"):
+            stack.enter_context(scope_by_default(config.get("default_scope") or "mmengine"))
         _check_names(config, keys)
 
 

@@ -32,6 +32,8 @@ def scope_by_default(scope: str | None) -> Iterator[None]:
     if scope is None:
         yield
         return
+    if not isinstance(scope, str):
+        raise TypeError(f"default_scope must be a string or None, got {scope!r}")
     if scope != _MMENGINE:
         import_registry_of(scope)
     token = _default_scope.set(scope)

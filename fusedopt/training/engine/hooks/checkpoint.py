@@ -137,7 +137,7 @@ class CheckpointHook(Hook):
         """Publish checkpoints, and leave the folder: a later validation is not part of the run."""
         if self.published_keys and self._folder is not None and is_main_process():
             infos = ("best_ckpt", *(f"best_ckpt_{metric}" for metric in self.rules))
-            paths = [self._folder / name for info in infos if (name := runner.message_hub.get_info(info))]
+            paths = [self._folder / utf8_name(name) for info in infos if (name := runner.message_hub.get_info(info))]
             if self.save_last and self._newest is not None:
                 paths.append(self._newest)
             for path in paths:
@@ -146,6 +146,9 @@ class CheckpointHook(Hook):
 
     def _publish(self, runner: Runner, path: Path) -> None:
         checkpoint = read_checkpoint(path)
+        for key in self.published_keys:
+            if key not in checkpoint:
+                runner.warn_once(f"published_keys: the checkpoints have no {key!r}; {did_you_mean(key, checkpoint)}")
         content = io.BytesIO()
         torch.save({key: checkpoint[key] for key in self.published_keys if key in checkpoint}, content)
         digest = hashlib.sha256(content.getvalue()).hexdigest()[:8]

@@ -16,8 +16,6 @@ if TYPE_CHECKING:
 
 __all__ = ["EarlyStoppingHook"]
 
-_INFO = "early_stopping"
-
 
 @HOOKS.register_module()
 class EarlyStoppingHook(Hook):
@@ -60,10 +58,19 @@ class EarlyStoppingHook(Hook):
         self.check_finite = check_finite
         self.patience = check_whole_number("patience", patience, 1)
         self.stopping_threshold = stopping_threshold
+        self._trains = False
+
+    def before_train(self, runner: Runner) -> None:
+        """From here on, validations are part of the run."""
+        self._trains = True
+
+    def after_train(self, runner: Runner) -> None:
+        """A later validation is not."""
+        self._trains = False
 
     def after_val_epoch(self, runner: Runner, metrics: Mapping[str, Any] | None = None) -> None:
         """End the run if the metric says so."""
-        if runner.train_loop is None:
+        if runner.train_loop is None or not self._trains:
             return
         metrics = metrics or {}
         if self.monitor not in metrics:
@@ -82,7 +89,8 @@ class EarlyStoppingHook(Hook):
 
     def _reason_to_stop(self, runner: Runner, score: float) -> str | None:
         sign = 1 if self.rule == "greater" else -1
-        info = runner.message_hub.get_info(_INFO, {})
+        key = self._key(runner)
+        info = runner.message_hub.get_info(key, {})
         best, waited = info.get("best", -sign * math.inf), info.get("waited", 0)
         if self.check_finite and not math.isfinite(score):
             return "which is not finite"
@@ -92,7 +100,12 @@ class EarlyStoppingHook(Hook):
             waited += 1
         else:
             best, waited = score, 0
-        runner.message_hub.update_info(_INFO, {"best": best, "waited": waited})
+        runner.message_hub.update_info(key, {"best": best, "waited": waited})
         if waited >= self.patience:
             return f"and did not improve on {best:.4g} in {waited} validations"
         return None
+
+    def _key(self, runner: Runner) -> str:
+        """Where this hook's state is: each of several hooks has its own."""
+        alike = [hook for hook in runner.hooks if isinstance(hook, EarlyStoppingHook) and hook.monitor == self.monitor]
+        return f"early_stopping_{self.monitor}" + (f"_{alike.index(self)}" if alike.index(self) else "")
