@@ -152,7 +152,7 @@ class Runner(HasBuilders):
         if not isinstance(compile, bool | Mapping):
             raise TypeError(f"compile must be True, False or a dict of torch.compile's arguments, got {compile!r}")
         if isinstance(compile, Mapping):
-            section("compile", compile, [*inspect.signature(torch.compile).parameters][1:])
+            section("compile", compile, ("fullgraph", "dynamic", "backend", "mode", "options", "disable"))
         self._compile: bool | Mapping[str, Any] = compile
 
         self.cfg = {} if cfg is None else cfg
