@@ -140,8 +140,12 @@ def _tensor(*settings: tuple[int, ...], **more: Any) -> bytes:
     return b"\x80\x02}" + _text("w") + _bare_tensor(*settings, **more) + b"s."
 
 
-#: Each level refers twice to the one before.
-_LAUGHS = b"".join(b"h" + bytes([level]) + b"h" + bytes([level]) + b"\x86q" + bytes([level + 1]) for level in range(60))
+#: Keeps a tuple, number 60, each level of which refers twice to the one before.
+_LAUGHS = (
+    b"\x80\x04()q\x00"
+    + b"".join((b"h" + bytes([level])) * 2 + b"\x86q" + bytes([level + 1]) for level in range(60))
+    + b"1"
+)
 
 
 def _again(kept: bytes, use: bytes, count: int = 20_000) -> bytes:
@@ -171,12 +175,11 @@ PICKLES = {
     "a dict in itself": b"\x80\x02}q\x00K\x01h\x00s.",
     "a tuple of a list of itself": b"\x80\x02]q\x00h\x00\x85a.",
     "a deep key": b"\x80\x02})" + b"\x85" * 100_000 + b"K\x01s.",
-    "shared tuples": b"\x80\x02)q\x00" + _LAUGHS + b".",
-    "shared tuples as a key": b"\x80\x02})q\x00" + _LAUGHS + b"K\x01s.",
-    "shared tuples in a set": b"\x80\x04\x8f()q\x00" + _LAUGHS + b"\x90.",
-    "shared lists": b"\x80\x02]q\x00" + b"".join(
-        b"]q" + bytes([level + 1]) + (b"h" + bytes([level]) + b"a") * 2 for level in range(60)
-    ) + b".",
+    "shared tuples": _LAUGHS + b"h<.",
+    "shared tuples as a key": _LAUGHS + b"}h<K\x01s.",
+    "shared tuples in a set": _LAUGHS + b"\x8f(h<\x90.",
+    "shared lists": b"\x80\x02(]q\x00"
+    + b"".join(b"]q" + bytes([level + 1]) + (b"h" + bytes([level]) + b"a") * 2 for level in range(60)) + b"1h<.",
     "a list as a key": b"\x80\x02}]K\x01s.",
     "a dict in a set": b"\x80\x04\x8f(}\x90.",
     "terabytes of bytes": b"\x80\x04\x8e" + struct.pack("<Q", 2**42) + b"abc.",

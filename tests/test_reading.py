@@ -347,6 +347,34 @@ def test_a_hundred_planted_pickles_run_nothing(make, here):
     assert len(PICKLES) >= 100
 
 
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("an item twice", "it sets an item twice"),
+        ("more elements than the storage", "it has a tensor of shape (1099511627776,) that reaches beyond its storage"),
+        ("lists in lists", "it is nested more than 100 levels deep"),
+        ("shared lists", "it is nested more than 100 levels deep, or has more than 10,000,000 values in 1,000,000"),
+        ("shared tuples", "it is nested more than 100 levels deep, or has more than 10,000,000 values in 1,000,000"),
+        ("shared tuples as a key", "it has a key of more than 64 values"),
+        ("shared tuples in a set", "it has a key of more than 64 values"),
+        ("a list in itself", "it has a value that contains itself"),
+        ("a long name again and again", "it names a function by more than 1,000 characters"),
+        ("a long key", "it has a key of 1,000,000 characters; 4,096 are allowed"),
+        ("a long key of many numbers", "it has a key of more than 64 values"),
+        ("a key of a thousand bits", "it has an integer of more than 64 bits as a key"),
+        ("numbers that are found slowly", "reading it would take far longer than its size explains"),
+        ("counts of counts", "reading it would take far longer than its size explains"),
+        ("an integer of a million bits", "it has an integer of 999999 bits; 4096 are allowed"),
+        ("a reference to a number", "it refers to something outside the file"),
+        ("terabytes of bytes", "truncated or damaged (ValueError: "),
+        ("no STOP", "truncated or damaged (ValueError: "),
+        ("marks", "it ends in the middle of a value"),
+    ],
+)
+def test_why_it_is_refused(name, reason, here):
+    assert harmless(archive(PICKLES[name]), here / "file.pth").startswith(f"{here / 'file.pth'}: {reason}")
+
+
 @pytest.mark.parametrize("command", ["convert", "load_from", "resume"])
 def test_planted_pickles_end_in_one_line_wherever_they_are_read(command, here, capsys, thorough):
     """As the whole of a checkpoint, as its weights, as its optimizer's state, and as its meta."""
