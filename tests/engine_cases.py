@@ -52,6 +52,19 @@ class PointNet(BaseModel):
         return [dict(pred_label=pred, gt_label=gt) for pred, gt in zip(logits.argmax(1), labels, strict=True)]
 
 
+class Parts(PointNet):
+    """Trains two parts with an optimizer each."""
+
+    def train_step(self, data, optim_wrapper):
+        loss, log_vars = self.parse_losses(self(**self.data_preprocessor(data, True), mode="loss"))
+        for wrapper in optim_wrapper.values():
+            wrapper.zero_grad()
+        loss.backward()
+        for wrapper in optim_wrapper.values():
+            wrapper.step()
+        return log_vars
+
+
 @METRICS.register_module(force=True)
 class HitRate(BaseMetric):
     """Share of right answers."""

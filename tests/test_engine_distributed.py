@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from engine_cases import PointNet, assert_same, by_iterations, config, loader, recorded, state_of, train
+from engine_cases import Parts, assert_same, by_iterations, config, loader, recorded, state_of, train
 
 from fusedopt.training.engine import DefaultSampler, Hook, InfiniteSampler, Runner
 from fusedopt.training.engine.evaluator import BaseMetric
@@ -67,19 +67,6 @@ ACCUMULATE = dict(
     randomness=dict(seed=0, diff_rank_seed=True),
 )
 ZERO = dict(type="ZeroRedundancyOptimizer", optimizer_type="FusedAdamW", lr=1e-2, clip_grad=dict(max_norm=1.0))
-
-
-class Parts(PointNet):
-    """Trains two parts with an optimizer each."""
-
-    def train_step(self, data, optim_wrapper):
-        loss, log_vars = self.parse_losses(self(**self.data_preprocessor(data, True), mode="loss"))
-        for wrapper in optim_wrapper.values():
-            wrapper.zero_grad()
-        loss.backward()
-        for wrapper in optim_wrapper.values():
-            wrapper.step()
-        return log_vars
 
 
 SEPARATE = dict(

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from engine_cases import HitRate, PointNet, Points, Recorder, config, recorded, train
+from engine_cases import HitRate, Parts, PointNet, Points, Recorder, config, recorded, train
 from torch.utils.data import BatchSampler, default_collate
 
 from fusedopt import (
@@ -35,19 +35,6 @@ from fusedopt.training.engine import (
     Visualizer,
 )
 from fusedopt.training.engine.validation import check_names
-
-
-class Two(PointNet):
-    """Two optimizers, one loss."""
-
-    def train_step(self, data, optim_wrapper):
-        loss, log_vars = self.parse_losses(self(**data, mode="loss"))
-        for wrapper in optim_wrapper.values():
-            wrapper.zero_grad()
-        loss.backward()
-        for wrapper in optim_wrapper.values():
-            wrapper.step()
-        return log_vars
 
 
 def trained(cfg) -> Runner:
@@ -88,7 +75,7 @@ def test_paramwise_cfg_is_for_an_optimizer_that_is_not_built_yet(tmp_path):
 
 
 def test_wrappers_in_a_dict(tmp_path):
-    model = Two()
+    model = Parts()
     parts = {
         name: OptimWrapper(torch.optim.SGD(getattr(model, name).parameters(), lr=0.1)) for name in ("backbone", "head")
     }
@@ -159,7 +146,7 @@ DEFAULT = DefaultOptimWrapperConstructor
         dict(optim_wrapper=dict(constructor=dict(type=DEFAULT), optimizer=dict(type=function, lr=0.1))),
         dict(optim_wrapper=dict(optimizer=dict(type=functools.partial(torch.optim.SGD, momentum=0.9), lr=0.1))),
         dict(
-            model=dict(type=Two),
+            model=dict(type=Parts),
             optim_wrapper=dict(
                 constructor=MultiOptimWrapperConstructor, backbone=dict(optimizer=SGD), head=dict(optimizer=SGD)
             ),

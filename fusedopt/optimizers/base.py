@@ -19,6 +19,7 @@ from torch.optim.optimizer import ParamsT
 
 from ..backends import Backend, BackendUnavailable, StepReport, StepRequest, check_backend_name, create_backend
 from ..messages import (
+    check_flag,
     check_no_model,
     check_parameter,
     parameter_name,
@@ -159,9 +160,7 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     @_step_supports_amp_scaling.setter
     def _step_supports_amp_scaling(self, value: bool) -> None:
-        value = plain(value)
-        if not isinstance(value, bool):
-            raise TypeError(f"_step_supports_amp_scaling must be True or False, got {value!r}")
+        value = check_flag("_step_supports_amp_scaling", value)
         if value:
             refuse_scaling_of_shards(self._sharded)
         self._shared.takes_scale = value

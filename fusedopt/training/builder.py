@@ -12,7 +12,7 @@ from .registry import OPTIM_WRAPPER_CONSTRUCTORS, OPTIM_WRAPPERS, check_config
 from .unwrapping import unwrap
 from .wrappers import AmpOptimWrapper, OptimWrapper
 
-__all__ = ["build_optim_wrapper", "enable_amp"]
+__all__ = ["build_optim_wrapper", "enable_amp", "is_wrapper_cfg"]
 
 
 def build_optim_wrapper(model: nn.Module, cfg: Mapping[str, Any]) -> OptimWrapper:
@@ -44,6 +44,11 @@ def build_optim_wrapper(model: nn.Module, cfg: Mapping[str, Any]) -> OptimWrappe
     return construct(unwrap(model) if isinstance(model, nn.Module) else model)
 
 
+def is_wrapper_cfg(value: Any) -> bool:
+    """Whether ``value`` is the config of one wrapper, at the top or as an entry of several optimizers' config."""
+    return isinstance(value, Mapping) and "optimizer" in value
+
+
 def enable_amp(cfg: Mapping[str, Any]) -> dict[str, Any]:
     """A copy of a wrapper config with mixed precision switched on, as for the ``--amp`` of training scripts.
 
@@ -60,7 +65,7 @@ def enable_amp(cfg: Mapping[str, Any]) -> dict[str, Any]:
     """
     check_config("optim_wrapper", cfg)
     if "optimizer" not in cfg:
-        entries = {key: value for key, value in cfg.items() if isinstance(value, Mapping) and "optimizer" in value}
+        entries = {key: value for key, value in cfg.items() if is_wrapper_cfg(value)}
         if not entries:
             has = ", ".join(map(repr, cfg)) or "no keys"
             raise KeyError(f"optim_wrapper needs the key 'optimizer', at the top or in its entries; it has {has}")

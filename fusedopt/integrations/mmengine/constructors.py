@@ -10,6 +10,7 @@ from mmengine.registry import OPTIM_WRAPPERS, OPTIMIZERS
 
 from ...optimizers import FUSED_TWINS
 from ...training import constructors
+from ...training.builder import is_wrapper_cfg
 from .wrappers import FusedAmpOptimWrapper, FusedOptimWrapper
 
 __all__ = [
@@ -102,9 +103,5 @@ class MultiOptimWrapperConstructor(constructors.MultiOptimWrapperConstructor):
 
     def __init__(self, optim_wrapper_cfg: Mapping[str, Any], paramwise_cfg: Mapping[str, Any] | None = None):
         cfg = _resolved({"type": "OptimWrapper", **optim_wrapper_cfg})
-        entries = {key: _resolved(entry) for key, entry in cfg.items() if _is_entry(entry)}
+        entries = {key: _resolved(entry) for key, entry in cfg.items() if is_wrapper_cfg(entry)}
         super().__init__({**cfg, **entries}, paramwise_cfg)
-
-
-def _is_entry(value: Any) -> bool:
-    return isinstance(value, Mapping) and "optimizer" in value

@@ -16,7 +16,7 @@ from ..errors import ConfigError
 from ..files import replace_file, utf8_name
 from ..registry import check_config
 from .dicts import MOST_LEVELS, ConfigDict, levels
-from .files import TOO_DEEP, load, load_text
+from .files import TOO_DEEP, content_of, load_text
 from .merging import merged
 from .naming import config_error, naming
 from .python_files import BASE
@@ -85,13 +85,15 @@ class Config(ConfigDict):
                 same key; a dict would be merged into another type; or a module cannot be imported.
             MissingExtraError: PyYAML is not installed.
         """
+        path = Path(utf8_name(os.fspath(filename)))
+        text = content_of(path)
         try:
-            config = cls(load(Path(utf8_name(os.fspath(filename)))), filename=filename)
+            config = cls(load_text(text, path), filename=filename)
         except RecursionError as error:
             raise config_error(filename, "", TOO_DEEP) from error
         if levels(config) > MOST_LEVELS:
             raise config_error(filename, "", TOO_DEEP)
-        object.__setattr__(config, "_text", Path(utf8_name(os.fspath(filename))).read_text(encoding="utf-8-sig"))
+        object.__setattr__(config, "_text", text)
         if import_custom_modules:
             config.import_custom_modules()
         return config

@@ -18,13 +18,13 @@ from .merging import merged
 from .naming import config_error
 from .python_files import BASE, PythonFile
 
-__all__ = ["TOO_DEEP", "load", "load_text"]
+__all__ = ["TOO_DEEP", "content_of", "load_text"]
 
 TOO_DEEP = "the file is nested too deeply"
 
 
-def load(path: Path, children: Sequence[Path] = ()) -> dict[str, Any]:
-    """A file's settings merged into what it inherits. ``children`` are the files that led here, first one first."""
+def content_of(path: Path, children: Sequence[Path] = ()) -> str:
+    """The content of a file. ``children`` are the files that inherit from it, first one first."""
     try:
         if os.path.realpath(path) in map(os.path.realpath, children):
             chain = " -> ".join(map(str, (*children, path)))
@@ -32,7 +32,7 @@ def load(path: Path, children: Sequence[Path] = ()) -> dict[str, Any]:
         kind = os.stat(path).st_mode
         if not (stat.S_ISREG(kind) or stat.S_ISDIR(kind)):  # opening a FIFO would wait for a writer
             raise OSError(0, "not a regular file")
-        text = path.read_text(encoding="utf-8-sig")
+        return path.read_text(encoding="utf-8-sig")
     except ConfigError:
         raise
     except (OSError, ValueError) as error:
@@ -43,11 +43,10 @@ def load(path: Path, children: Sequence[Path] = ()) -> dict[str, Any]:
         if children:
             raise config_error(children[-1], BASE, f"cannot read {path}: {reason}") from error
         raise config_error(path, "", f"cannot read the config file: {reason}") from error
-    return load_text(text, path, children)
 
 
 def load_text(text: str, path: Path, children: Sequence[Path] = ()) -> dict[str, Any]:
-    """As :func:`load`, with ``text`` as the content of the file."""
+    """The settings in ``text``, the content of a file, merged into what it inherits; see :func:`content_of`."""
     if path.suffix not in (".py", ".json", ".yaml", ".yml"):
         raise config_error(path, "", f"unknown suffix {path.suffix!r}; expected .py, .json, .yaml or .yml")
     if not path.stem.strip("."):  # the work folder has this name: .. would be the parent
@@ -64,7 +63,8 @@ def load_text(text: str, path: Path, children: Sequence[Path] = ()) -> dict[str,
         raise config_error(path, "", TOO_DEEP) from error
     bases = ConfigDict()
     for base, scope in _base_paths(names, path):
-        inherited = _scoped(load(base, (*children, path)), scope)
+        family = (*children, path)
+        inherited = _scoped(load_text(content_of(base, family), base, family), scope)
         twice = [key for key in inherited if key in bases]
         if twice:
             raise config_error(path, twice[0], f"Duplicate key: {base} sets it, and so does another file of {BASE}")

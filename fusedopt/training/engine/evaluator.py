@@ -89,14 +89,18 @@ class Evaluator:
 
     @property
     def dataset_meta(self) -> Any:
-        """Information about the data set for metrics, such as its class names."""
+        """Information about the data set for metrics, such as its class names; or a sequence of it, for each part."""
         return self._dataset_meta
 
     @dataset_meta.setter
     def dataset_meta(self, dataset_meta: Any) -> None:
         self._dataset_meta = dataset_meta
-        for metric in self.metrics:
-            metric.dataset_meta = dataset_meta
+        for number, metric in enumerate(self.metrics):
+            metric.dataset_meta = self._meta_of(number)
+
+    def _meta_of(self, number: int) -> Any:
+        """What a metric is told about the data set."""
+        return self.dataset_meta
 
     def begin(self) -> None:
         """Clear the results of an interrupted evaluation."""
@@ -155,17 +159,9 @@ class MultiDatasetsEvaluator(Evaluator):
             )
         self.dataset_prefixes = dataset_prefixes
 
-    @property
-    def dataset_meta(self) -> Any:
-        """Information about the data set, or a sequence of it for each part."""
-        return self._dataset_meta
-
-    @dataset_meta.setter
-    def dataset_meta(self, dataset_meta: Any) -> None:
-        self._dataset_meta = dataset_meta
-        several = isinstance(dataset_meta, Sequence)
-        for index, metric in enumerate(self.metrics):
-            metric.dataset_meta = dataset_meta[index] if several else dataset_meta
+    def _meta_of(self, number: int) -> Any:
+        meta = self.dataset_meta
+        return meta[number] if isinstance(meta, Sequence) else meta
 
     def evaluate(self, size: int) -> dict[str, Any]:
         """Compute each metric on the samples of its part.
@@ -176,8 +172,7 @@ class MultiDatasetsEvaluator(Evaluator):
         Raises:
             ValueError: the data set does not say where its parts end, or two metrics have the same name.
         """
-        meta = self.dataset_meta[0] if isinstance(self.dataset_meta, Sequence) else self.dataset_meta
-        ends = list((meta or {}).get("cumulative_sizes", ()))
+        ends = list((self._meta_of(0) or {}).get("cumulative_sizes", ()))
         if len(ends) != len(self.metrics):
             raise ValueError(
                 f"cumulative_sizes={ends!r} in the metainfo of the data set: expected {len(self.metrics)} numbers, one "

@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader
 from ...messages import check_flag, plain, some, warn_caller
 from ..config import Config, ConfigError
 from ..files import utf8_name
-from ..registry import check_config, is_known_scope, scope_by_default
+from ..registry import MMENGINE_SCOPE, check_config, is_known_scope, scope_by_default
 from ..wrappers import OptimWrapper
 from . import distributed
 from .builders import HasBuilders
@@ -172,7 +172,7 @@ class Runner(HasBuilders):
             check_flag(flag, value)
         if not isinstance(default_scope, str | None):
             raise TypeError(f"default_scope must be a string or None, got {default_scope!r}")
-        self.default_scope = default_scope or "mmengine"
+        self.default_scope = default_scope or MMENGINE_SCOPE
         log_settings = section("log_processor", log_processor, ("type", "by_epoch", "window_size"))
         kind = log_settings.get("type", "LogProcessor")
         if getattr(kind, "__name__", kind) not in ("LogProcessor", "mmengine.LogProcessor"):

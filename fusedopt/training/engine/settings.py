@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
+from ..builder import is_wrapper_cfg
 from ..portable import portable
 from ..registry import OPTIMIZERS, PARAM_SCHEDULERS, Registry
 from ..wrappers import OptimWrapper, OptimWrapperDict
@@ -52,7 +53,7 @@ def optimizer_settings(optim_wrapper: Any) -> dict[str, Any]:
         entries = {
             f"optim_wrapper.{name}": {"loss_scale": optim_wrapper.get("loss_scale"), **each}
             for name, each in optim_wrapper.items()
-            if isinstance(each, Mapping) and "optimizer" in each
+            if is_wrapper_cfg(each)
         }
     found = {}
     for name, entry in entries.items():

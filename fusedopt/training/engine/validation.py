@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from ...messages import did_you_mean
+from ..builder import is_wrapper_cfg
 from ..config import naming
 from ..registry import (
     DATA_SAMPLERS,
@@ -16,6 +17,7 @@ from ..registry import (
     HOOKS,
     LOOPS,
     METRICS,
+    MMENGINE_SCOPE,
     MODELS,
     OPTIM_WRAPPER_CONSTRUCTORS,
     OPTIM_WRAPPERS,
@@ -73,7 +75,7 @@ def check_names(config: Mapping[str, Any], *keys: str) -> None:
     """
     with contextlib.ExitStack() as stack:
         with naming(config, "default_scope"):
-            stack.enter_context(scope_by_default(config.get("default_scope") or "mmengine"))
+            stack.enter_context(scope_by_default(config.get("default_scope") or MMENGINE_SCOPE))
         _check_names(config, keys)
 
 
@@ -81,7 +83,7 @@ def _check_names(config: Mapping[str, Any], keys: Sequence[str]) -> None:
     for pattern, (registry, extra) in _SECTIONS.items():
         path = pattern.split(".")
         for key, section in _sections(config, path) if not keys or path[0] in keys else ():
-            if pattern == "optim_wrapper.*" and not (isinstance(section, Mapping) and "optimizer" in section):
+            if pattern == "optim_wrapper.*" and not is_wrapper_cfg(section):
                 continue  # not an optimizer's entry: the optimizer itself, or a setting with a type, such as clip_grad
             if registry is OPTIM_WRAPPER_CONSTRUCTORS and isinstance(section, str):
                 with naming(config, key):

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.modules.utils import consume_prefix_in_state_dict_if_present
 
 from ...messages import some
@@ -20,7 +20,7 @@ from ..unwrapping import bare_state_dict, fitted_state_dict
 if TYPE_CHECKING:
     from .runner import Runner
 
-__all__ = ["check_fit", "check_weights", "load_weights", "loadable", "misfit", "with_versions"]
+__all__ = ["check_fit", "check_weights", "load_weights", "misfit", "with_versions"]
 
 _WHOLE = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.uint16, torch.uint32, torch.uint64)
 
@@ -47,8 +47,8 @@ def check_weights(runner: Runner, filename: str | Path, checkpoint: dict[str, An
         consume_prefix_in_state_dict_if_present(inside, prefix)
         taken = with_versions({**{name: taken[name] for name in rest if name not in inside}, **inside}, inside)
     checkpoint["state_dict"] = taken
-    differences = check_fit(taken, runner.bare_model)
-    if differences and (strict or not any(name in own for name in loadable(runner.bare_model, taken))):
+    differences = check_fit(taken, own)
+    if differences and (strict or not any(name in own for name in _loadable(taken, own))):
         raise CheckpointError(f"{filename} does not fit the model: {'; '.join(differences)}")
     if differences:
         runner.logger.warning(f"{filename} does not fit the model: {'; '.join(differences)}")
@@ -79,14 +79,13 @@ def load_weights(runner: Runner, checkpoint: Mapping[str, Any]) -> int:
     """Load the weights, except those that do not fit the model; return how many were loaded."""
     model = runner.bare_model
     own = bare_state_dict(model)
-    fitting = loadable(model, checkpoint["state_dict"])
+    fitting = _loadable(checkpoint["state_dict"], own)
     model.load_state_dict(fitted_state_dict(fitting, model.state_dict()), strict=False)
     return sum(name in own for name in fitting)
 
 
-def loadable(model: nn.Module, state_dict: Mapping[str, Any]) -> OrderedDict[str, Any]:
-    """The entries of ``state_dict`` to pass to the model, which may accept old names too."""
-    own = bare_state_dict(model)
+def _loadable(state_dict: Mapping[str, Any], own: Mapping[str, Any]) -> OrderedDict[str, Any]:
+    """The entries to pass to the model whose state dict is ``own``; it may accept old names too."""
     fitting = {
         name: as_before(value, own.get(name))
         for name, value in state_dict.items()
@@ -103,9 +102,8 @@ def with_versions(state_dict: Mapping[str, Any], source: Mapping[str, Any]) -> O
     return noted
 
 
-def check_fit(state_dict: Mapping[str, Any], model: nn.Module) -> list[str]:
-    """Why ``state_dict`` does not fit ``model``: a clause for each kind of difference."""
-    own = bare_state_dict(model)
+def check_fit(state_dict: Mapping[str, Any], own: Mapping[str, Any]) -> list[str]:
+    """Why ``state_dict`` does not fit the model whose state dict is ``own``: a clause for each kind of difference."""
     others = [f"{name} {told}" for name in own if name in state_dict and (told := misfit(state_dict[name], own[name]))]
     missing = [name for name in own if name not in state_dict]
     unknown = [name for name in state_dict if name not in own]

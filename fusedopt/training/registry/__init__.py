@@ -4,7 +4,7 @@
 """
 
 from .building import accepted_arguments, build_optimizer, build_scheduler, check_config
-from .registry import Registry, is_known_scope, scope_by_default
+from .registry import MMENGINE_SCOPE, Registry, is_known_scope, scope_by_default
 
 __all__ = [
     "DATASETS",
@@ -14,6 +14,7 @@ __all__ = [
     "HOOKS",
     "LOOPS",
     "METRICS",
+    "MMENGINE_SCOPE",
     "MODELS",
     "MODEL_WRAPPERS",
     "OPTIMIZERS",

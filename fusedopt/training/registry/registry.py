@@ -13,14 +13,14 @@ from ...messages import did_you_mean, warn_caller
 from .building import build_from_cfg
 from .paths import dotted_name, import_dotted, import_registry_of
 
-__all__ = ["Registry", "is_known_scope", "scope_by_default"]
+__all__ = ["MMENGINE_SCOPE", "Registry", "is_known_scope", "scope_by_default"]
 
 #: The scope set by a config's ``_scope_``, while it and its nested configs are built, or by :func:`scope_by_default`.
 _default_scope: ContextVar[str | None] = ContextVar("default_scope", default=None)
-#: The scope of MMEngine's own registries, in whose place are those at the top of a tree here.
-_MMENGINE = "mmengine"
+#: The scope of MMEngine's own registries, in whose place are those at the top of a tree here. A Runner's by default.
+MMENGINE_SCOPE = "mmengine"
 #: The scopes of all registries.
-_scopes: set[str] = {_MMENGINE}
+_scopes: set[str] = {MMENGINE_SCOPE}
 
 
 @contextlib.contextmanager
@@ -34,7 +34,7 @@ def scope_by_default(scope: str | None) -> Iterator[None]:
         return
     if not isinstance(scope, str):
         raise TypeError(f"default_scope must be a string or None, got {scope!r}")
-    if scope != _MMENGINE:
+    if scope != MMENGINE_SCOPE:
         import_registry_of(scope)
     token = _default_scope.set(scope)
     try:
@@ -214,7 +214,7 @@ class Registry:
         """The registry of ``scope``: this one or below it, else anywhere in the tree."""
         found = self._search_below(scope)
         found = self.root._search_below(scope) if found is None else found
-        return self.root if found is None and scope == _MMENGINE else found
+        return self.root if found is None and scope == MMENGINE_SCOPE else found
 
     def _search_below(self, scope: str) -> Registry | None:
         if scope == self.scope:
@@ -272,14 +272,11 @@ class Registry:
             known = registry._names()
             hint = did_you_mean(str(kind), known) if known else "nothing is registered"
             raise KeyError(f"{kind!r} is not in the {self.name} registry and cannot be imported; {hint}")
-        if _default_scope.get() is not None and getattr(target, "__module__", "").partition(".")[0] == _MMENGINE:
-            target = self._root().module_dict.get(getattr(target, "__name__", ""), target)
+        if _default_scope.get() is not None and getattr(target, "__module__", "").partition(".")[0] == MMENGINE_SCOPE:
+            target = self.root.module_dict.get(getattr(target, "__name__", ""), target)
         if not callable(target):
             raise TypeError(f"type of {self.name} must be a registered name, an import path or a class, got {kind!r}")
         return target
-
-    def _root(self) -> Registry:
-        return self if self.parent is None else self.parent._root()
 
     def _names(self) -> set[str]:
         return set(self) | (set() if self.parent is None else self.parent._names())

@@ -213,10 +213,11 @@ class _ParamScheduler:
         return {key: value for key, value in vars(self).items() if key not in self._not_state}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Load a state from :meth:`state_dict`; its settings replace those given at construction.
+        """Load a state from :meth:`state_dict`, or that of MMEngine's class of the same name.
 
-        Values that a file has turned into plain dicts, lists or numbers get their types back, see Note [Types on the
-        way through a file]. The values in the parameter groups are loaded with the optimizer.
+        Its settings replace those given at construction. Values that a file has turned into plain dicts, lists or
+        numbers get their types back, see Note [Types on the way through a file]. The values in the parameter groups are
+        loaded with the optimizer.
 
         Raises:
             TypeError: it is not a dict.
@@ -225,8 +226,13 @@ class _ParamScheduler:
         """
         if not isinstance(state_dict, Mapping):
             raise TypeError(f"state_dict must be a dict, got {type(state_dict).__name__}")
+        state_dict = self._from_mmengine(state_dict)
         self._check_state(state_dict)
         self._restore(as_before(dict(state_dict), self.state_dict()))
+
+    def _from_mmengine(self, state_dict: Mapping[str, Any]) -> Mapping[str, Any]:
+        """A state of MMEngine's class, where it is built otherwise, as one of this class; others stay as they are."""
+        return state_dict
 
     def _restore(self, state: dict[str, Any]) -> None:
         vars(self).update(state)

@@ -74,18 +74,16 @@ class OneCycleParamScheduler(_ParamScheduler):
         self.three_phase = plain(three_phase)
         super().__init__(optimizer, param_name, *args, **kwargs)
 
-    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """See :class:`_ParamScheduler`; the state of MMEngine's class of the same name loads too."""
-        if isinstance(state_dict, Mapping) and {"anneal_func", "_schedule_phases", "total_steps"} <= set(state_dict):
-            phases, function = state_dict["_schedule_phases"], state_dict["anneal_func"]
-            told = {
-                "pct_start": (phases[0]["end_step"] + 1) / state_dict["total_steps"],
-                "anneal_strategy": "linear" if "linear" in getattr(function, "__name__", str(function)) else "cos",
-                "three_phase": len(phases) == 3,
-            }
-            own = self.state_dict()
-            state_dict = {**told, **{key: state_dict[key] for key in own if key in state_dict}}
-        super().load_state_dict(state_dict)
+    def _from_mmengine(self, state_dict: Mapping[str, Any]) -> Mapping[str, Any]:
+        if not {"anneal_func", "_schedule_phases", "total_steps"} <= set(state_dict):
+            return state_dict
+        phases, function = state_dict["_schedule_phases"], state_dict["anneal_func"]
+        told = {
+            "pct_start": (phases[0]["end_step"] + 1) / state_dict["total_steps"],
+            "anneal_strategy": "linear" if "linear" in getattr(function, "__name__", str(function)) else "cos",
+            "three_phase": len(phases) == 3,
+        }
+        return {**told, **{key: state_dict[key] for key in self.state_dict() if key in state_dict}}
 
     def _prepare(self) -> None:
         if self.total_steps is None:

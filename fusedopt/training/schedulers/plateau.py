@@ -105,26 +105,22 @@ class ReduceOnPlateauParamScheduler(TorchParamScheduler):
             **kwargs,
         )
 
-    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """See :class:`_ParamScheduler`; the state of MMEngine's class of the same name loads too."""
-        if isinstance(state_dict, Mapping) and set(_MMENGINE) <= set(state_dict):
-            state_dict = self._translated(state_dict)
-        super().load_state_dict(state_dict)
-
-    def _translated(self, state: Mapping[str, Any]) -> dict[str, Any]:
-        """MMEngine's state, which has no scheduler of torch inside, as this class's."""
+    def _from_mmengine(self, state_dict: Mapping[str, Any]) -> Mapping[str, Any]:
+        """MMEngine's class has no scheduler of torch inside."""
+        if not set(_MMENGINE) <= set(state_dict):
+            return state_dict
         own = self.state_dict()
-        best = state["best"]
+        best = state_dict["best"]
         torchs = {
             **own["torch_state"],
-            **{torchs: state[name] for name, torchs in _MMENGINE.items()},
+            **{torchs: state_dict[name] for name, torchs in _MMENGINE.items()},
             "best": math.copysign(math.inf, best) if abs(best) >= _MMENGINE_WORST else best,
-            "mode": _MODES[state["rule"]],
-            "mode_worse": math.inf if state["rule"] == "less" else -math.inf,
-            "last_epoch": state["last_step"] + 1,
-            "_last_lr": state["_last_value"],
+            "mode": _MODES[state_dict["rule"]],
+            "mode_worse": math.inf if state_dict["rule"] == "less" else -math.inf,
+            "last_epoch": state_dict["last_step"] + 1,
+            "_last_lr": state_dict["_last_value"],
         }
-        return {**own, **{key: state[key] for key in own if key in state}, "torch_state": torchs}
+        return {**own, **{key: state_dict[key] for key in own if key in state_dict}, "torch_state": torchs}
 
     @property
     def patience(self) -> int:

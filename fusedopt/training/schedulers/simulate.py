@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from ...messages import check_whole_number, group_names, warn_caller
-from ..builder import build_optim_wrapper
-from ..registry import MODELS, PARAM_SCHEDULERS, check_config, scope_by_default
+from ..builder import build_optim_wrapper, is_wrapper_cfg
+from ..registry import MMENGINE_SCOPE, MODELS, PARAM_SCHEDULERS, check_config, scope_by_default
 from ..wrappers import OptimWrapper, OptimWrapperDict
 from .base import _ParamScheduler
 from .build import build_param_schedulers
@@ -133,7 +133,7 @@ def simulate_schedule(
         if key not in cfg:
             raise KeyError(f"the config has no {key!r}, which its schedule depends on")
     max_epochs, max_iters = _training_length(cfg["train_cfg"], epoch_length)
-    with scope_by_default(cfg.get("default_scope") or "mmengine"):
+    with scope_by_default(cfg.get("default_scope") or MMENGINE_SCOPE):
         with torch.random.fork_rng(devices=[]):  # keeps the random numbers of later training
             wrapper = _build_wrapper(cfg, model)
         all_driven = _drive(cfg.get("param_scheduler"), wrapper, epoch_length, max_epochs, max_iters)
@@ -189,7 +189,7 @@ def _build_wrapper(cfg: Mapping[str, Any], model: nn.Module | None) -> Any:
     check_config("optim_wrapper", settings)
     of_model = ("constructor", "paramwise_cfg", "modules")
     plain = {key: value for key, value in settings.items() if key not in of_model}
-    entries = {name: each for name, each in plain.items() if isinstance(each, Mapping) and "optimizer" in each}
+    entries = {name: each for name, each in plain.items() if is_wrapper_cfg(each)}
     if "optimizer" in plain or not entries:
         return build_optim_wrapper(nn.Linear(1, 1, bias=False), plain)
     wrappers = {}

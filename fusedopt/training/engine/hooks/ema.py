@@ -14,7 +14,7 @@ from ....messages import did_you_mean, plain_settings
 from ...averaging import BaseAveragedModel, ExponentialMovingAverage, MomentumAnnealingEMA, StochasticWeightAverage
 from ...portable import as_before
 from ...registry import HOOKS, MODELS, accepted_arguments
-from ...unwrapping import fitted_state_dict
+from ...unwrapping import bare_state_dict, fitted_state_dict
 from ..checkpoint import CheckpointError
 from ..weights import check_fit
 from .hook import Hook
@@ -208,7 +208,7 @@ class EMAHook(Hook):
         return self.ema_model, model
 
     def _check_fit(self, runner: Runner, name: str, state: Mapping[str, Any], model: nn.Module, strict: bool) -> None:
-        differences = check_fit(state, model)
+        differences = check_fit(state, bare_state_dict(model))
         if differences:
             message = f"EMAHook: the checkpoint's {name} does not fit the average: {'; '.join(differences)}"
             if strict:
