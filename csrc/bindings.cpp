@@ -23,8 +23,8 @@ namespace {
 
 py::object run_step(StepPlan& plan, const py::object& param_groups, const py::dict& state, const py::object& grad_scale,
                     const py::object& found_inf, bool check, double norm_type, const py::object& max_norm,
-                    bool error_if_nonfinite, double clip_value, bool write_back,
-                    const std::optional<py::dict>& counts) {
+                    bool error_if_nonfinite, double clip_value, bool write_back, const std::optional<py::dict>& counts,
+                    bool half, bool agreed) {
   StepSettings settings;
   if (!grad_scale.is_none()) settings.scale = plan.number(grad_scale);
   settings.has_found_inf = !found_inf.is_none();
@@ -41,7 +41,12 @@ py::object run_step(StepPlan& plan, const py::object& param_groups, const py::di
   settings.error_if_nonfinite = error_if_nonfinite;
   settings.clip_value = clip_value;
   settings.write_back = write_back;
-  return plan.step(param_groups, state, counts ? py::object(*counts) : py::none(), settings);
+  return plan.step(param_groups, state, counts ? py::object(*counts) : py::none(), settings, half, agreed);
+}
+
+py::object finish_step(StepPlan& plan, const py::object& pairs) {
+  if (!THPVariable_Check(pairs.ptr())) throw py::type_error("pairs must be a tensor");
+  return plan.finish(THPVariable_Unpack(pairs.ptr()));
 }
 
 bool update_scale_of(const py::object& scale, const py::object& growth_tracker, const py::object& found_inf,
@@ -99,11 +104,15 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "Compiled kernels of fusedopt.";
 
   py::class_<StepPlan>(m, "StepPlan", "Tables of one optimizer's tensors; fusedopt.backends.NativeBackend drives it.")
-      .def(py::init<const std::string&, const std::string&, int, const py::object&>(), py::arg("rule"),
-           py::arg("device") = "cpu", py::arg("emulated_devices") = 1, py::arg("launcher") = py::none())
+      .def(py::init<const std::string&, const std::string&, int, const py::object&, const py::object&>(),
+           py::arg("rule"), py::arg("device") = "cpu", py::arg("emulated_devices") = 1,
+           py::arg("launcher") = py::none(), py::arg("shards") = py::none())
       .def("step", &run_step, py::arg("param_groups"), py::arg("state"), py::arg("grad_scale"), py::arg("found_inf"),
            py::arg("check"), py::arg("norm_type"), py::arg("max_norm"), py::arg("error_if_nonfinite"),
-           py::arg("clip_value"), py::arg("write_back"), py::arg("counts") = py::none())
+           py::arg("clip_value"), py::arg("write_back"), py::arg("counts") = py::none(), py::arg("half") = false,
+           py::arg("agreed") = false)
+      .def("finish", &finish_step, py::arg("pairs"))
+      .def("abandon", &StepPlan::abandon)
       .def_property_readonly("counts_integers", &StepPlan::counts_integers)
       .def("take_foreign_numbers", &StepPlan::take_foreign_numbers)
       .def_property_readonly("row_count", &StepPlan::row_count)

@@ -144,7 +144,8 @@ void define_launching(py::module_& m) {
       .def_readonly("found_inf", &StatisticsArguments::found_inf)
       .def_readonly("max_norm", &StatisticsArguments::max_norm)
       .def_readonly("report", &StatisticsArguments::report)
-      .FUSEDOPT_ADDRESS(StatisticsArguments, total);
+      .def_readonly("domains", &StatisticsArguments::domains)
+      .FUSEDOPT_ADDRESS(StatisticsArguments, totals);
   py::class_<UpdateArguments>(e, "UpdateArguments")
       .def_readonly("tables", &UpdateArguments::tables)
       .def_readonly("reverse", &UpdateArguments::reverse)
@@ -168,6 +169,7 @@ void define_launching(py::module_& m) {
   FUSEDOPT_FIELD(Row, layout);
   FUSEDOPT_FIELD(Row, group);
   FUSEDOPT_FIELD(Row, first_chunk);
+  FUSEDOPT_FIELD(Row, domain);
   FUSEDOPT_FIELD(Row, dtype);
   FUSEDOPT_FIELD(Row, step_dtype);
   layout["ChunkEntry"] = sizeof(ChunkEntry);

@@ -40,6 +40,7 @@ struct TensorRow {
   uint32_t group;    // row of the group table
   uint32_t scalars;  // row of this step's scalars
   uint32_t variant;  // the rule's instantiation
+  uint32_t domain;   // over which processes its statistics are added up, see Note [A step in two halves]
   DType step_dtype;
 };
 
@@ -56,6 +57,18 @@ struct StatisticsSettings {
   NormKind kind;
   double p;  // order, for kP
 };
+
+// What a statistics pass finds: of a chunk, of a domain, of one of several devices or processes, and of all of them.
+// The total is the sum of the powers of magnitudes, or the largest magnitude; zero adds nothing to either.
+FUSEDOPT_HD double add_totals(NormKind kind, double a, double b) {
+  return kind == NormKind::kInf ? nan_max(a, b) : a + b;
+}
+
+// The norm that a finished total makes.
+FUSEDOPT_HD double norm_of(const StatisticsSettings& settings, double total) {
+  if (settings.kind == NormKind::kTwo) return square_root(total);
+  return settings.kind == NormKind::kP ? power(total, 1 / settings.p) : total;
+}
 
 struct UpdateSettings {
   double multiplier;  // inverse scale times clip coefficient

@@ -1,6 +1,6 @@
 """The compiled module; its source is csrc/bindings.cpp. The submodules are classes here."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, TypedDict
 
 from torch import Tensor
@@ -11,8 +11,16 @@ CPU_CHUNK_ELEMENTS: int
 class StepPlan:
     """Tables of one optimizer's tensors; fusedopt.backends.NativeBackend drives it. See csrc/plan/plan.h."""
 
-    def __init__(self, rule: str, device: str = "cpu", emulated_devices: int = 1, launcher: object = None) -> None: ...
-    # (scalars, found_inf), or what is not ready: (group, index in group, reason, whether only the state is missing).
+    def __init__(
+        self,
+        rule: str,
+        device: str = "cpu",
+        emulated_devices: int = 1,
+        launcher: object = None,
+        shards: Callable[[Any], tuple[list[int], int] | None] | None = None,
+    ) -> None: ...
+    # (scalars, found_inf), or what is not ready: (group, index in group, reason, whether only the state is missing); of
+    # a first half, what was found; False where the processes have to agree on found_inf first.
     def step(
         self,
         param_groups: Sequence[dict[str, Any]],
@@ -26,7 +34,11 @@ class StepPlan:
         clip_value: float,
         write_back: bool,
         counts: dict[Tensor, Any] | None = None,
-    ) -> tuple[Tensor | None, Tensor | None] | list[tuple[int, int, str, bool | None]]: ...
+        half: bool = False,
+        agreed: bool = False,
+    ) -> tuple[Tensor | None, Tensor | None] | list[tuple[int, int, str, bool | None]] | Tensor | bool | None: ...
+    def finish(self, pairs: Tensor) -> tuple[Tensor | None, Tensor | None]: ...
+    def abandon(self) -> None: ...
     def take_foreign_numbers(self) -> bool: ...
     @property
     def counts_integers(self) -> bool: ...
@@ -127,7 +139,9 @@ class launching:
         @property
         def report(self) -> launching.Report: ...
         @property
-        def total(self) -> int: ...
+        def domains(self) -> int: ...
+        @property
+        def totals(self) -> int: ...
 
     class UpdateArguments:
         @property

@@ -11,8 +11,9 @@ from torch.amp.grad_scaler import OptState
 from torch.compiler import is_dynamo_compiling
 
 from .backends.native import update_scale
-from .messages import plain, plain_settings, refuse_scaling_of_shards, sharded_parameter
-from .optimizers import FusedOptimizer
+from .messages import plain, plain_settings
+from .optimizers.shared import Shared
+from .shards import refuse_scaling_of_flat_shards
 
 __all__ = ["GradScaler"]
 
@@ -44,7 +45,7 @@ class GradScaler(torch.amp.GradScaler):
         """Divide the gradients by the scale, as ``torch.amp.GradScaler.unscale_``.
 
         Raises:
-            ValueError: a parameter is a shard of a FullyShardedDataParallel model.
+            ValueError: a parameter of a stock optimizer is a shard of a FullyShardedDataParallel model.
             RuntimeError: called twice, or after ``step``.
         """
         if self._enabled:
@@ -72,28 +73,28 @@ class GradScaler(torch.amp.GradScaler):
 
         Raises:
             RuntimeError: called twice without ``update()``, or with a closure.
-            ValueError: a parameter is a shard of a FullyShardedDataParallel model.
+            ValueError: a parameter of a stock optimizer is a shard of a FullyShardedDataParallel model.
             AssertionError: no parameter of the optimizer has a gradient.
         """
         if is_dynamo_compiling() or get_eval_frame_callback() is not None:  # Note [Compiled callers]
             return self._step_outside_of_graphs(optimizer, *args, **kwargs)
         if self._enabled:
             _refuse_shards(optimizer)
-        if not self._enabled or not isinstance(optimizer, FusedOptimizer):
+        shared = getattr(optimizer, "_shared", None)
+        if not self._enabled or not isinstance(shared, Shared):
             return super().step(optimizer, *args, **kwargs)
         if "closure" in kwargs or any(arg is not None for arg in args):
             raise RuntimeError("Closure use is not currently supported if GradScaler is enabled.")
         record = self._per_optimizer_states[id(optimizer)]
         if record["stage"] is not OptState.READY:  # unscaled by hand, or a second step: torch's own path serves both
-            return self._stock_step(optimizer, **kwargs)
+            return self._stock_step(optimizer, shared, **kwargs)
         self._check_scale_growth_tracker("step")
-        shared = optimizer._shared
         shared.scale = self._get_scale_async()
         try:
             result = optimizer.step(**kwargs)
         finally:
             shared.scale = None
-        report = optimizer.last_step
+        report = optimizer.last_step  # type: ignore[attr-defined]
         if report is None or report.found_inf is None:
             raise AssertionError("No inf checks were recorded for this optimizer.")
         record["found_inf_per_device"] = {report.found_inf.device: report.found_inf}
@@ -136,9 +137,8 @@ class GradScaler(torch.amp.GradScaler):
             self._growth_interval,
         )
 
-    def _stock_step(self, optimizer: FusedOptimizer, **kwargs: Any) -> Any:
+    def _stock_step(self, optimizer: torch.optim.Optimizer, shared: Shared, **kwargs: Any) -> Any:
         """torch's step, which passes scale and found_inf as attributes and leaves them set when it fails."""
-        shared = optimizer._shared
         before = shared.grad_scale, shared.found_inf
         takes_scale = shared.takes_scale
         shared.takes_scale = True  # off only for scalers that do not know of the report
@@ -152,7 +152,5 @@ class GradScaler(torch.amp.GradScaler):
 
 
 def _refuse_shards(optimizer: torch.optim.Optimizer) -> None:
-    if isinstance(optimizer, FusedOptimizer):
-        refuse_scaling_of_shards(optimizer._sharded)
-    else:
-        refuse_scaling_of_shards(sharded_parameter(optimizer.param_groups))
+    if not isinstance(getattr(optimizer, "_shared", None), Shared):  # which asks the other processes
+        refuse_scaling_of_flat_shards(optimizer.param_groups, "this GradScaler")

@@ -31,7 +31,7 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 LAYERS = [
     ["version"],
     ["messages", "undo"],
-    ["rules"],
+    ["rules", "shards"],
     ["backends"],
     ["optimizers"],
     ["amp"],
@@ -89,7 +89,7 @@ def test_imports_point_down(folder: tuple[str, ...], layers: list[list[str]]) ->
 
 
 def test_the_optimizer_knows_no_registry() -> None:
-    for folder in ("messages", "rules", "backends", "optimizers"):
+    for folder in ("messages", "rules", "shards", "backends", "optimizers"):
         for path in (ROOT / folder).rglob("*.py"):
             assert "training" not in {target[0] for target in internal_imports(path)}, path
 

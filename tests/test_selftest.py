@@ -562,7 +562,7 @@ def test_tritons_launches_are_not_tuned_for_it(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(triton_backend.Launcher, "_kept_tuning", lambda self, key: None)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
     made = []
-    monkeypatch.setattr(triton_backend, "_make_plan", made.append)
+    monkeypatch.setattr(triton_backend, "_make_plan", lambda launcher, shards: made.append(launcher))
     TritonBackend.for_trial(ADAM, torch.device("cuda", 0))
     (launcher,) = made
     launcher.interpreted = False

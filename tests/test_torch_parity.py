@@ -405,7 +405,7 @@ def test_version_counters_are_bumped_so_that_autograd_notices() -> None:
 
 
 def test_existing_flags_are_accepted_with_one_note(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fusedopt.optimizers.base._noted_ignored_flags", False)
+    monkeypatch.setattr("fusedopt.optimizers.ignored._noted_ignored_flags", False)
     with pytest.warns(UserWarning, match="foreach=True has no effect"):
         fusedopt.FusedAdamW(parameters([(3,)]), foreach=True)
     fusedopt.FusedSGD(parameters([(3,)]), fused=True)

@@ -3,7 +3,6 @@
 #include <ATen/Parallel.h>
 
 #include <atomic>
-#include <cmath>
 #include <cstdlib>
 #include <stdexcept>
 
@@ -100,23 +99,6 @@ void for_each_chunk(const Work& work, const Prepare& prepare, const Visit& visit
   });
 }
 
-double finish_norm(const StatisticsSettings& settings, const std::vector<double>& partials) {
-  double total = 0;
-  for (double partial : partials) {
-    total = settings.kind == NormKind::kInf ? nan_max(partial, total) : total + partial;
-  }
-  switch (settings.kind) {
-    case NormKind::kNone:
-      return 0;
-    case NormKind::kTwo:
-      return std::sqrt(total);
-    case NormKind::kP:
-      return std::pow(total, 1 / settings.p);
-    default:
-      return total;
-  }
-}
-
 }  // namespace
 
 std::vector<std::string> available_isas() {
@@ -129,7 +111,7 @@ std::string isa_in_use() { return current().load()->isa; }
 
 void use_isa(const std::string& name) { current().store(kernels_named(name)); }
 
-Statistics statistics(const Work& work, const StatisticsSettings& settings, std::vector<double>& partials) {
+bool statistics(const Work& work, const StatisticsSettings& settings, std::vector<double>& partials) {
   const StatisticsFn run = current().load()->statistics;
   partials.assign(work.chunks.size(), 0.0);
   std::atomic<bool> nonfinite{false};
@@ -141,7 +123,7 @@ Statistics statistics(const Work& work, const StatisticsSettings& settings, std:
       nonfinite.store(true, std::memory_order_relaxed);
     }
   });
-  return {finish_norm(settings, partials), nonfinite.load()};
+  return nonfinite.load();
 }
 
 void update(const Work& work, RuleId rule, const std::vector<ScalarsStorage>& scalars, const UpdateSettings& settings) {

@@ -19,11 +19,6 @@ struct Work {
   bool in_order;     // rows share memory: one thread, first row first
 };
 
-struct Statistics {
-  double norm;  // of the raw gradients; 0 for NormKind::kNone
-  bool nonfinite;
-};
-
 // Instruction sets of this build that this processor has, best last.
 std::vector<std::string> available_isas();
 // The one in use: the best, or the one that FUSEDOPT_CPU_ISA names.
@@ -31,7 +26,8 @@ std::string isa_in_use();
 // Throws std::invalid_argument when `name` is not available.
 void use_isa(const std::string& name);
 
-Statistics statistics(const Work& work, const StatisticsSettings& settings, std::vector<double>& partials);
+// Leaves the total of each chunk in `partials`, and returns whether a gradient is not finite.
+bool statistics(const Work& work, const StatisticsSettings& settings, std::vector<double>& partials);
 void update(const Work& work, RuleId rule, const std::vector<ScalarsStorage>& scalars, const UpdateSettings& settings);
 
 }  // namespace fusedopt::cpu

@@ -55,9 +55,7 @@ struct Sum {
 
 template <NormKind K>
 struct Combine {
-  __device__ __forceinline__ double operator()(double a, double b) const {
-    return K == NormKind::kInf ? nan_max(a, b) : a + b;
-  }
+  __device__ __forceinline__ double operator()(double a, double b) const { return add_totals(K, a, b); }
 };
 
 // A gradient during a chunk.
@@ -171,10 +169,7 @@ __device__ void draw_conclusions(const StatisticsArguments& a, double total, boo
   __syncthreads();
   if (threadIdx.x == 0) {
     const double inverse_scale = 1.0 / value_of(a.scale);
-    double norm = total;
-    if (a.norm.kind == NormKind::kTwo) norm = square_root(norm);
-    if (a.norm.kind == NormKind::kP) norm = power(norm, 1 / a.norm.p);
-    norm *= inverse_scale;
+    const double norm = norm_of(a.norm, total) * inverse_scale;
     const bool full = a.norm.kind != NormKind::kNone;
     const double coefficient = full ? clip_coefficient(norm, value_of(a.max_norm)) : 1.0;
     bool skip = a.has_found_inf && value_of(a.found_inf) != 0;
@@ -208,9 +203,11 @@ __device__ void draw_conclusions(const StatisticsArguments& a, double total, boo
   }
 }
 
-// A thread's share of all partials: every 256th, in order. Several are under way at a time.
+constexpr uint32_t kAllDomains = ~0u;
+
+// A thread's share of all partials of a domain: every 256th, in order. Several are under way at a time.
 template <NormKind K>
-__device__ __forceinline__ double add_partials(const Tables& tables) {
+__device__ __forceinline__ double add_partials(const Tables& tables, uint32_t domain = kAllDomains) {
   constexpr uint32_t kAtOnce = 8;
   double total = 0;
   for (uint32_t i = threadIdx.x; i < tables.chunk_count; i += kAtOnce * kThreads) {
@@ -218,7 +215,9 @@ __device__ __forceinline__ double add_partials(const Tables& tables) {
 #pragma unroll
     for (uint32_t k = 0; k < kAtOnce; ++k) {
       const uint32_t at = i + k * kThreads;
-      partial[k] = at < tables.chunk_count ? __ldcg(tables.partials + at) : 0;  // 0 changes no sum and no maximum
+      bool counts = at < tables.chunk_count;
+      if (counts && domain != kAllDomains) counts = tables.rows[tables.chunks[at].row].domain == domain;
+      partial[k] = counts ? __ldcg(tables.partials + at) : 0;  // 0 changes no sum and no maximum
     }
 #pragma unroll
     for (uint32_t k = 0; k < kAtOnce; ++k) total = Combine<K>()(total, partial[k]);
@@ -267,17 +266,22 @@ __global__ void __launch_bounds__(kThreads, 4) statistics_kernel(const __grid_co
   }
 
   if (!is_last_block(tables, gridDim.x, &shared.flag)) return;
-  const double total = reduce_block(add_partials<K>(tables), shared.scratch, Combine<K>());
   const bool nonfinite = atomicOr(&tally.nonfinite, 0u);
   __syncthreads();
-  if (threadIdx.x == 0) {
-    tally.nonfinite = 0;
-    if (a.total) {
-      a.total[0] = total;
-      a.total[1] = nonfinite;
-    }
+  if (threadIdx.x == 0) tally.nonfinite = 0;
+  if (!a.totals) {
+    const double total = reduce_block(add_partials<K>(tables), shared.scratch, Combine<K>());
+    return draw_conclusions(a, total, nonfinite, shared);
   }
-  if (!a.total) draw_conclusions(a, total, nonfinite, shared);
+  for (uint32_t d = 0; d < a.domains; ++d) {
+    const uint32_t domain = a.domains > 1 ? d : kAllDomains;
+    const double total = reduce_block(add_partials<K>(tables, domain), shared.scratch, Combine<K>());
+    if (threadIdx.x == 0) {
+      a.totals[2 * d] = total;
+      a.totals[2 * d + 1] = nonfinite;
+    }
+    __syncthreads();
+  }
 }
 
 __global__ void __launch_bounds__(kThreads, 4)
@@ -286,7 +290,7 @@ __global__ void __launch_bounds__(kThreads, 4)
   double total = 0;
   bool nonfinite = false;
   for (int i = 0; i < count; ++i) {
-    total = a.norm.kind == NormKind::kInf ? nan_max(totals[2 * i], total) : total + totals[2 * i];
+    total = add_totals(a.norm.kind, totals[2 * i], total);
     nonfinite |= totals[2 * i + 1] != 0;
   }
   draw_conclusions(a, total, nonfinite, shared);

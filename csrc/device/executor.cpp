@@ -22,11 +22,6 @@ std::vector<int> devices_of(const Work& work) {
   return devices;
 }
 
-// The first device reports what all of them found.
-Report report_of(const DevicePasses* passes, const std::vector<DevicePasses*>& active, const Report& report) {
-  return passes == active[0] ? report : Report{};
-}
-
 }  // namespace
 
 bool Executor::capturing(int device) const {
@@ -45,7 +40,21 @@ DevicePasses& Executor::passes_of(int ordinal) {
   return *passes_[index];
 }
 
-Outcome Executor::step(const Work& work, const StepSettings& s, const Wait& wait) {
+// After a failure nothing is known of what is on the devices.
+template <class Result>
+Result Executor::guarded(const std::function<Result()>& run) {
+  try {
+    return run();
+  } catch (...) {
+    for (const auto& passes : passes_) {
+      if (passes) passes->forget();
+    }
+    throw;
+  }
+}
+
+// Makes everything ready for the passes, and room for the report; false when no parameter takes part.
+bool Executor::begin(const Work& work, const StepSettings& s) {
   const std::vector<int> devices = devices_of(work);
   if (work.capturing && devices.size() > 1) {
     throw std::runtime_error("a step over several devices cannot be captured in a CUDA graph");
@@ -55,25 +64,48 @@ Outcome Executor::step(const Work& work, const StepSettings& s, const Wait& wait
         "error_if_nonfinite=True reads the norm on the host, which a step captured in a CUDA graph cannot; set it to "
         "False (grad_norm of the optimizer's last_step can be looked at after a replay)");
   }
-  try {
-    std::vector<DevicePasses*> active;
-    for (int device : devices) {
-      DevicePasses& passes = passes_of(device);
-      const c10::OptionalDeviceGuard guard(passes.device());
-      if (passes.prepare(work, device, {device, stream_of_(device)})) active.push_back(&passes);
-    }
-    if (!active.empty()) return run(work, s, wait, active);
-  } catch (...) {
-    for (const auto& passes : passes_) {
-      if (passes) passes->forget();
-    }
-    throw;
+  active_.clear();
+  outcome_ = {};
+  report_ = {};
+  for (int device : devices) {
+    DevicePasses& passes = passes_of(device);
+    const c10::OptionalDeviceGuard guard(passes.device());
+    if (passes.prepare(work, device, {device, stream_of_(device)})) active_.push_back(&passes);
   }
-  return without_work(s, device_of(devices.empty() ? 0 : devices[0]));
+  if (active_.empty()) return false;
+
+  const bool full = s.mode() == Mode::kFull, tells = s.check || s.has_found_inf;
+  // A norm that is to be finite is judged as precisely as it was found.
+  const bool in_double = work.any_double || (full && s.error_if_nonfinite);
+  const auto options = at::TensorOptions().device(active_[0]->device()).dtype(in_double ? at::kDouble : at::kFloat);
+  const bool together = full && tells && !in_double;  // one small allocation
+  if (full) {
+    outcome_.scalars = at::empty({together ? 3 : 2}, options);
+    report_.scalars = outcome_.scalars.mutable_data_ptr();
+    report_.scalars_are_double = in_double;
+    if (together) outcome_.found_inf = outcome_.scalars.select(0, 2);
+  }
+  if (tells) {
+    if (!together) outcome_.found_inf = at::empty({}, options.dtype(at::kFloat));
+    report_.found_inf = static_cast<float*>(outcome_.found_inf.mutable_data_ptr());
+  }
+  for (DevicePasses* passes : active_) {
+    const c10::OptionalDeviceGuard guard(passes->device());
+    passes->load(work, s);
+  }
+  return true;
+}
+
+// The first device reports what all of them found.
+const Report& Executor::report_of(const DevicePasses* passes) const {
+  static const Report nothing{};
+  return passes == active_[0] ? report_ : nothing;
 }
 
 // What a step says in which no parameter takes part.
-Outcome Executor::without_work(const StepSettings& s, at::Device device) const {
+Outcome Executor::without_work(const Work& work, const StepSettings& s) const {
+  const std::vector<int> devices = devices_of(work);
+  const at::Device device = device_of(devices.empty() ? 0 : devices[0]);
   Outcome outcome;
   const auto options = at::TensorOptions().device(device).dtype(at::kFloat);
   if (s.mode() == Mode::kFull) {
@@ -87,59 +119,34 @@ Outcome Executor::without_work(const StepSettings& s, at::Device device) const {
   return outcome;
 }
 
-// The statistics pass. With several devices each is given the sums of all, and draws the same conclusions.
-void Executor::find_statistics(const Work& work, const StepSettings& s, const std::vector<DevicePasses*>& active,
-                               const Report& report) {
-  const bool finds = s.mode() != Mode::kBare;
-  if (!finds && !launcher_.prepares_bare) return;
-  const bool several = finds && active.size() > 1;
+// The statistics pass of each device. What they found comes together on the first.
+at::Tensor Executor::find_totals(const Work& work, const StepSettings& s, uint32_t domains) {
   std::vector<at::Tensor> totals;
-  for (DevicePasses* passes : active) {
+  for (DevicePasses* passes : active_) {
     const c10::OptionalDeviceGuard guard(passes->device());
-    double* total = nullptr;
-    if (several) {
-      totals.push_back(at::empty({2}, at::TensorOptions().device(passes->device()).dtype(at::kDouble)));
-      total = static_cast<double*>(totals.back().mutable_data_ptr());
-    }
-    passes->statistics(work, s, report_of(passes, active, report), total);
+    totals.push_back(at::empty({domains, 2}, at::TensorOptions().device(passes->device()).dtype(at::kDouble)));
+    passes->statistics(work, s, report_of(passes), static_cast<double*>(totals.back().mutable_data_ptr()), domains);
   }
-  if (!several) return;
-  const auto count = static_cast<int64_t>(active.size());
-  for (DevicePasses* passes : active) {
+  const auto count = static_cast<int64_t>(active_.size());
+  if (count == 1) return totals[0].unsqueeze(0);
+  const c10::OptionalDeviceGuard guard(active_[0]->device());
+  at::Tensor all = at::empty({count, domains, 2}, totals[0].options());
+  for (int64_t i = 0; i < count; ++i) all.select(0, i).copy_(totals[static_cast<size_t>(i)], /*non_blocking=*/true);
+  return all;
+}
+
+// Each device is given what all have found, and draws the same conclusions.
+void Executor::conclude(const at::Tensor& pairs) {
+  for (DevicePasses* passes : active_) {
     const c10::OptionalDeviceGuard guard(passes->device());
-    const at::Tensor all = at::empty({count, 2}, at::TensorOptions().device(passes->device()).dtype(at::kDouble));
-    for (int64_t i = 0; i < count; ++i) all.select(0, i).copy_(totals[static_cast<size_t>(i)], /*non_blocking=*/true);
-    passes->conclude(static_cast<const double*>(all.const_data_ptr()), static_cast<int>(count));
+    const at::Tensor here = pairs.to(passes->device(), at::kDouble, /*non_blocking=*/true).contiguous();
+    passes->conclude(static_cast<const double*>(here.const_data_ptr()), static_cast<int>(here.numel() / 2));
   }
 }
 
-// The passes, with something to work on.
-Outcome Executor::run(const Work& work, const StepSettings& s, const Wait& wait,
-                      const std::vector<DevicePasses*>& active) {
-  const bool full = s.mode() == Mode::kFull, tells = s.check || s.has_found_inf;
-  // A norm that is to be finite is judged as precisely as it was found.
-  const bool in_double = work.any_double || (full && s.error_if_nonfinite);
-  const auto options = at::TensorOptions().device(active[0]->device()).dtype(in_double ? at::kDouble : at::kFloat);
-  Outcome outcome;
-  Report report{};
-  const bool together = full && tells && !in_double;  // one small allocation
-  if (full) {
-    outcome.scalars = at::empty({together ? 3 : 2}, options);
-    report.scalars = outcome.scalars.mutable_data_ptr();
-    report.scalars_are_double = in_double;
-    if (together) outcome.found_inf = outcome.scalars.select(0, 2);
-  }
-  if (tells) {
-    if (!together) outcome.found_inf = at::empty({}, options.dtype(at::kFloat));
-    report.found_inf = static_cast<float*>(outcome.found_inf.mutable_data_ptr());
-  }
-
-  for (DevicePasses* passes : active) {
-    const c10::OptionalDeviceGuard guard(passes->device());
-    passes->load(work, s);
-  }
-  find_statistics(work, s, active, report);
-  if (full && s.error_if_nonfinite) {
+Outcome Executor::update(const Work& work, const StepSettings& s, const Wait& wait) {
+  Outcome outcome = std::move(outcome_);
+  if (s.mode() == Mode::kFull && s.error_if_nonfinite) {
     double norm = 0;
     bool skipped = false;
     wait([&] {
@@ -150,11 +157,38 @@ Outcome Executor::run(const Work& work, const StepSettings& s, const Wait& wait,
     if (!skipped && !std::isfinite(norm)) refuse_norm(norm);
     if (!work.any_double) outcome.scalars = outcome.scalars.to(at::kFloat);
   }
-  for (DevicePasses* passes : active) {
+  for (DevicePasses* passes : active_) {
     const c10::OptionalDeviceGuard guard(passes->device());
-    passes->update(work, s, report_of(passes, active, report));
+    passes->update(work, s, report_of(passes));
   }
   return outcome;
+}
+
+Outcome Executor::step(const Work& work, const StepSettings& s, const Wait& wait) {
+  return guarded<Outcome>([&] {
+    if (!begin(work, s)) return without_work(work, s);
+    const bool finds = s.mode() != Mode::kBare;
+    if (finds && active_.size() > 1) {
+      conclude(find_totals(work, s, 1));
+    } else if (finds || launcher_.prepares_bare) {
+      for (DevicePasses* passes : active_) {
+        const c10::OptionalDeviceGuard guard(passes->device());
+        passes->statistics(work, s, report_of(passes));
+      }
+    }
+    return update(work, s, wait);
+  });
+}
+
+at::Tensor Executor::find(const Work& work, const StepSettings& s, uint32_t domains) {
+  return guarded<at::Tensor>([&] { return begin(work, s) ? find_totals(work, s, domains) : at::Tensor(); });
+}
+
+Outcome Executor::finish(const Work& work, const StepSettings& s, const Wait& wait, const at::Tensor& pairs) {
+  return guarded<Outcome>([&] {
+    conclude(pairs);
+    return update(work, s, wait);
+  });
 }
 
 }  // namespace fusedopt::device

@@ -31,20 +31,32 @@ class Executor {
   // waits for the device is called through `wait`.
   using Wait = std::function<void(const std::function<void()>& read)>;
   Outcome step(const Work& work, const StepSettings& settings, const Wait& wait);
+  // The same in two halves, where something is to be found out. The first returns what was found, by device and domain:
+  // pairs of a total and whether a gradient is not finite, (devices, domains, 2) in double on the first device, or
+  // nothing where no parameter takes part. The second is given any number of pairs, (n, 2), and the same work.
+  at::Tensor find(const Work& work, const StepSettings& settings, uint32_t domains);
+  Outcome finish(const Work& work, const StepSettings& settings, const Wait& wait, const at::Tensor& pairs);
 
  private:
   at::Device device_of(int ordinal) const;
   DevicePasses& passes_of(int ordinal);
-  Outcome run(const Work& work, const StepSettings& settings, const Wait& wait,
-              const std::vector<DevicePasses*>& active);
-  void find_statistics(const Work& work, const StepSettings& settings, const std::vector<DevicePasses*>& active,
-                       const Report& report);
-  Outcome without_work(const StepSettings& settings, at::Device device) const;
+  template <class Result>
+  Result guarded(const std::function<Result()>& run);
+  bool begin(const Work& work, const StepSettings& settings);
+  const Report& report_of(const DevicePasses* passes) const;
+  at::Tensor find_totals(const Work& work, const StepSettings& settings, uint32_t domains);
+  void conclude(const at::Tensor& pairs);
+  Outcome update(const Work& work, const StepSettings& settings, const Wait& wait);
+  Outcome without_work(const Work& work, const StepSettings& settings) const;
 
   const Launcher& launcher_;
   const c10::DeviceType type_;
   const std::function<void*(int)> stream_of_;
   std::vector<std::unique_ptr<DevicePasses>> passes_;  // by device
+  // Of the step that is under way:
+  std::vector<DevicePasses*> active_;
+  Outcome outcome_;
+  Report report_{};
 };
 
 }  // namespace fusedopt::device

@@ -26,7 +26,7 @@ struct Launcher {
   // Fills in the chunk map from the rows.
   std::function<void(const Place&, const Tables&)> map_chunks;
   std::function<void(const Place&, const StatisticsArguments&)> statistics;
-  // Draws the conclusions of a statistics pass over several devices: `totals` has two numbers of each.
+  // Draws the conclusions of a first half: `totals` has `count` pairs of a total and whether all is finite.
   std::function<void(const Place&, const StatisticsArguments&, const double* totals, int count)> conclude;
   // `like` is one of the rows, on the host. With `early`, blocks may start while the kernel before is still running.
   std::function<void(const Place&, const UpdateArguments&, const Row& like, bool early)> update;

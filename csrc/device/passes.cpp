@@ -19,7 +19,8 @@ void DevicePasses::take_turn(const Work& work) {
   if (!work.capturing) turn_ ^= 1;
 }
 
-void DevicePasses::statistics(const Work& work, const StepSettings& s, const Report& report, double* total) {
+void DevicePasses::statistics(const Work& work, const StepSettings& s, const Report& report, double* totals,
+                              uint32_t domains) {
   statistics_ = {};
   take_turn(work);
   statistics_.tables = tables_;
@@ -32,12 +33,13 @@ void DevicePasses::statistics(const Work& work, const StepSettings& s, const Rep
   statistics_.found_inf = numbers_.operand(s.found_inf);
   statistics_.max_norm = numbers_.operand(s.max_norm);
   statistics_.report = report;
-  statistics_.total = total;
+  statistics_.totals = totals;
+  statistics_.domains = domains;
   launcher_.statistics(place_, statistics_);
 }
 
 void DevicePasses::conclude(const double* totals, int count) {
-  statistics_.total = nullptr;
+  statistics_.totals = nullptr;
   launcher_.conclude(place_, statistics_, totals, count);
 }
 

@@ -11,8 +11,8 @@
 
 namespace fusedopt::device {
 
-// In a step: prepare(), load(), statistics() where something is to be found out, conclude() where there are several
-// devices, update().
+// In a step: prepare(), load(), statistics() where something is to be found out, conclude() where others have found
+// something, too, update().
 class DevicePasses {
  public:
   DevicePasses(const Launcher& launcher, at::Device device)
@@ -22,7 +22,9 @@ class DevicePasses {
   bool prepare(const Work& work, int ordinal, const Place& place);
   // Makes the launches of update() ready.
   void load(const Work& work, const StepSettings& settings);
-  void statistics(const Work& work, const StepSettings& settings, const Report& report, double* total);
+  // With `totals` it leaves a pair of each domain there, for conclude(), and draws no conclusions itself.
+  void statistics(const Work& work, const StepSettings& settings, const Report& report, double* totals = nullptr,
+                  uint32_t domains = 1);
   void conclude(const double* totals, int count);
   void update(const Work& work, const StepSettings& settings, const Report& report);
   // After a failure nothing is known of what is on the device.

@@ -59,6 +59,7 @@ struct Row {
   int32_t layout[kColumns];  // row of the layout table, or kFlat
   uint32_t group;
   uint32_t first_chunk;
+  uint32_t domain;  // as TensorRow's
   DType dtype[kColumns];
   DType step_dtype;
 
@@ -126,7 +127,8 @@ struct StatisticsArguments {
   Operand scale, found_inf;  // the divisor of the gradients, and what was found elsewhere
   Operand max_norm;
   Report report;
-  double* total;     // with several devices: receives the sum and whether all is finite, and nothing is concluded
+  double* totals;    // in a first half: receives a total of each domain and whether all is finite; nothing is concluded
+  uint32_t domains;  // how many there are
   bool slow_double;  // filled in where it is launched: see has_slow_double()
 };
 

@@ -3,6 +3,7 @@
 #include <ATen/EmptyTensor.h>
 
 #include <cmath>
+#include <cstring>
 #include <limits>
 #include <optional>
 #include <utility>
@@ -49,6 +50,22 @@ at::Tensor tensor_of(at::IntArrayRef sizes, at::ScalarType dtype, std::initializ
   return tensor;
 }
 
+cpu::Work work_of(const Rows& rows) { return {rows.table, rows.chunks, rows.participants.elements, rows.overlaps}; }
+
+// While there is one, other threads may run; what a step works on stays.
+class Unlocked {
+ public:
+  explicit Unlocked(const Rows& rows) {
+    if (rows.participants.elements < kUnlockElements) return;
+    held_ = rows.hold();
+    released_.emplace();
+  }
+
+ private:
+  std::vector<at::Tensor> held_;
+  std::optional<py::gil_scoped_release> released_;
+};
+
 py::object wrapped(at::Tensor tensor) { return py::reinterpret_steal<py::object>(THPVariable_Wrap(std::move(tensor))); }
 
 }  // namespace
@@ -77,41 +94,65 @@ void CpuStep::derive_scalars(const Groups& groups, Rows& rows) {
   }
 }
 
-CpuStep::Outcome CpuStep::run_passes(const Groups& groups, Rows& rows, const StepSettings& s) {
-  const cpu::Work work{rows.table, rows.chunks, rows.participants.elements, rows.overlaps};
-  const bool full = s.mode() == Mode::kFull;
-  const double inverse_scale = 1.0 / s.scale.value;
+// The statistics pass.
+std::vector<CpuStep::Found> CpuStep::add_up(const Rows& rows, const StepSettings& s, uint32_t domains) {
+  const bool nonfinite = cpu::statistics(work_of(rows), s.norm, partials_);
+  std::vector<Found> found(domains);
+  for (Found& each : found) each.nonfinite = nonfinite;
+  for (size_t c = 0; c < partials_.size(); ++c) {
+    Found& mine = found[domains > 1 ? rows.table[rows.chunks[c].row].domain : 0];
+    mine.total = add_totals(s.norm.kind, partials_[c], mine.total);
+  }
+  return found;
+}
+
+CpuStep::Outcome CpuStep::conclude(const StepSettings& s, const Found* found, size_t count) const {
+  Found all;
+  for (size_t i = 0; i < count; ++i) {
+    all.total = add_totals(s.norm.kind, found[i].total, all.total);
+    if (found[i].nonfinite != 0) all.nonfinite = 1;
+  }
   Outcome outcome;
-  outcome.skip = s.has_found_inf && s.found_inf.value != 0;
-  if (!rows.participants.any) return outcome;
-  derive_scalars(groups, rows);
-  std::vector<at::Tensor> held;
-  std::optional<py::gil_scoped_release> unlocked;
-  if (work.elements >= kUnlockElements) {
-    held = rows.hold();
-    unlocked.emplace();
-  }
-  if (s.mode() != Mode::kBare) {
-    const cpu::Statistics found = cpu::statistics(work, s.norm, partials_);
-    if (s.check) outcome.skip = found.nonfinite;
-    outcome.norm = found.norm * inverse_scale;
-  }
-  if (full) outcome.coefficient = clip_coefficient(outcome.norm, s.max_norm.value);
-  const bool refused = full && s.error_if_nonfinite && !outcome.skip && !std::isfinite(outcome.norm);
-  if (!outcome.skip && !refused) {
-    cpu::update(work, rule_.id, scalars_, {inverse_scale * outcome.coefficient, s.clip_value, s.write_back});
-  }
-  unlocked.reset();
-  if (refused) refuse_norm(outcome.norm);
-  if (!outcome.skip) {
-    count_steps(rows);
-    rows.bump_versions(s.write_back);
-  }
+  outcome.skip = s.check ? all.nonfinite != 0 : s.has_found_inf && s.found_inf.value != 0;
+  outcome.norm = norm_of(s.norm, all.total) * (1.0 / s.scale.value);
+  if (s.mode() == Mode::kFull) outcome.coefficient = clip_coefficient(outcome.norm, s.max_norm.value);
   return outcome;
 }
 
-py::object CpuStep::run(const Groups& groups, Rows& rows, const StepSettings& s) {
-  const Outcome outcome = run_passes(groups, rows, s);
+// The update pass. Returns whether it was refused.
+bool CpuStep::update(const Rows& rows, const StepSettings& s, const Outcome& outcome) {
+  const bool full = s.mode() == Mode::kFull;
+  const bool refused = full && s.error_if_nonfinite && !outcome.skip && !std::isfinite(outcome.norm);
+  if (!outcome.skip && !refused) {
+    const double multiplier = 1.0 / s.scale.value * outcome.coefficient;
+    cpu::update(work_of(rows), rule_.id, scalars_, {multiplier, s.clip_value, s.write_back});
+  }
+  return refused;
+}
+
+void CpuStep::settle(const Rows& rows, const StepSettings& s, const Outcome& outcome, bool refused) const {
+  if (refused) refuse_norm(outcome.norm);
+  if (outcome.skip) return;
+  count_steps(rows);
+  rows.bump_versions(s.write_back);
+}
+
+CpuStep::Outcome CpuStep::run_passes(const Groups& groups, Rows& rows, const StepSettings& s) {
+  if (!rows.participants.any) return conclude(s, nullptr, 0);
+  derive_scalars(groups, rows);
+  Outcome outcome;
+  bool refused;
+  {
+    const Unlocked unlocked(rows);
+    const std::vector<Found> found = s.mode() == Mode::kBare ? std::vector<Found>() : add_up(rows, s, 1);
+    outcome = conclude(s, found.data(), found.size());
+    refused = update(rows, s, outcome);
+  }
+  settle(rows, s, outcome, refused);
+  return outcome;
+}
+
+py::object CpuStep::reported(const Rows& rows, const StepSettings& s, const Outcome& outcome) const {
   py::object scalars = py::none(), found_inf = py::none();
   if (s.mode() == Mode::kFull) {
     scalars =
@@ -122,6 +163,35 @@ py::object CpuStep::run(const Groups& groups, Rows& rows, const StepSettings& s)
     found_inf = wrapped(tensor_of<float>({}, at::kFloat, {outcome.skip ? 1.0 : 0.0}));
   }
   return py::make_tuple(scalars, found_inf);
+}
+
+py::object CpuStep::run(const Groups& groups, Rows& rows, const StepSettings& s) {
+  return reported(rows, s, run_passes(groups, rows, s));
+}
+
+at::Tensor CpuStep::find(const Rows& rows, const StepSettings& s, uint32_t domains) {
+  if (!rows.participants.any) return {};
+  std::vector<Found> found;
+  {
+    const Unlocked unlocked(rows);
+    found = add_up(rows, s, domains);
+  }
+  at::Tensor pairs = at::detail::empty_cpu({1, domains, 2}, at::kDouble);
+  std::memcpy(pairs.mutable_data_ptr(), found.data(), domains * sizeof(Found));
+  return pairs;
+}
+
+py::object CpuStep::finish(const Groups& groups, Rows& rows, const StepSettings& s, const at::Tensor& pairs) {
+  derive_scalars(groups, rows);
+  const auto* found = static_cast<const Found*>(pairs.const_data_ptr());
+  const Outcome outcome = conclude(s, found, static_cast<size_t>(pairs.numel() / 2));
+  bool refused;
+  {
+    const Unlocked unlocked(rows);
+    refused = update(rows, s, outcome);
+  }
+  settle(rows, s, outcome, refused);
+  return reported(rows, s, outcome);
 }
 
 }  // namespace fusedopt::plan

@@ -19,16 +19,29 @@ class CpuStep {
 
   // Runs the passes over rows that are up to date. Returns (scalars, found_inf), as StepPlan::step.
   py::object run(const Groups& groups, Rows& rows, const StepSettings& settings);
+  // The same in two halves, as device::Executor's.
+  at::Tensor find(const Rows& rows, const StepSettings& settings, uint32_t domains);
+  py::object finish(const Groups& groups, Rows& rows, const StepSettings& settings, const at::Tensor& pairs);
 
  private:
-  // What the passes found out and decided.
+  // What is found, of one domain or of all.
+  struct Found {
+    double total = 0;
+    double nonfinite = 0;  // 1 when a gradient is not finite
+  };
+  // What the passes decided.
   struct Outcome {
     double norm = 0, coefficient = 1;
     bool skip = false;
   };
 
   void derive_scalars(const Groups& groups, Rows& rows);
+  std::vector<Found> add_up(const Rows& rows, const StepSettings& settings, uint32_t domains);
+  Outcome conclude(const StepSettings& settings, const Found* found, size_t count) const;
   Outcome run_passes(const Groups& groups, Rows& rows, const StepSettings& settings);
+  bool update(const Rows& rows, const StepSettings& settings, const Outcome& outcome);
+  void settle(const Rows& rows, const StepSettings& settings, const Outcome& outcome, bool refused) const;
+  py::object reported(const Rows& rows, const StepSettings& settings, const Outcome& outcome) const;
 
   const RuleInterface& rule_;
   std::vector<ScalarsStorage> scalars_;  // one row per distinct pair of hyperparameters and step count

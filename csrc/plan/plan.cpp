@@ -2,6 +2,7 @@
 
 #include <functional>
 #include <stdexcept>
+#include <tuple>
 #include <utility>
 
 #include "../cuda/launchers.h"
@@ -46,14 +47,16 @@ StepPlan::Kernels StepPlan::kernels_for(const std::string& device, const py::obj
   return kernels;
 }
 
-StepPlan::StepPlan(const std::string& rule, const std::string& device, int emulated_devices, const py::object& launcher)
+StepPlan::StepPlan(const std::string& rule, const std::string& device, int emulated_devices, const py::object& launcher,
+                   const py::object& shards)
     : rule_(rule_named(rule)),
       kernels_(kernels_for(device, launcher)),
       emulated_devices_(emulated_devices),
       groups_(rule_, kernels_.target),
       rows_(kernels_.target),
       states_(rule_, kernels_.target),
-      cpu_step_(rule_) {}
+      cpu_step_(rule_),
+      shards_(shards) {}
 
 void StepPlan::refresh(PyObject* groups, PyObject* state, PyObject* counts, bool write_back, plan::Problems& problems) {
   try {
@@ -67,7 +70,23 @@ void StepPlan::refresh(PyObject* groups, PyObject* state, PyObject* counts, bool
   }
   if (groups_.edited() && !groups_.number(rows_)) states_.forget();
   if (!rows_.refresh(write_back, problems)) states_.forget();
+  if (rows_.take_news()) domains_known_ = false;
+  if (!domains_known_) find_domains(groups);
   states_.refresh(state, counts, groups_, rows_, problems);
+}
+
+void StepPlan::find_domains(PyObject* groups) {
+  const py::object found = shards_.is_none() ? py::none() : shards_(py::handle(groups));
+  spread_ = !found.is_none();
+  domains_ = 1;
+  std::vector<uint32_t> domains(rows_.size(), 0);
+  if (spread_) std::tie(domains, domains_) = found.cast<std::pair<std::vector<uint32_t>, uint32_t>>();
+  if (domains.size() != rows_.size()) throw std::runtime_error("the parameters changed while they were looked at");
+  for (size_t r = 0; r < rows_.size(); ++r) {
+    if (domains[r] >= domains_) throw std::out_of_range("a parameter is in a domain that there is not");
+    rows_.table[r].domain = domains[r];
+  }
+  domains_known_ = true;
 }
 
 bool StepPlan::place_rows() {
@@ -117,9 +136,13 @@ py::list StepPlan::told(const plan::Problems& problems, bool can_mend) const {
   return list;
 }
 
-py::object StepPlan::step_on_devices(const StepSettings& s, bool capturing) {
-  const device::Work work{rows_.table,    row_devices_, groups_.table(), rule_.id, rows_.participants.any_double,
-                          rows_.overlaps, capturing};
+device::Work StepPlan::work(bool capturing) const {
+  return {rows_.table,    row_devices_, groups_.table(), rule_.id, rows_.participants.any_double,
+          rows_.overlaps, capturing};
+}
+
+py::object StepPlan::on_devices(const StepSettings& s,
+                                const std::function<device::Outcome(const device::Executor::Wait&)>& run) {
   // A thread that waits for the device must let the others run: one of them may have to launch what it waits for.
   auto wait = [this](const std::function<void()>& read) {
     const std::vector<at::Tensor> held = rows_.hold();
@@ -128,7 +151,7 @@ py::object StepPlan::step_on_devices(const StepSettings& s, bool capturing) {
   };
   // A launcher in Python may take seconds to compile, while other threads run.
   const std::vector<at::Tensor> held = kernels_.launcher ? rows_.hold() : std::vector<at::Tensor>();
-  device::Outcome outcome = kernels_.executor->step(work, s, wait);
+  device::Outcome outcome = run(wait);
   rows_.bump_versions(s.write_back);
   auto wrapped = [](at::Tensor& tensor) -> py::object {
     if (!tensor.defined()) return py::none();
@@ -137,16 +160,39 @@ py::object StepPlan::step_on_devices(const StepSettings& s, bool capturing) {
   return py::make_tuple(wrapped(outcome.scalars), wrapped(outcome.found_inf));
 }
 
+py::object StepPlan::first_half(const StepSettings& s, bool capturing) {
+  std::vector<at::Tensor> held = rows_.hold();
+  at::Tensor pairs =
+      kernels_.executor ? kernels_.executor->find(work(capturing), s, domains_) : cpu_step_.find(rows_, s, domains_);
+  if (!pairs.defined()) return py::none();
+  half_.emplace(Half{s, capturing, std::move(held)});
+  return py::reinterpret_steal<py::object>(THPVariable_Wrap(std::move(pairs)));
+}
+
+namespace {
+
+// The passes run without the GIL, so another thread may get here, or drop what they work on. Reading a hyperparameter
+// may run Python, too.
+class Running {
+ public:
+  explicit Running(bool& flag) : flag_(flag) {
+    if (flag) throw std::runtime_error("a step of this optimizer is running in another thread");
+    flag = true;
+  }
+  ~Running() { flag_ = false; }
+  Running(const Running&) = delete;
+  Running& operator=(const Running&) = delete;
+
+ private:
+  bool& flag_;
+};
+
+}  // namespace
+
 py::object StepPlan::step(const py::object& groups, const py::dict& state, const py::object& counts,
-                          const StepSettings& s) {
-  // The passes run without the GIL, so another thread may get here, or drop what they work on. Reading a hyperparameter
-  // may run Python, too.
-  if (running_) throw std::runtime_error("a step of this optimizer is running in another thread");
-  struct Running {
-    bool& flag;
-    explicit Running(bool& f) : flag(f) { flag = true; }
-    ~Running() { flag = false; }
-  } running(running_);
+                          const StepSettings& s, bool half, bool agreed) {
+  const Running running(running_);
+  if (half_) throw std::runtime_error("a step of this optimizer is half done, perhaps in another thread");
   plan::Problems problems;
   refresh(groups.ptr(), state.ptr(), counts.is_none() ? nullptr : counts.ptr(), s.write_back, problems);
   const bool capturing = kernels_.executor && place_rows();
@@ -155,8 +201,26 @@ py::object StepPlan::step(const py::object& groups, const py::dict& state, const
     if (!refused.empty()) return told(refused, false);
   }
   if (!problems.empty()) return told(problems, true);
-  if (kernels_.executor) return step_on_devices(s, capturing);
-  return cpu_step_.run(groups_, rows_, s);
+  if (s.mode() != Mode::kBare) {
+    if (half || spread_) return first_half(s, capturing);
+  } else if (s.has_found_inf && spread_ && !agreed) {
+    return py::bool_(false);
+  }
+  if (!kernels_.executor) return cpu_step_.run(groups_, rows_, s);
+  return on_devices(s, [&](const auto& wait) { return kernels_.executor->step(work(capturing), s, wait); });
+}
+
+py::object StepPlan::finish(const at::Tensor& pairs) {
+  const Running running(running_);
+  if (!half_) throw std::runtime_error("there is no first half of a step to finish");
+  if (pairs.dim() != 2 || pairs.size(1) != 2 || pairs.scalar_type() != at::kDouble) {
+    throw std::invalid_argument("what the first halves found comes as pairs in float64, (n, 2)");
+  }
+  const Half half = *std::exchange(half_, std::nullopt);
+  if (!kernels_.executor) return cpu_step_.finish(groups_, rows_, half.settings, pairs.to(at::kCPU).contiguous());
+  return on_devices(half.settings, [&](const auto& wait) {
+    return kernels_.executor->finish(work(half.capturing), half.settings, wait, pairs);
+  });
 }
 
 }  // namespace fusedopt

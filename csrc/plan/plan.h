@@ -3,6 +3,7 @@
 #include <torch/csrc/utils/pybind.h>
 
 #include <memory>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -30,20 +31,40 @@ namespace fusedopt {
 // very step, or are known to be in them still, and their kind, dtype, shape and data pointer are read each time.
 // Hyperparameters are compared by address, so the plan holds on to those objects: what is the same Python number has
 // the same value. Tensors, arrays and lists given as hyperparameters are read at each step.
+//
+// Note [A step in two halves]
+// Where parts of the gradients are in other processes or optimizers, what the statistics pass finds has to go around
+// between the passes. Parameters are sorted into domains: those of one have their parts in the same processes. The
+// first half ends with a total of each domain; the caller, in Python, makes of them any number of pairs whose sum is
+// that of all, the same everywhere; the second half draws the conclusions and updates. Which domain a parameter is in
+// is asked of `shards`, whenever parameters were read anew.
 class StepPlan {
  public:
   // `device` is "cpu", "cuda", or "emulated": the kernels of CUDA run as host code on CPU tensors, for tests; the
   // parameters are then dealt out to so many `emulated_devices`. Any kind of device will do with a `launcher`, an
   // object of Python that launches the kernels. Throws std::invalid_argument for another device, or when the build
   // lacks it.
-  StepPlan(const std::string& rule, const std::string& device, int emulated_devices, const py::object& launcher);
+  //
+  // `shards`, called with the groups, returns None where all gradients are here, or a list of the domain of each
+  // parameter, and how many domains there are.
+  StepPlan(const std::string& rule, const std::string& device, int emulated_devices, const py::object& launcher,
+           const py::object& shards);
 
   // Brings the tables up to date and runs the passes. Returns (scalars, found_inf): a tensor (grad_norm, clip_coef) or
   // None, a 0-dim float32 tensor or None. When a parameter with a gradient is not ready for the kernels, nothing is run
   // and a list of (group index, index in group, reason, whether it is only the state that is missing) is returned; the
   // last is None where there is nothing to mend. For `counts` see plan::States.
+  //
+  // Of a step that has to hear from others only the first half is made, when something is to be found out: the pairs
+  // are returned, see CpuStep::find, or None where no parameter takes part, when there is no second half. So is that of
+  // any such step with `half`. A step that is given `found_inf` and finds nothing out itself changes nothing and
+  // returns False where others have to be heard about that, unless it is `agreed`.
   py::object step(const py::object& groups, const py::dict& state, const py::object& counts,
-                  const StepSettings& settings);
+                  const StepSettings& settings, bool half, bool agreed);
+  // The second half, with numbers and tensors of `settings` still alive.
+  py::object finish(const at::Tensor& pairs);
+  // In place of the second half: nothing has changed.
+  void abandon() { half_.reset(); }
 
   // A number as an argument of step(): read, or left where it is when that is the plan's device.
   Number number(const py::object& value) const;
@@ -56,6 +77,13 @@ class StepPlan {
   bool take_foreign_numbers() { return groups_.take_foreign_numbers(); }
 
  private:
+  // What a step remembers between its halves.
+  struct Half {
+    StepSettings settings;
+    bool capturing;
+    std::vector<at::Tensor> held;  // what the tables have the addresses of
+  };
+
   // What runs a step.
   struct Kernels {
     plan::Target target;
@@ -66,11 +94,16 @@ class StepPlan {
   static Kernels kernels_for(const std::string& device, const py::object& launcher);
   // Brings groups, rows and states up to date.
   void refresh(PyObject* groups, PyObject* state, PyObject* counts, bool write_back, plan::Problems& problems);
+  void find_domains(PyObject* groups);
   // Fills in row_devices_. Returns whether the current stream of one of them is capturing a graph.
   bool place_rows();
   plan::Problems refused_in_capture() const;
   py::list told(const plan::Problems& problems, bool can_mend) const;
-  py::object step_on_devices(const StepSettings& settings, bool capturing);
+  device::Work work(bool capturing) const;
+  py::object first_half(const StepSettings& settings, bool capturing);
+  // Calls the executor with a way to wait for the device, and returns what it reports.
+  py::object on_devices(const StepSettings& settings,
+                        const std::function<device::Outcome(const device::Executor::Wait&)>& run);
 
   const RuleInterface& rule_;
   const Kernels kernels_;
@@ -81,6 +114,11 @@ class StepPlan {
   plan::CpuStep cpu_step_;
   std::vector<int> row_devices_;  // for the executor
   bool running_ = false;          // a step is, perhaps in another thread
+  std::optional<Half> half_;      // between the halves of one
+  const py::object shards_;
+  bool domains_known_ = false;
+  uint32_t domains_ = 1;
+  bool spread_ = false;  // parts of the gradients are in other processes
 };
 
 }  // namespace fusedopt

@@ -5,6 +5,7 @@
 
 #include "../cpu/executor.h"
 #include "../tensors.h"
+#include "local.h"
 #include "prefetch.h"
 
 namespace fusedopt::plan {
@@ -44,8 +45,9 @@ void Rows::build_chunks() {
 
 void Rows::describe(size_t r) {
   HotRow& row = hot[r];
-  const at::Tensor& param = THPVariable_Unpack(row.object);
+  const at::Tensor& param = local_of(row.object);
   c10::TensorImpl* impl = param.unsafeGetTensorImpl();
+  news_ = true;
   table[r].numel = 0;
   row.problem = foreign(impl, target_.type);
   if (row.problem) return;
@@ -69,7 +71,8 @@ void Rows::describe(size_t r) {
 // Returns false when the parameter is no longer what the tables say, for instance after `param.data = ...`.
 [[gnu::always_inline]] inline bool Rows::refresh_param(size_t r) {
   HotRow& row = hot[r];
-  c10::TensorImpl* impl = THPVariable_Unpack(row.object).unsafeGetTensorImpl();
+  row.whole = THPVariable_Unpack(row.object).unsafeGetTensorImpl();
+  c10::TensorImpl* impl = local_of(row.object).unsafeGetTensorImpl();
   Fingerprint& known = row.param.fingerprint;
   row.param.impl = impl;
   known.storage = impl->unsafe_storage().unsafeGetStorageImpl();
@@ -85,10 +88,14 @@ void Rows::describe(size_t r) {
   TensorRow& columns = table[r];
   Column& column = columns.grad;
   column.data = nullptr;
-  row.autograd = row.param.impl->autograd_meta();
-  const at::Tensor& grad = row.param.impl->grad();
-  if (!grad.defined()) return nullptr;
+  row.autograd = row.whole->autograd_meta();
+  const at::Tensor& whole = row.whole->grad();
+  if (!whole.defined()) return nullptr;
   if (row.problem) return row.problem;
+  const bool dtensor = row.whole->is_python_dispatch();
+  if (dtensor && !dealt_out_alike(row.object, object_of(whole)))
+    return "has a gradient that is dealt out in another way";
+  const at::Tensor& grad = dtensor ? local_of(object_of(whole)) : whole;
   c10::TensorImpl* impl = row.grad.impl = grad.unsafeGetTensorImpl();
   if (!row.grad.fingerprint.same_kind(impl)) {
     if (foreign(impl, target_.type) || impl->device() != cold[r].order.device()) {
@@ -166,7 +173,7 @@ std::vector<at::Tensor> Rows::hold() const {
   for (size_t r = 0; r < size(); ++r) {
     if (!table[r].grad.data) continue;
     hold(hot[r].param.impl);
-    held.push_back(hot[r].param.impl->grad());
+    hold(hot[r].grad.impl);
     hold(hot[r].step.impl);
     for (const KnownTensor& column : hot[r].state) hold(column.impl);
   }
@@ -187,8 +194,9 @@ void Rows::bump_versions(bool write_back) const {
   for (size_t r = 0; r < size(); ++r) {
     if (!table[r].grad.data) continue;
     bump(hot[r].param.impl);
+    if (hot[r].whole != hot[r].param.impl) bump(hot[r].whole);
     if (!write_back) continue;
-    const at::Tensor& grad = hot[r].param.impl->grad();
+    const at::Tensor& grad = hot[r].whole->grad();
     if (grad.defined()) bump(grad.unsafeGetTensorImpl());
   }
 }

@@ -2,6 +2,7 @@
 #pragma once
 #include <torch/csrc/autograd/python_variable.h>
 
+#include <utility>
 #include <vector>
 
 #include "columns.h"
@@ -19,7 +20,8 @@ using Problems = std::vector<Problem>;
 
 // What is read of a row at every step, kept small: with cold caches a step of many small tensors costs what it touches.
 struct HotRow {
-  PyObject* object;  // the parameter, alive in its group's list during a step
+  PyObject* object;        // the parameter, alive in its group's list during a step
+  c10::TensorImpl* whole;  // the parameter itself; `param`, `grad` and states are what of it lies in this process
   uint32_t group, index;
   bool integer_count;  // the step count is an int64 tensor
   KnownTensor param, grad, step, state[kMaxStates];
@@ -55,6 +57,8 @@ class Rows {
   // Brings parameters and gradients up to date and counts who takes part. Returns false when a parameter is no longer
   // what it was, so that its state has to be found again.
   bool refresh(bool write_back, Problems& problems);
+  // Whether rows were read anew since the last call, so that they may be in other domains.
+  bool take_news() { return std::exchange(news_, false); }
 
   // All that a step works on, so that no other thread frees it.
   std::vector<at::Tensor> hold() const;
@@ -76,6 +80,7 @@ class Rows {
   void find_overlaps();
 
   const Target target_;
+  bool news_ = false;
 };
 
 }  // namespace fusedopt::plan

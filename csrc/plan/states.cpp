@@ -5,6 +5,7 @@
 
 #include "../tensors.h"
 #include "dicts.h"
+#include "local.h"
 #include "prefetch.h"
 
 namespace fusedopt::plan {
@@ -68,7 +69,7 @@ bool States::follow(PyObject* state, PyObject* counts, Rows& rows) {
         if (!value || !THPVariable_Check(value)) return nullptr;
         entry.objects[i] = value;
       }
-      return THPVariable_Unpack(entry.objects[i]).unsafeGetTensorImpl();
+      return local_of(entry.objects[i]).unsafeGetTensorImpl();
     };
     c10::TensorImpl* impl;
     for (int c = 0; c < state_count; ++c) {
@@ -114,10 +115,10 @@ States::Found States::look_into(PyObject* dict, unsigned columns, bool has_step)
     if (!PyUnicode_Check(name) || !THPVariable_Check(value)) continue;
     auto take = [&](const char* wanted, int i, at::Tensor& tensor) {
       if (PyUnicode_CompareWithASCIIString(name, wanted) != 0) return;
-      tensor = THPVariable_Unpack(value);
+      tensor = local_of(value);
+      found.objects[i] = value;
       found.keys.name[i] = py::reinterpret_borrow<py::object>(name);
       found.keys.position[i] = position - 1;
-      if (i == 1) found.first = value;
     };
     if (has_step) take("step", 0, found.step);
     for (int c = 0; c < rule_.state_count; ++c) {
@@ -135,7 +136,8 @@ const char* States::find_hidden_count(const HiddenCounts& counts, PyObject* para
   entry.count_position = position;
   found.step = THPVariable_Unpack(PyTuple_GET_ITEM(pair, 0));
   // A count of another tensor says nothing about this one.
-  return found.first && referent(PyTuple_GET_ITEM(pair, 1)) == found.first ? nullptr : kNoState;
+  PyObject* const first = found.objects[1];
+  return first && referent(PyTuple_GET_ITEM(pair, 1)) == first ? nullptr : kNoState;
 }
 
 // Why the step count cannot be used, or null. Sets the row's dtype of it.
@@ -163,6 +165,10 @@ const char* States::take_columns(const Found& found, unsigned columns, size_t r,
     if (!(columns >> c & 1)) continue;
     const at::Tensor& tensor = found.columns[c];
     if (!tensor.defined()) return kNoState;
+    PyObject* const object = found.objects[1 + c];
+    const bool dealt_out = rows.hot[r].whole != rows.hot[r].param.impl || !THPVariable_Unpack(object).is_same(tensor);
+    if (dealt_out && !dealt_out_alike(rows.hot[r].object, object))
+      return "has a state tensor that is dealt out in another way";
     if (cold.order.describe(tensor, row.state[c], cold.state_layout[c], true)) {
       return "has a state tensor whose shape, dtype, device or memory layout cannot be used";
     }

@@ -50,8 +50,8 @@ class States {
   // What a state dict has for one row.
   struct Found {
     Keys keys{};
+    PyObject* objects[1 + kMaxStates] = {};  // the step count and the columns
     at::Tensor step, columns[kMaxStates];
-    PyObject* first = nullptr;  // the first column
   };
   // By parameter: the position in the dict of hidden counts, and the pair there.
   using HiddenCounts = std::unordered_map<PyObject*, std::pair<Py_ssize_t, PyObject*>>;

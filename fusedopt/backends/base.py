@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..rules import HiddenCounts, NormClip, Rule, ValueClip
+from ..shards import Shards
 
 __all__ = ["Backend", "BackendUnavailable", "StepReport", "StepRequest"]
 
@@ -38,9 +39,21 @@ class StepRequest(NamedTuple):
     clip: NormClip | ValueClip | None = None
     write_back_grads: bool = False
 
+    @property
+    def finds(self) -> bool:
+        """Whether the step has to find something out before it updates: see Note [Three modes]."""
+        return self.check or isinstance(self.clip, NormClip)
+
+    @property
+    def norm_type(self) -> float | None:
+        """Of the norm that the step clips by, or None."""
+        return self.clip.norm_type if isinstance(self.clip, NormClip) else None
+
 
 class StepReport:
     """What the last step found out, as 0-dim tensors on the parameters' device, made without a host read.
+
+    Where parts of the gradients are in other processes, it is the same in all of them.
 
     Attributes:
         grad_norm: global norm of the unscaled gradients before clipping; None without norm clipping.
@@ -91,6 +104,7 @@ class Backend(abc.ABC):
 
     def __init__(self, rule: Rule, devices: Iterable[torch.device] = ()):
         self.rule = rule
+        self.shards = Shards()
 
     @classmethod
     @abc.abstractmethod
@@ -139,4 +153,28 @@ class Backend(abc.ABC):
         Raises:
             RuntimeError: a gradient is sparse, complex, of another shape or device, or a parameter's state is half
                 there (the message names the parameter), or the norm is not finite under ``error_if_nonfinite``.
+            ValueError: parts of the gradients are in other processes, and nobody could know their norm.
         """
+
+    @abc.abstractmethod
+    def begin(
+        self,
+        param_groups: list[dict[str, Any]],
+        state: dict[Tensor, dict[str, Any]],
+        request: StepRequest,
+        counts: HiddenCounts | None = None,
+    ) -> Tensor | None:
+        """The first half of :meth:`step`, for a request that finds something out; nothing has changed after it.
+
+        Returns:
+            What was found in this process, to be made that of all by :meth:`fusedopt.shards.Shards.added_up` of
+            :attr:`shards`; None where no parameter takes part. :meth:`finish` or :meth:`abandon` must follow.
+        """
+
+    @abc.abstractmethod
+    def finish(self, pairs: Tensor) -> StepReport:
+        """The second half: ``pairs``, float64, (n, 2), are of all that clip and skip together."""
+
+    @abc.abstractmethod
+    def abandon(self) -> None:
+        """In place of the second half: everything stays as it is."""

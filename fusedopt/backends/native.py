@@ -84,7 +84,7 @@ class NativeBackend(PlanBackend):
 
     def _make_plan(self) -> Any:
         assert _module is not None
-        return _module.StepPlan(self.rule.name, self._device_type)
+        return _module.StepPlan(self.rule.name, self._device_type, shards=self.shards)
 
     @classmethod
     def unavailable(cls, device: torch.device) -> str | None:

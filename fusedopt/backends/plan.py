@@ -12,7 +12,9 @@ from torch import Tensor
 
 from ..messages import check_gradient, check_parameter, check_state_kinds, parameter_name, plain_groups
 from ..rules import HiddenCounts, NormClip, Rule, ValueClip
+from ..shards import settle_gradient
 from .base import Backend, BackendUnavailable, StepReport, StepRequest
+from .conclusions import conclude
 
 __all__ = ["PlanBackend"]
 
@@ -23,6 +25,7 @@ class PlanBackend(Backend):
     def __init__(self, rule: Rule, devices: Iterable[torch.device] = ()):
         super().__init__(rule, devices)
         self._device_type = next((device.type for device in devices), "cpu")
+        self._half: Any = None  # between the halves of a step: the groups, the request, whether the plan has begun
         self._plan = self._make_plan()
 
     @abc.abstractmethod
@@ -41,6 +44,64 @@ class PlanBackend(Backend):
         request: StepRequest,
         counts: HiddenCounts | None = None,
     ) -> StepReport:
+        result = self._run(param_groups, state, request, counts)
+        if result is False:
+            device = self._device_of(param_groups)
+            assert self.shards.domains is not None
+            request = request._replace(found_inf=self.shards.domains.agree(request.found_inf, device))  # type: ignore[arg-type]
+            result = self._run(param_groups, state, request, counts, agreed=True)
+        if isinstance(result, tuple):
+            return StepReport(*result)
+        try:
+            pairs = self.shards.added_up(result, self._device_of(param_groups), request.norm_type)
+        except BaseException:
+            self.abandon()
+            raise
+        return self.finish(pairs)
+
+    def begin(
+        self,
+        param_groups: list[dict[str, Any]],
+        state: dict[Tensor, dict[str, Any]],
+        request: StepRequest,
+        counts: HiddenCounts | None = None,
+    ) -> Tensor | None:
+        return self._run(param_groups, state, request, counts, half=True)
+
+    def finish(self, pairs: Tensor) -> StepReport:
+        param_groups, request, begun = self._half
+        self._half = None
+        if begun:
+            report = StepReport(*self._plan.finish(pairs))
+            if self._plan.take_foreign_numbers():
+                plain_groups(param_groups)
+            return report
+        dtypes = {param.dtype for group in param_groups for param in group["params"]}
+        double = torch.float64 in dtypes
+        conclusions = conclude(request, pairs, self._device_of(param_groups))
+        return conclusions.report(torch.float64 if double else torch.float32)
+
+    def abandon(self) -> None:
+        self._half = None
+        self._plan.abandon()
+
+    @staticmethod
+    def _device_of(param_groups: list[dict[str, Any]]) -> torch.device:
+        params = (param for group in param_groups for param in group["params"])
+        first = next(params, None)
+        return torch.device("cpu") if first is None else first.device
+
+    def _run(
+        self,
+        param_groups: list[dict[str, Any]],
+        state: dict[Tensor, dict[str, Any]],
+        request: StepRequest,
+        counts: HiddenCounts | None,
+        *,
+        half: bool = False,
+        agreed: bool = False,
+    ) -> Any:
+        """What the plan's ``step`` returns, when all its parameters have what they need."""
         norm_type, error_if_nonfinite, clip_value = 0.0, False, math.inf
         max_norm: float | Tensor = 0.0
         clip = request.clip
@@ -59,6 +120,8 @@ class PlanBackend(Backend):
             clip_value,
             request.write_back_grads,
             counts,
+            half,
+            agreed,
         )
         result = self._plan.step(param_groups, state, *asked)
         if isinstance(result, list):
@@ -67,9 +130,11 @@ class PlanBackend(Backend):
         if isinstance(result, list):
             g, i, reason, _ = result[0]
             raise RuntimeError(f"{parameter_name(param_groups[g], g, i)} {reason}")
-        if self._plan.take_foreign_numbers():
+        if result is None or isinstance(result, Tensor):
+            self._half = param_groups, request, result is not None  # the plan has the request's tensors by address
+        elif self._plan.take_foreign_numbers():
             plain_groups(param_groups)
-        return StepReport(*result)
+        return result
 
     def _attend(
         self,
@@ -95,8 +160,9 @@ class PlanBackend(Backend):
                 raise RuntimeError(f"{name} {reason}")
             if param.grad is None:  # another thread has dropped it since
                 continue
+            settled = settle_gradient(param)
             check_gradient(name, param, param.grad)
-            if not state_missing:
+            if not state_missing and not settled:
                 raise RuntimeError(f"{name} {reason}")
             problem = self.rule.problem(group, param, name, state, counts, integers=integers)
             if problem is not None:

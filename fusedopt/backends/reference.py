@@ -6,22 +6,36 @@ counts on the host.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..messages import check_gradient, check_parameter, check_state_kinds, parameter_name, plain_groups
-from ..rules import HiddenCounts, NormClip, ValueClip, clip_coefficient, compute_dtype, global_norm
+from ..messages import check_gradient, check_parameter, check_state_kinds, local_of, parameter_name, plain_groups
+from ..rules import HiddenCounts, ValueClip, compute_dtype, total_of
+from ..shards import settle_gradient
 from .base import Backend, StepReport, StepRequest
+from .conclusions import conclude
 
 __all__ = ["ReferenceBackend"]
+
+
+class _Half(NamedTuple):
+    """What a step remembers between its halves."""
+
+    rows: list[tuple[dict[str, Any], Tensor]]  # group and parameter
+    param_groups: list[dict[str, Any]]
+    state: dict[Tensor, dict[str, Any]]
+    request: StepRequest
+    counts: HiddenCounts | None
+    device: torch.device
 
 
 class ReferenceBackend(Backend):
     """Plain PyTorch, readable in a minute."""
 
     name = "reference"
+    _half: _Half | None = None
 
     @classmethod
     def unavailable(cls, device: torch.device) -> str | None:
@@ -39,57 +53,98 @@ class ReferenceBackend(Backend):
         request: StepRequest,
         counts: HiddenCounts | None = None,
     ) -> StepReport:
+        half = self._prepared(param_groups, state, request, counts)
+        pairs = None
+        if self.shards.domains is not None and not request.finds and request.found_inf is not None:
+            agreed = self.shards.domains.agree(request.found_inf, half.device)
+            half = half._replace(request=request._replace(found_inf=agreed))
+        elif request.finds and (half.rows or self.shards.domains is not None):
+            pairs = self.shards.added_up(self._found(half), half.device, request.norm_type)
+        return self._finish(half, pairs)
+
+    @torch.no_grad()
+    def begin(
+        self,
+        param_groups: list[dict[str, Any]],
+        state: dict[Tensor, dict[str, Any]],
+        request: StepRequest,
+        counts: HiddenCounts | None = None,
+    ) -> Tensor | None:
+        self._half = self._prepared(param_groups, state, request, counts)
+        return self._found(self._half)
+
+    @torch.no_grad()
+    def finish(self, pairs: Tensor) -> StepReport:
+        half, self._half = self._half, None
+        assert half is not None
+        return self._finish(half, pairs)
+
+    def abandon(self) -> None:
+        self._half = None
+
+    def _prepared(
+        self,
+        param_groups: list[dict[str, Any]],
+        state: dict[Tensor, dict[str, Any]],
+        request: StepRequest,
+        counts: HiddenCounts | None,
+    ) -> _Half:
+        """The parameters that take part, when all that could be wrong with them is not."""
         rows = []
         for group_index, group in enumerate(param_groups):
             for index, param in enumerate(group["params"]):
                 if param.grad is not None:
                     name = parameter_name(group, group_index, index)
+                    settle_gradient(param)
                     check_parameter(name, param)
                     check_gradient(name, param, param.grad)
                     check_state_kinds(name, state.get(param, {}))
                     if (problem := self.rule.problem(group, param, name, state, counts)) is not None:
                         raise RuntimeError(problem)
-                    rows.append((group, param, param.grad))
-        inv_scale = 1.0 if request.grad_scale is None else 1.0 / float(request.grad_scale)
-        clip = request.clip
+                    rows.append((group, param))
+        self.shards(param_groups)
+        everyone = (param for group in param_groups for param in group["params"])
+        where = rows[0][1] if rows else next(everyone, None)
+        device = torch.device("cpu") if where is None else where.device
+        return _Half(rows, param_groups, state, request, counts, device)
 
-        device = rows[0][1].device if rows else torch.device("cpu")
-        found_inf = None
-        if request.found_inf is not None:
-            found_inf = torch.as_tensor(request.found_inf, device=device).reshape(()).ne(0).float()
-        if request.check and rows:
-            finite = all(bool(grad.isfinite().all()) for _, _, grad in rows)
-            found_inf = torch.tensor(0.0 if finite else 1.0, device=device)
-        skip = found_inf is not None and float(found_inf) != 0
+    def _found(self, half: _Half) -> Tensor | None:
+        """What is found in this process, by domain, see :meth:`Backend.begin`."""
+        if not half.rows:
+            return None
+        norm_type = half.request.norm_type
+        by_domain: list[list[Tensor]] = [[] for _ in range(self.shards.count)]
+        for _, param in half.rows:
+            assert param.grad is not None
+            by_domain[self.shards.domain_of(param)].append(local_of(param.grad))
+        return torch.stack([total_of(grads, norm_type, half.device) for grads in by_domain])[None]
 
-        scalars = None
-        multiplier = inv_scale
-        if isinstance(clip, NormClip):
-            norm = global_norm([grad for _, _, grad in rows], clip.norm_type, device) * inv_scale
-            if clip.error_if_nonfinite and not skip and not norm.isfinite():
-                raise RuntimeError(f"The total norm of order {clip.norm_type} of the gradients is {float(norm)}")
-            coefficient = clip_coefficient(norm, clip.max_norm)
-            multiplier *= float(coefficient)
-            double = any(param.dtype == torch.float64 for _, param, _ in rows)
-            scalars = torch.stack((norm, coefficient)).to(torch.float64 if double else torch.float32)
-
-        if not skip:
-            for group, param, grad in rows:
-                mine, count = self.rule.init_state(group, param, state, counts)
-                self._update(group, param, grad, mine, count, multiplier, request)
-        plain_groups(param_groups)
-        return StepReport(scalars, found_inf)
+    def _finish(self, half: _Half, pairs: Tensor | None) -> StepReport:
+        request = half.request
+        conclusions = conclude(request, pairs, half.device)
+        multiplier = 1.0 if request.grad_scale is None else 1.0 / float(request.grad_scale)
+        if conclusions.coefficient is not None:
+            multiplier *= float(conclusions.coefficient)
+        if not conclusions.skips():
+            for group, param in half.rows:
+                mine, count = self.rule.init_state(group, param, half.state, half.counts)
+                local = {name: local_of(value) for name, value in mine.items() if isinstance(value, Tensor)}
+                self._update(group, param, local, count, multiplier, request)
+        plain_groups(half.param_groups)
+        double = any(param.dtype == torch.float64 for _, param in half.rows)
+        return conclusions.report(torch.float64 if double else torch.float32)
 
     def _update(
         self,
         group: dict[str, Any],
-        param: Tensor,
-        grad: Tensor,
+        whole: Tensor,
         state: dict[str, Any],
         count: Tensor | None,
         multiplier: float,
         request: StepRequest,
     ) -> None:
+        assert whole.grad is not None
+        param, grad = local_of(whole), local_of(whole.grad)
         dtype = compute_dtype(param)
         g = grad.to(dtype) * multiplier
         if isinstance(request.clip, ValueClip):

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ..rules import Rule
+from ..shards import Shards
 from .base import BackendUnavailable
 from .native import compiled_module
 from .plan import PlanBackend
@@ -156,8 +157,9 @@ class Launcher:
                 KIND=a.kind,
                 SLOW_DOUBLE=self.slow_double(device),
             )
-        if a.total:
-            self.launch(self._kernels.total_kernel, 1, t.partials, t.chunk_count, a.total, KIND=a.kind)
+        if a.totals:
+            where = t.partials, t.chunk_count, t.rows, t.chunks, a.totals
+            self.launch(self._kernels.total_kernel, a.domains, *where, KIND=a.kind, SEVERAL=a.domains > 1)
         else:
             self.conclude(a, t.partials, t.chunk_count)
 
@@ -320,11 +322,11 @@ def scratch_step(
     return step
 
 
-def _make_plan(launcher: Launcher) -> Any:
+def _make_plan(launcher: Launcher, shards: Shards | None = None) -> Any:
     module, reason = compiled_module()
     if module is None:
         raise BackendUnavailable(str(reason))
-    return module.StepPlan(launcher.rule.name, launcher.device_type, launcher=launcher)
+    return module.StepPlan(launcher.rule.name, launcher.device_type, launcher=launcher, shards=shards)
 
 
 class TritonBackend(PlanBackend):
@@ -348,7 +350,7 @@ class TritonBackend(PlanBackend):
     def _make_plan(self) -> Any:
         launcher = Launcher(self.rule, self._device_type)
         launcher.may_measure = self._may_measure
-        return _make_plan(launcher)
+        return _make_plan(launcher, self.shards)
 
     @classmethod
     def unavailable(cls, device: torch.device) -> str | None:

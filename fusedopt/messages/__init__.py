@@ -1,11 +1,11 @@
 """Messages that all layers share: checks of arguments, names in errors, warnings, and extras to install."""
 
 from .caller import warn_caller
+from .dtensors import dealt_out_alike, is_dtensor, local_of
 from .extras import MissingExtraError, require
 from .names import did_you_mean, group_names, parameter_name
 from .numbers import as_float, check_betas, check_flag, check_number, check_whole_number, is_number
 from .plain import plain, plain_groups, plain_settings
-from .shards import refuse_norm_of_shards, refuse_scaling_of_shards, sharded_parameter
 from .tables import aligned
 from .tensors import (
     SUPPORTED_DTYPES,
@@ -30,20 +30,20 @@ __all__ = [
     "check_parameter",
     "check_state_kinds",
     "check_whole_number",
+    "dealt_out_alike",
     "did_you_mean",
     "encodable",
     "group_names",
+    "is_dtensor",
     "is_number",
+    "local_of",
     "one_line",
     "parameter_name",
     "parse_dtype",
     "plain",
     "plain_groups",
     "plain_settings",
-    "refuse_norm_of_shards",
-    "refuse_scaling_of_shards",
     "require",
-    "sharded_parameter",
     "some",
     "warn_caller",
 ]

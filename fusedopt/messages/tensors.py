@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .dtensors import dealt_out_alike, is_dtensor, local_of
 from .names import did_you_mean
 
 __all__ = [
@@ -42,7 +43,15 @@ def parse_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
 
 
 def unsupported_kind(tensor: Tensor) -> str | None:
-    """The reason why no kernel can work on this tensor, or None."""
+    """The reason why no kernel can work on this tensor, or on the local part of a DTensor, or None."""
+    if is_dtensor(tensor):
+        placements = tensor.placements  # type: ignore[attr-defined]
+        if any(placement.is_partial() for placement in placements):
+            return (
+                f"is a DTensor with placements {tuple(placements)}, whose parts have yet to be added up; expected "
+                "Shard or Replicate"
+            )
+        tensor = local_of(tensor)
     if tensor.layout != torch.strided:
         return f"has sparse layout {tensor.layout}; dense tensors are expected (torch.optim.SparseAdam takes sparse)"
     if torch._C._dispatch_keys(tensor).has(torch._C.DispatchKey.Python):
@@ -67,7 +76,7 @@ def check_no_model(params: Any, place: str = "params") -> None:
 def check_state_kinds(name: str, state: Mapping[str, Any]) -> None:
     """Raise TypeError for state in tensor subclasses, such as quantised tensors, which no kernel can write."""
     for key, value in state.items():
-        if isinstance(value, Tensor) and torch._C._dispatch_keys(value).has(torch._C.DispatchKey.Python):
+        if isinstance(value, Tensor) and torch._C._dispatch_keys(local_of(value)).has(torch._C.DispatchKey.Python):
             raise TypeError(
                 f"state {key!r} of {name} is of type {type(value).__module__}.{type(value).__name__}, a tensor "
                 "subclass with its own dispatch, such as other packages' quantised state; expected a plain tensor"
@@ -79,6 +88,7 @@ def check_parameter(name: str, param: Tensor) -> None:
     if torch.nn.parameter.is_lazy(param):
         return  # checked at the first step, when it has been materialized
     reason = unsupported_kind(param)
+    param = local_of(param)
     if reason is None and torch._debug_has_internal_overlap(param) == 1:
         reason = "has elements that share memory (an expanded tensor?), so they cannot be updated one by one"
     if reason is not None:
@@ -88,9 +98,17 @@ def check_parameter(name: str, param: Tensor) -> None:
 def check_gradient(name: str, param: Tensor, grad: Tensor) -> None:
     """Raise RuntimeError unless ``grad`` can drive an update of ``param``."""
     reason = unsupported_kind(grad)
+    if reason is None and not dealt_out_alike(param, grad):
+        reason = f"is {_dealt_out(grad)} but the parameter is {_dealt_out(param)}"
     if reason is None and grad.device != param.device:
         reason = f"is on {grad.device} but the parameter is on {param.device}"
     if reason is None and grad.shape != param.shape:
         reason = f"has shape {tuple(grad.shape)} but the parameter has shape {tuple(param.shape)}"
     if reason is not None:
         raise RuntimeError(f"gradient of {name} {reason}")
+
+
+def _dealt_out(tensor: Tensor) -> str:
+    if not is_dtensor(tensor):
+        return "a plain tensor"
+    return f"a DTensor with placements {tuple(tensor.placements)} on {tensor.device_mesh}"  # type: ignore[attr-defined]

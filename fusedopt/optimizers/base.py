@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import inspect
-import warnings
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from types import GeneratorType
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -21,35 +18,30 @@ from ..backends import Backend, BackendUnavailable, StepReport, StepRequest, che
 from ..messages import (
     check_flag,
     check_no_model,
-    check_parameter,
-    parameter_name,
     plain,
     plain_groups,
-    refuse_norm_of_shards,
-    refuse_scaling_of_shards,
-    sharded_parameter,
 )
 from ..rules import HiddenCounts, Hyperparameters, NormClip, Rule, ValueClip, parse_clip_grad
+from ..shards import (
+    Shards,
+    agree_on_parameters,
+    is_flat_shard,
+    refuse_scaling_by_shares,
+    refuse_what_cannot_be_added_up,
+    refuse_what_was_left_behind,
+    share_being_made,
+    tell_calling_scaler,
+)
 from ..undo import parameter_groups, unchanged_on_error
+from .backward import refuse_part_of_a_norm
+from .given_norm import with_given_norm
+from .ignored import note_ignored_flags
 from .loading import read_state_dict, shallow_copy, take_steps_out
+from .new_group import check_new_group
 from .saving import leave_out_unreal_state
 from .shared import Shared, handed_over, reach_through_accelerate
 
 __all__ = ["FusedOptimizer"]
-
-_noted_ignored_flags = False
-
-
-def _note_ignored_flags(settings: Mapping[str, Any]) -> None:
-    global _noted_ignored_flags
-    ignored = [flag for flag in ("foreach", "fused") if settings.get(flag)]
-    if ignored and not _noted_ignored_flags:
-        _noted_ignored_flags = True
-        warnings.warn(
-            f"{' and '.join(ignored)}=True has no effect on fusedopt's optimizers: they are always fused over all "
-            "parameter groups. This note appears once.",
-            stacklevel=5,
-        )
 
 
 def _make_settings_plain(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:
@@ -93,6 +85,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         backend: str = "auto",
     ):
         self._shared = Shared(parse_clip_grad(clip_grad), plain(write_back_grads))
+        self._shared.share_of = share_being_made()
         check_backend_name(backend)
         self.backend = backend
         self._backend: Backend | None = None
@@ -108,11 +101,12 @@ class FusedOptimizer(torch.optim.Optimizer):
             super().__init__(params, settings.as_defaults())
             self._settle()
             self.backend_in_use  # noqa: B018  raises now, not in the first step, when the backend cannot serve
-            _note_ignored_flags(self.defaults)
+            note_ignored_flags(self.defaults)
 
     def _settle(self) -> None:
         """What both a new and an unpickled optimizer need beside torch's own attributes."""
         reach_through_accelerate()
+        self._introduced = False  # see _introduce()
         self._counts = HiddenCounts(self) if self.rule.hides_step else None
         self.register_state_dict_post_hook(leave_out_unreal_state, prepend=True)
         self.register_state_dict_post_hook(_make_settings_plain, prepend=True)
@@ -127,7 +121,7 @@ class FusedOptimizer(torch.optim.Optimizer):
     def clip_grad(self, value: Mapping[str, Any] | NormClip | ValueClip | None) -> None:
         clip = parse_clip_grad(value)
         if isinstance(clip, NormClip):
-            refuse_norm_of_shards(sharded_parameter(self.param_groups))
+            refuse_what_cannot_be_added_up(self.param_groups)
         self._shared.clip = clip
 
     @property
@@ -152,29 +146,21 @@ class FusedOptimizer(torch.optim.Optimizer):
     def _step_supports_amp_scaling(self) -> bool:
         """Whether a stock ``torch.amp.GradScaler`` hands over its scale, instead of unscaling the gradients itself.
 
-        False makes it keep the optimizer from stepping after an overflow, where somebody has to see that. By default it
-        is True but for shards of a FullyShardedDataParallel model. The name is torch's.
+        False makes it keep the optimizer from stepping after an overflow, where somebody has to see that; where a model
+        is sharded, it must be a scaler that asks the other processes then. By default it is True. The name is torch's.
         """
-        takes_scale = self._shared.takes_scale
-        return self._sharded is None if takes_scale is None else takes_scale
+        takes_scale = self._shared.takes_scale is not False
+        if not takes_scale and self._first_is_flat_shard():
+            refuse_scaling_by_shares(self.param_groups)
+        return takes_scale
 
     @_step_supports_amp_scaling.setter
     def _step_supports_amp_scaling(self, value: bool) -> None:
-        value = check_flag("_step_supports_amp_scaling", value)
-        if value:
-            refuse_scaling_of_shards(self._sharded)
-        self._shared.takes_scale = value
+        self._shared.takes_scale = check_flag("_step_supports_amp_scaling", value)
 
-    @property
-    def _sharded(self) -> str | None:
-        """How errors call its first parameter that is a shard; None without."""
-        self._chosen_backend()
-        # All were looked at when the backend was chosen; in a model that was sharded since, the first one is too.
-        return sharded_parameter(self.param_groups) if self._has_shards or self._first_is_shard() else None
-
-    def _first_is_shard(self) -> bool:
+    def _first_is_flat_shard(self) -> bool:
         params = self.param_groups[0]["params"]
-        return bool(params) and getattr(params[0], "_fsdp_flattened", False)
+        return bool(params) and is_flat_shard(params[0])
 
     @property
     def backend_in_use(self) -> str:
@@ -187,7 +173,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             params = [param for group in self.param_groups for param in group["params"]]
             devices, dtypes = {param.device for param in params}, {param.dtype for param in params}
             backend = self._backend = create_backend(self.backend, self.rule, devices, dtypes, backend)
-            self._has_shards = sharded_parameter(self.param_groups) is not None
+            backend.shards.share_of = self._shared.share_of
         return backend
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -198,48 +184,15 @@ class FusedOptimizer(torch.optim.Optimizer):
         Raises:
             TypeError: a parameter is sparse, complex, a tensor subclass with its own dispatch, or not a tensor.
             ValueError: a setting is out of range, a parameter appears twice, ``params`` is a used-up generator, the
-                group has a ``clip_grad`` of its own, or a norm is to be clipped of which a part is elsewhere.
+                group has a ``clip_grad`` of its own, or no process could know the norm that is to be clipped.
         """
-        check_no_model(param_group, "an entry of params")
-        if isinstance(param_group, dict) and "clip_grad" in param_group:
-            raise ValueError(
-                "clip_grad is no setting of a parameter group: it is that of the optimizer, over all groups. (torch's "
-                "ZeroRedundancyOptimizer hands it on in the groups, and each process would clip by the norm of its "
-                "share; expected fusedopt.ZeroRedundancyOptimizer(params, optimizer_type=..., clip_grad=...))"
-            )
-        if isinstance(param_group, dict) and "params" in param_group:
-            params = param_group["params"]
-            check_no_model(params, "params of a parameter group")
-            if isinstance(params, GeneratorType) and inspect.getgeneratorstate(params) == inspect.GEN_CLOSED:
-                raise ValueError(
-                    "params of a parameter group is a generator that was used up before; pass a list to use it twice"
-                )
-            if isinstance(params, Iterator):
-                params = param_group["params"] = list(params)
-            self.rule.hyperparameters.from_group({**self.defaults, **param_group})
-            if isinstance(params, Iterable) and not isinstance(params, (Tensor, set)):
-                entries = [entry if isinstance(entry, tuple) else (None, entry) for entry in params]
-                named = {
-                    **param_group,
-                    "params": [tensor for _, tensor in entries],
-                    "param_names": [name for name, _ in entries if name is not None]
-                    or param_group.get("param_names", []),
-                }
-                seen = set()
-                for index, (_, tensor) in enumerate(entries):
-                    check_no_model(tensor, "an entry of params")
-                    if isinstance(tensor, Tensor):
-                        name = parameter_name(named, len(self.param_groups), index)
-                        check_parameter(name, tensor)
-                        if id(tensor) in seen:  # torch warns; two threads would write one parameter here
-                            raise ValueError(f"{name} appears twice in its group")
-                        seen.add(id(tensor))
-                if isinstance(self._shared.clip, NormClip):
-                    refuse_norm_of_shards(sharded_parameter([named]))
+        check_new_group(self.rule, self.defaults, param_group, len(self.param_groups))
         with unchanged_on_error(self.param_groups, *parameter_groups([param_group])):
             super().add_param_group(param_group)
             plain_groups(self.param_groups[-1:])
-            self._backend = None
+            if isinstance(self._shared.clip, NormClip):
+                refuse_what_cannot_be_added_up(self.param_groups)
+            self._backend, self._introduced = None, False
 
     def step(  # type: ignore[override]
         self,
@@ -247,6 +200,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         *,
         grad_scale: Tensor | float | None = None,
         found_inf: Tensor | None = None,
+        grad_norm: Tensor | float | None = None,
     ) -> float | Tensor | None:
         """Perform one optimization step over all parameter groups.
 
@@ -255,19 +209,24 @@ class FusedOptimizer(torch.optim.Optimizer):
             grad_scale: the gradients are divided by it (a GradScaler's scale: 0-dim tensor or number). Without
                 ``found_inf`` the step looks for non-finite gradients itself and is skipped when there are any.
             found_inf: 0-dim tensor; non-zero skips the step. Given, the gradients are not searched.
+            grad_norm: the norm to clip by, of all unscaled gradients, from somebody who knows it: 0-dim tensor or
+                number. The gradients are then read once only, and it tells whether they are finite.
 
         Returns:
             The closure's loss, or None.
 
         Raises:
             RuntimeError: see :meth:`fusedopt.backends.Backend.step`. Nothing has been changed then.
+            TypeError, ValueError: ``grad_norm`` is no norm, or there is no clipping by one.
 
         A stock ``torch.amp.GradScaler`` hands both over as attributes of the same names instead. A ``grad_scale``
         attribute set by the user multiplies the argument, as it multiplies the scaler's in torch; a ``found_inf``
         attribute beside a ``grad_scale`` argument is not looked at.
         """
         if is_dynamo_compiling() or get_eval_frame_callback() is not None:  # Note [Compiled callers]
-            return self._step_outside_of_graphs(closure, grad_scale=grad_scale, found_inf=found_inf)
+            return self._step_outside_of_graphs(
+                closure, grad_scale=grad_scale, found_inf=found_inf, grad_norm=grad_norm
+            )
         if (
             self._optimizer_step_pre_hooks
             or self._optimizer_step_post_hooks
@@ -277,8 +236,9 @@ class FusedOptimizer(torch.optim.Optimizer):
         ):
             # Hooks are shown the arguments that were given, and may replace them.
             given: dict[str, Any] = {"closure": closure, "grad_scale": grad_scale, "found_inf": found_inf}
+            given["grad_norm"] = grad_norm
             return self._step_with_hooks(**{key: value for key, value in given.items() if value is not None})
-        return self._step(closure, grad_scale=grad_scale, found_inf=found_inf)
+        return self._step(closure, grad_scale=grad_scale, found_inf=found_inf, grad_norm=grad_norm)
 
     # torch wraps every `step` in a profiler range and a walk over hooks, which together take as long as the update of
     # a small model. Marked as hooked, ours goes through torch's wrapper only when there is a hook or a profiler.
@@ -296,30 +256,58 @@ class FusedOptimizer(torch.optim.Optimizer):
         *,
         grad_scale: Tensor | float | None = None,
         found_inf: Tensor | None = None,
+        grad_norm: Tensor | float | None = None,
     ) -> float | Tensor | None:
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         shared = self._shared
-        if grad_scale is None:
-            grad_scale = shared.scale
-        check = grad_scale is not None and found_inf is None
-        if found_inf is None and not check:
-            found_inf = shared.found_inf
-        if (given := shared.grad_scale) is not None:
-            grad_scale = given if grad_scale is None else grad_scale * given
-        clip = shared.clip
-        if type(clip) is NormClip and self._first_is_shard():
-            refuse_norm_of_shards(self._sharded)
-        request = StepRequest(grad_scale, found_inf, check, clip, shared.write_back_grads)
+        if grad_norm is None:
+            refuse_part_of_a_norm(shared.clip)
+        if not self._introduced:
+            self._introduce()
+        request, scalars = shared.request(grad_scale, found_inf), None
+        if grad_norm is not None:
+            request, scalars = with_given_norm(request, grad_norm, self._device, double=self._in_double)
+        report = self._served("step", request)
+        shared.last_step = report if scalars is None else StepReport(scalars, report.found_inf)
+        if shared.found_inf is not None and report.found_inf is not None and self._shards.domains is not None:
+            tell_calling_scaler(report.found_inf)
+        return loss
+
+    def _served(self, half: str, request: StepRequest) -> Any:
+        """What a backend's ``step``, or ``begin``, makes of a request."""
         try:
-            shared.last_step = self._chosen_backend().step(self.param_groups, self.state, request, self._counts)
+            return getattr(self._chosen_backend(), half)(self.param_groups, self.state, request, self._counts)
         except BackendUnavailable:
             # Parameters have moved to another device since: choose again, and raise if that does not help.
             self._backend = None
-            shared.last_step = self._chosen_backend().step(self.param_groups, self.state, request, self._counts)
-        return loss
+            return getattr(self._chosen_backend(), half)(self.param_groups, self.state, request, self._counts)
+
+    def _introduce(self) -> None:
+        """Before the first step: what the other processes and the model would otherwise find out too late."""
+        shards = self._shards
+        shards(self.param_groups)
+        if shards.domains is not None:
+            settings = {"class": type(self).__name__, "clip_grad": str(self.clip_grad)}
+            agree_on_parameters(shards.domains, self.param_groups, settings, shares=shards.share_of is not None)
+        if all(param.grad is None for group in self.param_groups for param in group["params"]):
+            refuse_what_was_left_behind(self.param_groups)
+        self._introduced = True
+
+    @property
+    def _shards(self) -> Shards:
+        return self._chosen_backend().shards
+
+    @property
+    def _device(self) -> torch.device:
+        """Where its parameters are, or the first of them; the CPU without any."""
+        return next((param.device for group in self.param_groups for param in group["params"]), torch.device("cpu"))
+
+    @property
+    def _in_double(self) -> bool:
+        return any(param.dtype == torch.float64 for group in self.param_groups for param in group["params"])
 
     _step_with_hooks = torch.optim.Optimizer.profile_hook_step(_step)
 

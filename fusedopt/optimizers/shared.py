@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..backends import StepReport
+from ..backends import StepReport, StepRequest
 from ..rules import NormClip, ValueClip
 
 __all__ = ["Shared", "handed_over", "reach_through_accelerate"]
@@ -31,10 +31,11 @@ class Shared:
         takes_scale: whether a stock scaler hands its scale over; None where that is up to the parameters.
         grad_scale, found_inf: what a stock scaler hands over as attributes, or a user; None without.
         scale: that of a :class:`fusedopt.amp.GradScaler` while it steps.
+        share_of: the process group whose processes each step a share of the parameters; None without.
         last_step: the report of the last step.
     """
 
-    __slots__ = ("clip", "found_inf", "grad_scale", "last_step", "scale", "takes_scale", "write_back_grads")
+    __slots__ = ("clip", "found_inf", "grad_scale", "last_step", "scale", "share_of", "takes_scale", "write_back_grads")
 
     def __init__(
         self,
@@ -48,7 +49,19 @@ class Shared:
         self.grad_scale: Tensor | float | None = None
         self.found_inf: Tensor | None = None
         self.scale: Tensor | None = None
+        self.share_of: Any = None
         self.last_step: StepReport | None = None
+
+    def request(self, grad_scale: Tensor | float | None, found_inf: Tensor | None) -> StepRequest:
+        """What a step with these arguments asks of a backend."""
+        if grad_scale is None:
+            grad_scale = self.scale
+        check = grad_scale is not None and found_inf is None
+        if found_inf is None and not check:
+            found_inf = self.found_inf
+        if (given := self.grad_scale) is not None:
+            grad_scale = given if grad_scale is None else grad_scale * given
+        return StepRequest(grad_scale, found_inf, check, self.clip, self.write_back_grads)
 
 
 def handed_over(name: str) -> Any:

@@ -1,7 +1,7 @@
 """Update rules: the maths of each optimizer, its settings and its state, with no kernels and no I/O."""
 
 from .adam import Adam, AdamHyperparameters
-from .clipping import CLIP_EPS, NormClip, ValueClip, clip_coefficient, global_norm, parse_clip_grad
+from .clipping import CLIP_EPS, NormClip, ValueClip, clip_coefficient, norm_of, parse_clip_grad, total_of
 from .counts import HiddenCounts, count_problem, new_count
 from .rule import Hyperparameters, Rule, StateColumn, compute_dtype
 from .sgd import SGD, SGDHyperparameters
@@ -26,8 +26,9 @@ __all__ = [
     "clip_coefficient",
     "compute_dtype",
     "count_problem",
-    "global_norm",
     "new_count",
+    "norm_of",
     "parse_clip_grad",
     "state_problem",
+    "total_of",
 ]

@@ -12,27 +12,51 @@ from torch import Tensor
 
 from ..messages import check_number, did_you_mean, plain
 
-__all__ = ["CLIP_EPS", "NormClip", "ValueClip", "clip_coefficient", "global_norm", "parse_clip_grad"]
+__all__ = [
+    "CLIP_EPS",
+    "NormClip",
+    "ValueClip",
+    "clip_coefficient",
+    "norm_of",
+    "parse_clip_grad",
+    "total_of",
+]
 
 #: Added to the norm before dividing, as in ``torch.nn.utils.clip_grad_norm_``. The kernels' copy is tested equal.
 CLIP_EPS = 1e-6
 
 
-def global_norm(grads: Iterable[Tensor], norm_type: float, device: torch.device) -> Tensor:
-    """The norm of all gradients together, in float64 from the first addition, on ``device``."""
-    norms = [torch.linalg.vector_norm(grad.double(), norm_type).to(device) for grad in grads if grad.numel()]
-    if not norms:
-        return torch.zeros((), dtype=torch.float64, device=device)
-    return torch.linalg.vector_norm(torch.stack(norms), norm_type)
+def total_of(grads: Iterable[Tensor], norm_type: float | None, device: torch.device) -> Tensor:
+    """What a statistics pass finds in some gradients: (total, 1.0 if an element is not finite), float64 on ``device``.
+
+    The total is the sum of the powers of magnitudes, for ``norm_type=inf`` the largest, and for None 0.
+    """
+    total = torch.zeros(2, dtype=torch.float64, device=device)
+    for grad in grads:
+        if not grad.numel():
+            continue
+        magnitudes = grad.detach().double().abs()
+        if norm_type == math.inf:
+            total[0] = torch.maximum(total[0], magnitudes.amax().to(device))
+        elif norm_type is not None:
+            total[0] += magnitudes.pow(norm_type).sum().to(device)
+        total[1] = torch.maximum(total[1], magnitudes.isfinite().all().logical_not().to(device, torch.float64))
+    return total
+
+
+def norm_of(pairs: Tensor, norm_type: float) -> Tensor:
+    """The norm that the totals of pairs, (n, 2), make together."""
+    totals = pairs[:, 0]
+    return totals.amax() if norm_type == math.inf else totals.sum().pow(1 / norm_type)
 
 
 def clip_coefficient(grad_norm: Tensor, max_norm: float | Tensor) -> Tensor:
     """``min(1, max_norm / (grad_norm + 1e-6))``; NaN when the norm is NaN, so that NaN reaches every gradient."""
-    max_norm = float(max_norm)
-    if math.isinf(max_norm):
-        # inf / inf would be NaN; an infinite bound only reports. A NaN norm stays NaN.
-        return torch.where(grad_norm.isnan(), grad_norm, torch.ones_like(grad_norm))
-    return torch.clamp(max_norm / (grad_norm + CLIP_EPS), max=1.0)
+    if not isinstance(max_norm, Tensor):
+        max_norm = torch.full_like(grad_norm, max_norm)
+    clipped = torch.clamp(max_norm.to(grad_norm) / (grad_norm + CLIP_EPS), max=1.0)
+    # inf / inf would be NaN; an infinite bound only reports. A NaN norm stays NaN.
+    return torch.where(max_norm.isinf(), torch.where(grad_norm.isnan(), grad_norm, 1.0), clipped)
 
 
 @dataclass(frozen=True)

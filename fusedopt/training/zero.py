@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -18,12 +19,11 @@ from ..messages import (
     did_you_mean,
     plain_groups,
     plain_settings,
-    refuse_norm_of_shards,
-    sharded_parameter,
 )
 from ..optimizers.base import FusedOptimizer
 from ..optimizers.loading import read_state_dict
-from ..rules import NormClip, ValueClip, clip_coefficient, global_norm, parse_clip_grad
+from ..rules import NormClip, ValueClip, clip_coefficient, norm_of, parse_clip_grad, total_of
+from ..shards import add_up, refuse_norm_of_flat_shards
 from ..undo import parameter_groups, unchanged_on_error
 from .registry import OPTIMIZERS, accepted_arguments
 
@@ -51,7 +51,6 @@ class ZeroRedundancyOptimizer(_ZeroRedundancyOptimizer):
 
     Attributes:
         optim: the optimizer of this process' share.
-        last_step: a :class:`~fusedopt.backends.StepReport` of the last step's norm clipping; None without it.
 
     Raises:
         KeyError: an unknown ``optimizer_type``.
@@ -70,7 +69,7 @@ class ZeroRedundancyOptimizer(_ZeroRedundancyOptimizer):
         self._clip = parse_clip_grad(clip_grad)
         kwargs = plain_settings(kwargs)
         check_no_model(params)
-        self.last_step: StepReport | None = None
+        self._last_step: StepReport | None = None
         build = OPTIMIZERS.resolve(optimizer_type)
         if isinstance(params, Tensor):
             raise TypeError("params must be a list of tensors or group dicts, got a tensor")
@@ -91,12 +90,26 @@ class ZeroRedundancyOptimizer(_ZeroRedundancyOptimizer):
             )
             self.defaults.update(self.optim.defaults)
             if isinstance(self._clip, NormClip):
-                refuse_norm_of_shards(sharded_parameter(self.param_groups))
+                refuse_norm_of_flat_shards(self.param_groups)
+            if isinstance(self.optim, FusedOptimizer):
+                self.optim.clip_grad = self._clip
 
     @property
     def clip_grad(self) -> dict[str, Any] | None:
         """The settings of the clipping inside the step, or None."""
         return None if self._clip is None else self._clip.as_dict()
+
+    @property
+    def last_step(self) -> StepReport | None:
+        """The report of the last step, the same in every process; of a stock optimizer only that of norm clipping."""
+        return self.optim.last_step if isinstance(self.optim, FusedOptimizer) else self._last_step
+
+    @property
+    def _shared(self) -> Any:
+        """See Note [Objects around an optimizer]: our loss scaler leaves a fused share's unscaling to its step."""
+        if isinstance(optim := self.__dict__.get("optim"), FusedOptimizer):
+            return optim._shared
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute '_shared'")
 
     def step(self, closure: Callable[[], float] | None = None, **kwargs: Any) -> Any:
         """Clip, step this process' share, and exchange the parameters.
@@ -104,7 +117,7 @@ class ZeroRedundancyOptimizer(_ZeroRedundancyOptimizer):
         Raises:
             RuntimeError: the norm is not finite under ``error_if_nonfinite``. Nothing has been changed then.
         """
-        if self._clip is None:
+        if self._clip is None or isinstance(self.optim, FusedOptimizer):  # whose step clips
             return super().step(closure, **kwargs)
         loss = None
         if closure is not None:
@@ -117,23 +130,18 @@ class ZeroRedundancyOptimizer(_ZeroRedundancyOptimizer):
         else:
             norm = self._global_norm(params, self._clip)
             coefficient = clip_coefficient(norm, self._clip.max_norm)
-            self.last_step = StepReport(torch.stack([norm, coefficient]))
-            if isinstance(self.optim, FusedOptimizer):
-                # The share is multiplied inside its step. It need not search for infs: the norm shows them.
-                kwargs.update(grad_scale=coefficient.reciprocal(), found_inf=torch.zeros((), device=norm.device))
-            elif params:
+            self._last_step = StepReport(torch.stack([norm, coefficient]))
+            if params:
                 torch._foreach_mul_([param.grad for param in params], coefficient)
         super().step(**kwargs)
         return loss
 
     def _global_norm(self, params: list[torch.nn.Parameter], clip: NormClip) -> Tensor:
-        """Norm of the gradients of all shares; ``params`` is this one's. Bitwise equal in every process."""
+        """Norm of the gradients of all shares; ``params`` is this one's. The same in every process."""
         grads = (param.grad for param in params if param.grad is not None)
-        share = global_norm(grads, clip.norm_type, self.join_device)
-        shares = [torch.empty_like(share) for _ in range(self.world_size)]
-        # The norm of all norms, not an all-reduced sum or maximum: reductions may lose NaN.
-        dist.all_gather(shares, share, group=self.process_group)
-        norm = torch.linalg.vector_norm(torch.stack(shares), clip.norm_type)
+        share = total_of(grads, clip.norm_type, self.join_device)
+        largest = clip.norm_type == math.inf
+        norm = norm_of(add_up(share[None], self.process_group, largest=largest), clip.norm_type)
         if clip.error_if_nonfinite and not bool(norm.isfinite()):
             raise RuntimeError(
                 f"The total norm of order {clip.norm_type} for gradients is non-finite, so it cannot be clipped"

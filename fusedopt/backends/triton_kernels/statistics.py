@@ -14,6 +14,7 @@ from .memory import (
     INF,
     LAYOUT_SIZE,
     ONE,
+    ROW_DOMAIN,
     ROW_DTYPE,
     ROW_FIRST_CHUNK,
     ROW_LAYOUT,
@@ -153,15 +154,24 @@ def statistics_kernel(
 
 
 @triton.jit
-def add_up(found, count, KIND: tl.constexpr):
-    """The sum (or the maximum) of ``count`` pairs as :func:`statistics_kernel` leaves them, in a fixed order."""
+def add_up(found, count, KIND: tl.constexpr, rows=0, chunks=0, domain=0, SEVERAL: tl.constexpr = False):
+    """The sum (or the maximum) of ``count`` pairs as :func:`statistics_kernel` leaves them, in a fixed order.
+
+    With ``SEVERAL``, that of the chunks of one domain. Whether an element is not finite is told of all.
+    """
     pairs = found.to(tl.pointer_type(tl.float64))
     lane = tl.arange(0, SUM_BLOCK)
     acc = tl.zeros((SUM_BLOCK,), tl.int64 if KIND == INF else tl.float64)
     bad = tl.zeros((SUM_BLOCK,), tl.float64)
     for begin in range(0, count, SUM_BLOCK):
         i = begin + lane
-        sums = tl.load(pairs + 2 * i, mask=i < count, other=0)
+        counts = i < count
+        if SEVERAL:
+            row = tl.load(chunks.to(tl.pointer_type(tl.int32)) + i.to(tl.int64) * CHUNK_SIZE, mask=counts, other=0)
+            start = rows + row.to(tl.int64) * ROW_SIZE
+            mine = tl.load(start.to(tl.pointer_type(tl.int32)) + ROW_DOMAIN, mask=counts, other=0)
+            counts = counts & (mine == domain)
+        sums = tl.load(pairs + 2 * i, mask=counts, other=0)
         if KIND == INF:
             acc = tl.maximum(acc, sums.to(tl.int64, bitcast=True))
         else:
@@ -175,8 +185,18 @@ def add_up(found, count, KIND: tl.constexpr):
 
 
 @launched
-def total_kernel(found: tl.int64, count: tl.int32, total: tl.int64, KIND: tl.constexpr):
-    """With several devices: make one pair of all that one of them found."""
-    value, bad = add_up(found, count, KIND)
-    tl.store(total.to(tl.pointer_type(tl.float64)), value)
-    tl.store(total.to(tl.pointer_type(tl.float64)) + 1, bad)
+def total_kernel(
+    found: tl.int64,
+    count: tl.int32,
+    rows: tl.int64,
+    chunks: tl.int64,
+    totals: tl.int64,
+    KIND: tl.constexpr,
+    SEVERAL: tl.constexpr,
+):
+    """In a first half: make one pair of all that was found in domain ``program_id``."""
+    domain = tl.program_id(0)
+    value, bad = add_up(found, count, KIND, rows, chunks, domain, SEVERAL)
+    mine = totals.to(tl.pointer_type(tl.float64)) + 2 * domain
+    tl.store(mine, value)
+    tl.store(mine + 1, bad)

@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ...backends import StepReport
-from ...messages import plain, refuse_norm_of_shards, sharded_parameter
+from ...messages import plain
 from ...optimizers import FusedOptimizer
 from ...rules import NormClip, ValueClip, clip_coefficient, parse_clip_grad
+from ...shards import refuse_norm_of_flat_shards
 from ..registry import OPTIM_WRAPPERS
 from .base import BaseOptimWrapper, taking
 from .summary import parameter_table, settings_summary
@@ -68,8 +69,8 @@ class OptimWrapper(BaseOptimWrapper):
             if accumulative_counts < 1:
                 raise ValueError(f"accumulative_counts must be at least 1, got {accumulative_counts}")
             clip = parse_clip_grad(clip_grad)
-            if isinstance(clip, NormClip):
-                refuse_norm_of_shards(sharded_parameter(optimizer.param_groups))
+            if isinstance(clip, NormClip) and not isinstance(optimizer, FusedOptimizer):
+                refuse_norm_of_flat_shards(optimizer.param_groups)
             own_clip = getattr(optimizer, "clip_grad", None)
             if clip is not None and own_clip is not None:
                 raise ValueError(
@@ -172,7 +173,7 @@ class OptimWrapper(BaseOptimWrapper):
         if isinstance(clip, ValueClip):
             torch.nn.utils.clip_grad_value_(params, clip.clip_value)
         else:
-            refuse_norm_of_shards(sharded_parameter(self.optimizer.param_groups))
+            refuse_norm_of_flat_shards(self.optimizer.param_groups)
             self._stock_grad_norm = torch.nn.utils.clip_grad_norm_(
                 params,
                 clip.max_norm,  # type: ignore[arg-type]
@@ -260,13 +261,13 @@ class OptimWrapper(BaseOptimWrapper):
     def grad_norm(self) -> Tensor | None:
         """Gradient norm of the last step before clipping, a 0-dim tensor on the device; None without norm clipping."""
         report = self._report
-        return self._stock_grad_norm if report is None else report.grad_norm
+        return self._stock_grad_norm if report is None or report.grad_norm is None else report.grad_norm
 
     @property
     def clip_coef(self) -> Tensor | None:
         """The factor that clipped the gradients of the last step, a 0-dim tensor; None without norm clipping."""
         report = self._report
-        if report is not None:
+        if report is not None and report.clip_coef is not None:
             return report.clip_coef
         if self._stock_grad_norm is None or not isinstance(self._stock_clip, NormClip):
             return None

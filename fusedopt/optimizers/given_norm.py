@@ -1,0 +1,67 @@
+"""A step whose caller knows the norm of the gradients."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..backends import StepRequest
+from ..messages import as_float, is_dtensor
+from ..rules import NormClip, clip_coefficient
+
+__all__ = ["with_given_norm"]
+
+
+def with_given_norm(
+    request: StepRequest, grad_norm: Tensor | float, device: torch.device, *, double: bool
+) -> tuple[StepRequest, Tensor]:
+    """The step that ``request`` asks for, without the pass that finds the norm, and what it is to report.
+
+    Dividing by ``scale / coefficient`` unscales and clips, and a norm that is not finite tells of an overflow.
+
+    Args:
+        request: clips by a norm.
+        grad_norm: the norm of the unscaled gradients, of the order that is clipped by.
+        device: where the parameters are.
+        double: whether the report is in float64.
+
+    Returns:
+        the request; the norm and the coefficient, (2,).
+
+    Raises:
+        TypeError, ValueError: ``grad_norm`` is no norm, or the request does not clip by one.
+        RuntimeError: it is not finite under ``error_if_nonfinite``.
+    """
+    clip = request.clip
+    if not isinstance(clip, NormClip):
+        raise ValueError(
+            f"grad_norm is given, and clip_grad is {None if clip is None else clip.as_dict()}; expected clip_grad with "
+            "max_norm, which the gradients are clipped to"
+        )
+    if is_dtensor(grad_norm):
+        grad_norm = grad_norm.full_tensor()  # type: ignore[union-attr]
+    if isinstance(grad_norm, Tensor):
+        if grad_norm.numel() != 1 or not grad_norm.is_floating_point():
+            raise ValueError(
+                f"grad_norm is a tensor of shape {tuple(grad_norm.shape)} and {grad_norm.dtype}; expected one "
+                "floating-point number"
+            )
+        norm = grad_norm.detach().reshape(()).to(device, torch.float64)
+    else:
+        number = as_float(grad_norm)
+        if number is None or isinstance(grad_norm, bool):
+            raise TypeError(f"grad_norm must be a number or a 0-dim tensor, got {grad_norm!r}")
+        if number < 0:
+            raise ValueError(f"Invalid grad_norm: {number}; expected a norm >= 0")
+        norm = torch.full((), number, dtype=torch.float64, device=device)
+    coefficient = clip_coefficient(norm, clip.max_norm)
+    found_inf = request.found_inf
+    if request.check:
+        found_inf = norm.isfinite().logical_not().float()
+    if clip.error_if_nonfinite and not norm.isfinite() and (found_inf is None or not bool(found_inf)):
+        raise RuntimeError(f"grad_norm is {float(norm)}, so the gradients cannot be clipped to it")
+    scale = 1.0 if request.grad_scale is None else request.grad_scale
+    if isinstance(scale, Tensor):
+        scale = scale.to(device, torch.float64)
+    report = torch.stack((norm, coefficient)).to(torch.float64 if double else torch.float32)
+    return request._replace(grad_scale=scale / coefficient, found_inf=found_inf, check=False, clip=None), report

@@ -1,0 +1,63 @@
+"""torch's loss scalers, where a gradient has parts in other processes."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..messages import parameter_name
+from .flat import is_flat_shard
+
+__all__ = ["refuse_scaling_of_flat_shards", "tell_calling_scaler"]
+
+
+def tell_calling_scaler(found_inf: Tensor) -> None:
+    """Let the scaler of torch's that is stepping the optimizer know what the processes agreed on.
+
+    Note [Scalers and shards]: a ``torch.amp.GradScaler`` hands over whether it found an overflow, but it looked at what
+    is in its own process. The step asks the others. A scaler that does not hear of their overflows would keep its scale
+    where theirs go down. Its step calls the optimizer's, and gives it no way to answer; so it is looked for among the
+    callers, and its record, from which it updates the scale, is corrected.
+
+    Args:
+        found_inf: 0-dim, 1 or 0.
+    """
+    scaler, optimizer = _caller()
+    record: Any = None if scaler is None else scaler._per_optimizer_states.get(id(optimizer))
+    for flag in () if record is None else record["found_inf_per_device"].values():
+        flag.copy_(found_inf.reshape(flag.shape))
+
+
+def _caller() -> tuple[torch.amp.GradScaler | None, Any]:
+    """The scaler among the callers, and the optimizer that it was given."""
+    frame = sys._getframe(2)
+    while frame is not None:
+        caller = frame.f_locals.get("self")
+        if isinstance(caller, torch.amp.GradScaler) and "optimizer" in frame.f_locals:
+            return caller, frame.f_locals["optimizer"]
+        frame = frame.f_back  # type: ignore[assignment]
+    return None, None
+
+
+def refuse_scaling_by_shares(param_groups: Iterable[Mapping[str, Any]]) -> None:
+    """Raise ValueError if a scaler calls that decides on its own whether these flat shards are stepped."""
+    scaler, _ = _caller()
+    module = sys.modules.get("torch.distributed.fsdp.sharded_grad_scaler")
+    if scaler is not None and (module is None or not isinstance(scaler, module.ShardedGradScaler)):
+        refuse_scaling_of_flat_shards(param_groups, "a GradScaler that unscales the gradients itself")
+
+
+def refuse_scaling_of_flat_shards(param_groups: Iterable[Mapping[str, Any]], who: str) -> None:
+    """Raise ValueError if a parameter is a flat shard: ``who`` would skip the step of one process only."""
+    for g, group in enumerate(param_groups):
+        for i, param in enumerate(group["params"]):
+            if is_flat_shard(param):
+                raise ValueError(
+                    f"{who} cannot be used here: {parameter_name(group, g, i)} is a shard of a "
+                    "FullyShardedDataParallel model, and an overflow in one process would skip the step of that "
+                    "process only; expected torch.distributed.fsdp.sharded_grad_scaler.ShardedGradScaler"
+                )
