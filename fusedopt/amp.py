@@ -12,7 +12,7 @@ from torch.compiler import is_dynamo_compiling
 
 from .backends.native import update_scale
 from .messages import plain, plain_settings
-from .optimizers.shared import Shared
+from .optimizers.shared import Shared, steps_fused
 from .shards import refuse_scaling_of_flat_shards
 
 __all__ = ["GradScaler"]
@@ -80,15 +80,15 @@ class GradScaler(torch.amp.GradScaler):
             return self._step_outside_of_graphs(optimizer, *args, **kwargs)
         if self._enabled:
             _refuse_shards(optimizer)
-        shared = getattr(optimizer, "_shared", None)
-        if not self._enabled or not isinstance(shared, Shared):
+        if not self._enabled or not steps_fused(optimizer):
             return super().step(optimizer, *args, **kwargs)
         if "closure" in kwargs or any(arg is not None for arg in args):
             raise RuntimeError("Closure use is not currently supported if GradScaler is enabled.")
         record = self._per_optimizer_states[id(optimizer)]
         if record["stage"] is not OptState.READY:  # unscaled by hand, or a second step: torch's own path serves both
-            return self._stock_step(optimizer, shared, **kwargs)
+            return self._stock_step(optimizer, **kwargs)
         self._check_scale_growth_tracker("step")
+        shared: Shared = optimizer._shared  # type: ignore[attr-defined]
         shared.scale = self._get_scale_async()
         try:
             result = optimizer.step(**kwargs)
@@ -137,8 +137,9 @@ class GradScaler(torch.amp.GradScaler):
             self._growth_interval,
         )
 
-    def _stock_step(self, optimizer: torch.optim.Optimizer, shared: Shared, **kwargs: Any) -> Any:
+    def _stock_step(self, optimizer: torch.optim.Optimizer, **kwargs: Any) -> Any:
         """torch's step, which passes scale and found_inf as attributes and leaves them set when it fails."""
+        shared: Shared = optimizer._shared  # type: ignore[attr-defined]
         before = shared.grad_scale, shared.found_inf
         takes_scale = shared.takes_scale
         shared.takes_scale = True  # off only for scalers that do not know of the report
@@ -152,5 +153,5 @@ class GradScaler(torch.amp.GradScaler):
 
 
 def _refuse_shards(optimizer: torch.optim.Optimizer) -> None:
-    if not isinstance(getattr(optimizer, "_shared", None), Shared):  # which asks the other processes
+    if not steps_fused(optimizer):  # those ask the other processes
         refuse_scaling_of_flat_shards(optimizer.param_groups, "this GradScaler")

@@ -38,8 +38,8 @@ def variants() -> Iterator[tuple[Any, dict[str, Any], int, str]]:
     yield kernels.map_kernel, {"BLOCK": 128}, 4, "map"
     for kind, slow in itertools.product(range(5), (False, True)):
         yield kernels.statistics_kernel, {"KIND": kind, "SLOW_DOUBLE": slow}, 4, f"statistics-{kind}-{slow}"
-    for kind in range(5):
-        yield kernels.total_kernel, {"KIND": kind}, 4, f"total-{kind}"
+    for kind, several in itertools.product(range(5), (False, True)):
+        yield kernels.total_kernel, {"KIND": kind, "SEVERAL": several}, 4, f"total-{kind}-{several}"
     names = [name for name in RULES if has_kernels(name)]
     for name, kind, flag in itertools.product(names, range(5), (False, True)):
         constants = {

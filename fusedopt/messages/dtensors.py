@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-__all__ = ["dealt_out_alike", "is_dtensor", "local_of"]
+__all__ = ["deal_out_as", "dealt_out_alike", "is_dtensor", "local_of"]
 
 
 def is_dtensor(tensor: Any) -> bool:
@@ -26,3 +26,22 @@ def dealt_out_alike(one: Any, other: Any) -> bool:
     if not is_dtensor(one) or not is_dtensor(other):
         return is_dtensor(one) == is_dtensor(other)
     return one.device_mesh == other.device_mesh and tuple(one.placements) == tuple(other.placements)
+
+
+def deal_out_as(param: Any, value: Any) -> Any:
+    """``value``, of the parameter's shape, as the parameter is: over the same mesh, with the same placements, or plain.
+
+    A plain tensor is taken to be whole, and the same in every process. All processes must call this: what is dealt out
+    in another way is exchanged among them.
+    """
+    if dealt_out_alike(param, value):
+        return value
+    if not is_dtensor(param):
+        return value.full_tensor()
+    if is_dtensor(value):
+        if value.device_mesh == param.device_mesh:
+            return value.redistribute(placements=param.placements)
+        value = value.full_tensor()
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(value, param.device_mesh, param.placements, src_data_rank=None)

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from ..messages import check_state_kinds, is_number, parameter_name
+from ..messages import check_state_kinds, deal_out_as, is_number, local_of, parameter_name
 from ..rules import Rule, count_problem, new_count, state_problem
 from .names import in_the_order_of
 
@@ -200,6 +200,8 @@ def _copied(entry: Mapping[Any, Any], param: Tensor) -> dict[Any, Any]:
             copied[key] = new_count(float(value), param.device, dtype)
         elif isinstance(value, Tensor):
             copied[key] = value.detach().to(device=param.device, copy=True)
+            if value.shape == param.shape:
+                copied[key] = deal_out_as(param, copied[key])
         else:
             copied[key] = deepcopy(value)
     return copied
@@ -219,6 +221,6 @@ def _hide_step(rule: Rule, entry: dict[Any, Any], param: Tensor, counts: dict[Te
     count = entry.pop("step", None)
     column = entry.get(rule.columns[0].name)
     if isinstance(column, Tensor):
-        if count is None or (not bool(count) and bool(column.any())):
+        if count is None or (not bool(count) and bool(local_of(column).any())):
             count = 1
         counts[param] = count if isinstance(count, Tensor) else new_count(count, param.device)

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from ..messages import local_of
+
 if TYPE_CHECKING:
     from .base import FusedOptimizer
 
@@ -36,7 +38,7 @@ def _is_unreal(optimizer: FusedOptimizer, param: Tensor, state: dict[str, Any]) 
     if not isinstance(count, Tensor) or not state.keys() <= {*columns, "step"}:
         return False
     tensors = [count, *(state[name] for name in columns if name in state)]
-    return all(isinstance(tensor, Tensor) and not bool(tensor.any()) for tensor in tensors)
+    return all(isinstance(tensor, Tensor) and not bool(local_of(tensor).any()) for tensor in tensors)
 
 
 def _asked_for_all() -> bool:

@@ -10,7 +10,7 @@ from torch import Tensor
 from ..backends import StepReport, StepRequest
 from ..rules import NormClip, ValueClip
 
-__all__ = ["Shared", "handed_over", "reach_through_accelerate"]
+__all__ = ["Shared", "handed_over", "reach_through_accelerate", "steps_fused"]
 
 
 class Shared:
@@ -64,6 +64,11 @@ class Shared:
         return StepRequest(grad_scale, found_inf, check, self.clip, self.write_back_grads)
 
 
+def steps_fused(optimizer: Any) -> bool:
+    """Whether a step of the optimizer unscales and clips: that of a fused one, or of a group or ZeRO share of them."""
+    return isinstance(getattr(optimizer, "_shared", None), Shared)
+
+
 def handed_over(name: str) -> Any:
     """An attribute of an optimizer that torch's scaler sets before a step and deletes after it.
 
@@ -98,7 +103,7 @@ def reach_through_accelerate() -> None:
 
 def _of_what_it_holds(name: str) -> Any:
     def is_fused(outer: Any) -> bool:
-        return isinstance(getattr(outer.optimizer, "_shared", None), Shared)
+        return steps_fused(outer.optimizer)
 
     def get(outer: Any) -> Any:
         if is_fused(outer):

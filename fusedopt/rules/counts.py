@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..messages import local_of
+
 __all__ = ["HiddenCounts", "count_problem", "fit_count", "fit_problem", "new_count"]
 
 #: From here on float32 cannot count by ones.
@@ -134,7 +136,7 @@ class HiddenCounts(dict[Tensor, tuple[Tensor, "weakref.ref[Tensor]"]]):
             if not created:
                 before = self.get(param)
                 value = 1.0 if before is None else float(before[0])
-                if value == 0 and bool(column.any()):
+                if value == 0 and bool(local_of(column).any()):
                     value = 1.0
             count = new_count(value, param.device)
             self.put(param, column, count)

@@ -76,11 +76,15 @@ class Domains:
         """
         if self.problem is not None:
             raise ValueError(self.problem)
+        if len(self.reaches) == 1:
+            for group in self.reaches[0]:
+                totals = add_up(totals, group, largest=largest)
+            return totals
         rows = list(totals.unbind(0))
         for group, mine in self._steps:
             part = torch.stack([rows[number] for number in mine])
-            if len(rows) > 1:  # what is not finite in one domain stops all, whoever they add up with
-                part[:, 1] = torch.stack(rows)[:, 1].amax()
+            # What is not finite in one domain stops all, whoever they add up with.
+            part[:, 1] = torch.stack(rows)[:, 1].amax()
             for number, total in zip(mine, add_up(part, group, largest=largest).unbind(0), strict=True):
                 rows[number] = total
         return torch.stack(rows)

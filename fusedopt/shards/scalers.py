@@ -6,13 +6,16 @@ import sys
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ..messages import parameter_name
+from .callers import locals_of_caller
 from .flat import is_flat_shard
 
-__all__ = ["refuse_scaling_of_flat_shards", "tell_calling_scaler"]
+__all__ = ["refuse_scaling_by_shares", "refuse_scaling_of_flat_shards", "tell_calling_scaler"]
+
+#: Where a scaler calls an optimizer's step, or asks what it supports.
+_STEP = "torch.amp.grad_scaler", "step"
 
 
 def tell_calling_scaler(found_inf: Tensor) -> None:
@@ -26,26 +29,15 @@ def tell_calling_scaler(found_inf: Tensor) -> None:
     Args:
         found_inf: 0-dim, 1 or 0.
     """
-    scaler, optimizer = _caller()
-    record: Any = None if scaler is None else scaler._per_optimizer_states.get(id(optimizer))
+    caller = locals_of_caller(*_STEP)
+    record: Any = caller["self"]._per_optimizer_states.get(id(caller["optimizer"])) if caller else None
     for flag in () if record is None else record["found_inf_per_device"].values():
         flag.copy_(found_inf.reshape(flag.shape))
 
 
-def _caller() -> tuple[torch.amp.GradScaler | None, Any]:
-    """The scaler among the callers, and the optimizer that it was given."""
-    frame = sys._getframe(2)
-    while frame is not None:
-        caller = frame.f_locals.get("self")
-        if isinstance(caller, torch.amp.GradScaler) and "optimizer" in frame.f_locals:
-            return caller, frame.f_locals["optimizer"]
-        frame = frame.f_back  # type: ignore[assignment]
-    return None, None
-
-
 def refuse_scaling_by_shares(param_groups: Iterable[Mapping[str, Any]]) -> None:
     """Raise ValueError if a scaler calls that decides on its own whether these flat shards are stepped."""
-    scaler, _ = _caller()
+    scaler = locals_of_caller(*_STEP).get("self")
     module = sys.modules.get("torch.distributed.fsdp.sharded_grad_scaler")
     if scaler is not None and (module is None or not isinstance(scaler, module.ShardedGradScaler)):
         refuse_scaling_of_flat_shards(param_groups, "a GradScaler that unscales the gradients itself")

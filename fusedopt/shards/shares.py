@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import sys
 from typing import Any
+
+from .callers import locals_of_caller
 
 __all__ = ["share_being_made"]
 
@@ -15,10 +16,5 @@ def share_being_made() -> Any:
     class or function that it was given. Clipping by the norm of its share alone, each process would do something else.
     So it is looked for among the callers.
     """
-    module = sys.modules.get("torch.distributed.optim.zero_redundancy_optimizer")
-    frame = None if module is None else sys._getframe(1)
-    while module is not None and frame is not None:
-        if isinstance(caller := frame.f_locals.get("self"), module.ZeroRedundancyOptimizer):
-            return caller.process_group
-        frame = frame.f_back
-    return None
+    caller = locals_of_caller("torch.distributed.optim.zero_redundancy_optimizer", "_init_local_optimizer")
+    return caller["self"].process_group if caller else None

@@ -89,15 +89,21 @@ class ZeroRedundancyOptimizer(_ZeroRedundancyOptimizer):
                 parameters_as_bucket_view=parameters_as_bucket_view,
             )
             self.defaults.update(self.optim.defaults)
-            if isinstance(self._clip, NormClip):
-                refuse_norm_of_flat_shards(self.param_groups)
-            if isinstance(self.optim, FusedOptimizer):
-                self.optim.clip_grad = self._clip
+            self.clip_grad = self._clip  # type: ignore[assignment]
 
     @property
     def clip_grad(self) -> dict[str, Any] | None:
         """The settings of the clipping inside the step, or None."""
         return None if self._clip is None else self._clip.as_dict()
+
+    @clip_grad.setter
+    def clip_grad(self, value: Mapping[str, Any] | None) -> None:
+        clip = parse_clip_grad(value)
+        if isinstance(self.optim, FusedOptimizer):
+            self.optim.clip_grad = clip
+        elif isinstance(clip, NormClip):
+            refuse_norm_of_flat_shards(self.param_groups)
+        self._clip = clip
 
     @property
     def last_step(self) -> StepReport | None:

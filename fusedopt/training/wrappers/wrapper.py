@@ -14,7 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ...backends import StepReport
 from ...messages import plain
-from ...optimizers import FusedOptimizer
+from ...optimizers.shared import steps_fused
 from ...rules import NormClip, ValueClip, clip_coefficient, parse_clip_grad
 from ...shards import refuse_norm_of_flat_shards
 from ..registry import OPTIM_WRAPPERS
@@ -69,7 +69,7 @@ class OptimWrapper(BaseOptimWrapper):
             if accumulative_counts < 1:
                 raise ValueError(f"accumulative_counts must be at least 1, got {accumulative_counts}")
             clip = parse_clip_grad(clip_grad)
-            if isinstance(clip, NormClip) and not isinstance(optimizer, FusedOptimizer):
+            if isinstance(clip, NormClip) and not steps_fused(optimizer):
                 refuse_norm_of_flat_shards(optimizer.param_groups)
             own_clip = getattr(optimizer, "clip_grad", None)
             if clip is not None and own_clip is not None:
@@ -77,8 +77,8 @@ class OptimWrapper(BaseOptimWrapper):
                     f"clip_grad is set on both the wrapper ({clip.as_dict()}) and the optimizer ({own_clip}); set it "
                     "on one of them"
                 )
-            if clip is not None and isinstance(optimizer, FusedOptimizer):
-                optimizer.clip_grad = clip.as_dict()
+            if clip is not None and steps_fused(optimizer):
+                optimizer.clip_grad = clip.as_dict()  # type: ignore[attr-defined]
                 clip = None
             # None for a fused optimizer, which clips itself.
             self._stock_clip = clip
@@ -261,13 +261,13 @@ class OptimWrapper(BaseOptimWrapper):
     def grad_norm(self) -> Tensor | None:
         """Gradient norm of the last step before clipping, a 0-dim tensor on the device; None without norm clipping."""
         report = self._report
-        return self._stock_grad_norm if report is None or report.grad_norm is None else report.grad_norm
+        return self._stock_grad_norm if report is None else report.grad_norm
 
     @property
     def clip_coef(self) -> Tensor | None:
         """The factor that clipped the gradients of the last step, a 0-dim tensor; None without norm clipping."""
         report = self._report
-        if report is not None and report.clip_coef is not None:
+        if report is not None:
             return report.clip_coef
         if self._stock_grad_norm is None or not isinstance(self._stock_clip, NormClip):
             return None
