@@ -8,7 +8,16 @@ from typing import Any
 
 import pytest
 import torch
-from cases import BACKENDS, HAS_EMULATOR, EmulatedBackend, EmulatedPair, backend_name, bits, set_gradients
+from cases import (
+    HAS_EMULATOR,
+    EmulatedBackend,
+    EmulatedPair,
+    backend_name,
+    bits,
+    each_backend,
+    parameters,
+    set_gradients,
+)
 from torch import nn
 
 import fusedopt
@@ -16,7 +25,7 @@ from fusedopt.backends import StepRequest
 from fusedopt.rules import NormClip
 from fusedopt.shards import Domains, domains
 
-KINDS = [*BACKENDS, *([EmulatedPair.name] if HAS_EMULATOR else [])]
+each_kind = pytest.mark.parametrize("backend", [*each_backend.args[1], *([EmulatedPair.name] if HAS_EMULATOR else [])])
 SHAPES = [(5,), (2100,), (3, 4), (0,), (40,), (17,)]
 NORMS = [1.0, 2.0, 3.0, math.inf]
 
@@ -26,8 +35,7 @@ def name_of(backend: str) -> str:
 
 
 def make(backend: str, **settings: Any) -> tuple[Any, list[nn.Parameter]]:
-    torch.manual_seed(0)
-    params = [nn.Parameter(torch.randn(shape)) for shape in SHAPES]
+    params = parameters(SHAPES)
     return fusedopt.FusedAdamW(params, lr=0.1, backend=name_of(backend), **settings), params
 
 
@@ -52,7 +60,7 @@ def total(params: list[nn.Parameter], norm_type: float) -> float:
 
 
 @pytest.mark.parametrize("norm_type", NORMS)
-@pytest.mark.parametrize("backend", KINDS)
+@each_kind
 def test_a_first_half_finds_a_total_of_each_domain(backend, norm_type, in_domains):
     numbers = [0, 1, 2, 1, 0, 2]
     in_domains(numbers)
@@ -63,7 +71,7 @@ def test_a_first_half_finds_a_total_of_each_domain(backend, norm_type, in_domain
     request = StepRequest(check=True, clip=NormClip(0.5, norm_type))
     served = optimizer._chosen_backend()
     totals = served.begin(optimizer.param_groups, optimizer.state, request, optimizer._counts)
-    here = served.shards.here(totals, torch.device("cpu"), norm_type)
+    here = served.shards.here(totals, params[0].device, norm_type)
     assert here.shape == (3, 2)
     for number in range(3):
         mine = [param for param, each in zip(params, numbers, strict=True) if each == number]
@@ -77,7 +85,7 @@ def test_a_first_half_finds_a_total_of_each_domain(backend, norm_type, in_domain
 
 
 @pytest.mark.parametrize("norm_type", NORMS)
-@pytest.mark.parametrize("backend", KINDS)
+@each_kind
 def test_two_halves_are_a_step(backend, norm_type, in_domains, monkeypatch):
     clip = dict(max_norm=0.5, norm_type=norm_type)
     whole, params = make(backend, clip_grad=clip)
@@ -96,7 +104,7 @@ def test_two_halves_are_a_step(backend, norm_type, in_domains, monkeypatch):
 
 
 @pytest.mark.parametrize("value", [math.inf, math.nan])
-@pytest.mark.parametrize("backend", KINDS)
+@each_kind
 def test_what_is_not_finite_in_one_domain_is_told_in_all_and_skips(backend, value, in_domains):
     in_domains([0, 1, 2, 1, 0, 2])
     optimizer, params = make(backend, clip_grad=dict(max_norm=1.0))
@@ -113,7 +121,7 @@ def test_what_is_not_finite_in_one_domain_is_told_in_all_and_skips(backend, valu
     assert all(float(state["step"]) == 1 for state in optimizer.state.values())
 
 
-@pytest.mark.parametrize("backend", KINDS)
+@each_kind
 def test_a_process_without_gradients_reports_what_the_others_found(backend, in_domains):
     found = in_domains([0] * 6)
     optimizer, _ = make(backend, clip_grad=dict(max_norm=1.0))
@@ -124,7 +132,7 @@ def test_a_process_without_gradients_reports_what_the_others_found(backend, in_d
     assert not optimizer.state
 
 
-@pytest.mark.parametrize("backend", KINDS)
+@each_kind
 def test_an_error_between_the_halves_leaves_everything_and_the_next_step_is_made(backend, in_domains):
     found = in_domains([0, 1, 0, 1, 0, 1])
     optimizer, params = make(backend, clip_grad=dict(max_norm=1.0))
@@ -144,8 +152,10 @@ def test_an_error_between_the_halves_leaves_everything_and_the_next_step_is_made
     assert [bits(param) for param in params] != before
 
 
-@pytest.mark.parametrize("backend", [backend for backend in KINDS if backend != "reference"])
+@each_kind
 def test_a_plan_makes_one_step_at_a_time(backend):
+    if backend == "reference":
+        pytest.skip("it has no plan")
     optimizer, params = make(backend)
     set_gradients(params, 1)
     request = StepRequest(check=True)
@@ -164,7 +174,7 @@ def test_a_plan_makes_one_step_at_a_time(backend):
     optimizer.step()
 
 
-@pytest.mark.parametrize("backend", KINDS)
+@each_kind
 def test_a_given_norm_is_clipped_by_without_being_found(backend):
     clip = dict(max_norm=0.5)
     whole, params = make(backend, clip_grad=clip)

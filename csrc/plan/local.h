@@ -1,6 +1,7 @@
 // What of a tensor lies in this process.
 #pragma once
 #include <torch/csrc/autograd/python_variable.h>
+#include <structmember.h>
 #include <torch/csrc/utils/pybind.h>
 
 namespace fusedopt::plan {
@@ -10,29 +11,47 @@ namespace fusedopt::plan {
 // attribute `_local_tensor`, a plain tensor. Kernels work on that. All that asks for a tensor asks here first, and
 // costs nothing where there are none: whether a tensor's kind is Python's is one bit of what is read of it anyway.
 
-namespace names {
+// An attribute of a DTensor, which keeps it alive. They are slots, so once it is known where they lie in objects of a
+// type, they are read from there: asking Python takes ten times as long, and a step asks several times for each tensor.
+class Slot {
+ public:
+  explicit Slot(const char* name) : name_(PyUnicode_InternFromString(name)) {}
 
-inline PyObject* local_tensor() {
-  static PyObject* const name = PyUnicode_InternFromString("_local_tensor");
-  return name;
-}
-inline PyObject* spec() {
-  static PyObject* const name = PyUnicode_InternFromString("_spec");
-  return name;
-}
+  // The object, or null where there is none of that name.
+  PyObject* of(PyObject* object) {
+    PyTypeObject* const type = Py_TYPE(object);
+    if (type != type_) find(type);
+    if (offset_ > 0) return *reinterpret_cast<PyObject**>(reinterpret_cast<char*>(object) + offset_);
+    PyObject* const value = PyObject_GetAttr(object, name_);
+    if (!value) PyErr_Clear();
+    Py_XDECREF(value);
+    return value;
+  }
 
-}  // namespace names
+ private:
+  [[gnu::noinline]] void find(PyTypeObject* type) {
+    type_ = type;
+    offset_ = 0;
+    const auto attribute =
+        py::reinterpret_steal<py::object>(PyObject_GetAttr(reinterpret_cast<PyObject*>(type), name_));
+    if (!attribute) return PyErr_Clear();
+    if (!Py_IS_TYPE(attribute.ptr(), &PyMemberDescr_Type)) return;
+    const auto* slot = reinterpret_cast<PyMemberDescrObject*>(attribute.ptr());
+    if (slot->d_member->type == T_OBJECT_EX) offset_ = slot->d_member->offset;
+  }
 
-// An attribute of an object that keeps it alive, or null where it has none of that name.
-inline PyObject* attribute(PyObject* object, PyObject* name) {
-  PyObject* const value = PyObject_GetAttr(object, name);
-  if (!value) PyErr_Clear();
-  Py_XDECREF(value);
-  return value;
+  PyObject* const name_;
+  PyTypeObject* type_ = nullptr;  // that was last asked about
+  Py_ssize_t offset_ = 0;
+};
+
+inline Slot& local_slot() {
+  static Slot slot("_local_tensor");
+  return slot;
 }
 
 [[gnu::noinline]] inline const at::Tensor& local_of_dtensor(PyObject* object) {
-  PyObject* const local = attribute(object, names::local_tensor());
+  PyObject* const local = local_slot().of(object);
   return THPVariable_Unpack(local && THPVariable_Check(local) ? local : object);
 }
 
@@ -54,10 +73,11 @@ inline PyObject* object_of(const at::Tensor& tensor) {
 
 // Whether two tensors, one of them a DTensor, are dealt out alike: over the same mesh, with the same placements.
 inline bool dealt_out_alike(PyObject* a, PyObject* b) {
+  static Slot spec("_spec");
   static PyObject* const mesh = PyUnicode_InternFromString("mesh");
   static PyObject* const placements = PyUnicode_InternFromString("placements");
-  PyObject* const one = attribute(a, names::spec());
-  PyObject* const other = attribute(b, names::spec());
+  PyObject* const one = spec.of(a);
+  PyObject* const other = spec.of(b);
   if (!one || !other) return false;
   if (one == other) return true;
   for (PyObject* name : {mesh, placements}) {

@@ -93,9 +93,9 @@ void Rows::describe(size_t r) {
   if (!whole.defined()) return nullptr;
   if (row.problem) return row.problem;
   const bool dtensor = row.whole->is_python_dispatch();
-  if (dtensor && !dealt_out_alike(row.object, object_of(whole)))
-    return "has a gradient that is dealt out in another way";
-  const at::Tensor& grad = dtensor ? local_of(object_of(whole)) : whole;
+  PyObject* const object = dtensor ? object_of(whole) : nullptr;
+  if (dtensor && !dealt_out_alike(row.object, object)) return "has a gradient that is dealt out in another way";
+  const at::Tensor& grad = dtensor ? local_of(object) : whole;
   c10::TensorImpl* impl = row.grad.impl = grad.unsafeGetTensorImpl();
   if (!row.grad.fingerprint.same_kind(impl)) {
     if (foreign(impl, target_.type) || impl->device() != cold[r].order.device()) {

@@ -48,8 +48,10 @@ def conclude(request: StepRequest, pairs: Tensor | None, device: torch.device) -
     if not isinstance(clip, NormClip):
         return Conclusions(None, None, found_inf)
     pairs = torch.zeros((1, 2), dtype=torch.float64, device=device) if pairs is None else pairs
-    inverse_scale = 1.0 if request.grad_scale is None else 1.0 / float(request.grad_scale)
-    norm = norm_of(pairs, clip.norm_type) * inverse_scale
+    scale = 1.0 if request.grad_scale is None else request.grad_scale
+    if isinstance(scale, Tensor):  # stays on its device
+        scale = scale.detach().to(device, torch.float64).reshape(())
+    norm = norm_of(pairs, clip.norm_type) * (1.0 / scale)
     conclusions = Conclusions(norm, clip_coefficient(norm, clip.max_norm), found_inf)
     if clip.error_if_nonfinite and not norm.isfinite() and not conclusions.skips():
         raise RuntimeError(
