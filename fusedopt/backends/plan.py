@@ -45,13 +45,15 @@ class PlanBackend(Backend):
         counts: HiddenCounts | None = None,
     ) -> StepReport:
         result = self._run(param_groups, state, request, counts)
+        if type(result) is tuple:
+            return StepReport(*result)
         if result is False:
             device = self._device_of(param_groups)
             assert self.shards.domains is not None
             request = request._replace(found_inf=self.shards.domains.agree(request.found_inf, device))  # type: ignore[arg-type]
             result = self._run(param_groups, state, request, counts, agreed=True)
-        if isinstance(result, tuple):
-            return StepReport(*result)
+            if type(result) is tuple:
+                return StepReport(*result)
         try:
             pairs = self.shards.added_up(result, self._device_of(param_groups), request.norm_type)
         except BaseException:
@@ -124,16 +126,17 @@ class PlanBackend(Backend):
             agreed,
         )
         result = self._plan.step(param_groups, state, *asked)
-        if isinstance(result, list):
+        if type(result) is list:
             self._attend(result, param_groups, state, counts)
             result = self._plan.step(param_groups, state, *asked)
-        if isinstance(result, list):
-            g, i, reason, _ = result[0]
-            raise RuntimeError(f"{parameter_name(param_groups[g], g, i)} {reason}")
-        if result is None or isinstance(result, Tensor):
+            if type(result) is list:
+                g, i, reason, _ = result[0]
+                raise RuntimeError(f"{parameter_name(param_groups[g], g, i)} {reason}")
+        if type(result) is tuple:
+            if self._plan.take_foreign_numbers():
+                plain_groups(param_groups)
+        elif result is not False:
             self._half = param_groups, request, result is not None  # the plan has the request's tensors by address
-        elif self._plan.take_foreign_numbers():
-            plain_groups(param_groups)
         return result
 
     def _attend(

@@ -137,8 +137,8 @@ class ClipGroup:
             RuntimeError: see :meth:`fusedopt.backends.Backend.step`; or a backward pass is under way, in which the
                 gradients are not all there. No optimizer has changed anything then.
         """
-        if grad_norm is None:
-            refuse_part_of_a_norm(self._shared.clip)
+        if grad_norm is None and self._shared.clip is not None:
+            refuse_part_of_a_norm()
         loss = None
         if closure is not None:
             with torch.enable_grad():
