@@ -13,11 +13,13 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ...backends import StepReport
-from ...messages import plain, refuse_norm_of_shards, sharded_parameter
+from ...messages import plain
 from ...optimizers import FusedOptimizer
 from ...rules import NormClip, ValueClip, clip_coefficient, parse_clip_grad
 from ..registry import OPTIM_WRAPPERS
+from ..sharding import flat_shard
 from .base import BaseOptimWrapper, taking
+from .clipping import clip_norm
 from .summary import parameter_table, settings_summary
 
 __all__ = ["OptimWrapper"]
@@ -34,6 +36,18 @@ def _check_loss(loss: Tensor) -> None:
 
 def _on(device: torch.device, count: int | Tensor) -> int | Tensor:
     return count.to(device, non_blocking=True) if isinstance(count, Tensor) else count
+
+
+def _refuse_flat_shards(optimizer: torch.optim.Optimizer) -> None:
+    """Raise ValueError if an optimizer that does not clip itself has shards that do not know how they are cut."""
+    name = flat_shard(optimizer.param_groups)
+    if name is not None:
+        raise ValueError(
+            f"clip_grad with max_norm cannot be used here: {name} is a shard of a FullyShardedDataParallel model, and "
+            "the norm of one process' shards is not the norm of the gradients. Omit clip_grad and call the model's "
+            "own clip_grad_norm_(max_norm) before the step, or use a fused optimizer, which clips by the norm over all "
+            "shards"
+        )
 
 
 @OPTIM_WRAPPERS.register_module()
@@ -68,8 +82,8 @@ class OptimWrapper(BaseOptimWrapper):
             if accumulative_counts < 1:
                 raise ValueError(f"accumulative_counts must be at least 1, got {accumulative_counts}")
             clip = parse_clip_grad(clip_grad)
-            if isinstance(clip, NormClip):
-                refuse_norm_of_shards(sharded_parameter(optimizer.param_groups))
+            if isinstance(clip, NormClip) and not isinstance(optimizer, FusedOptimizer):
+                _refuse_flat_shards(optimizer)
             own_clip = getattr(optimizer, "clip_grad", None)
             if clip is not None and own_clip is not None:
                 raise ValueError(
@@ -172,13 +186,8 @@ class OptimWrapper(BaseOptimWrapper):
         if isinstance(clip, ValueClip):
             torch.nn.utils.clip_grad_value_(params, clip.clip_value)
         else:
-            refuse_norm_of_shards(sharded_parameter(self.optimizer.param_groups))
-            self._stock_grad_norm = torch.nn.utils.clip_grad_norm_(
-                params,
-                clip.max_norm,  # type: ignore[arg-type]
-                clip.norm_type,
-                clip.error_if_nonfinite,
-            )
+            _refuse_flat_shards(self.optimizer)
+            self._stock_grad_norm = clip_norm(params, clip)
 
     @contextlib.contextmanager
     def optim_context(self, model: nn.Module) -> Iterator[None]:
