@@ -15,6 +15,7 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset, Sampler, default
 
 from ...messages import check_whole_number
 from ..registry import DATA_SAMPLERS, DATASETS, FUNCTIONS, check_config
+from ..sharding import is_sharded
 from .distributed import broadcast, rank, world_size
 from .random_states import seed_everything
 
@@ -349,9 +350,9 @@ def iterate(loader: DataLoader, epoch: int, first: int) -> Iterator[Any]:
 
 
 def moved(data: Any, device: torch.device | str, non_blocking: bool = False) -> Any:
-    """``data`` with all tensors in its dicts, lists and tuples moved to ``device``."""
+    """``data`` with all tensors in its dicts, lists and tuples moved to ``device``; DTensors stay with their mesh."""
     if isinstance(data, Tensor):
-        return data.to(device, non_blocking=non_blocking)
+        return data if is_sharded(data) else data.to(device, non_blocking=non_blocking)
     if isinstance(data, Mapping):
         return {key: moved(value, device, non_blocking) for key, value in data.items()}
     if isinstance(data, tuple) and hasattr(data, "_fields"):
