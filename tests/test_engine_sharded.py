@@ -63,6 +63,14 @@ class Norms(Hook):
         self.norms.append(runner.optim_wrapper.grad_norm)
 
 
+class Read(Hook):
+    """What is read of a checkpoint: weights and the optimizer's state, whole or only a process's shards."""
+
+    def after_load_checkpoint(self, runner, checkpoint):
+        state = checkpoint["optimizer"]["state"][0]["exp_avg"]
+        self.kinds = [is_sharded(value) for value in (state, *checkpoint["state_dict"].values())]
+
+
 def cfg(folder: Path | str, processes: int, optimizer: str = "AdamW", **changes: Any) -> dict[str, Any]:
     """Batches of 8 in all, and nothing random in model and data."""
     quiet = dict(type="Points", size=40, noise=0.0)
@@ -365,6 +373,11 @@ def mistakes(rank: int, folder: str) -> dict[str, Any]:
             same = all(torch.equal(value, before[1][key]) for key, value in model.state_dict().items())
             works = bool(model(torch.ones(2, 4), None).isfinite().all())
             outcome[name] = str(error), intact and same and works
+            if name == "later":  # the mistake is corrected
+                model.backbone[3].p = 0.0
+                runner = Runner.from_cfg(cfg(folder, 2, model=model))
+                runner.train()
+                outcome["corrected"] = dict(gathered(runner.bare_model.state_dict()))
     model = PointNet()
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
     try:
@@ -378,10 +391,11 @@ def resharded(rank: int, folder: str, source: str) -> dict[str, Any]:
     """What a run of these processes has after it resumed what four wrote, from the folder and from the file."""
     outcome = {}
     for name in ("folder/epoch_1", "file/epoch_1.pth"):
-        changes = dict(resume=True, load_from=f"{source}/{name}", custom_hooks=[EMA])
+        hooks = [EMA, read := Read()]
+        changes = dict(resume=True, load_from=f"{source}/{name}", custom_hooks=hooks)
         runner = Runner.from_cfg(cfg(f"{folder}/{name}", dist_world(), **changes))
         runner.load_or_resume()
-        outcome[name] = parts_of(runner)
+        outcome[name] = {**parts_of(runner), "read": read.kinds}
     return outcome
 
 
@@ -447,6 +461,15 @@ SCENARIOS: dict[str, tuple[Callable[..., dict[str, Any]], dict[str, Any]]] = {
     "file": (resumed, dict(sharded=False)),
     "folder": (resumed, dict(sharded=True)),
     "ema": (trained, dict(custom_hooks=[EMA], default_hooks=saving(**KEEP))),
+    # Without modules to be gathered by themselves, a forward pass leaves the parameters gathered.
+    "gathered": (
+        trained,
+        dict(
+            custom_hooks=[EMA],
+            default_hooks=dict(checkpoint=None),
+            model_wrapper_cfg=dict(type="fully_shard"),
+        ),
+    ),
     "offload": (trained, dict(model_wrapper_cfg=dict(type="fully_shard", min_num_params=20, cpu_offload=True))),
     "parts": (
         trained,
@@ -565,10 +588,11 @@ def test_other_ways_to_shard_train_as_one_process(outcomes, tmp_path, scenario):
         assert outcome["metrics"] == recorded(alone).metrics
 
 
-def test_averages_are_those_of_one_process_and_leave_the_training_alone(outcomes, tmp_path):
+@pytest.mark.parametrize("scenario", ["ema", "gathered"])
+def test_averages_are_those_of_one_process_and_leave_the_training_alone(outcomes, tmp_path, scenario):
     alone = train(cfg(tmp_path, 1, custom_hooks=[EMA]))
     without = train(cfg(tmp_path / "without", 1))
-    for outcome in outcomes["ema"]:
+    for outcome in outcomes[scenario]:
         assert_close(outcome["average"], average_of(alone))
         assert outcome["metrics"] == recorded(alone).metrics != recorded(without).metrics
         assert_close(outcome["weights"], without.model.state_dict())
@@ -608,6 +632,8 @@ def test_four_then_two_then_one_process_have_the_same_state(by_four, outcomes, t
             dict(saved["state_dict"]),
         )
         assert state["place"][:2] == (1, 5)
+    for outcome in outcomes["resharded"]:
+        assert set(outcome[name]["read"]) == {name == "folder/epoch_1"}
     alone.train()
 
 
@@ -745,6 +771,26 @@ def test_mistakes_are_named_and_change_nothing(outcomes, name):
         told, intact = outcome[name]
         assert MISTAKES[name][2] in told
         assert intact
+
+
+def test_a_model_can_be_sharded_again_after_a_mistake(outcomes, tmp_path):
+    torch.manual_seed(0)
+    alone = train(cfg(tmp_path, 1, model=PointNet(dropout=0.0)))
+    for outcome in outcomes["mistakes"]:
+        assert_close(outcome["corrected"], alone.model.state_dict())
+
+
+def test_what_killed_processes_leave_is_removed_or_completed(tmp_path):
+    train(cfg(tmp_path, 1, default_hooks=saving(interval=1, sharded=True)))
+    (tmp_path / "epoch_9.unfinished").mkdir()
+    (tmp_path / "epoch_7.removed.unfinished").mkdir()
+    # Between two renames: the old folder is moved away, and the new one not yet in its place.
+    (tmp_path / "epoch_2").rename(tmp_path / "epoch_2.replaced.unfinished")
+    runner = Runner.from_cfg(cfg(tmp_path, 1, resume=True, train_cfg=dict(by_epoch=True, max_epochs=3)))
+    runner.load_or_resume()
+    assert runner.epoch == 2
+    train(cfg(tmp_path, 1, resume=True, train_cfg=dict(by_epoch=True, max_epochs=2)))
+    assert sorted(path.name for path in tmp_path.glob("epoch_*")) == ["epoch_1", "epoch_2"]
 
 
 def test_an_optimizer_of_the_unsharded_parameters_is_refused(outcomes):
