@@ -384,15 +384,26 @@ def mistakes(rank: int, folder: str) -> dict[str, Any]:
         Runner.from_cfg(cfg(folder, 2, model=model, optim_wrapper=dict(type="OptimWrapper", optimizer=optimizer)))
     except ValueError as error:
         outcome["optimizer"] = str(error), not any(map(is_sharded, model.parameters()))
+    model = torch_fully_shard(PointNet())
+    try:
+        Runner.from_cfg(cfg(folder, 2, model=model, model_wrapper_cfg=None))
+    except ValueError as error:
+        outcome["own"] = str(error)
     return outcome
 
 
-def resharded(rank: int, folder: str, source: str) -> dict[str, Any]:
+def torch_fully_shard(model: nn.Module) -> nn.Module:
+    from torch.distributed.fsdp import fully_shard
+
+    return fully_shard(model)
+
+
+def resharded(rank: int, folder: str, source: str, **settings: Any) -> dict[str, Any]:
     """What a run of these processes has after it resumed what four wrote, from the folder and from the file."""
     outcome = {}
     for name in ("folder/epoch_1", "file/epoch_1.pth"):
         hooks = [EMA, read := Read()]
-        changes = dict(resume=True, load_from=f"{source}/{name}", custom_hooks=hooks)
+        changes = dict(resume=True, load_from=f"{source}/{name}", custom_hooks=hooks, **settings)
         runner = Runner.from_cfg(cfg(f"{folder}/{name}", dist_world(), **changes))
         runner.load_or_resume()
         outcome[name] = {**parts_of(runner), "read": read.kinds}
@@ -499,6 +510,9 @@ def main(folder: str, source: str) -> None:
     rank = int(os.environ["RANK"])
     if dist_world() == 4:
         outcomes = {"four": four(rank, folder)}
+    elif dist_world() == 1:
+        one = dict(launcher="pytorch", model_wrapper_cfg=SHARDS)
+        outcomes = {**trained(rank, folder, **one), **resharded(rank, folder, source, **one)}
     elif source == "killed":
         killed(rank, folder)
     else:
@@ -797,6 +811,22 @@ def test_an_optimizer_of_the_unsharded_parameters_is_refused(outcomes):
     for outcome in outcomes["mistakes"]:
         told, intact = outcome["optimizer"]
         assert "the optimizer has parameters that the model no longer has" in told and intact
+
+
+def test_a_model_that_was_sharded_elsewhere_is_refused(outcomes):
+    for outcome in outcomes["mistakes"]:
+        assert "FSDPPointNet is sharded already" in outcome["own"]
+
+
+def test_one_process_with_a_launcher_trains_and_resumes_as_one_without(by_four, tmp_path):
+    source, _ = by_four
+    (outcome,) = run(tmp_path, 1, source)
+    alone = train(cfg(tmp_path / "alone", 1))
+    assert outcome["sharded"] and outcome["metrics"] == recorded(alone).metrics
+    assert_close(outcome["weights"], alone.model.state_dict())
+    saved = torch.load(source / "file" / "epoch_1.pth", weights_only=True)
+    for name in ("folder/epoch_1", "file/epoch_1.pth"):
+        assert_same(outcome[name]["optimizer"]["state"], saved["optimizer"]["state"])
 
 
 def test_a_wrapper_without_processes_is_checked_all_the_same(tmp_path):

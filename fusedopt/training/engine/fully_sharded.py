@@ -29,6 +29,7 @@ __all__ = [
     "is_fully_shard",
     "is_fully_sharded",
     "refuse_fsdp1",
+    "refuse_other_shards",
     "unsharded_on_error",
 ]
 
@@ -120,6 +121,17 @@ def is_fully_shard(target: Any) -> bool:
 def is_fully_sharded(model: nn.Module) -> bool:
     """Whether a parameter of ``model`` is a DTensor: of fully_shard, or of tensor parallelism."""
     return has_shards(model.parameters())
+
+
+def refuse_other_shards(model: nn.Module) -> None:
+    """Raise ValueError if a model has DTensors that are not of :func:`fully_shard`."""
+    ours = _reshard_after_evaluation in model._forward_hooks.values()
+    if world_size() > 1 and is_fully_sharded(model) and not ours:
+        raise ValueError(
+            f"{type(model).__name__} is sharded already. A Runner divides the data over all processes, which would be "
+            "wrong with tensor parallelism; give the model unsharded, with "
+            "model_wrapper_cfg=dict(type='fully_shard')"
+        )
 
 
 def is_fsdp1(kind: Any) -> bool:

@@ -18,10 +18,18 @@ from ...messages import check_flag, check_whole_number, did_you_mean
 from ..builder import build_optim_wrapper
 from ..registry import EVALUATOR, LOOPS, MODEL_WRAPPERS, MODELS, OPTIM_WRAPPERS, VISUALIZERS, check_config
 from ..schedulers import _ParamScheduler
-from ..unwrapping import holders
+from ..unwrapping import holders, unwrap
 from ..wrappers import OptimWrapper, OptimWrapperDict, SkipAwareScheduler
 from .evaluator import Evaluator
-from .fully_sharded import check_fully_shard, fully_shard, is_fsdp1, is_fully_shard, is_fully_sharded, refuse_fsdp1
+from .fully_sharded import (
+    check_fully_shard,
+    fully_shard,
+    is_fsdp1,
+    is_fully_shard,
+    is_fully_sharded,
+    refuse_fsdp1,
+    refuse_other_shards,
+)
 from .loops import EpochBasedTrainLoop, IterBasedTrainLoop, TestLoop, TrainLoop, ValLoop
 from .model import MMSeparateDistributedDataParallel
 from .visualizer import Visualizer
@@ -183,6 +191,7 @@ def wrap_model(
     model = model.to(device)
     if distributed and any(map(is_fsdp1, (kind, *map(type, holders(model))))):
         refuse_fsdp1()
+    refuse_other_shards(unwrap(model))
     if not distributed or any(map(_is_distributed, holders(model))):
         return model
     if sync_bn is not None:
