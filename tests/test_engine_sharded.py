@@ -20,11 +20,11 @@ import torch.distributed as dist
 from engine_cases import Parts, PointNet, assert_same, config, loader, recorded, state_of, train
 from torch import nn
 
-from fusedopt import build_optim_wrapper
+from fusedopt import build_optim_wrapper, cli
 from fusedopt.rules import NormClip
 from fusedopt.training.averaging import ExponentialMovingAverage
 from fusedopt.training.engine import CheckpointError, Hook, Runner
-from fusedopt.training.sharding import gathered, is_sharded, whole
+from fusedopt.training.sharding import gathered, has_shards, is_sharded, whole
 from fusedopt.training.wrappers.clipping import clip_norm
 
 pytestmark = [
@@ -178,6 +178,18 @@ def resumed(rank: int, folder: str, sharded: bool) -> dict[str, Any]:
     torch.manual_seed(99)
     again = train(cfg(f"{folder}/resumed", dist_world(), resume=True, **changes))
     return dict(straight=parts_of(straight), resumed=parts_of(again), trained=len(recorded(again).losses))
+
+
+def begun_unsharded(rank: int, folder: str) -> dict[str, Any]:
+    """The gradients of an incomplete accumulation, when a run with DistributedDataParallel continues sharded."""
+    changes = {**ACCUMULATE, "default_hooks": saving(by_epoch=False, interval=3)}
+    with contextlib.suppress(Interrupted):
+        train(cfg(folder, 2, **changes, model_wrapper_cfg=None), Interrupt())
+    runner = Runner.from_cfg(cfg(folder, 2, **changes, resume=True))
+    runner.load_or_resume()
+    gradients = {name: param.grad for name, param in runner.model.named_parameters()}
+    count = runner.optim_wrapper.inner_count
+    return dict(gradients=gathered(gradients), sharded=has_shards(gradients.values()), count=count)
 
 
 def scaled(rank: int, folder: str, fsdp1: bool, optimizer: str) -> dict[str, Any]:
@@ -469,6 +481,7 @@ def four(rank: int, folder: str) -> dict[str, Any]:
 KEEP = dict(interval=1, max_keep_ckpts=1, save_best="accuracy", sharded=True, published_keys=["state_dict"])
 SCENARIOS: dict[str, tuple[Callable[..., dict[str, Any]], dict[str, Any]]] = {
     **{f"plain-{optimizer}": (plain, dict(optimizer=optimizer)) for optimizer in OPTIMIZERS},
+    "begun_unsharded": (begun_unsharded, {}),
     "file": (resumed, dict(sharded=False)),
     "folder": (resumed, dict(sharded=True)),
     "ema": (trained, dict(custom_hooks=[EMA], default_hooks=saving(**KEEP))),
@@ -631,6 +644,26 @@ def test_a_resumed_run_is_the_uninterrupted_one(by_two, outcomes, scenario):
     assert len(torch.load(path, weights_only=True)["gradients"]) == 6
 
 
+@pytest.mark.parametrize("scenario", ["file", "folder"])
+def test_one_process_continues_the_accumulation_of_two(by_two, tmp_path, scenario):
+    folder = by_two[0]
+    path = folder / scenario / "resumed" / ("iter_6.pth" if scenario == "file" else "iter_6")
+    runner = Runner.from_cfg(cfg(tmp_path, 1, **ACCUMULATE, resume=True, load_from=str(path)))
+    runner.load_or_resume()
+    saved = torch.load(folder / "file" / "resumed" / "iter_6.pth", weights_only=True)
+    assert len(saved["gradients"]) == 6 and runner.optim_wrapper.inner_count == 6
+    assert_same({name: param.grad for name, param in runner.model.named_parameters()}, saved["gradients"])
+
+
+def test_an_accumulation_that_was_begun_unsharded_is_continued(by_two, outcomes):
+    saved = torch.load(by_two[0] / "begun_unsharded" / "iter_6.pth", weights_only=True)
+    first, second = (process["gradients"] for process in saved["processes"])
+    assert len(first) == 6 and "gradients" not in saved
+    for outcome in outcomes["begun_unsharded"]:
+        assert outcome["sharded"] and outcome["count"] == 6
+        assert_close(outcome["gradients"], {name: (first[name] + second[name]) / 2 for name in first})
+
+
 @pytest.mark.parametrize("name", ["folder/epoch_1", "file/epoch_1.pth"])
 def test_four_then_two_then_one_process_have_the_same_state(by_four, outcomes, tmp_path, name):
     source, _ = by_four
@@ -658,6 +691,14 @@ def test_weights_alone_are_loaded_from_both(by_four, tmp_path, name):
     runner.load_or_resume()
     saved = torch.load(source / "file" / "epoch_2.pth", weights_only=True)
     assert_same(dict(runner.model.state_dict()), dict(saved["state_dict"]))
+
+
+def test_convert_makes_a_file_of_a_folder(by_four, tmp_path, capsys):
+    source, _ = by_four
+    assert cli.main(["convert", str(source / "folder" / "epoch_2"), str(tmp_path / "weights.pth")]) == 0
+    assert "4 weights from its 'state_dict'; left out: " in capsys.readouterr().out
+    saved = torch.load(source / "file" / "epoch_2.pth", weights_only=True)
+    assert_same(dict(torch.load(tmp_path / "weights.pth", weights_only=True)), dict(saved["state_dict"]))
 
 
 def test_shards_of_several_optimizers_resume_in_one_process(by_two, tmp_path):
