@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 from engine_cases import Parts, PointNet, assert_same, config, loader, recorded, state_of, train
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 from fusedopt import build_optim_wrapper, cli
 from fusedopt.rules import NormClip
@@ -316,6 +317,19 @@ class Planted:
         return Path.touch, (self.path,)
 
 
+class Attending(PointNet):
+    """With modules whose parameters are used without a call, and with one in a wrapper."""
+
+    def __init__(self, **settings: Any):
+        super().__init__(**settings)
+        self.attention = nn.MultiheadAttention(4, 2, batch_first=True)
+        self.wrapped = checkpoint_wrapper(nn.Linear(4, 4))
+
+    def forward(self, inputs, labels, mode="tensor"):
+        mixed, _ = self.attention(*(3 * [inputs[:, None]]), need_weights=False)
+        return super().forward(inputs + self.wrapped(mixed[:, 0]), labels, mode)
+
+
 class Tied(PointNet):
     def __init__(self):
         super().__init__()
@@ -495,6 +509,13 @@ SCENARIOS: dict[str, tuple[Callable[..., dict[str, Any]], dict[str, Any]]] = {
         ),
     ),
     "offload": (trained, dict(model_wrapper_cfg=dict(type="fully_shard", min_num_params=20, cpu_offload=True))),
+    "attention": (
+        trained,
+        dict(
+            model=dict(type=Attending, dropout=0.0),
+            model_wrapper_cfg=dict(type="fully_shard", modules="Linear", min_num_params=20),
+        ),
+    ),
     "parts": (
         trained,
         dict(
@@ -605,7 +626,7 @@ def test_half_as_many_shards_in_two_replicas_each(by_four, tmp_path):
     assert max(first["local"]) == max(param.numel() for param in alone.model.parameters()) / 2
 
 
-@pytest.mark.parametrize("scenario", ["offload", "parts"])
+@pytest.mark.parametrize("scenario", ["offload", "attention", "parts"])
 def test_other_ways_to_shard_train_as_one_process(outcomes, tmp_path, scenario):
     changes = {key: value for key, value in SCENARIOS[scenario][1].items() if key != "model_wrapper_cfg"}
     alone = train(cfg(tmp_path, 1, **changes))

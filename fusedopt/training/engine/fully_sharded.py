@@ -16,7 +16,7 @@ from ...messages import check_flag, check_whole_number, did_you_mean, parse_dtyp
 from ...undo import unchanged_on_error
 from ..registry import MODEL_WRAPPERS
 from ..sharding import has_shards
-from ..unwrapping import named_modules, named_parameters
+from ..unwrapping import named_children, named_modules, named_parameters
 from .distributed import world_size
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ _MESH_KEYS = ("mesh_shape", "mesh_dim_names")
 _AXES = {1: ("shard",), 2: ("replicate", "shard")}
 #: Modules without a forward pass, before which fully_shard could gather their parameters.
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
-#: Modules that use the parameters of their children without calling these.
+#: Modules that use the parameters of their children without calling these, so that nothing would gather them.
 _WHOLE = (nn.MultiheadAttention,)
 
 
@@ -61,7 +61,8 @@ def fully_shard(
     Args:
         module: the model.
         modules: classes, by name (``'Block'``), import path or as objects, where a base class also counts; or names of
-            modules, where ``*`` stands for any characters but dots (``'backbone.layers.*'``).
+            modules, where ``*`` stands for any characters but dots (``'backbone.layers.*'``). Modules inside a
+            ``MultiheadAttention``, which does not call them, do not count.
         min_num_params: also choose, from the inside out, each module with at least this number of parameters that
             are not in a module chosen before; MMEngine's and torch's size-based policy.
         mp_policy: ``dict(param_dtype='bfloat16', reduce_dtype='float32', output_dtype=None,
@@ -160,6 +161,8 @@ def _chosen(module: nn.Module, modules: Any, min_num_params: int | None) -> list
     if not isinstance(entries, list | tuple) or not all(isinstance(each, str | type) for each in entries):
         raise TypeError(f"modules must be a list of classes, or of names of classes or modules, got {modules!r}")
     (_, top), *inner = named_modules(module)
+    closed = tuple(f"{name}." for name, part in inner if isinstance(part, _WHOLE))
+    inner = [(name, part) for name, part in inner if not name.startswith(closed)]
     matched: set[nn.Module] = set()
     for entry in entries:
         found = [(name, part) for name, part in inner if _matches(entry, name, part)]
@@ -170,7 +173,7 @@ def _chosen(module: nn.Module, modules: Any, min_num_params: int | None) -> list
                 f"has no forward pass of its own; name the modules in it, as with '{containers[0]}.*'"
             )
         filled = {part for _, part in found if next(part.parameters(), None) is not None}
-        if not filled and not (isinstance(entry, str | type) and _matches(entry, "", top)):
+        if not filled and not _matches(entry, "", top):
             raise ValueError(f"modules={entry!r} matches {_no_match(entry, found, inner)}")
         matched |= filled
     if min_num_params is not None:
@@ -200,7 +203,7 @@ def _choose_by_size(module: nn.Module, least: int, chosen: set[nn.Module]) -> se
     if isinstance(module, _WHOLE):
         left.update(module.parameters())
     else:
-        for child in module.children():
+        for _, child in named_children(module):
             left |= _choose_by_size(child, least, chosen)
     if module not in chosen and not isinstance(module, _CONTAINERS) and sum(each.numel() for each in left) >= least:
         chosen.add(module)

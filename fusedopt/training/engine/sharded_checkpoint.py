@@ -79,7 +79,7 @@ def _by_main_process(step: Callable[[], object], path: Path, unfinished: Path) -
     if distributed.is_main_process():
         try:
             step()
-        except (OSError, RuntimeError) as error:  # torch's writer raises a RuntimeError on a full disk
+        except Exception as error:  # the others wait to be told
             shutil.rmtree(unfinished, ignore_errors=True)
             told = str(error) if isinstance(error, CheckpointError) else f"{path} cannot be written: {error}"
     told = distributed.broadcast(told)
