@@ -43,7 +43,7 @@ LAYERS = [
 ]
 #: The same within fusedopt.training.
 TRAINING_LAYERS = [
-    ["errors", "files", "registry", "portable", "unwrapping"],
+    ["errors", "files", "registry", "portable", "sharding", "unwrapping"],
     ["reading"],
     ["optimizers", "zero"],
     ["wrappers"],

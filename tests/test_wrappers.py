@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from fusedopt import AmpOptimWrapper, BaseOptimWrapper, FusedAdam, FusedAdamW, FusedSGD, OptimWrapper
+from fusedopt.amp import GradScaler
 from fusedopt.optimizers import FUSED_TWINS
 
 SETTINGS = {
@@ -483,8 +484,9 @@ class TestAmp:
             AmpOptimWrapper(dtype=torch.int8, optimizer=optimizer)
         with pytest.raises(TypeError, match="dtype must be the name of a dtype"):
             AmpOptimWrapper(dtype=16, optimizer=optimizer)
-        with pytest.raises(NotImplementedError, match="use_fsdp=True is not supported"):
-            AmpOptimWrapper(use_fsdp=True, optimizer=optimizer)
+        with pytest.raises(TypeError, match="use_fsdp must be True or False, got 'yes'"):
+            AmpOptimWrapper(use_fsdp="yes", optimizer=optimizer)
+        assert type(AmpOptimWrapper(use_fsdp=True, optimizer=optimizer).loss_scaler) is GradScaler
 
 
 class TestParamGroups:

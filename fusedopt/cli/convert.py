@@ -31,7 +31,8 @@ def add(commands: Any) -> None:
         "checkpoint",
         metavar="CHECKPOINT",
         type=Path,
-        help="file of torch.save or safetensors, such as a checkpoint of MMEngine or Lightning",
+        help="file of torch.save or safetensors, such as a checkpoint of MMEngine or Lightning, or a sharded "
+        "checkpoint, which is a folder",
     )
     parser.add_argument("out", metavar="OUT", type=Path, help="file to write: .safetensors, or any other name")
     parser.set_defaults(run=run)
@@ -39,13 +40,17 @@ def add(commands: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Run the command; return its exit code."""
-    from ..training.engine.checkpoint import write_checkpoint
-    from ..training.reading import find_weights, read_file
+    from ..training.engine.checkpoint import is_folder, write_checkpoint
+    from ..training.engine.sharded_checkpoint import read_folder
+    from ..training.reading import Contents, find_weights, read_file
 
     checkpoint, out = arguments.checkpoint, arguments.out
     if out.exists() and checkpoint.exists() and out.samefile(checkpoint):
         raise UsageError(f"{one_line(out)} is the checkpoint itself; give OUT another name")
-    weights = find_weights(read_file(checkpoint))
+    if is_folder(checkpoint):
+        weights = find_weights(Contents(checkpoint, read_folder(checkpoint, keys=("state_dict",))))
+    else:
+        weights = find_weights(read_file(checkpoint))
     state_dict = _bare(weights.state_dict)
     if out.suffix == ".safetensors":
         _write_safetensors(state_dict, out)

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-__all__ = ["deal_out_as", "dealt_out_alike", "is_dtensor", "local_of"]
+__all__ = ["deal_out_as", "dealt_out_alike", "is_dtensor", "local_of", "whole"]
 
 
 def is_dtensor(tensor: Any) -> bool:
@@ -28,20 +28,31 @@ def dealt_out_alike(one: Any, other: Any) -> bool:
     return one.device_mesh == other.device_mesh and tuple(one.placements) == tuple(other.placements)
 
 
+def whole(tensor: Any) -> Any:
+    """A DTensor as a plain tensor, with the same elements in every process; any other tensor itself.
+
+    All processes of the tensor's mesh must call this.
+    """
+    if not is_dtensor(tensor):
+        return tensor
+    tensor = tensor.detach()
+    if tensor.device.type != tensor.device_mesh.device_type:  # offloaded to the CPU, where the mesh cannot communicate
+        tensor = tensor.to(tensor.device_mesh.device_type)
+    return tensor.full_tensor()
+
+
 def deal_out_as(param: Any, value: Any) -> Any:
     """``value``, of the parameter's shape, as the parameter is: over the same mesh, with the same placements, or plain.
 
-    A plain tensor is taken to be whole, and the same in every process. All processes must call this: what is dealt out
-    in another way is exchanged among them.
+    A plain tensor is taken to be whole, and the same in every process; to deal it out needs no communication. All
+    processes must call this for a DTensor that is dealt out in another way: they exchange its parts.
     """
     if dealt_out_alike(param, value):
         return value
     if not is_dtensor(param):
-        return value.full_tensor()
-    if is_dtensor(value):
-        if value.device_mesh == param.device_mesh:
-            return value.redistribute(placements=param.placements)
-        value = value.full_tensor()
+        return whole(value)
     from torch.distributed.tensor import distribute_tensor
 
-    return distribute_tensor(value, param.device_mesh, param.placements, src_data_rank=None)
+    dealt_out = distribute_tensor(whole(value.detach()), param.device_mesh, param.placements, src_data_rank=None)
+    # A copy, since a part that shares memory with the whole tensor would keep all of it.
+    return dealt_out.to(local_of(param).device).clone()

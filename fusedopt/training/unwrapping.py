@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from copy import copy, deepcopy
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from ..messages.wrapping import HELD_AS, bare_name, barest_name
 from .registry import MODEL_WRAPPERS
@@ -26,6 +26,7 @@ __all__ = [
     "named_modules",
     "named_parameters",
     "stateful",
+    "tensors_copy",
     "unwrap",
 ]
 
@@ -107,6 +108,47 @@ def bare_copy(model: nn.Module) -> nn.Module:
             if child is not None:
                 module._modules[name] = unwrap(child)
     return copied
+
+
+class _Tensors(nn.Module):
+    """Parameters and buffers without the model that they are from."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        raise RuntimeError(
+            "a copy of a sharded model holds only its shards and cannot be called; to evaluate with an average, call "
+            "the model itself inside `with average.applied_to(model):`"
+        )
+
+
+def tensors_copy(model: nn.Module) -> nn.Module:
+    """Modules that hold copies of the model's parameters, buffers and children under the same names, and no more.
+
+    For models that cannot be copied, such as those of ``fully_shard``.
+    """
+    modules: dict[nn.Module, nn.Module] = {}
+    tensors: dict[Tensor, Tensor] = {}
+
+    def copied(module: nn.Module) -> nn.Module:
+        module = unwrap(module)
+        if module in modules:
+            return modules[module]
+        held: Any = _Tensors()
+        modules[module] = held
+        held._version = module._version
+        held._non_persistent_buffers_set = set(module._non_persistent_buffers_set)
+        for name, param in module._parameters.items():
+            if param is not None and param not in tensors:
+                tensors[param] = nn.Parameter(param.detach().clone(), param.requires_grad)
+            held._parameters[name] = None if param is None else tensors[param]
+        for name, buffer in module._buffers.items():
+            if buffer is not None and buffer not in tensors:
+                tensors[buffer] = buffer.detach().clone()
+            held._buffers[name] = None if buffer is None else tensors[buffer]
+        for name, child in module._modules.items():
+            held._modules[name] = None if child is None else copied(child)
+        return held
+
+    return copied(model)
 
 
 def stateful(model: nn.Module) -> nn.Module:

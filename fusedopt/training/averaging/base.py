@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from ...messages import parse_dtype, plain, warn_caller
-from ..unwrapping import bare_copy, fitted_state_dict, named_parameters, unwrap
+from ..sharding import has_shards
+from ..unwrapping import bare_copy, fitted_state_dict, named_parameters, tensors_copy, unwrap
 from .pairing import Group, Pairing
 
 __all__ = ["BaseAveragedModel"]
@@ -28,6 +29,8 @@ class BaseAveragedModel(nn.Module):
 
     Args:
         model: the model to average. It is copied, without wrappers such as torch.compile's or DistributedDataParallel.
+            Of a model with DTensors (``fully_shard``, tensor parallelism), each process averages its shards; the copy
+            cannot be called then, but be put into the model with :meth:`applied_to`.
         interval: number of calls of :meth:`update_parameters` for each update, >= 1.
         device: device of the average; by default that of the model. If they differ, each update copies the model to
             extra memory of the average's size.
@@ -41,7 +44,8 @@ class BaseAveragedModel(nn.Module):
 
     Raises:
         TypeError: an argument has the wrong type.
-        ValueError: ``interval`` < 1, an unknown dtype, or a model with parameters that have no shape yet.
+        ValueError: ``interval`` < 1, an unknown dtype, a ``device`` for a model with DTensors, or a model with
+            parameters that have no shape yet.
     """
 
     steps: Tensor
@@ -78,7 +82,10 @@ class BaseAveragedModel(nn.Module):
                 )
             if nn.parameter.is_lazy(param):
                 raise ValueError(f"parameter {name!r} has no shape yet: run the model once before it is averaged")
-        self.module = bare_copy(model).requires_grad_(False)
+        sharded = has_shards(model.parameters())
+        if sharded and device is not None:
+            raise ValueError(f"device={device!r} cannot be set: the average of a sharded model is where its shards are")
+        self.module = (tensors_copy if sharded else bare_copy)(model).requires_grad_(False)
         if device is not None:
             self.module.to(device)
         if kept is not None:
@@ -113,7 +120,8 @@ class BaseAveragedModel(nn.Module):
                 compiled or in DistributedDataParallel.
 
         Raises:
-            ValueError: a name or shape differs; the message names it. Nothing has been changed then.
+            ValueError: a name or shape differs, or how a tensor is sharded; the message names it. Nothing has been
+                changed then.
         """
         pairing = self._pair(model)
         steps = self._count()

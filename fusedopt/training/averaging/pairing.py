@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ...messages import is_dtensor, local_of
 from ..unwrapping import named_modules, named_parameters
 
 __all__ = ["Group", "Pairing"]
@@ -60,7 +61,8 @@ class Pairing:
         copies: the tensors to copy from the source.
 
     Raises:
-        ValueError: a parameter or buffer is missing on one side, or has another shape there; the message names it.
+        ValueError: a parameter or buffer is missing on one side, or has another shape or sharding there; the message
+            names it.
     """
 
     def __init__(self, average: nn.Module, model: nn.Module, average_buffers: bool):
@@ -71,9 +73,14 @@ class Pairing:
         self._empty_tables = [table for table in tables if not table]
         self._tables = [table for table in tables if table]
         self._entries = [*chain.from_iterable(map(dict.values, self._tables)), _END]
+        self._whole: list[Tensor] = []
+        self._parts: list[Tensor] = []  # of DTensors, those of this process
         averages: dict[tuple[object, ...], Group] = {}
         copies: dict[tuple[object, ...], Group] = {}
         for kind, averaged, source in _match(_named_tensors(average), _named_tensors(model)):
+            self._whole += (averaged, source)
+            averaged, source = local_of(averaged), local_of(source)
+            self._parts += (averaged, source)
             has_mean = averaged.is_floating_point() or averaged.is_complex()
             is_averaged = has_mean and (kind == "parameter" or (kind == "buffer" and average_buffers))
             key = (averaged.device, averaged.dtype, source.device, source.dtype)
@@ -91,6 +98,8 @@ class Pairing:
         """Whether both models still hold the same tensors with the same dtypes, devices and shapes."""
         entries = chain(chain.from_iterable(map(dict.values, self._tables)), (_END,))
         if any(self._empty_tables) or not all(map(is_, entries, self._entries)):
+            return False
+        if not all(map(is_, map(local_of, self._whole), self._parts)):
             return False
         return self._kinds == [*map(_kind, self._averaged), *map(_kind, self._source)]
 
@@ -129,12 +138,25 @@ def _match(
         kind = (averaged.get(name) or source[name])[0]
         if name in averaged and name in source and averaged[name][1].shape == source[name][1].shape:
             mine, theirs = averaged[name][1], source[name][1]
+            if _sharding(mine) != _sharding(theirs):
+                raise ValueError(
+                    f"{kind} {name!r} is {_told(theirs)} in the model but {_told(mine)} in its average; make the "
+                    "average after the model is sharded"
+                )
             first, *_, partner = pairs.setdefault(id(mine), (name, kind, mine, theirs))
             if partner is not theirs:
                 raise ValueError(f"{first!r} and {name!r} are one {kind} in the average but two in the model")
         elif kind != "unsaved buffer":
             raise ValueError(_misfit(name, kind, averaged, source))
     return [pair[1:] for pair in pairs.values()]
+
+
+def _sharding(tensor: Any) -> Any:
+    return (tensor.device_mesh, tensor.placements) if is_dtensor(tensor) else None
+
+
+def _told(tensor: Any) -> str:
+    return f"sharded as {tensor.placements}" if is_dtensor(tensor) else "whole"
 
 
 def _misfit(

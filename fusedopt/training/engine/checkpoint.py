@@ -13,12 +13,14 @@ from torch import Tensor
 
 from ...messages import one_line, plain_settings
 from ..errors import CheckpointError
-from ..files import replace_file
+from ..files import UNFINISHED, replace_file
 from ..reading import StandIn, read_file
 
 __all__ = [
     "CheckpointError",
+    "checked_for_reading",
     "find_latest_checkpoint",
+    "is_folder",
     "read_checkpoint",
     "unloadable_parts",
     "write_atomically",
@@ -27,6 +29,11 @@ __all__ = [
 
 #: The file in ``work_dir`` that holds the name of the newest checkpoint.
 LAST_CHECKPOINT = "last_checkpoint"
+
+#: The file of a sharded checkpoint, which is a folder, with everything but the shards.
+REST = "checkpoint.pth"
+#: Suffix of a sharded checkpoint that a new one of its name is about to replace.
+REPLACED = f".replaced{UNFINISHED}"
 
 _PLAIN = frozenset({str, bytes, int, float, complex, bool, type(None), torch.dtype, torch.device, torch.Size})
 
@@ -79,6 +86,12 @@ def write_checkpoint(checkpoint: Mapping[str, Any], path: Path) -> None:
         CheckpointError: something in it could not be loaded again with ``weights_only=True``, or the file cannot be
             written. ``path`` is unchanged then.
     """
+    checkpoint = checked_for_reading(checkpoint, path)
+    write_atomically(path, lambda file: torch.save(checkpoint, file))
+
+
+def checked_for_reading(checkpoint: Mapping[str, Any], path: Path) -> Mapping[str, Any]:
+    """``checkpoint`` with Python's numbers; CheckpointError if something in it could not be read back."""
     checkpoint = plain_settings(checkpoint)  # e.g. numbers that users put into the message hub: Note [Plain numbers]
     refused = next(unloadable_parts(checkpoint, "checkpoint"), None)
     if refused is not None:
@@ -86,7 +99,7 @@ def write_checkpoint(checkpoint: Mapping[str, Any], path: Path) -> None:
             f"{path} was not written: {refused} is neither a tensor nor a plain value, so the file could not be loaded "
             "again with weights_only=True"
         )
-    write_atomically(path, lambda file: torch.save(checkpoint, file))
+    return checkpoint
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
@@ -100,6 +113,11 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         kind = checkpoint.name if isinstance(checkpoint, StandIn) else type(checkpoint).__name__
         raise CheckpointError(f"{path}: a checkpoint holds a dict, this file a {kind}")
     return dict(checkpoint)
+
+
+def is_folder(path: str | Path) -> bool:
+    """Whether there is a sharded checkpoint at ``path``, see Note [Sharded checkpoints]."""
+    return os.path.isfile(os.path.join(path, REST))
 
 
 def find_latest_checkpoint(work_dir: str | Path) -> Path | None:
@@ -117,7 +135,8 @@ def find_latest_checkpoint(work_dir: str | Path) -> Path | None:
     places = [Path(work_dir) / written, Path(work_dir) / written.name]
     if written.name != str(written):  # MMEngine may write a path that is relative to the current folder
         places.insert(0, written)
-    for path in places:
-        if os.path.isfile(path):  # False for what can be no name, too
+    # A process may have been killed when it had moved a folder away, and not yet put the new one in its place.
+    for path in [*places, *(path.with_name(path.name + REPLACED) for path in places if path.name)]:
+        if os.path.isfile(path) or is_folder(path):  # False for what can be no name, too
             return path
     raise CheckpointError(f"{pointer} names {written}, which does not exist")

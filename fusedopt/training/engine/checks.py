@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ...messages import one_line, some
 from ..errors import CheckpointError
+from ..sharding import has_shards
 from ..unwrapping import bare_state_dict, named_parameters
 from ..wrappers import OptimWrapper, OptimWrapperDict
 from .checkpoint import unloadable_parts
@@ -47,6 +48,8 @@ def check_training(runner: Runner, filename: str | Path, checkpoint: dict[str, A
     assert loop is not None
     kinds: dict[str, Any] = dict.fromkeys(("meta", "state_dict", "message_hub", "optimizer", "accumulation"), Mapping)
     kinds["processes"] = list
+    if checkpoint.get("gradients") is not None:  # only of sharded models, in the middle of an accumulation
+        kinds["gradients"] = Mapping
     if runner.param_schedulers is not None and not runner.resume_overrides:
         kinds["param_schedulers"] = (Mapping, list)
     missing = [key for key, kind in kinds.items() if not isinstance(checkpoint.get(key), kind)]
@@ -76,6 +79,11 @@ def check_training(runner: Runner, filename: str | Path, checkpoint: dict[str, A
     check_weights(runner, filename, checkpoint, strict=True)
     if len(checkpoint["processes"]) == runner.world_size:
         _check_process(runner, filename, checkpoint["processes"][runner.rank])
+    parameters = _parameters(runner)
+    _check_tensors(filename, "gradients", checkpoint.get("gradients") or {}, parameters)
+    if has_shards(parameters.values()):  # they get the mean of all processes
+        for process in checkpoint["processes"]:
+            _check_tensors(filename, "gradients", process["gradients"], parameters)
     if meta["epoch_length"] != len(loop.dataloader):
         runner.logger.warning(
             f"{filename} is from a run with {meta['epoch_length']} batches in an epoch, but this run has "
@@ -117,15 +125,21 @@ def _check_process(runner: Runner, filename: str | Path, process: Mapping[str, A
                 f"{filename} cannot be resumed from: the states of random generators in {key!r} are not as they were "
                 f"written ({type(error).__name__}: {one_line(error, 200)})"
             ) from error
-    model = runner.bare_model
-    parameters = {name: param for name, param in named_parameters(model) if isinstance(param, Tensor)}
-    for part, own in (("gradients", parameters), ("buffers", bare_state_dict(model))):
-        for name, value in process[part].items():
-            told = misfit(value, own[name]) if name in own else None
-            if told is not None or not isinstance(name, str):
-                raise CheckpointError(
-                    f"{filename} cannot be resumed from: {part}[{one_line(name, 100)!r}] {told or 'has no such name'}"
-                )
+    _check_tensors(filename, "gradients", process["gradients"], _parameters(runner))
+    _check_tensors(filename, "buffers", process["buffers"], bare_state_dict(runner.bare_model))
+
+
+def _parameters(runner: Runner) -> dict[str, Tensor]:
+    return {name: param for name, param in named_parameters(runner.bare_model) if isinstance(param, Tensor)}
+
+
+def _check_tensors(filename: str | Path, part: str, tensors: Mapping[str, Any], own: Mapping[str, Any]) -> None:
+    for name, value in tensors.items():
+        told = misfit(value, own[name]) if name in own else None
+        if told is not None or not isinstance(name, str):
+            raise CheckpointError(
+                f"{filename} cannot be resumed from: {part}[{one_line(name, 100)!r}] {told or 'has no such name'}"
+            )
 
 
 def _told(value: Any) -> str:

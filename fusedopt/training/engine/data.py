@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, Dataset, Sampler, default_collate, get_worker_info
 
-from ...messages import check_whole_number
+from ...messages import check_whole_number, is_dtensor
 from ..registry import DATA_SAMPLERS, DATASETS, FUNCTIONS, check_config
 from .distributed import broadcast, rank, world_size
 from .random_states import seed_everything
@@ -349,9 +349,9 @@ def iterate(loader: DataLoader, epoch: int, first: int) -> Iterator[Any]:
 
 
 def moved(data: Any, device: torch.device | str, non_blocking: bool = False) -> Any:
-    """``data`` with all tensors in its dicts, lists and tuples moved to ``device``."""
+    """``data`` with all tensors in its dicts, lists and tuples moved to ``device``; DTensors stay with their mesh."""
     if isinstance(data, Tensor):
-        return data.to(device, non_blocking=non_blocking)
+        return data if is_dtensor(data) else data.to(device, non_blocking=non_blocking)
     if isinstance(data, Mapping):
         return {key: moved(value, device, non_blocking) for key, value in data.items()}
     if isinstance(data, tuple) and hasattr(data, "_fields"):

@@ -18,9 +18,18 @@ from ...messages import check_flag, check_whole_number, did_you_mean
 from ..builder import build_optim_wrapper
 from ..registry import EVALUATOR, LOOPS, MODEL_WRAPPERS, MODELS, OPTIM_WRAPPERS, VISUALIZERS, check_config
 from ..schedulers import _ParamScheduler
-from ..unwrapping import holders
+from ..unwrapping import holders, unwrap
 from ..wrappers import OptimWrapper, OptimWrapperDict, SkipAwareScheduler
 from .evaluator import Evaluator
+from .fully_sharded import (
+    check_fully_shard,
+    fully_shard,
+    is_fsdp1,
+    is_fully_shard,
+    is_fully_sharded,
+    refuse_fsdp1,
+    refuse_other_shards,
+)
 from .loops import EpochBasedTrainLoop, IterBasedTrainLoop, TestLoop, TrainLoop, ValLoop
 from .model import MMSeparateDistributedDataParallel
 from .visualizer import Visualizer
@@ -175,17 +184,26 @@ def wrap_model(
     """
     if sync_bn not in (None, "torch"):
         raise ValueError(f"Invalid sync_bn: {sync_bn!r}; expected 'torch' or None (mmcv's layer is not supported)")
+    cfg = cfg or {}
+    kind = MODEL_WRAPPERS.get(cfg["type"]) if isinstance(cfg.get("type"), str) else cfg.get("type")
+    if is_fully_shard(kind):
+        check_fully_shard(model, cfg)
     model = model.to(device)
+    if distributed and any(map(is_fsdp1, (kind, *map(type, holders(model))))):
+        refuse_fsdp1()
+    refuse_other_shards(unwrap(model))
     if not distributed or any(map(_is_distributed, holders(model))):
         return model
     if sync_bn is not None:
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    if is_fully_shard(kind):
+        return MODEL_WRAPPERS.build({**cfg, "type": fully_shard}, module=model)
     settings: dict[str, Any] = {"type": "MMDistributedDataParallel", "broadcast_buffers": False}
     if find_unused_parameters:
         settings["find_unused_parameters"] = True
     if device.type == "cuda":
         settings["device_ids"] = [device.index]
-    return MODEL_WRAPPERS.build({**settings, **(cfg or {})}, module=model)
+    return MODEL_WRAPPERS.build({**settings, **cfg}, module=model)
 
 
 def build_evaluator(name: str, evaluator: Any) -> Any:
@@ -216,12 +234,27 @@ def build_runner_wrapper(model: nn.Module, cfg: Any) -> OptimWrapper:
         cfg: a wrapper; a config, whose ``optimizer`` may be an optimizer; or a dict of wrappers by name.
     """
     if isinstance(cfg, OptimWrapper):
-        return cfg
-    if isinstance(cfg, Mapping) and isinstance(cfg.get("optimizer"), torch.optim.Optimizer):
-        return OPTIM_WRAPPERS.build({"type": "OptimWrapper", **cfg})
-    if isinstance(cfg, Mapping) and cfg and all(isinstance(each, OptimWrapper) for each in cfg.values()):
-        return OptimWrapperDict(**cfg)
-    return build_optim_wrapper(model, cfg)
+        wrapper = cfg
+    elif isinstance(cfg, Mapping) and isinstance(cfg.get("optimizer"), torch.optim.Optimizer):
+        wrapper = OPTIM_WRAPPERS.build({"type": "OptimWrapper", **cfg})
+    elif isinstance(cfg, Mapping) and cfg and all(isinstance(each, OptimWrapper) for each in cfg.values()):
+        wrapper = OptimWrapperDict(**cfg)
+    else:
+        return build_optim_wrapper(model, cfg)
+    _check_it_trains(wrapper, model)
+    return wrapper
+
+
+def _check_it_trains(wrapper: OptimWrapper, model: nn.Module) -> None:
+    """Raise ValueError if an optimizer that was given as an object has the parameters of before the sharding."""
+    own = set(model.parameters())
+    optimizers = wrapper.values() if isinstance(wrapper, OptimWrapperDict) else [wrapper]
+    params = [param for each in optimizers for group in each.optimizer.param_groups for param in group["params"]]
+    if is_fully_sharded(model) and not own.issuperset(params):
+        raise ValueError(
+            "the optimizer has parameters that the model no longer has: fully_shard has replaced them, so the "
+            "optimizer would train nothing; give the optimizer's config instead of an object"
+        )
 
 
 def build_evaluation_loop(runner: Runner, cfg: Any, mode: str, dataloader: DataLoader, evaluator: Any) -> Any:
@@ -256,4 +289,5 @@ def build_train_loop(runner: Runner, cfg: Any, dataloader: DataLoader) -> TrainL
 
 
 def _is_distributed(model: nn.Module) -> bool:
-    return isinstance(model, nn.parallel.DistributedDataParallel | MMSeparateDistributedDataParallel)
+    kinds = nn.parallel.DistributedDataParallel | MMSeparateDistributedDataParallel
+    return isinstance(model, kinds) or is_fully_sharded(model)

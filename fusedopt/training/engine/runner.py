@@ -91,7 +91,7 @@ class Runner(HasBuilders):
             ``deterministic`` (torch's deterministic algorithms).
         experiment_name: by default the name of the config file.
         model_wrapper_cfg: config of the model wrapper for several processes: ``type`` and its arguments, such as
-            ``find_unused_parameters``.
+            ``find_unused_parameters``; ``dict(type='fully_shard')`` shards the model, see :func:`fully_shard`.
         resume_overrides: if the config was edited after the resumed checkpoint was written, use the edited settings of
             optimizers and schedulers. By default the checkpoint's are used, and a warning lists the edits.
         find_unused_parameters: for the wrapper of the model, unless ``model_wrapper_cfg`` says otherwise.

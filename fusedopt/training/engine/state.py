@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from ...messages import one_line
+from ...messages import is_dtensor, one_line
 from ...version import __version__
 from ..config import Config
 from ..portable import as_before, portable
+from ..sharding import sharded_like, state_like_params
 from ..unwrapping import bare_state_dict, fitted_state_dict, named_parameters
 from . import distributed
 from .checkpoint import CheckpointError
@@ -26,13 +27,15 @@ from .weights import load_weights, with_versions
 if TYPE_CHECKING:
     from .runner import Runner
 
-__all__ = ["load_training", "training_state"]
+__all__ = ["load_training", "shards_by_place", "training_state"]
 
 
 def training_state(
     runner: Runner, save_optimizer: bool, save_param_scheduler: bool, meta: Mapping[str, Any] | None
 ) -> dict[str, Any]:
     """Make a checkpoint of the run; all processes must call this.
+
+    The tensors of a sharded model are DTensors in it. Everything else is on the CPU.
 
     Args:
         runner: a runner that trains.
@@ -69,10 +72,14 @@ def training_state(
     if save_optimizer:
         checkpoint["optimizer"] = moved(portable(runner.optim_wrapper.state_dict()), "cpu")
         checkpoint["accumulation"] = {name: each.inner_count for name, each in wrappers_by_name(runner).items()}
+        gradients = _gradients(runner.bare_model)
+        summed = {name: grad for name, grad in gradients.items() if is_dtensor(grad)}
+        if summed:  # over the processes, each of which has a part
+            checkpoint["gradients"] = summed
         checkpoint["processes"] = distributed.gather(
             {
                 **portable(loop.process_state()),
-                "gradients": moved(_gradients(runner.bare_model), "cpu"),
+                "gradients": moved({name: gradients[name] for name in gradients if name not in summed}, "cpu"),
                 "buffers": moved(portable(_buffers(runner.bare_model)), "cpu"),
             }
         )
@@ -99,7 +106,7 @@ def load_training(runner: Runner, filename: str | Path, checkpoint: dict[str, An
         check_replay(runner, filename)
     with _restored_on_error(runner, filename):
         built = GroupSettings(wrapper)
-        state = as_before(checkpoint["optimizer"], wrapper.state_dict())
+        state = _cut(runner, as_before(checkpoint["optimizer"], wrapper.state_dict()))
         if overrides and any(".loss_scale." in key for key in edits or ()):
             state = _without_scalers(state)
         wrapper.load_state_dict(state)
@@ -120,9 +127,14 @@ def load_training(runner: Runner, filename: str | Path, checkpoint: dict[str, An
     load_weights(runner, checkpoint)
     meta, processes = checkpoint["meta"], checkpoint["processes"]
     mine = processes[runner.rank] if len(processes) == runner.world_size else None
+    parameters = dict(named_parameters(runner.bare_model))
+    gradients = _waiting(checkpoint, mine, parameters)
     for name, each in wrappers_by_name(runner).items():
-        # Without this process's state, the gradients of an incomplete accumulation are missing.
-        each.resume_inner_count(checkpoint["accumulation"][name], restart_accumulation=mine is None)
+        each.resume_inner_count(checkpoint["accumulation"][name], restart_accumulation=gradients is None)
+    for name, gradient in fitted_state_dict(gradients or {}, parameters).items():
+        if name in parameters:
+            param = parameters[name]
+            param.grad = sharded_like(gradient, param) if is_dtensor(param) else gradient.to(param.device)
     place = loop.progress()
     loop.resume({**meta, **as_before({key: meta[key] for key in place if key in meta}, place)}, mine)
     if mine is None and processes:
@@ -130,15 +142,10 @@ def load_training(runner: Runner, filename: str | Path, checkpoint: dict[str, An
             f"{filename} was written by {len(processes)} processes and is resumed by {runner.world_size}: the data are "
             "divided differently, so the result differs from that of an uninterrupted run"
         )
-    if mine is not None:
+    if mine is not None and mine["buffers"]:
         model = runner.bare_model
-        if mine["buffers"]:
-            buffers = fitted_state_dict(mine["buffers"], model.state_dict())
-            model.load_state_dict(with_versions(buffers, checkpoint["state_dict"]), strict=False)
-        gradients = fitted_state_dict(mine["gradients"], [name for name, _ in named_parameters(model)])
-        for name, param in named_parameters(model):
-            if name in gradients:
-                param.grad = gradients[name].to(param.device)
+        buffers = fitted_state_dict(mine["buffers"], model.state_dict())
+        model.load_state_dict(with_versions(buffers, checkpoint["state_dict"]), strict=False)
     seed = meta["seed"]
     if seed != runner.seed:
         if runner.seed_is_given:
@@ -147,6 +154,72 @@ def load_training(runner: Runner, filename: str | Path, checkpoint: dict[str, An
             if each_loop is not None:
                 reseed(each_loop.dataloader, runner.seed, seed)
         runner.seed = seed
+
+
+def shards_by_place(runner: Runner, checkpoint: Mapping[str, Any]) -> dict[tuple[Any, ...], Tensor]:
+    """The DTensors of a run by their places in a checkpoint: the model's parameters, for all that has their shape.
+
+    Args:
+        runner: the runner, whose model may be sharded.
+        checkpoint: a checkpoint; its tensors do not matter.
+    """
+    own = {name: value for name, value in bare_state_dict(runner.model).items() if is_dtensor(value)}
+    found: dict[tuple[Any, ...], Tensor] = {}
+    for name, value in own.items():
+        places = (("state_dict", name), ("ema_state_dict", name), ("ema_state_dict", f"module.{name}"))
+        found.update(dict.fromkeys((*places, ("gradients", name)), value))
+    saved = checkpoint.get("optimizer")
+    if runner.optim_wrapper is None or not own or not isinstance(saved, Mapping):
+        return found
+    for name, wrapper in wrappers_by_name(runner).items():
+        place = ("optimizer", name) if name else ("optimizer",)
+        state = saved.get(name) if name else saved
+        if not isinstance(state, Mapping) or "param_groups" not in state:  # of other optimizers: an error later
+            continue
+        params = [param for group in wrapper.optimizer.param_groups for param in group["params"]]
+        keys = [key for group in state["param_groups"] for key in group["params"]]
+        for key, param in zip(keys, params, strict=False):  # a wrong number of them is an error when it is loaded
+            entries = state["state"].get(key, {}) if is_dtensor(param) else {}
+            found.update({(*place, "state", key, entry): param for entry in entries})
+    return found
+
+
+def _cut(runner: Runner, state: Any) -> Any:
+    """The state of the optimizers with whole tensors cut as the parameters are."""
+    if not isinstance(state, Mapping):
+        return state
+    wrappers = wrappers_by_name(runner)
+    if "" in wrappers:
+        return state_like_params(state, wrappers[""].optimizer)
+    return {
+        name: state_like_params(each, wrappers[name].optimizer)
+        if name in wrappers and isinstance(each, Mapping)
+        else each
+        for name, each in state.items()
+    }
+
+
+def _waiting(
+    checkpoint: Mapping[str, Any], mine: Mapping[str, Any] | None, parameters: Mapping[str, Tensor]
+) -> dict[str, Tensor] | None:
+    """The gradients of an incomplete accumulation, by parameter name; None if they are lost.
+
+    Those of a sharded parameter are the mean over the processes; those of another one are a process's own, until the
+    last backward pass of the accumulation makes the mean. So a mean may serve as each process's own.
+    """
+    processes = checkpoint["processes"]
+    gradients = dict(checkpoint.get("gradients") or {})
+    sharded = {name for name, param in parameters.items() if is_dtensor(param)}
+    if not sharded and mine is not None:
+        return {**gradients, **mine["gradients"]}
+    others = [process["gradients"] for process in processes]
+    names = {name for each in others for name in each}
+    if mine is None and (names - sharded or not (names or gradients)):
+        return None
+    for name in names & sharded:
+        gradients[name] = sum(each[name] for each in others if name in each) / len(others)
+    own = {} if mine is None else mine["gradients"]
+    return {**gradients, **{name: own[name] for name in names - sharded if name in own}}
 
 
 def _settings_before(meta: Mapping[str, Any]) -> Mapping[str, Any] | None:
@@ -200,7 +273,8 @@ def _buffers(model: nn.Module) -> dict[str, Any]:
     if distributed.world_size() == 1:
         return {}
     params = {name for name, _ in named_parameters(model, remove_duplicate=False)}
-    return {name: value for name, value in bare_state_dict(model).items() if name not in params}
+    state = bare_state_dict(model)
+    return {name: value for name, value in state.items() if name not in params and not is_dtensor(value)}
 
 
 def _scheduler_states(param_schedulers: Any) -> Any:

@@ -10,9 +10,11 @@ from types import ModuleType
 from typing import Any, TypeVar
 
 import torch
+from torch import nn
 
 from ...undo import unchanged_on_error
 from .evaluator import Evaluator
+from .fully_sharded import unsharded_on_error
 from .random_states import random_states, set_random_states
 
 __all__ = ["leaves_no_trace_on_error"]
@@ -35,7 +37,8 @@ def leaves_no_trace_on_error(init: _Function) -> _Function:
         except TypeError:  # the constructor's own message is better
             given = {}
         objects = [each for name in given if name not in ("self", "cfg") for each in _objects(given[name])]
-        with _settings_unchanged_on_error(), unchanged_on_error(*objects):
+        modules = [each for each in objects if isinstance(each, nn.Module)]
+        with _settings_unchanged_on_error(), unsharded_on_error(*modules), unchanged_on_error(*objects):
             init(*args, **kwargs)
 
     return construct  # type: ignore[return-value]

@@ -15,6 +15,7 @@ from torch.nn.modules.utils import consume_prefix_in_state_dict_if_present
 from ...messages import some
 from ..errors import CheckpointError
 from ..portable import as_before
+from ..sharding import sharded_as
 from ..unwrapping import bare_state_dict, fitted_state_dict
 
 if TYPE_CHECKING:
@@ -80,7 +81,8 @@ def load_weights(runner: Runner, checkpoint: Mapping[str, Any]) -> int:
     model = runner.bare_model
     own = bare_state_dict(model)
     fitting = _loadable(checkpoint["state_dict"], own)
-    model.load_state_dict(fitted_state_dict(fitting, model.state_dict()), strict=False)
+    known = model.state_dict()
+    model.load_state_dict(sharded_as(fitted_state_dict(fitting, known), known), strict=False)
     return sum(name in own for name in fitting)
 
 

@@ -8,12 +8,15 @@ from collections.abc import Iterator, Mapping
 from typing import Any, NoReturn
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from ...amp import GradScaler
-from ...messages import check_number, did_you_mean, parse_dtype, plain, plain_settings
+from ...messages import check_flag, check_number, did_you_mean, is_dtensor, parse_dtype, plain, plain_settings
+from ...optimizers import FusedOptimizer
 from ...rules import NormClip
 from ..registry import OPTIM_WRAPPERS, accepted_arguments
+from ..sharding import has_shards
 from .base import check_state_dict, taking
 from .wrapper import OptimWrapper
 
@@ -35,6 +38,23 @@ def _check_scaler_state(state: Any) -> None:
             raise ValueError(f"state_dict['loss_scaler'][{key!r}] must be a number, got {state[key]!r}")
 
 
+def _scaler_of(optimizer: Any, use_fsdp: bool) -> type[torch.amp.GradScaler]:
+    """The class of the loss scaler.
+
+    Shards of FSDP1 are plain tensors, so only a scaler that is told so asks the other processes. Fused optimizers do
+    this themselves, and torch does for DTensors. In a single process without a group there is nobody to ask.
+    """
+    if not use_fsdp or isinstance(optimizer, FusedOptimizer) or not (dist.is_available() and dist.is_initialized()):
+        return GradScaler
+    if isinstance(optimizer, torch.optim.Optimizer) and has_shards(
+        param for group in optimizer.param_groups for param in group["params"]
+    ):
+        return GradScaler
+    from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
+
+    return ShardedGradScaler
+
+
 @OPTIM_WRAPPERS.register_module()
 class AmpOptimWrapper(OptimWrapper):
     """:class:`OptimWrapper` with automatic mixed precision, on a GPU or a CPU.
@@ -47,13 +67,14 @@ class AmpOptimWrapper(OptimWrapper):
         dtype: autocast dtype: ``'float16'``, ``'bfloat16'``, ``'float32'``, ``'float64'``, the torch.dtype, or None
             for torch's default on the parameters' device. On a CPU torch autocasts only to the first two; the others
             switch autocast off there.
-        use_fsdp: not supported; must be False.
+        use_fsdp: whether the model is a FullyShardedDataParallel (FSDP1). An optimizer that is not fused then gets
+            torch's ``ShardedGradScaler``, whose processes agree on overflows. Fused optimizers, and models of
+            ``fully_shard`` (FSDP2), need no setting: their processes agree in any case.
         kwargs: arguments of :class:`OptimWrapper`; ``optimizer`` is required.
 
     Raises:
-        TypeError: ``loss_scale`` or ``dtype`` has the wrong type.
+        TypeError: ``loss_scale``, ``dtype`` or ``use_fsdp`` has the wrong type.
         ValueError: an unknown dtype, or a value out of range.
-        NotImplementedError: ``use_fsdp=True``.
     """
 
     def __init__(
@@ -78,22 +99,24 @@ class AmpOptimWrapper(OptimWrapper):
                 "(the optimizer is passed by keyword: optimizer=...)"
             )
         self.cast_dtype = parse_dtype(dtype)
-        if use_fsdp:
-            raise NotImplementedError("use_fsdp=True is not supported: there is no sharded gradient scaler yet")
-        known = accepted_arguments(GradScaler) or scaler_settings
+        scaler = _scaler_of(kwargs.get("optimizer"), check_flag("use_fsdp", use_fsdp))
+        known = accepted_arguments(scaler) or scaler_settings
         for key in scaler_settings:
             if key not in known:
                 raise TypeError(f"loss_scale {loss_scale!r}: unknown key {key!r}; {did_you_mean(key, known)}")
         with taking(kwargs.get("optimizer")):
             super().__init__(**kwargs)
-            self.loss_scaler = GradScaler(**{"device": self._device.type, **scaler_settings})
+            self.loss_scaler = scaler(**{"device": self._device.type, **scaler_settings})
             self._found_inf: list[Tensor] = []
 
     @property
     def _device(self) -> torch.device:
         # Looked up at each use, since a model may be moved after its optimizer is created.
         params = (param for group in self.optimizer.param_groups for param in group["params"])
-        return next((param.device for param in params), torch.device("cpu"))
+        first: Any = next(params, None)
+        if is_dtensor(first):  # which may be offloaded to the CPU
+            return torch.device(first.device_mesh.device_type)
+        return torch.device("cpu") if first is None else first.device
 
     def backward(self, loss: Tensor, **kwargs: Any) -> None:
         """Compute scaled gradients and count one inner iteration."""

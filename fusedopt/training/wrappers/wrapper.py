@@ -19,6 +19,7 @@ from ...rules import NormClip, ValueClip, clip_coefficient, parse_clip_grad
 from ...shards import refuse_norm_of_flat_shards
 from ..registry import OPTIM_WRAPPERS
 from .base import BaseOptimWrapper, taking
+from .clipping import clip_norm
 from .summary import parameter_table, settings_summary
 
 __all__ = ["OptimWrapper"]
@@ -174,12 +175,7 @@ class OptimWrapper(BaseOptimWrapper):
             torch.nn.utils.clip_grad_value_(params, clip.clip_value)
         else:
             refuse_norm_of_flat_shards(self.optimizer.param_groups)
-            self._stock_grad_norm = torch.nn.utils.clip_grad_norm_(
-                params,
-                clip.max_norm,  # type: ignore[arg-type]
-                clip.norm_type,
-                clip.error_if_nonfinite,
-            )
+            self._stock_grad_norm = clip_norm(params, clip)
 
     @contextlib.contextmanager
     def optim_context(self, model: nn.Module) -> Iterator[None]:

@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ....messages import as_float, check_whole_number, did_you_mean
+from ....messages import as_float, check_flag, check_whole_number, did_you_mean
 from ...files import UNFINISHED, utf8_name
 from ...registry import HOOKS
-from ..checkpoint import LAST_CHECKPOINT, read_checkpoint, write_atomically
+from ..checkpoint import LAST_CHECKPOINT, is_folder, read_checkpoint, write_atomically
 from ..distributed import is_main_process
+from ..sharded_checkpoint import read_folder, remove_checkpoint, remove_left_over
 from .hook import Hook, check_local_files
 from .rules import GREATER_KEYS, LESS_KEYS, RULES, rule_of
 
@@ -59,6 +60,8 @@ class CheckpointHook(Hook):
         published_keys: at the end, also write files with only these keys of the last and the best checkpoints, such as
             ``['meta', 'state_dict']``; the beginning of the content's SHA-256 is in their names.
         backend_args: None or ``dict(backend='local')``: files are on a local disk.
+        sharded: write folders instead, in which each process puts its shards of a model that ``fully_shard`` or tensor
+            parallelism has sharded; named ``'epoch_{}'`` or ``'iter_{}'`` by default.
 
     Raises:
         TypeError, ValueError: an argument has the wrong type or is out of range, or a rule cannot be inferred.
@@ -83,6 +86,7 @@ class CheckpointHook(Hook):
         save_begin: int = 0,
         published_keys: str | Sequence[str] | None = None,
         backend_args: Mapping[str, Any] | None = None,
+        sharded: bool = False,
     ):
         check_local_files(backend_args)
         self.published_keys = _as_list("published_keys", published_keys)
@@ -97,7 +101,9 @@ class CheckpointHook(Hook):
         self.save_param_scheduler = save_param_scheduler
         self.out_dir = out_dir
         self.save_last = save_last
-        self.filename_tmpl = filename_tmpl or ("epoch_{}.pth" if by_epoch else "iter_{}.pth")
+        self.sharded = check_flag("sharded", sharded)
+        ending = "" if self.sharded else ".pth"
+        self.filename_tmpl = filename_tmpl or (f"epoch_{{}}{ending}" if by_epoch else f"iter_{{}}{ending}")
         if self.filename_tmpl.count("{}") != 1:
             raise ValueError(f"filename_tmpl must have {{}} once, got {filename_tmpl!r}")
         self.greater_keys = _as_list("greater_keys", greater_keys) or list(GREATER_KEYS)
@@ -129,7 +135,7 @@ class CheckpointHook(Hook):
         self._folder = work_dir if self.out_dir is None else Path(self.out_dir) / work_dir.name
         if is_main_process():
             for left_over in self._folder.glob(f"*{UNFINISHED}"):
-                left_over.unlink()
+                remove_left_over(left_over)
         self._kept = list(runner.message_hub.get_info("keep_ckpt_ids", ()))
         self._remove_outdated(runner)
 
@@ -145,7 +151,7 @@ class CheckpointHook(Hook):
         self._folder = None
 
     def _publish(self, runner: Runner, path: Path) -> None:
-        checkpoint = read_checkpoint(path)
+        checkpoint = read_folder(path, keys=self.published_keys) if is_folder(path) else read_checkpoint(path)
         for key in self.published_keys:
             if key not in checkpoint:
                 runner.warn_once(f"published_keys: the checkpoints have no {key!r}; {did_you_mean(key, checkpoint)}")
@@ -181,7 +187,9 @@ class CheckpointHook(Hook):
             self._kept = [*(kept for kept in self._kept if kept != step), step]
             runner.message_hub.update_info("keep_ckpt_ids", list(self._kept))
         filename = utf8_name(self.filename_tmpl.format(step))
-        path = runner.save_checkpoint(self._folder, filename, self.save_optimizer, self.save_param_scheduler)
+        path = runner.save_checkpoint(
+            self._folder, filename, self.save_optimizer, self.save_param_scheduler, sharded=self.sharded
+        )
         runner.logger.info(f"Saved {path}")
         self._newest = path
         if is_main_process():
@@ -197,7 +205,7 @@ class CheckpointHook(Hook):
         while len(self._kept) > self.max_keep_ckpts:
             outdated = self._folder / utf8_name(self.filename_tmpl.format(self._kept.pop(0)))
             if is_main_process():
-                outdated.unlink(missing_ok=True)
+                remove_checkpoint(outdated)
         runner.message_hub.update_info("keep_ckpt_ids", list(self._kept))
 
     def after_val_epoch(self, runner: Runner, metrics: Mapping[str, Any] | None = None) -> None:
@@ -231,8 +239,8 @@ class CheckpointHook(Hook):
         hub.update_info(f"best_ckpt{suffix}", filename)
         # A checkpoint holds names as text, whatever the locale makes of them.
         path = runner.save_checkpoint(
-            self._folder, utf8_name(filename), save_optimizer=False, save_param_scheduler=False
+            self._folder, utf8_name(filename), save_optimizer=False, save_param_scheduler=False, sharded=self.sharded
         )
         if is_main_process() and before not in (None, filename):
-            (self._folder / utf8_name(before)).unlink(missing_ok=True)
+            remove_checkpoint(self._folder / utf8_name(before))
         runner.logger.info(f"Saved {path}, the best so far with {metric} {score:.4f}")

@@ -8,14 +8,16 @@ from contextlib import AbstractContextManager
 from copy import copy
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from ....messages import did_you_mean, plain_settings
 from ...averaging import BaseAveragedModel, ExponentialMovingAverage, MomentumAnnealingEMA, StochasticWeightAverage
 from ...portable import as_before
 from ...registry import HOOKS, MODELS, accepted_arguments
+from ...sharding import sharded_as
 from ...unwrapping import bare_state_dict, fitted_state_dict
 from ..checkpoint import CheckpointError
+from ..data import moved
 from ..weights import check_fit
 from .hook import Hook
 
@@ -164,7 +166,7 @@ class EMAHook(Hook):
         own = checkpoint["state_dict"]
         # Copies and updates, because state dicts carry the modules' versions as an attribute.
         state = copy(average.state_dict())
-        state.update({name: value.cpu() for name, value in state.items() if isinstance(value, Tensor)})
+        state.update(moved(dict(state), "cpu"))
         names = [name for name in own if _PREFIX + name in state]
         checkpoint["state_dict"] = averaged = copy(own)
         averaged.update({name: state[_PREFIX + name] for name in names})
@@ -197,7 +199,7 @@ class EMAHook(Hook):
         self._check_fit(runner, "ema_state_dict", state, average, self.strict_load)
         known = average.state_dict()
         state.update({name: as_before(value, known.get(name)) for name, value in state.items()})
-        average.load_state_dict(state, strict=False)
+        average.load_state_dict(sharded_as(state, known), strict=False)
         checkpoint["state_dict"] = own
 
     def _models(self, runner: Runner) -> tuple[BaseAveragedModel, nn.Module]:
