@@ -364,6 +364,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             "_clip": self._shared.clip,
             "write_back_grads": self._shared.write_back_grads,
             "takes_scale": self._shared.takes_scale,
+            "share_of": self._shared.share_of,  # not to be pickled: better an error than a share that knows no others
             "backend": self.backend,
             "counts": None if self._counts is None else self._counts.known(self.state, self.rule.columns[0].name),
         }
@@ -375,6 +376,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         if fresh:
             own = state.pop("_clip", None), state.pop("write_back_grads", False), state.pop("takes_scale", None)
             self._shared = Shared(*own)
+            self._shared.share_of = state.pop("share_of", None)
         super().__setstate__(state)
         self._backend = None
         if fresh:
