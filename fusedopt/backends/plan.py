@@ -44,11 +44,15 @@ class PlanBackend(Backend):
         request: StepRequest,
         counts: HiddenCounts | None = None,
     ) -> StepReport:
+        domains, given = self.shards.domains, request.found_inf if not request.check else None
+        if given is not None and request.finds:  # of these the plan does not ask
+            request = self._agreed(param_groups, request, given)
         result = self._run(param_groups, state, request, counts)
-        if result is False:
-            device = self._device_of(param_groups)
-            assert self.shards.domains is not None
-            request = request._replace(found_inf=self.shards.domains.agree(request.found_inf, device))  # type: ignore[arg-type]
+        unheard = given is not None and not isinstance(result, tuple) and self.shards.domains is not domains
+        if result is False or unheard:
+            assert given is not None
+            self.abandon()
+            request = self._agreed(param_groups, request, given)
             result = self._run(param_groups, state, request, counts, agreed=True)
         if isinstance(result, tuple):
             return StepReport(*result)
@@ -58,6 +62,13 @@ class PlanBackend(Backend):
             self.abandon()
             raise
         return self.finish(pairs)
+
+    def _agreed(self, param_groups: list[dict[str, Any]], request: StepRequest, given: Tensor) -> StepRequest:
+        """The request, with what all processes were given as ``found_inf``."""
+        domains = self.shards.domains
+        if domains is None:
+            return request
+        return request._replace(found_inf=domains.agree(given, self._device_of(param_groups)))
 
     def begin(
         self,

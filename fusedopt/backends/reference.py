@@ -55,10 +55,10 @@ class ReferenceBackend(Backend):
     ) -> StepReport:
         half = self._prepared(param_groups, state, request, counts)
         pairs = None
-        if self.shards.domains is not None and not request.finds and request.found_inf is not None:
+        if self.shards.domains is not None and request.found_inf is not None and not request.check:
             agreed = self.shards.domains.agree(request.found_inf, half.device)
             half = half._replace(request=request._replace(found_inf=agreed))
-        elif request.finds and (half.rows or self.shards.domains is not None):
+        if request.finds and (half.rows or self.shards.domains is not None):
             pairs = self.shards.added_up(self._found(half), half.device, request.norm_type)
         return self._finish(half, pairs)
 
