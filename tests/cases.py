@@ -36,7 +36,7 @@ class EmulatedBackend(NativeBackend):
     devices = 1
 
     def _make_plan(self) -> Any:
-        return module.StepPlan(self.rule.name, "emulated", self.devices)
+        return module.StepPlan(self.rule.name, "emulated", self.devices, shards=self.shards)
 
 
 class EmulatedPair(EmulatedBackend):
