@@ -131,7 +131,8 @@ class ReferenceBackend(Backend):
                 local = {name: local_of(value) for name, value in mine.items() if isinstance(value, Tensor)}
                 self._update(group, param, local, count, multiplier, request)
         plain_groups(half.param_groups)
-        double = any(param.dtype == torch.float64 for _, param in half.rows)
+        # Of all parameters, not only those with a gradient: processes may differ in these.
+        double = any(param.dtype == torch.float64 for group in half.param_groups for param in group["params"])
         return conclusions.report(torch.float64 if double else torch.float32)
 
     def _update(
