@@ -71,6 +71,15 @@ def _run_all(rank: int, world: int, folder: str, scenarios: dict[str, Scenario])
     dist.destroy_process_group()
 
 
+def refused(step: Callable[[], Any]) -> str:
+    """The error that something raises."""
+    try:
+        step()
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return "nothing was raised"
+
+
 @dataclass
 class Failed:
     """An error in a process, for the test that looks at the scenario."""
@@ -448,15 +457,15 @@ def snapshot(optimizer: Any) -> Any:
     return [[local(param.detach()).clone() for param in params], kept]
 
 
-def plant(sharded: Sharded, optimizer: Any, kind: str, last: bool) -> None:
-    """Make one gradient infinite: the last process' own part of it, or under ZeRO, where all have all, that in each."""
+def plant(sharded: Sharded, kind: str, last: bool, value: float = INF) -> None:
+    """Make an element of a gradient infinite: in the last process, or in all of them where each has all gradients."""
     model = sharded.model
     if kind.startswith("zero") or "none" in kind:
-        next(model.parameters()).grad.view(-1)[0] = INF
+        next(model.parameters()).grad.view(-1)[0] = value
     elif last:
         params = [model.up.weight] if kind.startswith("tp") else list(model.parameters())
         grads = [local(param.grad) for param in params if param.grad is not None and local(param.grad).numel()]
-        grads[0].view(-1)[0] = INF
+        grads[0].view(-1)[0] = value
 
 
 def overflowed(rank: int, kind: str, case: Case, scaler_kind: str, at: int, by_hand: bool) -> dict[str, Any]:
@@ -468,7 +477,7 @@ def overflowed(rank: int, kind: str, case: Case, scaler_kind: str, at: int, by_h
         optimizer.zero_grad()
         scaler.scale(loss_of(sharded.model, sharded.part(batch))).backward()
         if index == at:
-            plant(sharded, optimizer, kind, rank == dist.get_world_size() - 1)
+            plant(sharded, kind, rank == dist.get_world_size() - 1)
         if by_hand:
             scaler.unscale_(optimizer)
         before = snapshot(optimizer)
