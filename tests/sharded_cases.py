@@ -468,6 +468,12 @@ def plant(sharded: Sharded, kind: str, last: bool, value: float = INF) -> None:
         grads[0].view(-1)[0] = value
 
 
+def has_last(kind: str) -> bool:
+    """Whether this process is the last of those with different parts; replicas have the same gradients."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    return rank % (world // 2) == world // 2 - 1 if kind in ("hsdp", "fsdp1-hybrid") else rank == world - 1
+
+
 def overflowed(rank: int, kind: str, case: Case, scaler_kind: str, at: int, by_hand: bool) -> dict[str, Any]:
     """A scenario: the gradients in one process overflow before step ``at``."""
     sharded = shard(kind, case.model())
@@ -477,7 +483,7 @@ def overflowed(rank: int, kind: str, case: Case, scaler_kind: str, at: int, by_h
         optimizer.zero_grad()
         scaler.scale(loss_of(sharded.model, sharded.part(batch))).backward()
         if index == at:
-            plant(sharded, kind, rank == dist.get_world_size() - 1)
+            plant(sharded, kind, has_last(kind))
         if by_hand:
             scaler.unscale_(optimizer)
         before = snapshot(optimizer)
