@@ -135,9 +135,10 @@ class PlanBackend(Backend):
             agreed,
         )
         result = self._plan.step(param_groups, state, *asked)
-        if isinstance(result, list):
-            self._attend(result, param_groups, state, counts)
-            result = self._plan.step(param_groups, state, *asked)
+        for _ in range(2):  # of a gradient that could not be used it tells that state is missing, too, afterwards
+            if isinstance(result, list):
+                self._attend(result, param_groups, state, counts)
+                result = self._plan.step(param_groups, state, *asked)
         if isinstance(result, list):
             g, i, reason, _ = result[0]
             raise RuntimeError(f"{parameter_name(param_groups[g], g, i)} {reason}")
