@@ -179,7 +179,7 @@ class ClipGroup:
 
     def _introduce(self) -> None:
         """As the optimizers' own, over the group's processes."""
-        settings = {"clip_grad": str(self.clip_grad)}
+        settings = {"clip_grad": self.clip_grad}
         agree_on_parameters(Domains([(self.process_group,)]), (), settings, shares=True)
         self._introduced = True
 
