@@ -462,6 +462,132 @@ def changed_later(rank: int) -> Result:
     return train(case, sharded, optimizer, data[2:], fused=True)
 
 
+def part_of(rank: int, kind: str, names: tuple[str, ...], case: Case) -> dict[str, Any]:
+    """An optimizer of some parameters, whose gradients may have nothing to add up or have yet to be added up."""
+    sharded = shard(kind, case.model())
+    optimizer, reports = case.fused([sharded.model.get_parameter(name) for name in names]), []
+    for batch in batches():
+        sharded.model.zero_grad()
+        loss_of(sharded.model, sharded.part(batch)).backward()
+        optimizer.step()
+        reports.append(report_of(optimizer))
+    return {"parameters": sharded.parameters(), "reports": reports}
+
+
+def ignored(rank: int, flat: bool) -> Result:
+    """FSDP1 leaves some parameters alone, and their gradients to its user."""
+    case = Case(clip=CLIP)
+    model = case.model()
+    sharded = shard("fsdp1-flat" if flat else "fsdp1", model, ignored_states=[*model.norm.parameters()])
+    optimizer = case.fused(sharded.model.parameters())
+
+    def average(*_: Any) -> None:
+        for param in model.norm.parameters():
+            torch.distributed.all_reduce(param.grad.div_(WORLD))
+
+    optimizer.register_step_pre_hook(average)
+    return train(case, sharded, optimizer, batches(), fused=True)
+
+
+def handed_in(rank: int, kind: str, case: Case) -> dict[str, Any]:
+    """One process is given found_inf."""
+    sharded = shard(kind, case.model())
+    optimizer = case.fused(sharded.model.parameters())
+    loss_of(sharded.model, sharded.part(batches()[0])).backward()
+    optimizer.step(found_inf=torch.tensor(0.0))
+    before, reports = snapshot(optimizer), [report_of(optimizer)]
+    for value in (torch.tensor(float(rank)), torch.tensor([float(rank)])):
+        optimizer.step(found_inf=value, grad_scale=torch.tensor(2.0))
+        assert_equal(snapshot(optimizer), before)
+        reports.append(report_of(optimizer))
+    return {"reports": reports}
+
+
+def same_clip(rank: int) -> list[Any]:
+    """As a number here and as a tensor there, as tensors differ that lie on other devices."""
+    case = Case(clip=dict(max_norm=torch.tensor(0.25) if rank else 0.25))
+    sharded = shard("fsdp", case.model())
+    optimizer = case.fused(sharded.model.parameters())
+    loss_of(sharded.model, sharded.part(batches()[0])).backward()
+    optimizer.step()
+    return report_of(optimizer)
+
+
+def disagreeing_group(rank: int) -> str:
+    param = torch.nn.Parameter(torch.ones(4))
+    member = fusedopt.FusedSGD([param], lr=0.1)
+    group = fusedopt.ClipGroup([member], torch.distributed.group.WORLD, max_norm=1.0 + rank)
+    param.grad = torch.ones(4)
+    message = refused(group.step)
+    assert param.tolist() == [1.0] * 4
+    return message
+
+
+def sharded_beside_plain(rank: int) -> dict[str, Any]:
+    """One member of a ClipGroup is sharded, the other is not."""
+    from torch.distributed.fsdp import fully_shard
+
+    model = Case().model()
+    fully_shard(model.up, mesh=mesh_of(fsdp=WORLD))
+    plain = [param for name, param in model.named_parameters() if not name.startswith("up")]
+    members = [fusedopt.FusedAdamW(plain, lr=0.05), fusedopt.FusedAdamW(model.up.parameters(), lr=0.05)]
+    group, reports = fusedopt.ClipGroup(members, **CLIP), []
+    for batch in batches():
+        group.zero_grad()
+        loss_of(model, batch.chunk(WORLD)[rank]).backward()
+        for param in plain:
+            torch.distributed.all_reduce(param.grad.div_(WORLD))
+        group.step()
+        reports.append(report_of(group))
+    return {"parameters": {name: full(param) for name, param in model.named_parameters()}, "reports": reports}
+
+
+def flat_state(rank: int, flat: bool, case: Case) -> dict[str, Any]:
+    """FSDP1's own functions for the state of an optimizer."""
+    from torch.distributed.fsdp import FullyShardedDataParallel as Fsdp
+    from torch.distributed.fsdp import StateDictType
+
+    kind = "fsdp1-flat" if flat else "fsdp1"
+    sharded, again = shard(kind, case.model()), shard(kind, case.model())
+    optimizer = case.fused(sharded.model.parameters())
+    train(case, sharded, optimizer, batches(2), fused=True)
+    with Fsdp.state_dict_type(sharded.model, StateDictType.FULL_STATE_DICT):
+        weights, whole = sharded.model.state_dict(), Fsdp.optim_state_dict(sharded.model, optimizer)
+    resumed = case.fused(again.model.parameters())
+    with Fsdp.state_dict_type(again.model, StateDictType.FULL_STATE_DICT):
+        again.model.load_state_dict(weights)
+        resumed.load_state_dict(Fsdp.optim_state_dict_to_load(again.model, resumed, whole))
+    one = train(case, sharded, optimizer, batches(4)[2:], fused=True)
+    other = train(case, again, resumed, batches(4)[2:], fused=True)
+    assert_equal([other.parameters, other.reports], [one.parameters, one.reports])
+    return {"whole": whole["state"]}
+
+
+PARTS = {
+    f"part-{kind}-{what}-{name}": (part_of, (kind, names, TRAINED[name]))
+    for kind, what, names in (
+        ("tp", "replicated", ("norm.weight", "norm.bias")),
+        ("tp", "plain", ("head.weight", "head.bias")),
+        ("tp", "dealt-out", ("up.weight", "down.weight")),
+    )
+    for name in ("clipped", "norm-1", "reference", "emulated")
+    if name in TRAINED
+}
+HANDED_IN = {
+    f"handed-in-{kind}-{name}": (handed_in, (kind, TRAINED[name]))
+    for kind in ("fsdp", "tp", "fsdp1")
+    for name in ("clipped", "unclipped", "reference", "value", "emulated")
+    if name in TRAINED
+}
+# (With use_orig_params, torch 2.13 mixes up the two moments of stock optimizers, too.)
+FLAT_STATES = {
+    f"flat-state-{flat}-{name}": (flat_state, (flat, TRAINED[name]))
+    for flat, name in ((True, "clipped"), (True, "plain-momentum"), (False, "plain-momentum"))
+}
+SCENARIOS |= {**PARTS, **HANDED_IN, **FLAT_STATES}
+SCENARIOS |= {f"ignored-{flat}": (ignored, (flat,)) for flat in (False, True)}
+SCENARIOS |= {"same-clip": (same_clip, ()), "disagreeing-group": (disagreeing_group, ())}
+SCENARIOS |= {"sharded-beside-plain": (sharded_beside_plain, ())}
 SCENARIOS |= {"mixed": (mixed, (None,)), "mixed-clipped": (mixed, (CLIP,))}
 NONFINITE = {
     f"nonfinite-{kind}-{name}": (nonfinite, (kind, TRAINED[name]))
@@ -791,3 +917,63 @@ def test_settings_and_groups_change_between_steps(outcomes: Outcomes) -> None:
     for result in outcomes["changed-later"]:
         assert result.reports[0][0] == pytest.approx(float(norm), rel=1e-12)
         assert_close(result.parameters, dict(model.named_parameters()))
+
+
+@pytest.mark.parametrize("scenario", PARTS)
+def test_an_optimizer_of_some_parameters(outcomes: Outcomes, scenario: str) -> None:
+    _, names, case = PARTS[scenario][1]
+    model = case.model()
+    params = [model.get_parameter(name) for name in names]
+    optimizer, norms = case.stock(params), []
+    for batch in batches():
+        model.zero_grad()
+        loss_of(model, batch).backward()
+        norms.append(float(stock_clip(params, case.clip)))
+        optimizer.step()
+    for outcome in outcomes[scenario]:
+        assert [norm for norm, *_ in outcome["reports"]] == pytest.approx(norms, rel=1e-12)
+        assert_close(outcome["parameters"], dict(model.named_parameters()))
+
+
+@pytest.mark.parametrize("flat", [False, True])
+def test_parameters_that_fsdp1_ignores(outcomes: Outcomes, flat: bool) -> None:
+    case = Case(clip=CLIP)
+    results, expected = outcomes[f"ignored-{flat}"], alone(case)
+    assert_reports(results, case, expected)
+    for result in results:
+        assert_close(result.parameters, expected.parameters)
+
+
+@pytest.mark.parametrize("scenario", HANDED_IN)
+def test_found_inf_that_one_process_is_given_skips_all(outcomes: Outcomes, scenario: str) -> None:
+    first, second = outcomes[scenario]
+    assert repr(first) == repr(second)
+    assert [found_inf for *_, found_inf in first["reports"]] == [0.0, 1.0, 1.0]
+
+
+def test_a_bound_may_be_a_number_or_a_tensor(outcomes: Outcomes) -> None:
+    first, second = outcomes["same-clip"]
+    assert first == second
+
+
+def test_groups_of_optimizers_that_disagree_are_told(outcomes: Outcomes) -> None:
+    for message in outcomes["disagreeing-group"]:
+        assert message.startswith("ValueError: the optimizers of processes 0 and 1 differ in clip_grad")
+        assert "max_norm=1.0" in message
+        assert "max_norm=2.0" in message
+
+
+def test_a_group_of_a_sharded_and_a_plain_optimizer(outcomes: Outcomes) -> None:
+    case = Case(settings=dict(lr=0.05), clip=CLIP)
+    expected = alone(case)
+    for outcome in outcomes["sharded-beside-plain"]:
+        assert [norm for norm, *_ in outcome["reports"]] == pytest.approx(expected.reports, rel=1e-12)
+        assert_close(outcome["parameters"], expected.parameters)
+
+
+@pytest.mark.parametrize("scenario", FLAT_STATES)
+def test_fsdp1s_functions_save_and_load_the_state(outcomes: Outcomes, scenario: str) -> None:
+    case = FLAT_STATES[scenario][1][1]
+    expected = alone(case, batches(2)).state
+    whole = outcomes[scenario][0]["whole"]
+    assert_close(whole, expected)
