@@ -201,11 +201,15 @@ py::object StepPlan::step(const py::object& groups, const py::dict& state, const
     if (!refused.empty()) return told(refused, false);
   }
   if (!problems.empty()) return told(problems, true);
-  if (s.mode() != Mode::kBare) {
-    if (half || spread_) return first_half(s, capturing);
-  } else if (s.has_found_inf && spread_ && !agreed) {
-    return py::bool_(false);
+  if (s.mode() != Mode::kBare && (half || spread_)) {
+    StepSettings asked = s;
+    if (s.has_found_inf && !half) {  // what was found elsewhere comes with the pairs
+      asked.has_found_inf = false;
+      asked.check = true;
+    }
+    return first_half(asked, capturing);
   }
+  if (s.has_found_inf && spread_ && !agreed) return py::bool_(false);
   if (!kernels_.executor) return cpu_step_.run(groups_, rows_, s);
   return on_devices(s, [&](const auto& wait) { return kernels_.executor->step(work(capturing), s, wait); });
 }

@@ -56,9 +56,10 @@ class StepPlan {
   // last is None where there is nothing to mend. For `counts` see plan::States.
   //
   // Of a step that has to hear from others only the first half is made, when something is to be found out: the pairs
-  // are returned, see CpuStep::find, or None where no parameter takes part, when there is no second half. So is that of
-  // any such step with `half`. A step that is given `found_inf` and finds nothing out itself changes nothing and
-  // returns False where others have to be heard about that, unless it is `agreed`.
+  // are returned, see CpuStep::find, or None where no parameter takes part, when there is no second half. Where such a
+  // step is given `found_inf`, that is for the caller to put into the pairs, in place of what was found of it here. So
+  // is the first half of any step returned with `half`. A step that is given `found_inf` and finds nothing out itself
+  // changes nothing and returns False where others have to be heard about that, unless it is `agreed`.
   py::object step(const py::object& groups, const py::dict& state, const py::object& counts,
                   const StepSettings& settings, bool half, bool agreed);
   // The second half, with numbers and tensors of `settings` still alive.

@@ -44,6 +44,10 @@ class StepRequest(NamedTuple):
         """Whether the step has to find something out before it updates: see Note [Three modes]."""
         return self.check or isinstance(self.clip, NormClip)
 
+    def looking(self) -> StepRequest:
+        """The request of a step that is given ``found_inf``, as if it looked for what is not finite itself."""
+        return self._replace(found_inf=None, check=True)
+
     @property
     def norm_type(self) -> float | None:
         """Of the norm that the step clips by, or None."""

@@ -55,7 +55,8 @@ class PlanBackend(Backend):
             if type(result) is tuple:
                 return StepReport(*result)
         try:
-            pairs = self.shards.added_up(result, self._device_of(param_groups), request.norm_type)
+            device = self._device_of(param_groups)
+            pairs = self.shards.added_up(result, device, request.norm_type, request.found_inf)
         except BaseException:
             self.abandon()
             raise
@@ -71,7 +72,7 @@ class PlanBackend(Backend):
         return self._run(param_groups, state, request, counts, half=True)
 
     def finish(self, pairs: Tensor) -> StepReport:
-        param_groups, request, begun = self._half
+        param_groups, request, begun, _ = self._half
         self._half = None
         if begun:
             report = StepReport(*self._plan.finish(pairs))
@@ -126,17 +127,20 @@ class PlanBackend(Backend):
             agreed,
         )
         result = self._plan.step(param_groups, state, *asked)
-        if type(result) is list:
-            self._attend(result, param_groups, state, counts)
-            result = self._plan.step(param_groups, state, *asked)
+        for _ in range(2):  # of a gradient that could not be used it tells that state is missing, too, afterwards
             if type(result) is list:
-                g, i, reason, _ = result[0]
-                raise RuntimeError(f"{parameter_name(param_groups[g], g, i)} {reason}")
+                self._attend(result, param_groups, state, counts)
+                result = self._plan.step(param_groups, state, *asked)
+        if type(result) is list:
+            g, i, reason, _ = result[0]
+            raise RuntimeError(f"{parameter_name(param_groups[g], g, i)} {reason}")
         if type(result) is tuple:
             if self._plan.take_foreign_numbers():
                 plain_groups(param_groups)
         elif result is not False:
-            self._half = param_groups, request, result is not None  # the plan has the request's tensors by address
+            if request.found_inf is not None and not half:
+                request = request.looking()
+            self._half = param_groups, request, result is not None, asked  # which the plan has by address
         return result
 
     def _attend(

@@ -55,11 +55,13 @@ class ReferenceBackend(Backend):
     ) -> StepReport:
         half = self._prepared(param_groups, state, request, counts)
         pairs = None
-        if self.shards.domains is not None and not request.finds and request.found_inf is not None:
-            agreed = self.shards.domains.agree(request.found_inf, half.device)
-            half = half._replace(request=request._replace(found_inf=agreed))
-        elif request.finds and (half.rows or self.shards.domains is not None):
-            pairs = self.shards.added_up(self._found(half), half.device, request.norm_type)
+        domains, given = self.shards.domains, request.found_inf
+        if request.finds and (half.rows or domains is not None):
+            if domains is not None and given is not None:
+                half = half._replace(request=request.looking())
+            pairs = self.shards.added_up(self._found(half), half.device, request.norm_type, given)
+        elif domains is not None and given is not None:
+            half = half._replace(request=request._replace(found_inf=domains.agree(given, half.device)))
         return self._finish(half, pairs)
 
     @torch.no_grad()
@@ -131,7 +133,8 @@ class ReferenceBackend(Backend):
                 local = {name: local_of(value) for name, value in mine.items() if isinstance(value, Tensor)}
                 self._update(group, param, local, count, multiplier, request)
         plain_groups(half.param_groups)
-        double = any(param.dtype == torch.float64 for _, param in half.rows)
+        # Of all parameters, not only those with a gradient: processes may differ in these.
+        double = any(param.dtype == torch.float64 for group in half.param_groups for param in group["params"])
         return conclusions.report(torch.float64 if double else torch.float32)
 
     def _update(

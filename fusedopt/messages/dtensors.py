@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-__all__ = ["deal_out_as", "dealt_out_alike", "is_dtensor", "local_of", "whole"]
+__all__ = ["deal_out_as", "dealt_out", "dealt_out_alike", "is_dtensor", "local_of", "whole"]
 
 
 def is_dtensor(tensor: Any) -> bool:
@@ -26,6 +26,13 @@ def dealt_out_alike(one: Any, other: Any) -> bool:
     if not is_dtensor(one) or not is_dtensor(other):
         return is_dtensor(one) == is_dtensor(other)
     return one.device_mesh == other.device_mesh and tuple(one.placements) == tuple(other.placements)
+
+
+def dealt_out(tensor: Any) -> str:
+    """How a tensor lies in processes, for messages."""
+    if not is_dtensor(tensor):
+        return "a plain tensor"
+    return f"a DTensor with placements {tuple(tensor.placements)} on {tensor.device_mesh}"
 
 
 def whole(tensor: Any) -> Any:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .dtensors import dealt_out_alike, is_dtensor, local_of
+from .dtensors import dealt_out, dealt_out_alike, is_dtensor, local_of
 from .names import did_you_mean
 
 __all__ = [
@@ -99,16 +99,10 @@ def check_gradient(name: str, param: Tensor, grad: Tensor) -> None:
     """Raise RuntimeError unless ``grad`` can drive an update of ``param``."""
     reason = unsupported_kind(grad)
     if reason is None and not dealt_out_alike(param, grad):
-        reason = f"is {_dealt_out(grad)} but the parameter is {_dealt_out(param)}"
+        reason = f"is {dealt_out(grad)} but the parameter is {dealt_out(param)}"
     if reason is None and grad.device != param.device:
         reason = f"is on {grad.device} but the parameter is on {param.device}"
     if reason is None and grad.shape != param.shape:
         reason = f"has shape {tuple(grad.shape)} but the parameter has shape {tuple(param.shape)}"
     if reason is not None:
         raise RuntimeError(f"gradient of {name} {reason}")
-
-
-def _dealt_out(tensor: Tensor) -> str:
-    if not is_dtensor(tensor):
-        return "a plain tensor"
-    return f"a DTensor with placements {tuple(tensor.placements)} on {tensor.device_mesh}"  # type: ignore[attr-defined]

@@ -293,10 +293,9 @@ class FusedOptimizer(torch.optim.Optimizer):
         shards = self._shards
         shards(self.param_groups)
         if shards.domains is not None:
-            settings = {"class": type(self).__name__, "clip_grad": str(self.clip_grad)}
+            settings = {"class": type(self).__name__, "clip_grad": self.clip_grad}
             agree_on_parameters(shards.domains, self.param_groups, settings, shares=shards.share_of is not None)
-        if all(param.grad is None for group in self.param_groups for param in group["params"]):
-            refuse_what_was_left_behind(self.param_groups)
+        refuse_what_was_left_behind(self.param_groups)
         self._introduced = True
 
     @property

@@ -22,13 +22,18 @@ from .shared import Shared, handed_over
 __all__ = ["ClipGroup"]
 
 
+def _of(optimizer: FusedOptimizer, request: StepRequest) -> StepRequest:
+    """What the group asks of one optimizer: its gradients are its own matter."""
+    return request._replace(write_back_grads=optimizer.write_back_grads)
+
+
 class ClipGroup:
     """Several optimizers that clip by one norm and skip together: stages of a pipeline, or a model in parts.
 
     Each optimizer by itself would clip by the norm of its own parameters' gradients, and skip by its own overflows. A
     group finds the norm over all of them, then updates all or none. It is stepped in place of them, by hand or by a
     loss scaler: ``fusedopt.amp.GradScaler().step(group)``. What else belongs to an optimizer (state, schedulers, hooks,
-    checkpoints) stays with each.
+    checkpoints, ``write_back_grads``) stays with each.
 
     Args:
         optimizers: fused optimizers without ``clip_grad`` of their own. Their parameters may be sharded.
@@ -83,11 +88,6 @@ class ClipGroup:
                     f"optimizers[{number}] is a {type(optimizer).__name__}; expected a fused optimizer, such as "
                     "fusedopt.FusedAdamW or fusedopt.fuse(optimizer)"
                 )
-            if optimizer.clip_grad is not None:
-                raise ValueError(
-                    f"optimizers[{number}] has clip_grad={optimizer.clip_grad} of its own; expected None, and max_norm "
-                    "of the group"
-                )
             for g, group in enumerate(optimizer.param_groups):
                 for i, param in enumerate(group["params"]):
                     if id(param) in owner:
@@ -96,6 +96,15 @@ class ClipGroup:
                             f"[{owner[id(param)]}], too; expected each parameter once"
                         )
                     owner[id(param)] = number
+        self._refuse_own_clipping()
+
+    def _refuse_own_clipping(self) -> None:
+        for number, optimizer in enumerate(self.optimizers):
+            if optimizer.clip_grad is not None:
+                raise ValueError(
+                    f"optimizers[{number}] has clip_grad={optimizer.clip_grad} of its own; expected None, and max_norm "
+                    "of the group"
+                )
 
     @property
     def clip_grad(self) -> dict[str, Any] | None:
@@ -134,9 +143,11 @@ class ClipGroup:
         Step hooks of the optimizers are called without arguments.
 
         Raises:
+            ValueError: an optimizer was given ``clip_grad`` of its own since.
             RuntimeError: see :meth:`fusedopt.backends.Backend.step`; or a backward pass is under way, in which the
                 gradients are not all there. No optimizer has changed anything then.
         """
+        self._refuse_own_clipping()  # it may have been assigned since
         if grad_norm is None and self._shared.clip is not None:
             refuse_part_of_a_norm()
         loss = None
@@ -168,7 +179,7 @@ class ClipGroup:
 
     def _introduce(self) -> None:
         """As the optimizers' own, over the group's processes."""
-        settings = {"clip_grad": str(self.clip_grad)}
+        settings = {"clip_grad": self.clip_grad}
         agree_on_parameters(Domains([(self.process_group,)]), (), settings, shares=True)
         self._introduced = True
 
@@ -202,7 +213,7 @@ class ClipGroup:
     def _one_by_one(self, request: StepRequest) -> StepReport:
         """A step that has nothing to find out."""
         for optimizer in self.optimizers:
-            report = optimizer._served("step", request)
+            report = optimizer._served("step", _of(optimizer, request))
         return report
 
     def _together(self, request: StepRequest) -> StepReport:
@@ -212,7 +223,7 @@ class ClipGroup:
             found = []
             for optimizer in self.optimizers:
                 begun.append(optimizer)
-                totals = optimizer._served("begin", request)
+                totals = optimizer._served("begin", _of(optimizer, request))
                 found.append(optimizer._shards.here(totals, optimizer._device, request.norm_type).to(self._device))
             pairs = self._added_up(torch.cat(found), request.norm_type)
             reports = [

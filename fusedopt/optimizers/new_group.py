@@ -31,8 +31,8 @@ def check_new_group(rule: Rule, defaults: Mapping[str, Any], param_group: dict[s
     if isinstance(param_group, dict) and "clip_grad" in param_group:
         raise ValueError(
             "clip_grad is no setting of a parameter group: it is that of the optimizer, over all groups. (torch's "
-            "ZeroRedundancyOptimizer hands it on in the groups, and each process would clip by the norm of its "
-            "share; expected fusedopt.ZeroRedundancyOptimizer(params, optimizer_type=..., clip_grad=...))"
+            "ZeroRedundancyOptimizer hands it on in the groups; expected "
+            "fusedopt.ZeroRedundancyOptimizer(params, optimizer_type=..., clip_grad=...))"
         )
     if isinstance(param_group, dict) and "params" in param_group:
         params = param_group["params"]

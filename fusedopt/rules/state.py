@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from ..messages.dtensors import dealt_out, dealt_out_alike
 from ..messages.tensors import unsupported_kind
 from .counts import count_problem
 
@@ -89,6 +90,8 @@ def state_problem(
             problem = unsupported_kind(value)
             if value.shape != param.shape:
                 problem = f"has shape {tuple(value.shape)}, expected {tuple(param.shape)}"
+        if problem is None and not loading and key in own and not dealt_out_alike(param, value):
+            problem = f"is {dealt_out(value)} but the parameter is {dealt_out(param)}"
         if problem is not None:
             return f"{what} {key!r} of {name} {problem}"
     return None

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch.distributed as dist
+from torch import Tensor
 
 from ..messages import is_dtensor
 from .domains import Domains
@@ -21,8 +22,15 @@ def _described(param: Any) -> str:
     return f"a flat shard, {param.dtype}" if is_flat_shard(param) else f"shape {tuple(param.shape)}, {param.dtype}"
 
 
+def _as_text(value: Any) -> str:
+    """Tensors by what they hold: their devices differ from process to process."""
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key}={_as_text(each)}" for key, each in value.items())
+    return str(value.tolist() if isinstance(value, Tensor) else value)
+
+
 def agree_on_parameters(
-    domains: Domains, param_groups: Sequence[Mapping[str, Any]], settings: Mapping[str, str], *, shares: bool = False
+    domains: Domains, param_groups: Sequence[Mapping[str, Any]], settings: Mapping[str, Any], *, shares: bool = False
 ) -> None:
     """Compare an optimizer with those of the other processes.
 
@@ -37,7 +45,8 @@ def agree_on_parameters(
     Raises:
         ValueError: in every process, naming what differs.
     """
-    mine: dict[str, str] = {**settings, "number of parameter groups": str(len(param_groups))}
+    mine = {name: _as_text(value) for name, value in settings.items()}
+    mine |= {"number of parameter groups": str(len(param_groups))}
     for g, group in enumerate(() if shares else param_groups):
         mine[f"number of parameters in param_groups[{g}]"] = str(len(group["params"]))
         for i, param in enumerate(group["params"]):

@@ -91,9 +91,13 @@ class Domains:
 
     def agree(self, flag: Tensor | float, device: torch.device) -> Tensor:
         """Whether ``flag`` is set in any process of any group: 0-dim float32, 1 or 0."""
-        mine = torch.as_tensor(flag, device=device).detach().reshape(()).ne(0).double()
+        mine = _flag(flag, device)
         totals = torch.stack([torch.zeros_like(mine), mine]).expand(len(self.reaches), 2)
         return self.add_up(totals, largest=False)[:, 1].amax().ne(0).float()
+
+
+def _flag(found_inf: Tensor | float, device: torch.device) -> Tensor:
+    return torch.as_tensor(found_inf, device=device).detach().reshape(()).ne(0).double()
 
 
 class Shards:
@@ -141,10 +145,25 @@ class Shards:
             return torch.zeros((self.count, 2), dtype=torch.float64, device=device)
         return totals[0] if totals.shape[0] == 1 else combined(totals.transpose(0, 1), largest=norm_type == math.inf)
 
-    def added_up(self, totals: Tensor | None, device: torch.device, norm_type: float | None) -> Tensor:
-        """What was found in all processes, as pairs: see :meth:`here` and :meth:`Domains.add_up`."""
+    def added_up(
+        self,
+        totals: Tensor | None,
+        device: torch.device,
+        norm_type: float | None,
+        found_inf: Tensor | float | None = None,
+    ) -> Tensor:
+        """What was found in all processes, as pairs: see :meth:`here` and :meth:`Domains.add_up`.
+
+        Note [Flags that are given]: a step that is told whether there was an overflow does not look for one, but
+        another process may have been told something else. So ``found_inf`` takes the place of what was found here of
+        that, and the step is made as if it had looked. Nothing of this where all is here.
+        """
         here = self.here(totals, device, norm_type)
-        return here if self.domains is None else self.domains.add_up(here, largest=norm_type == math.inf)
+        if self.domains is None:
+            return here
+        if found_inf is not None:
+            here = torch.stack((here[:, 0], _flag(found_inf, device).expand(here.shape[0])), dim=1)
+        return self.domains.add_up(here, largest=norm_type == math.inf)
 
 
 def _each(param_groups: Iterable[Mapping[str, Any]]) -> Iterator[tuple[Mapping[str, Any], int, int, Tensor]]:

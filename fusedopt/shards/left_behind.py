@@ -7,37 +7,43 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import nn
 
 from ..messages import is_dtensor, parameter_name
 
 __all__ = ["refuse_what_was_left_behind"]
 
+#: Modules of torch without which nothing is sharded.
+_SHARDING = {"torch.distributed.tensor", "torch.distributed.fsdp"}
+
 
 def refuse_what_was_left_behind(param_groups: Sequence[Mapping[str, Any]]) -> None:
-    """Raise RuntimeError if the parameters, none of which has a gradient, were replaced by shards.
+    """Raise RuntimeError if a parameter without a gradient was replaced by a shard.
 
-    ``fully_shard`` and tensor parallelism put DTensors in the place of a model's parameters. An optimizer of the former
-    ones would train nothing, and say nothing. It is told from one that has no gradients yet by the models of this
-    process, looked up among all objects: none has its first parameter, and one has a DTensor of the same shape.
+    ``fully_shard`` and tensor parallelism put DTensors in the place of a model's parameters, FullyShardedDataParallel
+    flat ones. An optimizer of the former ones would not train them, and say nothing. They are told from those that have
+    no gradient yet by the models of this process, looked up among all objects: none has the parameter, and one has a
+    shard of its shape that is not this optimizer's.
     """
-    if "torch.distributed.tensor" not in sys.modules:
+    if not _SHARDING.intersection(sys.modules):
         return
-    place = next(((group, g) for g, group in enumerate(param_groups) if group["params"]), None)
-    if place is None:
-        return
-    group, g = place
-    first = group["params"][0]
-    replaced = False
-    for module in gc.get_objects():
+    entries = [(group, g, i, p) for g, group in enumerate(param_groups) for i, p in enumerate(group["params"])]
+    own = {id(param) for *_, param in entries}
+    lonely = {
+        id(param) for *_, param in entries if param.grad is None and param.requires_grad and not is_dtensor(param)
+    }
+    shapes: set[torch.Size] = set()
+    for module in gc.get_objects() if lonely else ():
         if issubclass(type(module), nn.Module):
             for param in module.__dict__.get("_parameters", {}).values():
-                if param is first:
-                    return
-                replaced |= is_dtensor(param) and param.shape == first.shape
-    if replaced:
-        raise RuntimeError(
-            f"{parameter_name(group, g, 0)} has no gradient, and no model has it; one has a DTensor of its shape "
-            "instead: was the model sharded (fully_shard, parallelize_module) after this optimizer was made? Expected "
-            "an optimizer of the sharded model's parameters"
-        )
+                lonely.discard(id(param))
+                if id(param) not in own:
+                    shapes.update([param.shape] if is_dtensor(param) else getattr(param, "_shapes", ()))
+    for group, g, i, param in entries:
+        if id(param) in lonely and param.shape in shapes:
+            raise RuntimeError(
+                f"{parameter_name(group, g, i)} has no gradient, and no model has it; one has a shard of its shape "
+                "instead: was the model sharded (fully_shard, parallelize_module, FullyShardedDataParallel) after this "
+                "optimizer was made? Expected an optimizer of the sharded model's parameters"
+            )
