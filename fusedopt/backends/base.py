@@ -131,6 +131,18 @@ class Backend(abc.ABC):
         """One for the steps of a self-test."""
         return cls(rule, {device})
 
+    def _looks_for(
+        self, request: StepRequest, param_groups: list[dict[str, Any]]
+    ) -> tuple[StepRequest, Tensor | float | None]:
+        """The request of a step and the flag that goes around with it, see Note [Flags that are given]."""
+        if request.found_inf is None or not request.finds:
+            return request, None
+        if not self.shards.known:
+            self.shards(param_groups)
+        if self.shards.domains is None:
+            return request, None
+        return request._replace(found_inf=None, check=True), request.found_inf
+
     @abc.abstractmethod
     def step(
         self,

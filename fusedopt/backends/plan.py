@@ -44,6 +44,7 @@ class PlanBackend(Backend):
         request: StepRequest,
         counts: HiddenCounts | None = None,
     ) -> StepReport:
+        request, given = self._looks_for(request, param_groups)
         result = self._run(param_groups, state, request, counts)
         if result is False:
             device = self._device_of(param_groups)
@@ -53,7 +54,7 @@ class PlanBackend(Backend):
         if isinstance(result, tuple):
             return StepReport(*result)
         try:
-            pairs = self.shards.added_up(result, self._device_of(param_groups), request.norm_type)
+            pairs = self.shards.added_up(result, self._device_of(param_groups), request.norm_type, given)
         except BaseException:
             self.abandon()
             raise

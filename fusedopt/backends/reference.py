@@ -54,12 +54,14 @@ class ReferenceBackend(Backend):
         counts: HiddenCounts | None = None,
     ) -> StepReport:
         half = self._prepared(param_groups, state, request, counts)
+        request, given = self._looks_for(request, param_groups)
+        half = half._replace(request=request)
         pairs = None
         if self.shards.domains is not None and not request.finds and request.found_inf is not None:
             agreed = self.shards.domains.agree(request.found_inf, half.device)
             half = half._replace(request=request._replace(found_inf=agreed))
         elif request.finds and (half.rows or self.shards.domains is not None):
-            pairs = self.shards.added_up(self._found(half), half.device, request.norm_type)
+            pairs = self.shards.added_up(self._found(half), half.device, request.norm_type, given)
         return self._finish(half, pairs)
 
     @torch.no_grad()

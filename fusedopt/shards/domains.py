@@ -99,17 +99,19 @@ class Shards:
     Attributes:
         share_of: the process group whose processes each have a share of the parameters, as under ZeRO; or None.
         domains: None where each process has all of every gradient.
+        known: whether it has been called.
     """
 
     def __init__(self) -> None:
         self.share_of: Any = None
+        self.known = False
         self.domains: Domains | None = None
         self._numbers: dict[int, int] = {}  # by the id of a parameter
 
     def __call__(self, param_groups: Sequence[Mapping[str, Any]]) -> tuple[list[int], int] | None:
         """The domain of each parameter, in the order of the groups, and how many there are; None for one and here."""
         found = find_domains(param_groups, self.share_of)
-        self.domains, self._numbers = None, {}
+        self.domains, self._numbers, self.known = None, {}, True
         if found is None:
             return None
         self.domains, numbers = found
@@ -137,9 +139,23 @@ class Shards:
             return torch.zeros((self.count, 2), dtype=torch.float64, device=device)
         return totals[0] if totals.shape[0] == 1 else combined(totals.transpose(0, 1), largest=norm_type == math.inf)
 
-    def added_up(self, totals: Tensor | None, device: torch.device, norm_type: float | None) -> Tensor:
-        """What was found in all processes, as pairs: see :meth:`here` and :meth:`Domains.add_up`."""
+    def added_up(
+        self,
+        totals: Tensor | None,
+        device: torch.device,
+        norm_type: float | None,
+        found_inf: Tensor | float | None = None,
+    ) -> Tensor:
+        """What was found in all processes, as pairs: see :meth:`here` and :meth:`Domains.add_up`.
+
+        Note [Flags that are given]: a step that is told whether there was an overflow does not look for one, but
+        another process may have been told something else. So ``found_inf`` takes the place of what was found here of
+        that, and the step is made as if it had looked.
+        """
         here = self.here(totals, device, norm_type)
+        if found_inf is not None:
+            flag = torch.as_tensor(found_inf, device=device).detach().reshape(()).ne(0).double()
+            here = torch.stack((here[:, 0], flag.expand(here.shape[0])), dim=1)
         return here if self.domains is None else self.domains.add_up(here, largest=norm_type == math.inf)
 
 
