@@ -94,6 +94,7 @@ measure: setup
 	python -m benchmarks.record $(BENCH_OUT)/demo/comparison.json $(MEASURED)-demo.json
 	python -m benchmarks.averaging --json $(MEASURED)-averaging.json
 	python -m benchmarks.host --json $(MEASURED)-host.json
+	python -m benchmarks.sharded --json $(MEASURED)-sharded.json
 	python -m benchmarks.gate --keep-going --json $(MEASURED)-gates.json
 
 # Writes README.md, docs/ and benchmarks/results/ from these files; measures nothing.

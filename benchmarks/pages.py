@@ -24,7 +24,7 @@ from fusedopt.bench.tables import markdown, times
 from fusedopt.compare.comparison import Comparison
 from fusedopt.compare.figure import save_figure
 
-from . import averaging, host, report
+from . import averaging, host, report, sharded
 
 ROOT = Path(__file__).parents[1]
 #: The machine whose figures the pages show; what its files are named after.
@@ -183,6 +183,16 @@ def averages(results: Results) -> str:
     return f"{about}\n\n{averaging.table(content)}"
 
 
+def sharded_steps(results: Results) -> str:
+    """What a step on sharded parameters takes."""
+    content = results.content("sharded")
+    if content is None:
+        return missing(results, "sharded")
+    about = content["environment"]
+    words = f"{about['processes']} processes, threads in each: {about['threads']}; {content['rounds']} rounds"
+    return f"{_on(about)}; {words}:\n\n{sharded.table(content)}"
+
+
 SECTIONS: dict[str, Callable[[Results], str]] = {
     "demo": picture,
     "steps": steps,
@@ -190,6 +200,7 @@ SECTIONS: dict[str, Callable[[Results], str]] = {
     "gates": gates,
     "host": host_path,
     "averaging": averages,
+    "sharded": sharded_steps,
 }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import os
 import subprocess
 import sys
@@ -248,13 +249,13 @@ def fully_sharded(model: nn.Module) -> nn.Module:
         return FullyShardedDataParallel(model, use_orig_params=True, device_id=torch.device("cpu"))
 
 
-def fsdp_overflow(rank: int, kind: str) -> dict[str, Any]:
-    """As :func:`overflow`, with torch's scaler for shards; the shard of one process overflows."""
+def fsdp_overflow(rank: int, kind: str, stock: bool = False, **settings) -> dict[str, Any]:
+    """As :func:`overflow`, with torch's scaler for shards or its ``stock`` one; the shard of one process overflows."""
     from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
 
     model = fully_sharded(make_model())
-    optimizer = fusedopt.OPTIMIZERS.build(optimizer_cfg(kind), model.parameters())
-    scaler = ShardedGradScaler("cpu", init_scale=8.0)
+    optimizer = fusedopt.OPTIMIZERS.build({**optimizer_cfg(kind), **settings}, model.parameters())
+    scaler = (torch.amp.GradScaler if stock else ShardedGradScaler)("cpu", init_scale=8.0)
     outcome: dict[str, Any] = {"scales": [], "moved": []}
     for index, batch in enumerate(batches(rank)[:3]):
         before = parameters_of(model)
@@ -309,6 +310,14 @@ SCENARIOS: dict[str, tuple[Callable[..., dict[str, Any]], tuple]] = {
     **{f"overflow-{kind}": (overflow, (optimizer_cfg(kind),)) for kind in TYPES},
     **{f"overflow-shard-{kind}": (overflow, (zero_cfg(kind),)) for kind in TYPES},
     **{f"fsdp-overflow-{kind}": (fsdp_overflow, (kind,)) for kind in TYPES},
+    **{
+        f"fsdp-overflow-clip-{backend}-{stock}": (
+            functools.partial(fsdp_overflow, clip_grad=dict(max_norm=0.1), backend=backend),
+            ("FusedAdamW", stock),
+        )
+        for backend in ("native", "reference")
+        for stock in (False, True)
+    },
     "fsdp-average": (fsdp_average, ()),
 }
 
@@ -462,6 +471,15 @@ def test_an_overflow_in_one_shard_skips_the_step_in_all(outcomes, kind):
         assert outcome["moved"] == stock["moved"] == [True, False, True]
         assert outcome["scales"] == stock["scales"] == [8.0, 4.0, 4.0]
         assert_all_close(outcome["parameters"], stock["parameters"])
+
+
+@pytest.mark.parametrize("stock", [False, True], ids=["sharded scaler", "stock scaler"])
+@pytest.mark.parametrize("backend", ["native", "reference"])
+def test_so_it_does_where_the_step_clips_and_is_given_the_flag(outcomes, backend, stock):
+    """Each process is given what was found in its own shard."""
+    for outcome in outcomes[f"fsdp-overflow-clip-{backend}-{stock}"]:
+        assert outcome["moved"] == [True, False, True]
+        assert outcome["scales"] == [8.0, 4.0, 4.0]
 
 
 def test_an_average_takes_whole_parameters_and_refuses_shards(outcomes):

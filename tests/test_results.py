@@ -74,6 +74,11 @@ def copy(tmp_path: Path) -> tuple[Results, Path]:
     case = {"model": "vit", "tensors": 7, "parameters": 10**8, "moved_by_probe": 12 * 10**8}
     cases = [{**case, "probe_seconds": [0.2, 0.2], "seconds": seconds}]
     save({"environment": ENVIRONMENT, "rounds": 2, "cases": cases}, results.path("averaging"))
+    sharded = {"part": "fsdp2", "workload": "vit-b", "tensors": 152, "parameters": 8 * 10**7, "left_out": {}}
+    sharded |= {"floor": 1.5, "rival": "torch-fused", "collectives": [[0.25, 0.0625]] * 2}
+    sharded["seconds"] = {"fusedopt": [0.25, 0.25], "torch-fused": [0.75, 0.75]}
+    on = {**ENVIRONMENT, "processes": 2}
+    save({"environment": on, "rounds": 2, "cases": [sharded]}, results.path("sharded"))
     ratio = {"median": 1.6, "low": 1.5, "high": 1.7}
     gate = {"case": "a/b/c/d", "rival": "torch-fused", "limits": {"ratio": 1.5}, "verdict": "holds", "ratio": ratio}
     save({"torch": "2", "fusedopt": "0", "device": "cpu", "gates": [gate]}, results.path("gates"))
@@ -96,6 +101,7 @@ class TestPages:
         assert "AdamW, bare step" in readme
         assert "| all " in benchmarks and "1535.0" in benchmarks
         assert "1.60 [1.50, 1.70]" in benchmarks
+        assert "3.00 [3.00, 3.00] | 1.5, holds" in benchmarks and "62.5 ms, 25%" in benchmarks
         assert "2.00 [2.00, 2.00]" in averaging and "80%" in averaging
         assert all("No figures yet" not in text for text in (readme, benchmarks, averaging))
         page = results.path().with_suffix(".md").read_text()

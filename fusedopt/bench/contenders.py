@@ -59,10 +59,9 @@ class Contender:
     def __init__(self, case: Case, gradients: dict[str, Tensor]):
         self.case = case
         self.recipe = RECIPES[case.recipe]
-        self.params: dict[str, nn.Parameter] = {}
-        for name, value, _ in initial_tensors(case):
-            self.params[name] = param = nn.Parameter(value)
-            if gradients[name].dtype != value.dtype:
+        self.params = self.make_params()
+        for name, param in self.params.items():
+            if gradients[name].dtype != param.dtype:
                 param.grad_dtype = None  # takes a gradient of any dtype
             param.grad = gradients[name].clone()
         self._grads: list[Tensor] = [param.grad for param in self.params.values() if param.grad is not None]
@@ -83,6 +82,14 @@ class Contender:
     def unavailable(cls, case: Case) -> str | None:
         """Why it cannot run this case, or None."""
         return None
+
+    def make_params(self) -> dict[str, nn.Parameter]:
+        """The parameters by name, with their initial values."""
+        return {name: nn.Parameter(value) for name, value, _ in initial_tensors(self.case)}
+
+    def whole(self, name: str) -> Tensor:
+        """A parameter as a plain tensor."""
+        return self.params[name].detach()
 
     def build(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
         """Make the optimizer."""

@@ -16,7 +16,7 @@ from .contenders import CONTENDERS, OURS, Contender, initial_tensors
 from .measure import BandwidthProbe, CacheFlush, Quantiles, Times, interleave, paired_ratio
 from .memory import PeakMemory
 
-__all__ = ["CHECKED_STEPS", "Result", "expected", "run"]
+__all__ = ["CHECKED_STEPS", "Result", "expected", "find_wrong", "run"]
 
 #: Factors on the gradients (of the first micro-batch) in the steps before the results are compared. They differ widely,
 #: so that an optimizer that forgets the moments, or their maximum, is noticed.
@@ -88,7 +88,7 @@ def expected(case: Case) -> Iterator[tuple[str, Tensor, Tensor]]:
         yield name, param, exact.detach()
 
 
-def _wrong(case: Case, contenders: dict[str, Contender]) -> dict[str, str]:
+def find_wrong(case: Case, contenders: dict[str, Contender]) -> dict[str, str]:
     """The reason for each contender whose parameters are wrong after the CHECKED_STEPS."""
     wrong: dict[str, str] = {}
     tolerances = {**_TOLERANCES, **(_ACCUMULATED if RECIPES[case.recipe].accumulate > 1 else {})}
@@ -98,7 +98,7 @@ def _wrong(case: Case, contenders: dict[str, Contender]) -> dict[str, str]:
         change = float((after - before).abs().max())
         for name, contender in contenders.items():
             allowed = _APPROXIMATE if contender.approximate else tolerances[case.dtype]
-            error = float((contender.params[parameter].detach() - after).abs().max()) / max(change, 1e-30)
+            error = float((contender.whole(parameter) - after).abs().max()) / max(change, 1e-30)
             if not error <= allowed:  # also catches NaN
                 text = f"wrong result: {parameter} is off by {error:.2g} of its change (allowed: {allowed:g})"
                 wrong.setdefault(name, text)
@@ -155,7 +155,7 @@ def run(
                     raise
                 reason = f"fails: {type(error).__name__}: {error}".splitlines()[0]
         result.left_out[name] = reason
-    for name, reason in _wrong(case, contenders).items():
+    for name, reason in find_wrong(case, contenders).items():
         result.left_out[name] = reason
         del contenders[name]
     if not case.warm and flush is None:
