@@ -93,7 +93,7 @@ PARTS = {
         ("vit-tiny", "vit-b"),
     ),
     "zero": Part(
-        "ZeRO", {OURS: "Zero", FORMER: "FormerZero"}, False, ("vit-b",), {"vit-b": 1.5}, FORMER, exchange=True
+        "ZeRO", {OURS: "Zero", FORMER: "FormerZero"}, False, ("vit-b",), {"vit-b": 1.5}, FORMER + BARE, exchange=True
     ),
     "halves": Part(
         "not sharded", {OURS: "Fused", HALVES: "Halves"}, False, ("400x64", "vit-tiny", "vit-b"), rival=HALVES

@@ -62,7 +62,7 @@ class Unlocked {
   }
 
  private:
-  std::vector<at::Tensor> held_;
+  Held held_;
   std::optional<py::gil_scoped_release> released_;
 };
 

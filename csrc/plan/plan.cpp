@@ -145,12 +145,12 @@ py::object StepPlan::on_devices(const StepSettings& s,
                                 const std::function<device::Outcome(const device::Executor::Wait&)>& run) {
   // A thread that waits for the device must let the others run: one of them may have to launch what it waits for.
   auto wait = [this](const std::function<void()>& read) {
-    const std::vector<at::Tensor> held = rows_.hold();
+    const plan::Held held = rows_.hold();
     const py::gil_scoped_release unlocked;
     read();
   };
   // A launcher in Python may take seconds to compile, while other threads run.
-  const std::vector<at::Tensor> held = kernels_.launcher ? rows_.hold() : std::vector<at::Tensor>();
+  const plan::Held held = kernels_.launcher ? rows_.hold() : plan::Held();
   device::Outcome outcome = run(wait);
   rows_.bump_versions(s.write_back);
   auto wrapped = [](at::Tensor& tensor) -> py::object {
@@ -161,7 +161,7 @@ py::object StepPlan::on_devices(const StepSettings& s,
 }
 
 py::object StepPlan::first_half(const StepSettings& s, bool capturing) {
-  std::vector<at::Tensor> held = rows_.hold();
+  plan::Held held = rows_.hold();
   at::Tensor pairs =
       kernels_.executor ? kernels_.executor->find(work(capturing), s, domains_) : cpu_step_.find(rows_, s, domains_);
   if (!pairs.defined()) return py::none();

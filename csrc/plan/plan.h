@@ -82,7 +82,7 @@ class StepPlan {
   struct Half {
     StepSettings settings;
     bool capturing;
-    std::vector<at::Tensor> held;  // what the tables have the addresses of
+    plan::Held held;  // what the tables have the addresses of
   };
 
   // What runs a step.

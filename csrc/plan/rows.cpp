@@ -165,13 +165,19 @@ void Rows::find_overlaps() {
   for (size_t i = 1; i < ranges.size(); ++i) overlaps |= ranges[i].first < ranges[i - 1].second;
 }
 
-std::vector<at::Tensor> Rows::hold() const {
-  std::vector<at::Tensor> held;
-  auto hold = [&](c10::TensorImpl* impl) {
-    if (impl) held.emplace_back(c10::intrusive_ptr<c10::TensorImpl>::reclaim_copy(impl));
+Held Rows::hold() const {
+  Held held;
+  held.objects.reserve(size());
+  held.storages.reserve(size() * (3 + kMaxStates));
+  auto hold = [&](const c10::TensorImpl* impl) {
+    if (impl) held.storages.push_back(impl->unsafe_storage());
   };
   for (size_t r = 0; r < size(); ++r) {
     if (!table[r].grad.data) continue;
+    held.objects.push_back(py::reinterpret_borrow<py::object>(hot[r].object));
+    if (hot[r].whole != hot[r].param.impl) {
+      held.objects.push_back(py::reinterpret_borrow<py::object>(local_slot().of(hot[r].object)));
+    }
     hold(hot[r].param.impl);
     hold(hot[r].grad.impl);
     hold(hot[r].step.impl);

@@ -1,6 +1,7 @@
 // The parameters of a plan, a row each: the table that kernels read, and what tells whether it is still right.
 #pragma once
 #include <torch/csrc/autograd/python_variable.h>
+#include <torch/csrc/utils/pybind.h>
 
 #include <utility>
 #include <vector>
@@ -43,6 +44,13 @@ struct Participants {
   bool any_double = false;  // one of them is in float64
 };
 
+// The parameters as objects, of everything else its memory: to hold a tensor that has an object of Python costs more
+// than a small step's update of it.
+struct Held {
+  std::vector<py::object> objects;
+  std::vector<c10::Storage> storages;
+};
+
 // All rows, in the order of the groups. `table`, `hot` and `cold` have one entry for each.
 class Rows {
  public:
@@ -60,8 +68,8 @@ class Rows {
   // Whether rows were read anew since the last call, so that they may be in other domains.
   bool take_news() { return std::exchange(news_, false); }
 
-  // All that a step works on, so that no other thread frees it.
-  std::vector<at::Tensor> hold() const;
+  // All that a step works on, so that no other thread frees it. To be made and dropped with the GIL.
+  Held hold() const;
   // Counts up the versions of what a step has written.
   void bump_versions(bool write_back) const;
 
