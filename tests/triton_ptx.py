@@ -103,4 +103,4 @@ class TritonPtxBackend(TritonBackend):
         return None if device.type == "cpu" else "the interpreter works on CPU tensors"
 
     def _make_plan(self) -> Any:
-        return _make_plan(Launcher(self.rule, "cpu", self.tuning))
+        return _make_plan(Launcher(self.rule, "cpu", self.tuning), self.shards)
