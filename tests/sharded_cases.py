@@ -47,7 +47,7 @@ def _run_all(rank: int, world: int, folder: str, scenarios: dict[str, Scenario])
     def connect() -> dist.Store:
         timeout = datetime.timedelta(seconds=60)
         store = dist.FileStore(f"{folder}/store{attempt}", world)
-        store.set_timeout(timeout)
+        store.set_timeout(3 * timeout)  # others may wait for a process that has failed
         dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=timeout)
         return dist.PrefixStore("scenarios", store)
 
@@ -466,6 +466,19 @@ def plant(sharded: Sharded, kind: str, last: bool, value: float = INF) -> None:
         params = [model.up.weight] if kind.startswith("tp") else list(model.parameters())
         grads = [local(param.grad) for param in params if param.grad is not None and local(param.grad).numel()]
         grads[0].view(-1)[0] = value
+
+
+def unequal(rank: int, kind: str, case: Case) -> tuple[float | None, ...]:
+    """A scenario: the last process alone has an overflow in what all have, and the others know nothing of it."""
+    sharded = shard(kind, case.model())
+    optimizer = optimizer_of(kind, case, sharded)
+    loss_of(sharded.model, sharded.part(batches()[0])).backward()
+    if rank == dist.get_world_size() - 1:
+        local(sharded.model.down.bias.grad)[0] = INF
+    before = snapshot(optimizer)
+    optimizer.step(grad_scale=2.0)
+    assert_equal(snapshot(optimizer)[0], before[0])
+    return report_of(optimizer)
 
 
 def has_last(kind: str) -> bool:

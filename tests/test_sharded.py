@@ -44,6 +44,7 @@ from sharded_cases import (
     stock_clip,
     train,
     trained,
+    unequal,
 )
 
 import fusedopt
@@ -201,19 +202,21 @@ def no_gradients(rank: int, case: Case, scaled: bool) -> list[Any]:
 
 def given_norm(rank: int, kind: str, case: Case, form: str) -> dict[str, Any]:
     """The norm that a step clips by comes from its caller."""
+    from torch.distributed.tensor import DTensor, Partial
+
     sharded, twin = shard(kind, case.model()), shard(kind, case.model())
     optimizer, finding = case.fused(sharded.model.parameters()), case.fused(twin.model.parameters())
     outcome: dict[str, Any] = {"reports": []}
+    scaled: dict[str, Any] = {} if form == "dtensor" else {"grad_scale": 4.0}
     for batch in batches():
         for each, own in ((sharded, optimizer), (twin, finding)):
             own.zero_grad()
-            (loss_of(each.model, each.part(batch)) * 4).backward()
-        finding.step(grad_scale=4.0)
+            (loss_of(each.model, each.part(batch)) * scaled.get("grad_scale", 1.0)).backward()
+        finding.step(**scaled)
         norm: Any = finding.last_step.grad_norm
-        if form == "dtensor":
-            grads = [param.grad for param in sharded.model.parameters()]
-            norm = torch.nn.utils.get_total_norm(grads, case.clip.get("norm_type", 2.0)) / 4
-        optimizer.step(grad_scale=4.0, grad_norm=float(norm) if form == "number" else norm)
+        if form == "dtensor":  # that has yet to be added up
+            norm = DTensor.from_local(norm * (rank == 1), mesh_of(fsdp=WORLD), [Partial()])
+        optimizer.step(grad_norm=float(norm) if form == "number" else norm, **scaled)
         outcome["reports"].append((report_of(optimizer), report_of(finding)))
         grads = [
             (local(one.grad), local(other.grad))
@@ -584,6 +587,12 @@ FLAT_STATES = {
 }
 SCENARIOS |= {**PARTS, **HANDED_IN, **FLAT_STATES}
 SCENARIOS |= {f"ignored-{flat}": (ignored, (flat,)) for flat in (False, True)}
+UNEQUAL = {
+    f"unequal-{name}": (unequal, ("tp", TRAINED[name]))
+    for name in ("unclipped", "reference-norm-inf", "emulated-norm-1", "emulated-pair-norm-inf")
+    if name in TRAINED
+}
+SCENARIOS |= UNEQUAL
 SCENARIOS |= {"same-clip": (same_clip, ()), "disagreeing-group": (disagreeing_group, ())}
 SCENARIOS |= {"sharded-beside-plain": (sharded_beside_plain, ())}
 SCENARIOS |= {"mixed": (mixed, (None,)), "mixed-clipped": (mixed, (CLIP,))}
@@ -772,7 +781,8 @@ def test_a_norm_that_is_given_clips_as_one_that_is_found(outcomes: Outcomes, sce
     for outcome in outcomes[scenario]:
         assert_close(outcome["parameters"], outcome["expected"])
         for given, found in outcome["reports"]:
-            assert given == pytest.approx(found, rel=1e-12)
+            assert given[:2] == pytest.approx(found[:2], rel=1e-12)
+            assert given[2] == found[2]
         assert outcome["skipped"] == (INF, 0.0, 1.0)
         assert outcome["found_inf"][2] == 1.0
 
@@ -904,6 +914,11 @@ def test_settings_and_groups_change_between_steps(outcomes: Outcomes) -> None:
     for result in outcomes["changed-later"]:
         assert result.reports[0][0] == pytest.approx(float(norm), rel=1e-12)
         assert_close(result.parameters, dict(model.named_parameters()))
+
+
+@pytest.mark.parametrize("scenario", UNEQUAL)
+def test_an_overflow_skips_all_whatever_it_is_in(outcomes: Outcomes, scenario: str) -> None:
+    assert [found_inf for *_, found_inf in outcomes[scenario]] == [1.0] * WORLD
 
 
 @pytest.mark.parametrize("scenario", PARTS)

@@ -38,6 +38,7 @@ from sharded_cases import (
     state_of,
     train,
     trained,
+    unequal,
 )
 
 import fusedopt
@@ -306,6 +307,12 @@ WHOLE = {
     for name, broadcast in (("clipped", False), ("momentum", True))
 }
 SCENARIOS |= {**NONFINITE, **PIPELINES, **CHECKPOINTS, **WHOLE}
+UNEQUAL = {
+    f"unequal-{name}": (unequal, ("tp-fsdp", CASES[name]))
+    for name in ("unclipped", "reference-norm-inf", "emulated", "emulated-pair")
+    if name in CASES
+}
+SCENARIOS |= UNEQUAL
 SCENARIOS |= {f"disagreeing-{kind}": (disagreeing, (kind,)) for kind in ("fsdp", "tp-fsdp")}
 SCENARIOS |= {"unrelated-meshes": (unrelated_meshes, ())}
 
@@ -339,6 +346,11 @@ def test_a_norm_that_is_not_finite_is_an_error_in_all_processes(outcomes: Outcom
     for outcome in outcomes[scenario]:
         assert outcome["refused"].startswith("RuntimeError: The total norm")
         assert "is nan, so it cannot be clipped" in outcome["refused"]
+
+
+@pytest.mark.parametrize("scenario", UNEQUAL)
+def test_an_overflow_skips_all_whatever_it_is_in(outcomes: Outcomes, scenario: str) -> None:
+    assert [found_inf for *_, found_inf in outcomes[scenario]] == [1.0] * WORLD
 
 
 @pytest.mark.parametrize("kind", ["fsdp", "tp-fsdp"])
