@@ -122,7 +122,7 @@ OVERFLOWS = {
         ("reference", 2, False),
         ("clipped", 2, True),
     )
-    if not (sharding in ("fsdp1-flat", "fsdp1-none") and name in ("unclipped", "reference"))
+    if not (sharding in ("fsdp1-flat", "fsdp1-none") and (name in ("unclipped", "reference") or scaler == "sharded"))
     # torch's functions for scalers take no plain gradients beside those of DTensors.
     if sharding != "tp" or (scaler == "ours" and not by_hand)
 }

@@ -164,29 +164,42 @@ Outcome Executor::update(const Work& work, const StepSettings& s, const Wait& wa
   return outcome;
 }
 
+// Where each device finds and concludes by itself, or has nothing to find.
+void Executor::prepare_each(const Work& work, const StepSettings& s) {
+  if (s.mode() == Mode::kBare && !launcher_.prepares_bare) return;
+  for (DevicePasses* passes : active_) {
+    const c10::OptionalDeviceGuard guard(passes->device());
+    passes->statistics(work, s, report_of(passes));
+  }
+}
+
 Outcome Executor::step(const Work& work, const StepSettings& s, const Wait& wait) {
   return guarded<Outcome>([&] {
     if (!begin(work, s)) return without_work(work, s);
-    const bool finds = s.mode() != Mode::kBare;
-    if (finds && active_.size() > 1) {
+    if (s.mode() != Mode::kBare && active_.size() > 1) {
       conclude(find_totals(work, s, 1));
-    } else if (finds || launcher_.prepares_bare) {
-      for (DevicePasses* passes : active_) {
-        const c10::OptionalDeviceGuard guard(passes->device());
-        passes->statistics(work, s, report_of(passes));
-      }
+    } else {
+      prepare_each(work, s);
     }
     return update(work, s, wait);
   });
 }
 
 at::Tensor Executor::find(const Work& work, const StepSettings& s, uint32_t domains) {
-  return guarded<at::Tensor>([&] { return begin(work, s) ? find_totals(work, s, domains) : at::Tensor(); });
+  return guarded<at::Tensor>([&] {
+    if (!begin(work, s)) return at::Tensor();
+    if (s.mode() != Mode::kBare) return find_totals(work, s, domains);
+    return at::zeros({1, domains, 2}, at::TensorOptions().device(active_[0]->device()).dtype(at::kDouble));
+  });
 }
 
 Outcome Executor::finish(const Work& work, const StepSettings& s, const Wait& wait, const at::Tensor& pairs) {
   return guarded<Outcome>([&] {
-    conclude(pairs);
+    if (s.mode() == Mode::kBare) {
+      prepare_each(work, s);
+    } else {
+      conclude(pairs);
+    }
     return update(work, s, wait);
   });
 }

@@ -31,9 +31,9 @@ class Executor {
   // waits for the device is called through `wait`.
   using Wait = std::function<void(const std::function<void()>& read)>;
   Outcome step(const Work& work, const StepSettings& settings, const Wait& wait);
-  // The same in two halves, where something is to be found out. The first returns what was found, by device and domain:
-  // pairs of a total and whether a gradient is not finite, (devices, domains, 2) in double on the first device, or
-  // nothing where no parameter takes part. The second is given any number of pairs, (n, 2), and the same work.
+  // The same in two halves. The first returns what was found, by device and domain: pairs of a total and whether a
+  // gradient is not finite, (devices, domains, 2) in double on the first device (zeros where nothing is to be found
+  // out), or nothing where no parameter takes part. The second is given any number of pairs, (n, 2), and the same work.
   at::Tensor find(const Work& work, const StepSettings& settings, uint32_t domains);
   Outcome finish(const Work& work, const StepSettings& settings, const Wait& wait, const at::Tensor& pairs);
 
@@ -46,6 +46,7 @@ class Executor {
   const Report& report_of(const DevicePasses* passes) const;
   at::Tensor find_totals(const Work& work, const StepSettings& settings, uint32_t domains);
   void conclude(const at::Tensor& pairs);
+  void prepare_each(const Work& work, const StepSettings& settings);
   Outcome update(const Work& work, const StepSettings& settings, const Wait& wait);
   Outcome without_work(const Work& work, const StepSettings& settings) const;
 

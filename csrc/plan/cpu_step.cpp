@@ -171,8 +171,8 @@ py::object CpuStep::run(const Groups& groups, Rows& rows, const StepSettings& s)
 
 at::Tensor CpuStep::find(const Rows& rows, const StepSettings& s, uint32_t domains) {
   if (!rows.participants.any) return {};
-  std::vector<Found> found;
-  {
+  std::vector<Found> found(domains);
+  if (s.mode() != Mode::kBare) {
     const Unlocked unlocked(rows);
     found = add_up(rows, s, domains);
   }

@@ -201,7 +201,7 @@ py::object StepPlan::step(const py::object& groups, const py::dict& state, const
     if (!refused.empty()) return told(refused, false);
   }
   if (!problems.empty()) return told(problems, true);
-  if (s.mode() != Mode::kBare && (half || spread_)) {
+  if (half || (spread_ && s.mode() != Mode::kBare)) {
     StepSettings asked = s;
     if (s.has_found_inf && !half) {  // what was found elsewhere comes with the pairs
       asked.has_found_inf = false;

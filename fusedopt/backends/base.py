@@ -168,11 +168,12 @@ class Backend(abc.ABC):
         request: StepRequest,
         counts: HiddenCounts | None = None,
     ) -> Tensor | None:
-        """The first half of :meth:`step`, for a request that finds something out; nothing has changed after it.
+        """The first half of :meth:`step`; nothing has changed after it.
 
         Returns:
             What was found in this process, to be made that of all by :meth:`fusedopt.shards.Shards.added_up` of
-            :attr:`shards`; None where no parameter takes part. :meth:`finish` or :meth:`abandon` must follow.
+            :attr:`shards`; zeros where there was nothing to find out, None where no parameter takes part.
+            :meth:`finish` or :meth:`abandon` must follow.
         """
 
     @abc.abstractmethod

@@ -104,7 +104,7 @@ class ReferenceBackend(Backend):
                     if (problem := self.rule.problem(group, param, name, state, counts)) is not None:
                         raise RuntimeError(problem)
                     rows.append((group, param))
-        self.shards(param_groups)
+        self.shards.refresh(param_groups)
         everyone = (param for group in param_groups for param in group["params"])
         where = rows[0][1] if rows else next(everyone, None)
         device = torch.device("cpu") if where is None else where.device
@@ -115,6 +115,8 @@ class ReferenceBackend(Backend):
         if not half.rows:
             return None
         norm_type = half.request.norm_type
+        if not half.request.finds:
+            return torch.zeros((1, self.shards.count, 2), dtype=torch.float64, device=half.device)
         by_domain: list[list[Tensor]] = [[] for _ in range(self.shards.count)]
         for _, param in half.rows:
             assert param.grad is not None

@@ -1,7 +1,7 @@
 """Messages that all layers share: checks of arguments, names in errors, warnings, and extras to install."""
 
 from .caller import warn_caller
-from .dtensors import deal_out_as, dealt_out_alike, is_dtensor, local_of, whole
+from .dtensors import deal_out_as, dealt_out, dealt_out_alike, is_dtensor, local_of, whole
 from .extras import MissingExtraError, require
 from .names import did_you_mean, group_names, parameter_name
 from .numbers import as_float, check_betas, check_flag, check_number, check_whole_number, is_number
@@ -31,6 +31,7 @@ __all__ = [
     "check_state_kinds",
     "check_whole_number",
     "deal_out_as",
+    "dealt_out",
     "dealt_out_alike",
     "did_you_mean",
     "encodable",

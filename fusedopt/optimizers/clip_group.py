@@ -75,7 +75,7 @@ class ClipGroup:
             )
         self._shared = Shared(clip)
         self._joined: tuple[list[Domains | None], Domains] | None = None
-        self._introduced = process_group is None
+        self._introduced = False
         self._check()
 
     def _check(self) -> None:
@@ -167,7 +167,7 @@ class ClipGroup:
             request, scalars = with_given_norm(request, grad_norm, self._device, double=False)
         if request.found_inf is not None:
             request = request._replace(found_inf=self._agreed(request.found_inf))
-        report = self._together(request) if request.finds else self._one_by_one(request)
+        report = self._together(request)
         shared.last_step = report if scalars is None else StepReport(scalars, report.found_inf)
         if shared.found_inf is not None and report.found_inf is not None:
             tell_calling_scaler(report.found_inf)
@@ -180,8 +180,19 @@ class ClipGroup:
     def _introduce(self) -> None:
         """As the optimizers' own, over the group's processes."""
         settings = {"clip_grad": self.clip_grad}
-        agree_on_parameters(Domains([(self.process_group,)]), (), settings, shares=True)
+        if self.process_group is not None:
+            agree_on_parameters(Domains([(self.process_group,)]), (), settings)
+        # Processes that have parts of the same gradients have the same optimizers.
+        agree_on_parameters(self._domains, (), {**settings, "number of optimizers": len(self.optimizers)})
         self._introduced = True
+
+    @property
+    def _domains(self) -> Domains:
+        """Those of all optimizers, one after the other."""
+        domains = [optimizer._shards.domains for optimizer in self.optimizers]
+        if self._joined is None or any(one is not other for one, other in zip(self._joined[0], domains, strict=True)):
+            self._joined = domains, Domains.joined(domains)
+        return self._joined[1]
 
     @property
     def _device(self) -> torch.device:
@@ -194,11 +205,8 @@ class ClipGroup:
             found: of this process, the domains of each optimizer after those of the one before, float64, (domains, 2).
             norm_type: of the norm, or None.
         """
-        domains = [optimizer._shards.domains for optimizer in self.optimizers]
-        if self._joined is None or any(one is not other for one, other in zip(self._joined[0], domains, strict=True)):
-            self._joined = domains, Domains.joined(domains)
         largest = norm_type == math.inf
-        pairs = self._joined[1].add_up(found, largest=largest)
+        pairs = self._domains.add_up(found, largest=largest)
         if self.process_group is None:
             return pairs
         return add_up(combined(pairs, largest=largest)[None], self.process_group, largest=largest)
@@ -210,12 +218,6 @@ class ClipGroup:
         found = torch.stack((torch.zeros_like(flag), flag)).repeat(count, 1)
         return self._added_up(found, None)[:, 1].amax().ne(0).float()
 
-    def _one_by_one(self, request: StepRequest) -> StepReport:
-        """A step that has nothing to find out."""
-        for optimizer in self.optimizers:
-            report = optimizer._served("step", _of(optimizer, request))
-        return report
-
     def _together(self, request: StepRequest) -> StepReport:
         """First all first halves, then all second ones."""
         begun: list[FusedOptimizer] = []
@@ -225,7 +227,9 @@ class ClipGroup:
                 begun.append(optimizer)
                 totals = optimizer._served("begin", _of(optimizer, request))
                 found.append(optimizer._shards.here(totals, optimizer._device, request.norm_type).to(self._device))
-            pairs = self._added_up(torch.cat(found), request.norm_type)
+            pairs = torch.cat(found)
+            if request.finds:
+                pairs = self._added_up(pairs, request.norm_type)
             reports = [
                 optimizer._chosen_backend().finish(pairs.to(optimizer._device, non_blocking=True))
                 for optimizer in self.optimizers

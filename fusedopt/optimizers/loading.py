@@ -14,7 +14,15 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from ..messages import check_state_kinds, deal_out_as, is_number, local_of, parameter_name
+from ..messages import (
+    check_state_kinds,
+    deal_out_as,
+    dealt_out,
+    dealt_out_alike,
+    is_number,
+    local_of,
+    parameter_name,
+)
 from ..rules import Rule, count_problem, new_count, state_problem
 from .names import in_the_order_of
 
@@ -132,7 +140,7 @@ def read_state_dict(
         if problem is not None:
             raise ValueError(problem)
         if entry:
-            state[param] = _copied(entry, param)
+            state[param] = _copied(entry, param, name)
             if hidden:
                 _hide_step(rule, state[param], param, counts)
     for g in taken:
@@ -191,7 +199,7 @@ def _without_what_says_nothing(entry: Any) -> Any:
     return {} if all(isinstance(value, Mapping) and not value for value in entry.values()) else entry
 
 
-def _copied(entry: Mapping[Any, Any], param: Tensor) -> dict[Any, Any]:
+def _copied(entry: Mapping[Any, Any], param: Tensor, name: str) -> dict[Any, Any]:
     """A copy on the parameter's device, so that the optimizer and the dict share no memory."""
     copied = {}
     for key, value in entry.items():
@@ -200,8 +208,14 @@ def _copied(entry: Mapping[Any, Any], param: Tensor) -> dict[Any, Any]:
             copied[key] = new_count(float(value), param.device, dtype)
         elif isinstance(value, Tensor):
             copied[key] = value.detach().to(device=param.device, copy=True)
-            if value.shape == param.shape:
-                copied[key] = deal_out_as(param, copied[key])
+            if value.shape == param.shape and not dealt_out_alike(param, value):
+                try:
+                    copied[key] = deal_out_as(param, copied[key])
+                except Exception as error:  # torch cannot cut some uneven shards, and says so in many ways
+                    raise ValueError(
+                        f"loaded state {key!r} of {name} is {dealt_out(value)} but the parameter is "
+                        f"{dealt_out(param)}, and torch cannot make it that: {error}"
+                    ) from error
         else:
             copied[key] = deepcopy(value)
     return copied

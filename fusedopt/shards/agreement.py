@@ -45,6 +45,8 @@ def agree_on_parameters(
     Raises:
         ValueError: in every process, naming what differs.
     """
+    if not domains.groups:
+        return
     mine = {name: _as_text(value) for name, value in settings.items()}
     mine |= {"number of parameter groups": str(len(param_groups))}
     for g, group in enumerate(() if shares else param_groups):

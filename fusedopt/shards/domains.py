@@ -113,6 +113,14 @@ class Shards:
         self.share_of: Any = None
         self.domains: Domains | None = None
         self._numbers: dict[int, int] = {}  # by the id of a parameter
+        self._seen: Any = None
+
+    def refresh(self, param_groups: Sequence[Mapping[str, Any]]) -> None:
+        """Call it if these are other parameters than in the last call of this, or others of them are flat shards."""
+        seen = [(id(param), is_flat_shard(param)) for *_, param in _each(param_groups)]
+        if seen != self._seen:
+            self(param_groups)
+            self._seen = seen
 
     def __call__(self, param_groups: Sequence[Mapping[str, Any]]) -> tuple[list[int], int] | None:
         """The domain of each parameter, in the order of the groups, and how many there are; None for one and here."""
@@ -204,7 +212,7 @@ def find_domains(param_groups: Sequence[Mapping[str, Any]], share_of: Any = None
                 raise ValueError(
                     f"{parameter_name(group, g, i)} belongs to FullyShardedDataParallel, but no model has it: was this "
                     "optimizer made before the model was wrapped? Expected an optimizer of the wrapped model's "
-                    "parameters"
+                    "parameters (and a model that gc.freeze() has not hidden)"
                 )
             over = groups_of_flat[id(param)]
             reach = () if over is None or over.size() == 1 else (over,)
