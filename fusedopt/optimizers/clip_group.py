@@ -12,8 +12,8 @@ from torch import Tensor
 
 from ..backends import StepReport, StepRequest
 from ..messages import parameter_name
-from ..rules import parse_clip_grad
-from ..shards import Domains, add_up, agree_on_parameters, combined, tell_calling_scaler
+from ..rules import NormClip, parse_clip_grad
+from ..shards import Domains, add_up, agree_on_parameters, combined, refuse_what_cannot_be_added_up, tell_calling_scaler
 from .backward import refuse_part_of_a_norm
 from .base import FusedOptimizer
 from .given_norm import with_given_norm
@@ -49,8 +49,8 @@ class ClipGroup:
 
     Raises:
         TypeError: an entry is no fused optimizer.
-        ValueError: no optimizer, one twice, a parameter in two of them, an optimizer with ``clip_grad`` of its own, or
-            a setting out of range.
+        ValueError: no optimizer, one twice, a parameter in two of them, an optimizer with ``clip_grad`` of its own, a
+            setting out of range, or parameters of which no process could know the norm.
     """
 
     grad_scale = handed_over("grad_scale")
@@ -77,6 +77,8 @@ class ClipGroup:
         self._joined: tuple[list[Domains | None], Domains] | None = None
         self._introduced = process_group is None
         self._check()
+        if clip is not None:
+            refuse_what_cannot_be_added_up(self.param_groups)
 
     def _check(self) -> None:
         if not self.optimizers:
@@ -114,7 +116,10 @@ class ClipGroup:
 
     @clip_grad.setter
     def clip_grad(self, value: Mapping[str, Any] | None) -> None:
-        self._shared.clip = parse_clip_grad(value)
+        clip = parse_clip_grad(value)
+        if isinstance(clip, NormClip):
+            refuse_what_cannot_be_added_up(self.param_groups)
+        self._shared.clip = clip
 
     @property
     def last_step(self) -> StepReport | None:
@@ -226,10 +231,7 @@ class ClipGroup:
                 totals = optimizer._served("begin", _of(optimizer, request))
                 found.append(optimizer._shards.here(totals, optimizer._device, request.norm_type).to(self._device))
             pairs = self._added_up(torch.cat(found), request.norm_type)
-            reports = [
-                optimizer._chosen_backend().finish(pairs.to(optimizer._device, non_blocking=True))
-                for optimizer in self.optimizers
-            ]
+            reports = [optimizer._chosen_backend().finish(pairs.to(optimizer._device, non_blocking=True)) for optimizer in self.optimizers]
         except BaseException:
             for optimizer in begun:
                 optimizer._chosen_backend().abandon()
