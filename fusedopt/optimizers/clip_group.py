@@ -231,7 +231,7 @@ class ClipGroup:
                 totals = optimizer._served("begin", _of(optimizer, request))
                 found.append(optimizer._shards.here(totals, optimizer._device, request.norm_type).to(self._device))
             pairs = self._added_up(torch.cat(found), request.norm_type)
-            reports = [optimizer._chosen_backend().finish(pairs.to(optimizer._device, non_blocking=True)) for optimizer in self.optimizers]
+            reports = [optimizer._chosen_backend().finish(pairs.to(optimizer._device)) for optimizer in self.optimizers]
         except BaseException:
             for optimizer in begun:
                 optimizer._chosen_backend().abandon()
