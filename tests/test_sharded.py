@@ -218,6 +218,24 @@ def nothing_in_a_process(rank: int, scaler: str) -> dict[str, Any]:
     return outcome
 
 
+def state_in_one_process(rank: int, case: Case) -> list[Any]:
+    """The only parameter lies in the first process; the other makes up its state when that is asked for."""
+    from torch.distributed.checkpoint.state_dict import get_state_dict
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    layer = torch.nn.Linear(1, 1, bias=False, dtype=torch.float64)
+    model = FullyShardedDataParallel(layer, use_orig_params=True, device_id=torch.device("cpu"))
+    optimizer = case.fused(model.parameters())
+    norms = []
+    for value in (1.0, 2.0):
+        model(torch.full((1, 1), value, dtype=torch.float64)).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        norms.append(float(optimizer.last_step.grad_norm))
+        state = get_state_dict(model, optimizer)[1]["state"]
+    return [norms, sorted(state)]
+
+
 def given_norm(rank: int, kind: str, case: Case, form: str) -> dict[str, Any]:
     """The norm that a step clips by comes from its caller."""
     sharded, twin = shard(kind, case.model()), shard(kind, case.model())
@@ -636,6 +654,10 @@ NO_GRADIENTS = {
     if name in TRAINED
 }
 SCENARIOS |= NO_GRADIENTS
+STATE_IN_ONE = {
+    f"state-in-one-{name}": (state_in_one_process, (TRAINED[name],)) for name in ("clipped", "plain-sgd", "reference")
+}
+SCENARIOS |= STATE_IN_ONE
 NOTHING = {f"nothing-{scaler}": (nothing_in_a_process, (scaler,)) for scaler in ("ours", "stock", "sharded")}
 SCENARIOS |= NOTHING
 GIVEN = {
@@ -793,6 +815,13 @@ def test_a_scaler_hears_of_the_others_where_it_has_no_gradient(outcomes: Outcome
     first, second = outcomes[scenario]
     assert [first["gradients"], second["gradients"]] == [1, 0]
     assert first["steps"] == second["steps"] == [(8.0, 0.0), (4.0, 1.0), (4.0, 0.0)]
+
+
+@pytest.mark.parametrize("scenario", STATE_IN_ONE)
+def test_a_process_makes_up_state_by_itself(outcomes: Outcomes, scenario: str) -> None:
+    first, second = outcomes[scenario]
+    assert first[0] == second[0] == [1.0, 2.0]
+    assert first[1] == second[1]
 
 
 @pytest.mark.parametrize("scenario", GIVEN)
