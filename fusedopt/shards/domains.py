@@ -208,7 +208,7 @@ def find_domains(param_groups: Sequence[Mapping[str, Any]], share_of: Any = None
                 raise ValueError(
                     f"{parameter_name(group, g, i)} belongs to FullyShardedDataParallel, but no model has it: was this "
                     "optimizer made before the model was wrapped? Expected an optimizer of the wrapped model's "
-                    "parameters"
+                    "parameters. (After gc.freeze() Python does not tell of the model: freeze after the first step)"
                 )
             over = groups_of_flat[id(param)]
             reach = () if over is None or over.size() == 1 else (over,)
