@@ -195,6 +195,28 @@ def test_a_given_norm_is_clipped_by_without_being_found(backend):
     assert all(bool(param.isnan().all()) for param in others)
 
 
+def test_a_given_norm_tells_a_stock_scaler_of_an_overflow():
+    optimizer, params = make("reference", clip_grad=dict(max_norm=0.5))
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    for norm, scale in ((2.0, 4.0), (math.inf, 2.0)):
+        scaler.scale(torch.ones(()))
+        set_gradients(params, 1)
+        before = [bits(param) for param in params]
+        scaler.step(optimizer, grad_norm=norm)
+        scaler.update()
+        assert scaler.get_scale() == scale
+        assert ([bits(param) for param in params] == before) is math.isinf(norm)
+
+
+@each_kind
+def test_a_report_is_as_precise_as_the_parameters_with_and_without_gradients(backend):
+    params = [nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(3, dtype=torch.float64))]
+    optimizer = fusedopt.FusedSGD(params, lr=0.1, clip_grad=dict(max_norm=1.0), backend=name_of(backend))
+    params[0].grad = torch.ones(3)
+    optimizer.step()
+    assert optimizer.last_step.grad_norm.dtype == torch.float64
+
+
 @pytest.mark.parametrize(
     ("clip", "norm", "error", "message"),
     [

@@ -1,4 +1,7 @@
-"""Two processes: sharded models whose optimizer clips and skips by what all of them found."""
+"""Two processes: sharded models whose optimizer clips and skips by what all of them found.
+
+Long because its processes, whose start takes longest, are started once for all of it.
+"""
 
 from __future__ import annotations
 
@@ -198,6 +201,43 @@ def no_gradients(rank: int, case: Case, scaled: bool) -> list[Any]:
         optimizer.zero_grad()
     optimizer.step(grad_scale=2.0 if scaled else None)
     return [report_of(optimizer), [local(param.detach()).clone() for param in sharded.model.parameters()]]
+
+
+def nothing_in_a_process(rank: int, scaler: str) -> dict[str, Any]:
+    """The only parameter lies in the first process, and the other has no gradient for its scaler to look at."""
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    layer = torch.nn.Linear(1, 1, bias=False)
+    model = FullyShardedDataParallel(layer, use_orig_params=True, device_id=torch.device("cpu"))
+    optimizer = fusedopt.FusedSGD(model.parameters(), lr=0.1, clip_grad=CLIP)
+    scaling = scaler_of(scaler)
+    outcome: dict[str, Any] = {"steps": []}
+    for value in (1.0, INF, 1.0):
+        scaling.scale(model(torch.full((1, 1), value)).sum()).backward()
+        outcome["gradients"] = sum(param.grad is not None for param in model.parameters())
+        scaling.step(optimizer)
+        scaling.update()
+        outcome["steps"].append((scaling.get_scale(), float(optimizer.last_step.found_inf)))
+        optimizer.zero_grad()
+    return outcome
+
+
+def state_in_one_process(rank: int, case: Case) -> list[Any]:
+    """The only parameter lies in the first process; the other makes up its state when that is asked for."""
+    from torch.distributed.checkpoint.state_dict import get_state_dict
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    layer = torch.nn.Linear(1, 1, bias=False, dtype=torch.float64)
+    model = FullyShardedDataParallel(layer, use_orig_params=True, device_id=torch.device("cpu"))
+    optimizer = case.fused(model.parameters())
+    norms = []
+    for value in (1.0, 2.0):
+        model(torch.full((1, 1), value, dtype=torch.float64)).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        norms.append(float(optimizer.last_step.grad_norm))
+        state = get_state_dict(model, optimizer)[1]["state"]
+    return [norms, sorted(state)]
 
 
 def given_norm(rank: int, kind: str, case: Case, form: str) -> dict[str, Any]:
@@ -626,6 +666,12 @@ NO_GRADIENTS = {
     if name in TRAINED
 }
 SCENARIOS |= NO_GRADIENTS
+STATE_IN_ONE = {
+    f"state-in-one-{name}": (state_in_one_process, (TRAINED[name],)) for name in ("clipped", "plain-sgd", "reference")
+}
+SCENARIOS |= STATE_IN_ONE
+NOTHING = {f"nothing-{scaler}": (nothing_in_a_process, (scaler,)) for scaler in ("ours", "stock", "sharded")}
+SCENARIOS |= NOTHING
 GIVEN = {
     f"given-{kind}-{name}-{form}": (given_norm, (kind, TRAINED[name], form))
     for kind, name, form in (
@@ -774,6 +820,20 @@ def test_a_process_without_gradients_takes_part_in_the_report(outcomes: Outcomes
     model = case.model()
     for param, part in zip(model.parameters(), kept, strict=True):
         assert not part.numel() or torch.equal(part, param.detach().chunk(2)[1])
+
+
+@pytest.mark.parametrize("scenario", NOTHING)
+def test_a_scaler_hears_of_the_others_where_it_has_no_gradient(outcomes: Outcomes, scenario: str) -> None:
+    first, second = outcomes[scenario]
+    assert [first["gradients"], second["gradients"]] == [1, 0]
+    assert first["steps"] == second["steps"] == [(8.0, 0.0), (4.0, 1.0), (4.0, 0.0)]
+
+
+@pytest.mark.parametrize("scenario", STATE_IN_ONE)
+def test_a_process_makes_up_state_by_itself(outcomes: Outcomes, scenario: str) -> None:
+    first, second = outcomes[scenario]
+    assert first[0] == second[0] == [1.0, 2.0]
+    assert first[1] == second[1]
 
 
 @pytest.mark.parametrize("scenario", GIVEN)

@@ -40,6 +40,7 @@ from sharded_cases import (
     trained,
     unequal,
 )
+from torch import nn
 
 import fusedopt
 
@@ -184,7 +185,37 @@ def unrelated_meshes(rank: int) -> dict[str, str]:
         lambda: fusedopt.FusedAdamW([params[0]], clip_grad=CLIP).add_param_group({"params": params[1:]})
     )
     outcome["scaled"] = refused(lambda: optimizer.step(grad_scale=2.0))
+    one_each = [fusedopt.FusedSGD([entry], lr=0.1) for entry in named]
+    outcome["grouped"] = refused(lambda: fusedopt.ClipGroup(one_each, **CLIP))
+    group = fusedopt.ClipGroup(one_each)
+
+    def assign_to_group() -> None:
+        group.clip_grad = CLIP
+
+    outcome["assigned-to-group"] = refused(assign_to_group)
+    outcome["group-scaled"] = refused(lambda: group.step(grad_scale=2.0))
     return outcome
+
+
+def swapped(rank: int) -> list[float]:
+    """A parameter that is dealt out in another way from one step to the next, with as much of it here as before."""
+    from torch.distributed.tensor import DTensor, Replicate, Shard
+
+    mesh = mesh_of(rep=2, sh=2)
+
+    def dealt_out(*placements: Any) -> nn.Parameter:
+        param = nn.Parameter(DTensor.from_local(torch.ones(2, dtype=torch.float64), mesh, placements))
+        param.grad = DTensor.from_local(torch.ones(2, dtype=torch.float64), mesh, placements)
+        return param
+
+    param = dealt_out(Replicate(), Shard(0))
+    optimizer = fusedopt.FusedSGD([param], lr=0.1, clip_grad=CLIP)
+    norms = []
+    for placements in ((Replicate(), Shard(0)), (Shard(0), Shard(0)), (Replicate(), Replicate())):
+        torch.utils.swap_tensors(param, dealt_out(*placements))
+        optimizer.step()
+        norms.append(float(optimizer.last_step.grad_norm) ** 2)
+    return norms
 
 
 def stepped_alike(*pairs: tuple[Any, Any]) -> list[dict[str, Any]]:
@@ -314,7 +345,7 @@ UNEQUAL = {
 }
 SCENARIOS |= UNEQUAL
 SCENARIOS |= {f"disagreeing-{kind}": (disagreeing, (kind,)) for kind in ("fsdp", "tp-fsdp")}
-SCENARIOS |= {"unrelated-meshes": (unrelated_meshes, ())}
+SCENARIOS |= {"unrelated-meshes": (unrelated_meshes, ()), "swapped": (swapped, ())}
 
 
 @pytest.fixture(scope="module")
@@ -379,7 +410,11 @@ def test_meshes_without_a_common_root_have_no_norm_together(outcomes: Outcomes) 
         for message in outcome.values():
             assert re.match(r"ValueError: parameter .* is dealt out over .*, parameter .* over DeviceMesh", message)
             assert "meshes without a common root" in message
-            assert "fusedopt.ClipGroup" in message
+
+
+def test_a_parameter_that_is_dealt_out_in_another_way_has_its_norm_then(outcomes: Outcomes) -> None:
+    for squares in outcomes["swapped"]:
+        assert squares == pytest.approx([4.0, 8.0, 2.0])
 
 
 @pytest.mark.parametrize("scenario", CHECKPOINTS)

@@ -16,7 +16,7 @@ struct Work {
   const std::vector<int>& devices;  // of each row, or kNowhere
   const std::vector<const HyperValues*>& groups;
   RuleId rule;
-  bool any_double;  // a row that takes part is in float64
+  bool any_double;  // a parameter is in float64
   bool overlaps;    // rows share memory: the update takes one after the other
   bool capturing;   // the current stream of a device is capturing a graph
 };

@@ -71,13 +71,24 @@ inline PyObject* object_of(const at::Tensor& tensor) {
   return object;
 }
 
+inline Slot& spec_slot() {
+  static Slot slot("_spec");
+  return slot;
+}
+
+// How a DTensor is dealt out, as an object that is another one when that is another way; null for other tensors.
+[[gnu::always_inline]] inline PyObject* spec_of(PyObject* object) {
+  if (!THPVariable_Unpack(object).unsafeGetTensorImpl()->is_python_dispatch()) [[likely]]
+    return nullptr;
+  return spec_slot().of(object);
+}
+
 // Whether two tensors, one of them a DTensor, are dealt out alike: over the same mesh, with the same placements.
 inline bool dealt_out_alike(PyObject* a, PyObject* b) {
-  static Slot spec("_spec");
   static PyObject* const mesh = PyUnicode_InternFromString("mesh");
   static PyObject* const placements = PyUnicode_InternFromString("placements");
-  PyObject* const one = spec.of(a);
-  PyObject* const other = spec.of(b);
+  PyObject* const one = spec_slot().of(a);
+  PyObject* const other = spec_slot().of(b);
   if (!one || !other) return false;
   if (one == other) return true;
   for (PyObject* name : {mesh, placements}) {

@@ -48,6 +48,7 @@ void Rows::describe(size_t r) {
   const at::Tensor& param = local_of(row.object);
   c10::TensorImpl* impl = param.unsafeGetTensorImpl();
   news_ = true;
+  cold[r].spec = py::reinterpret_borrow<py::object>(row.spec = spec_of(row.object));
   table[r].numel = 0;
   row.problem = foreign(impl, target_.type);
   if (row.problem) return;
@@ -77,7 +78,9 @@ void Rows::describe(size_t r) {
   row.param.impl = impl;
   known.storage = impl->unsafe_storage().unsafeGetStorageImpl();
   // Always by its sizes: gradients and states are measured against it.
-  if (row.problem || !known.same_kind(impl) || !known.matches_shape(impl)) return false;
+  if (row.problem || !known.same_kind(impl) || !known.matches_shape(impl) || spec_of(row.object) != row.spec) {
+    return false;
+  }
   table[r].param.data = table[r].numel ? data_of(impl) : nullptr;
   return true;
 }
@@ -135,10 +138,10 @@ bool Rows::refresh(bool write_back, Problems& problems) {
     }
     moved |= data != row.param.data;
     if (const char* problem = refresh_grad(r, write_back)) problems.push_back({r, problem});
+    found.any_double |= row.param.dtype == DType::kFloat64;
     if (!row.grad.data) continue;
     found.elements += row.numel;
     found.any = true;
-    found.any_double |= row.param.dtype == DType::kFloat64;
   }
   participants = found;
   if (resized) build_chunks();

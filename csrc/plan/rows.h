@@ -23,6 +23,7 @@ using Problems = std::vector<Problem>;
 struct HotRow {
   PyObject* object;        // the parameter, alive in its group's list during a step
   c10::TensorImpl* whole;  // the parameter itself; `param`, `grad` and states are what of it lies in this process
+  PyObject* spec;          // how it is dealt out, see spec_of()
   uint32_t group, index;
   bool integer_count;  // the step count is an int64 tensor
   KnownTensor param, grad, step, state[kMaxStates];
@@ -34,6 +35,7 @@ struct HotRow {
 // What is needed of a row only when something has changed.
 struct ColdRow {
   CanonicalOrder order;
+  py::object spec;  // of the row, so that no other gets its address
   OwnedLayout param_layout, grad_layout, state_layout[kMaxStates];
 };
 
@@ -41,7 +43,7 @@ struct ColdRow {
 struct Participants {
   int64_t elements = 0;
   bool any = false;
-  bool any_double = false;  // one of them is in float64
+  bool any_double = false;  // a parameter is in float64, with a gradient or without
 };
 
 // The parameters as objects, of everything else its memory: to hold a tensor that has an object of Python costs more

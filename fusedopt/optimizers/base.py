@@ -30,6 +30,7 @@ from ..shards import (
     refuse_what_cannot_be_added_up,
     refuse_what_was_left_behind,
     share_being_made,
+    state_is_being_made,
     tell_calling_scaler,
 )
 from ..undo import parameter_groups, unchanged_on_error
@@ -270,12 +271,18 @@ class FusedOptimizer(torch.optim.Optimizer):
         request, scalars = shared.request(grad_scale, found_inf), None
         if grad_norm is not None:
             request, scalars = with_given_norm(request, grad_norm, self._device, double=self._in_double)
+        if not self.state and self._shards.domains is not None and state_is_being_made():
+            request = StepRequest()
         try:  # as _served(), one call shorter
             report = self._chosen_backend().step(self.param_groups, self.state, request, self._counts)
         except BackendUnavailable:
             report = self._served("step", request)
         shared.last_step = report if scalars is None else StepReport(scalars, report.found_inf)
-        if shared.found_inf is not None and report.found_inf is not None and self._shards.domains is not None:
+        if (
+            shared.found_inf is not None
+            and report.found_inf is not None
+            and (scalars is not None or self._shards.domains is not None)  # the step knows more than the scaler
+        ):
             tell_calling_scaler(report.found_inf)
         return loss
 

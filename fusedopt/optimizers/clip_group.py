@@ -12,8 +12,8 @@ from torch import Tensor
 
 from ..backends import StepReport, StepRequest
 from ..messages import parameter_name
-from ..rules import parse_clip_grad
-from ..shards import Domains, add_up, agree_on_parameters, combined, tell_calling_scaler
+from ..rules import NormClip, parse_clip_grad
+from ..shards import Domains, add_up, agree_on_parameters, combined, refuse_what_cannot_be_added_up, tell_calling_scaler
 from .backward import refuse_part_of_a_norm
 from .base import FusedOptimizer
 from .given_norm import with_given_norm
@@ -33,7 +33,7 @@ class ClipGroup:
     Each optimizer by itself would clip by the norm of its own parameters' gradients, and skip by its own overflows. A
     group finds the norm over all of them, then updates all or none. It is stepped in place of them, by hand or by a
     loss scaler: ``fusedopt.amp.GradScaler().step(group)``. What else belongs to an optimizer (state, schedulers, hooks,
-    checkpoints, ``write_back_grads``) stays with each.
+    checkpoints, ``write_back_grads``) stays with each. Their ``last_step`` is the group's.
 
     Args:
         optimizers: fused optimizers without ``clip_grad`` of their own. Their parameters may be sharded.
@@ -49,8 +49,8 @@ class ClipGroup:
 
     Raises:
         TypeError: an entry is no fused optimizer.
-        ValueError: no optimizer, one twice, a parameter in two of them, an optimizer with ``clip_grad`` of its own, or
-            a setting out of range.
+        ValueError: no optimizer, one twice, a parameter in two of them, an optimizer with ``clip_grad`` of its own, a
+            setting out of range, or parameters of which no process could know the norm.
     """
 
     grad_scale = handed_over("grad_scale")
@@ -77,6 +77,8 @@ class ClipGroup:
         self._joined: tuple[list[Domains | None], Domains] | None = None
         self._introduced = False
         self._check()
+        if clip is not None:
+            refuse_what_cannot_be_added_up(self.param_groups)
 
     def _check(self) -> None:
         if not self.optimizers:
@@ -114,7 +116,10 @@ class ClipGroup:
 
     @clip_grad.setter
     def clip_grad(self, value: Mapping[str, Any] | None) -> None:
-        self._shared.clip = parse_clip_grad(value)
+        clip = parse_clip_grad(value)
+        if isinstance(clip, NormClip):
+            refuse_what_cannot_be_added_up(self.param_groups)
+        self._shared.clip = clip
 
     @property
     def last_step(self) -> StepReport | None:
@@ -172,6 +177,7 @@ class ClipGroup:
         if shared.found_inf is not None and report.found_inf is not None:
             tell_calling_scaler(report.found_inf)
         for optimizer in self.optimizers:
+            optimizer.last_step = shared.last_step
             optimizer._opt_called = True  # type: ignore[attr-defined]  # what torch's schedulers look for
             for after in list(optimizer._optimizer_step_post_hooks.values()):
                 after(optimizer, (), {})
@@ -224,16 +230,13 @@ class ClipGroup:
         try:
             found = []
             for optimizer in self.optimizers:
-                begun.append(optimizer)
                 totals = optimizer._served("begin", _of(optimizer, request))
+                begun.append(optimizer)
                 found.append(optimizer._shards.here(totals, optimizer._device, request.norm_type).to(self._device))
             pairs = torch.cat(found)
             if request.finds:
                 pairs = self._added_up(pairs, request.norm_type)
-            reports = [
-                optimizer._chosen_backend().finish(pairs.to(optimizer._device, non_blocking=True))
-                for optimizer in self.optimizers
-            ]
+            reports = [optimizer._chosen_backend().finish(pairs.to(optimizer._device)) for optimizer in self.optimizers]
         except BaseException:
             for optimizer in begun:
                 optimizer._chosen_backend().abandon()

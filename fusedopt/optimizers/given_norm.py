@@ -56,8 +56,11 @@ def with_given_norm(
         norm = torch.full((), number, dtype=torch.float64, device=device)
     coefficient = clip_coefficient(norm, clip.max_norm)
     found_inf = request.found_inf
-    if request.check:
-        found_inf = norm.isfinite().logical_not().float()
+    if request.check or found_inf is not None:  # somebody looks for overflows, and the norm tells of them
+        overflow = norm.isfinite().logical_not()
+        if found_inf is not None:
+            overflow = overflow | torch.as_tensor(found_inf, device=device).reshape(()).ne(0)
+        found_inf = overflow.float()
     if clip.error_if_nonfinite and not norm.isfinite() and (found_inf is None or not bool(found_inf)):
         raise RuntimeError(f"grad_norm is {float(norm)}, so the gradients cannot be clipped to it")
     scale = 1.0 if request.grad_scale is None else request.grad_scale

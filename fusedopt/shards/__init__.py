@@ -8,6 +8,7 @@ from .left_behind import refuse_what_was_left_behind
 from .reduction import add_up, combined
 from .scalers import refuse_scaling_by_shares, refuse_scaling_of_flat_shards, tell_calling_scaler
 from .shares import share_being_made
+from .state_dicts import state_is_being_made
 
 __all__ = [
     "Domains",
@@ -24,5 +25,6 @@ __all__ = [
     "refuse_what_was_left_behind",
     "settle_gradient",
     "share_being_made",
+    "state_is_being_made",
     "tell_calling_scaler",
 ]

@@ -31,12 +31,16 @@ class Domains:
 
     Args:
         reaches: the groups of each domain, () for what every process has.
-        problem: why totals cannot be added up, to be raised when that is asked for.
+        meshes: of the parameters that are dealt out, with their names.
+
+    Attributes:
+        problem: why totals cannot be added up, which is raised when that is asked for; or None.
     """
 
-    def __init__(self, reaches: Sequence[Reach], problem: str | None = None):
+    def __init__(self, reaches: Sequence[Reach], meshes: Sequence[tuple[str, Any]] = ()):
         self.reaches = list(reaches)
-        self.problem = problem
+        self.problem = _problem_of_meshes(meshes)
+        self._meshes = meshes
         self._steps: list[tuple[Any, list[int]]] = []  # a group, and the domains that it is in
         for number, reach in enumerate(self.reaches):
             for group in reach:
@@ -49,11 +53,11 @@ class Domains:
     def joined(cls, several: Iterable[Domains | None]) -> Domains:
         """The domains of several optimizers one after the other; None for an optimizer all of which is here."""
         reaches: list[Reach] = []
-        problem = None
+        meshes: list[tuple[str, Any]] = []
         for domains in several:
             reaches += [()] if domains is None else domains.reaches
-            problem = problem or (domains and domains.problem) or None
-        return cls(reaches, problem)
+            meshes += () if domains is None else domains._meshes
+        return cls(reaches, meshes)
 
     @property
     def groups(self) -> list[Any]:
@@ -199,27 +203,27 @@ def find_domains(param_groups: Sequence[Mapping[str, Any]], share_of: Any = None
     groups_of_flat = flat_groups(flat) if flat else {}
     numbers: dict[Reach, int] = {}
     indices = []
-    roots: list[tuple[str, Any]] = []
+    meshes: list[tuple[str, Any]] = []
     for group, g, i, param in _each(param_groups):
         reach: Reach = ()
         if is_dtensor(param):
             name = parameter_name(group, g, i)
             reach = _groups_of_dtensor(name, param)
             if reach:
-                roots.append((name, param.device_mesh))  # type: ignore[attr-defined]
+                meshes.append((name, param.device_mesh))  # type: ignore[attr-defined]
         elif is_flat_shard(param):
             if id(param) not in groups_of_flat:
                 raise ValueError(
                     f"{parameter_name(group, g, i)} belongs to FullyShardedDataParallel, but no model has it: was this "
                     "optimizer made before the model was wrapped? Expected an optimizer of the wrapped model's "
-                    "parameters (and a model that gc.freeze() has not hidden)"
+                    "parameters. (After gc.freeze() Python does not tell of the model: freeze after the first step)"
                 )
             over = groups_of_flat[id(param)]
             reach = () if over is None or over.size() == 1 else (over,)
         indices.append(numbers.setdefault(reach, len(numbers)))
     if not any(numbers):
         return None
-    return Domains(list(numbers), _problem_of_meshes(roots)), indices
+    return Domains(list(numbers), meshes), indices
 
 
 def _groups_of_dtensor(name: str, param: Any) -> Reach:
@@ -247,7 +251,7 @@ def _root_of(mesh: Any) -> Any:
     return _mesh_resources.get_root_mesh(mesh)
 
 
-def _problem_of_meshes(meshes: list[tuple[str, Any]]) -> str | None:
+def _problem_of_meshes(meshes: Sequence[tuple[str, Any]]) -> str | None:
     """Why parameters on these meshes have no norm together, or None.
 
     Meshes with the same processes, or cut out of meshes with the same, are all known to each of them. Of others a
@@ -260,7 +264,7 @@ def _problem_of_meshes(meshes: list[tuple[str, Any]]) -> str | None:
         return (
             f"{first} is dealt out over {first_mesh}, {name} over {mesh}, meshes without a common root: no process "
             "knows the norm of all gradients. Expected meshes cut out of one (init_device_mesh once, then "
-            "mesh['name']), or an optimizer for each, joined by fusedopt.ClipGroup(optimizers, process_group)"
+            "mesh['name'])"
         )
     return None
 

@@ -24,7 +24,8 @@ def flat_groups(params: Iterable[Tensor]) -> dict[int, Any]:
 
     Note [Finding the handle]: a parameter of FullyShardedDataParallel does not know what it belongs to; what knows is
     the handle of its flat parameter, which the model holds, and an optimizer is not given the model. So the handles are
-    looked up among all objects of Python, once for each set of parameters. One that is not found is not in the result,
+    looked up among all objects of Python (but those that gc.freeze() has put away), once for each set of parameters.
+    One that is not found is not in the result,
     and its caller refuses the parameter: to guess the group would be a wrong norm where shards are in groups (HSDP).
 
     Args:

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from ..messages import is_dtensor, parameter_name
+from .flat import is_flat_shard
 
 __all__ = ["refuse_what_was_left_behind"]
 
@@ -24,12 +25,14 @@ def refuse_what_was_left_behind(param_groups: Sequence[Mapping[str, Any]]) -> No
     ``fully_shard`` and tensor parallelism put DTensors in the place of a model's parameters, FullyShardedDataParallel
     flat ones. An optimizer of the former ones would not train them, and say nothing. They are told from those that have
     no gradient yet by the models of this process, looked up among all objects: none has the parameter, and one has a
-    shard of its shape that is not this optimizer's.
+    shard of its shape, while this optimizer has no shards.
     """
     if not _SHARDING.intersection(sys.modules):
         return
     entries = [(group, g, i, p) for g, group in enumerate(param_groups) for i, p in enumerate(group["params"])]
     own = {id(param) for *_, param in entries}
+    if any(is_dtensor(param) or is_flat_shard(param) for *_, param in entries):
+        return  # it was made afterwards
     lonely = {
         id(param) for *_, param in entries if param.grad is None and param.requires_grad and not is_dtensor(param)
     }

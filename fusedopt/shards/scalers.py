@@ -24,15 +24,21 @@ def tell_calling_scaler(found_inf: Tensor) -> None:
     Note [Scalers and shards]: a ``torch.amp.GradScaler`` hands over whether it found an overflow, but it looked at what
     is in its own process. The step asks the others. A scaler that does not hear of their overflows would keep its scale
     where theirs go down. Its step calls the optimizer's, and gives it no way to answer; so it is looked for among the
-    callers, and its record, from which it updates the scale, is corrected.
+    callers, and its record, from which it updates the scale, is corrected. In a process without a gradient there is
+    nothing in that record, for which the scaler would raise an error, and in the next step all others would wait.
 
     Args:
         found_inf: 0-dim, 1 or 0.
     """
     caller = locals_of_caller(*_STEP)
     record: Any = caller["self"]._per_optimizer_states.get(id(caller["optimizer"])) if caller else None
-    for flag in () if record is None else record["found_inf_per_device"].values():
+    if record is None:
+        return
+    flags = record["found_inf_per_device"]
+    for flag in flags.values():
         flag.copy_(found_inf.reshape(flag.shape))
+    if not flags:
+        flags[found_inf.device] = found_inf.clone()  # the scaler adds to it
 
 
 def refuse_scaling_by_shares(param_groups: Iterable[Mapping[str, Any]]) -> None:
