@@ -40,7 +40,6 @@ struct TensorRow {
   uint32_t group;    // row of the group table
   uint32_t scalars;  // row of this step's scalars
   uint32_t variant;  // the rule's instantiation
-  uint32_t domain;   // over which processes its statistics are added up, see Note [A step in two halves]
   DType step_dtype;
 };
 

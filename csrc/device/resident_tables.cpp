@@ -134,7 +134,7 @@ void ResidentTables::lay_out_rows(const Work& work, size_t rows, size_t grads) {
     row.step_dtype = from.step_dtype;
     row.numel = from.numel;
     row.group = from.group;
-    row.domain = from.domain;
+    row.domain = work.domains[mine_[i]];
     row.first_chunk = static_cast<uint32_t>(chunk);
     const uint32_t count = chunks_of(from.numel, tables_.chunk_elements);
     chunk += count;

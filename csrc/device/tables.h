@@ -59,7 +59,7 @@ struct Row {
   int32_t layout[kColumns];  // row of the layout table, or kFlat
   uint32_t group;
   uint32_t first_chunk;
-  uint32_t domain;  // as TensorRow's
+  uint32_t domain;  // over which processes its statistics are added up
   DType dtype[kColumns];
   DType step_dtype;
 

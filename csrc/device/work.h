@@ -13,7 +13,8 @@ constexpr int kNowhere = -1;
 // Owned by the plan.
 struct Work {
   const std::vector<TensorRow>& rows;
-  const std::vector<int>& devices;  // of each row, or kNowhere
+  const std::vector<int>& devices;       // of each row, or kNowhere
+  const std::vector<uint32_t>& domains;  // of each row, see Note [A step in two halves]
   const std::vector<const HyperValues*>& groups;
   RuleId rule;
   bool any_double;  // a parameter is in float64

@@ -100,7 +100,7 @@ std::vector<CpuStep::Found> CpuStep::add_up(const Rows& rows, const StepSettings
   std::vector<Found> found(domains);
   for (Found& each : found) each.nonfinite = nonfinite;
   for (size_t c = 0; c < partials_.size(); ++c) {
-    Found& mine = found[domains > 1 ? rows.table[rows.chunks[c].row].domain : 0];
+    Found& mine = found[domains > 1 ? rows.domains[rows.chunks[c].row] : 0];
     mine.total = add_totals(s.norm.kind, partials_[c], mine.total);
   }
   return found;

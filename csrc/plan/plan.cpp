@@ -82,10 +82,10 @@ void StepPlan::find_domains(PyObject* groups) {
   std::vector<uint32_t> domains(rows_.size(), 0);
   if (spread_) std::tie(domains, domains_) = found.cast<std::pair<std::vector<uint32_t>, uint32_t>>();
   if (domains.size() != rows_.size()) throw std::runtime_error("the parameters changed while they were looked at");
-  for (size_t r = 0; r < rows_.size(); ++r) {
-    if (domains[r] >= domains_) throw std::out_of_range("a parameter is in a domain that there is not");
-    rows_.table[r].domain = domains[r];
+  for (uint32_t domain : domains) {
+    if (domain >= domains_) throw std::out_of_range("a parameter is in a domain that there is not");
   }
+  rows_.domains = std::move(domains);
   domains_known_ = true;
 }
 
@@ -137,7 +137,7 @@ py::list StepPlan::told(const plan::Problems& problems, bool can_mend) const {
 }
 
 device::Work StepPlan::work(bool capturing) const {
-  return {rows_.table,    row_devices_, groups_.table(), rule_.id, rows_.participants.any_double,
+  return {rows_.table,    row_devices_, rows_.domains, groups_.table(), rule_.id, rows_.participants.any_double,
           rows_.overlaps, capturing};
 }
 

@@ -11,6 +11,9 @@
 namespace fusedopt::plan {
 namespace {
 
+// The parameter itself.
+inline c10::TensorImpl* whole_of(const HotRow& row) { return THPVariable_Unpack(row.object).unsafeGetTensorImpl(); }
+
 // Stands for the data of an empty gradient, whose own pointer is null: null means "takes no part".
 char kEmpty;
 
@@ -48,7 +51,8 @@ void Rows::describe(size_t r) {
   const at::Tensor& param = local_of(row.object);
   c10::TensorImpl* impl = param.unsafeGetTensorImpl();
   news_ = true;
-  cold[r].spec = py::reinterpret_borrow<py::object>(row.spec = spec_of(row.object));
+  cold[r].spec = py::reinterpret_borrow<py::object>(spec_of(row.object));
+  row.dtensor = static_cast<bool>(cold[r].spec);
   table[r].numel = 0;
   row.problem = foreign(impl, target_.type);
   if (row.problem) return;
@@ -72,15 +76,15 @@ void Rows::describe(size_t r) {
 // Returns false when the parameter is no longer what the tables say, for instance after `param.data = ...`.
 [[gnu::always_inline]] inline bool Rows::refresh_param(size_t r) {
   HotRow& row = hot[r];
-  row.whole = THPVariable_Unpack(row.object).unsafeGetTensorImpl();
-  c10::TensorImpl* impl = local_of(row.object).unsafeGetTensorImpl();
+  c10::TensorImpl* impl = whole_of(row);
+  if (row.dtensor) [[unlikely]]
+    impl = local_of(row.object).unsafeGetTensorImpl();
   Fingerprint& known = row.param.fingerprint;
   row.param.impl = impl;
   known.storage = impl->unsafe_storage().unsafeGetStorageImpl();
   // Always by its sizes: gradients and states are measured against it.
-  if (row.problem || !known.same_kind(impl) || !known.matches_shape(impl) || spec_of(row.object) != row.spec) {
-    return false;
-  }
+  if (row.problem || !known.same_kind(impl) || !known.matches_shape(impl)) return false;
+  if (row.dtensor && spec_of(row.object) != cold[r].spec.ptr()) return false;
   table[r].param.data = table[r].numel ? data_of(impl) : nullptr;
   return true;
 }
@@ -91,14 +95,14 @@ void Rows::describe(size_t r) {
   TensorRow& columns = table[r];
   Column& column = columns.grad;
   column.data = nullptr;
-  row.autograd = row.whole->autograd_meta();
-  const at::Tensor& whole = row.whole->grad();
+  c10::TensorImpl* const param = row.dtensor ? whole_of(row) : row.param.impl;
+  row.autograd = param->autograd_meta();
+  const at::Tensor& whole = param->grad();
   if (!whole.defined()) return nullptr;
   if (row.problem) return row.problem;
-  const bool dtensor = row.whole->is_python_dispatch();
-  PyObject* const object = dtensor ? object_of(whole) : nullptr;
-  if (dtensor && !dealt_out_alike(row.object, object)) return "has a gradient that is dealt out in another way";
-  const at::Tensor& grad = dtensor ? local_of(object) : whole;
+  PyObject* const object = row.dtensor ? object_of(whole) : nullptr;
+  if (object && !dealt_out_alike(row.object, object)) return "has a gradient that is dealt out in another way";
+  const at::Tensor& grad = object ? local_of(object) : whole;
   c10::TensorImpl* impl = row.grad.impl = grad.unsafeGetTensorImpl();
   if (!row.grad.fingerprint.same_kind(impl)) {
     if (foreign(impl, target_.type) || impl->device() != cold[r].order.device()) {
@@ -178,7 +182,7 @@ Held Rows::hold() const {
   for (size_t r = 0; r < size(); ++r) {
     if (!table[r].grad.data) continue;
     held.objects.push_back(py::reinterpret_borrow<py::object>(hot[r].object));
-    if (hot[r].whole != hot[r].param.impl) {
+    if (hot[r].dtensor) {
       held.objects.push_back(py::reinterpret_borrow<py::object>(local_slot().of(hot[r].object)));
     }
     hold(hot[r].param.impl);
@@ -203,9 +207,9 @@ void Rows::bump_versions(bool write_back) const {
   for (size_t r = 0; r < size(); ++r) {
     if (!table[r].grad.data) continue;
     bump(hot[r].param.impl);
-    if (hot[r].whole != hot[r].param.impl) bump(hot[r].whole);
+    if (hot[r].dtensor) bump(whole_of(hot[r]));
     if (!write_back) continue;
-    const at::Tensor& grad = hot[r].whole->grad();
+    const at::Tensor& grad = whole_of(hot[r])->grad();
     if (grad.defined()) bump(grad.unsafeGetTensorImpl());
   }
 }

@@ -21,11 +21,10 @@ using Problems = std::vector<Problem>;
 
 // What is read of a row at every step, kept small: with cold caches a step of many small tensors costs what it touches.
 struct HotRow {
-  PyObject* object;        // the parameter, alive in its group's list during a step
-  c10::TensorImpl* whole;  // the parameter itself; `param`, `grad` and states are what of it lies in this process
-  PyObject* spec;          // how it is dealt out, see spec_of()
+  PyObject* object;  // the parameter, alive in its group's list during a step
   uint32_t group, index;
   bool integer_count;  // the step count is an int64 tensor
+  bool dtensor;        // `param`, `grad` and states are what of it lies in this process
   KnownTensor param, grad, step, state[kMaxStates];
   const void* autograd;       // for prefetching only
   const char* problem;        // why the parameter cannot be served, or null
@@ -35,7 +34,7 @@ struct HotRow {
 // What is needed of a row only when something has changed.
 struct ColdRow {
   CanonicalOrder order;
-  py::object spec;  // of the row, so that no other gets its address
+  py::object spec;  // how a DTensor is dealt out, see spec_of()
   OwnedLayout param_layout, grad_layout, state_layout[kMaxStates];
 };
 
@@ -76,6 +75,7 @@ class Rows {
   void bump_versions(bool write_back) const;
 
   std::vector<TensorRow> table;
+  std::vector<uint32_t> domains;  // see Note [A step in two halves]
   std::vector<HotRow> hot;
   std::vector<ColdRow> cold;
   std::vector<Chunk> chunks;

@@ -166,7 +166,7 @@ const char* States::take_columns(const Found& found, unsigned columns, size_t r,
     const at::Tensor& tensor = found.columns[c];
     if (!tensor.defined()) return kNoState;
     PyObject* const object = found.objects[1 + c];
-    const bool dealt_out = rows.hot[r].whole != rows.hot[r].param.impl || !THPVariable_Unpack(object).is_same(tensor);
+    const bool dealt_out = rows.hot[r].dtensor || !THPVariable_Unpack(object).is_same(tensor);
     if (dealt_out && !dealt_out_alike(rows.hot[r].object, object))
       return "has a state tensor that is dealt out in another way";
     if (cold.order.describe(tensor, row.state[c], cold.state_layout[c], true)) {

@@ -51,7 +51,7 @@ class PlanBackend(Backend):
             device = self._device_of(param_groups)
             assert self.shards.domains is not None
             request = request._replace(found_inf=self.shards.domains.agree(request.found_inf, device))  # type: ignore[arg-type]
-            result = self._run(param_groups, state, request, counts, agreed=True)
+            result = self._run(param_groups, state, request, counts, False, True)
             if type(result) is tuple:
                 return StepReport(*result)
         try:
@@ -69,7 +69,7 @@ class PlanBackend(Backend):
         request: StepRequest,
         counts: HiddenCounts | None = None,
     ) -> Tensor | None:
-        return self._run(param_groups, state, request, counts, half=True)
+        return self._run(param_groups, state, request, counts, True)
 
     def finish(self, pairs: Tensor) -> StepReport:
         param_groups, request, begun, _ = self._half
@@ -100,7 +100,6 @@ class PlanBackend(Backend):
         state: dict[Tensor, dict[str, Any]],
         request: StepRequest,
         counts: HiddenCounts | None,
-        *,
         half: bool = False,
         agreed: bool = False,
     ) -> Any:
