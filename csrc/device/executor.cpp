@@ -109,7 +109,7 @@ Outcome Executor::without_work(const Work& work, const StepSettings& s) const {
   Outcome outcome;
   const auto options = at::TensorOptions().device(device).dtype(at::kFloat);
   if (s.mode() == Mode::kFull) {
-    outcome.scalars = at::zeros({2}, options);
+    outcome.scalars = at::zeros({2}, options.dtype(work.any_double ? at::kDouble : at::kFloat));
     outcome.scalars.select(0, 1).fill_(1);
   }
   if (s.has_found_inf) {
