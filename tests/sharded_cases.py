@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing
 from cases import INF
+from once import once
 from torch import nn
 
 import fusedopt
@@ -101,9 +102,48 @@ class Outcomes:
         return found
 
 
+#: Scenarios that tests have as their parameter.
+_parameters: set[str] = set()
+
+
+def each_of(scenarios: Iterable[str]) -> Any:
+    """A test of each scenario; those whose names have no part that the others before them lack are for test-full."""
+    params, seen = [], set[str]()
+    for name in scenarios:
+        _parameters.add(name)
+        parts = set(name.split("-"))
+        params.append(pytest.param(name, marks=[] if parts - seen else [pytest.mark.full]))
+        seen |= parts
+    return pytest.mark.parametrize("scenario", params)
+
+
+def outcomes_of(
+    scenarios: Mapping[str, Scenario], world: int, request: pytest.FixtureRequest, folders: pytest.TempPathFactory
+) -> Outcomes:
+    """What the scenarios gave that a test of the module is going to look at; all workers share the processes."""
+    module = request.module.__name__
+    return read(world, once(folders, module, lambda folder: start(_chosen(scenarios, request), world, folder)))
+
+
+def _chosen(scenarios: Mapping[str, Scenario], request: pytest.FixtureRequest) -> dict[str, Scenario]:
+    items = [item for item in request.session.items if getattr(item, "module", None) is request.module]
+    asked = {item.callspec.params.get("scenario") for item in items if hasattr(item, "callspec")}
+    return {name: each for name, each in scenarios.items() if name in asked or name not in _parameters}
+
+
 def run(scenarios: dict[str, Scenario], world: int, folder: Path) -> Outcomes:
     """Run the scenarios one after the other in ``world`` processes that are started once."""
+    start(scenarios, world, folder)
+    return read(world, folder)
+
+
+def start(scenarios: dict[str, Scenario], world: int, folder: Path) -> None:
+    """Let the processes run, and leave what they have in ``folder``."""
     torch.multiprocessing.spawn(_run_all, (world, str(folder), scenarios), nprocs=world)
+
+
+def read(world: int, folder: Path) -> Outcomes:
+    """What the processes have left."""
     return Outcomes([torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(world)])
 
 

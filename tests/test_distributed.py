@@ -16,6 +16,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing
+from once import once
 from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.nn.parallel import DistributedDataParallel
@@ -334,8 +335,11 @@ def run_all(rank: int, folder: str) -> None:
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, Any]]]:
     """What each scenario gave in each process."""
-    folder: Path = tmp_path_factory.mktemp("processes")
-    torch.multiprocessing.spawn(run_all, (str(folder),), nprocs=WORLD)
+
+    def make(folder: Path) -> None:
+        torch.multiprocessing.spawn(run_all, (str(folder),), nprocs=WORLD)
+
+    folder = once(tmp_path_factory, "test_distributed", make)
     by_rank = [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(WORLD)]
     return {name: [outcome[name] for outcome in by_rank] for name in SCENARIOS}
 

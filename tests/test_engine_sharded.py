@@ -18,6 +18,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from engine_cases import Parts, PointNet, assert_same, config, loader, recorded, state_of, train
+from once import once
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
@@ -556,8 +557,8 @@ def main(folder: str, source: str) -> None:
     torch.save(outcomes, f"{folder}/{rank}.pt")
 
 
-def run(folder: Path, processes: int, source: Path | str = "") -> list[dict[str, Any]]:
-    """What each process has, by rank."""
+def start(folder: Path, processes: int, source: Path | str = "") -> None:
+    """Let processes run, and leave what each has in a folder."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
     result = subprocess.run(
         [*command, __file__, str(folder), str(source)],
@@ -567,21 +568,25 @@ def run(folder: Path, processes: int, source: Path | str = "") -> list[dict[str,
         timeout=300,
     )
     assert result.returncode == 0, result.stdout + result.stderr
+
+
+def read(folder: Path, processes: int) -> list[dict[str, Any]]:
+    """What each process has left, by rank."""
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(processes)]
 
 
 @pytest.fixture(scope="module")
 def by_four(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, Any]]]:
     """The folder where four processes have run, and what each has."""
-    folder: Path = tmp_path_factory.mktemp("four")
-    return folder, [outcome["four"] for outcome in run(folder, 4)]
+    folder = once(tmp_path_factory, "engine_by_four", lambda folder: start(folder, 4))
+    return folder, [outcome["four"] for outcome in read(folder, 4)]
 
 
 @pytest.fixture(scope="module")
 def by_two(by_four, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, list[dict[str, Any]]]]:
     """The folder where two processes have run every scenario, and what each scenario gave in each process."""
-    folder: Path = tmp_path_factory.mktemp("two")
-    by_rank = run(folder, 2, by_four[0])
+    folder = once(tmp_path_factory, "engine_by_two", lambda folder: start(folder, 2, by_four[0]))
+    by_rank = read(folder, 2)
     return folder, {name: [outcome[name] for outcome in by_rank] for name in by_rank[0]}
 
 
@@ -883,7 +888,8 @@ def test_a_model_that_was_sharded_elsewhere_is_refused(outcomes):
 
 def test_one_process_with_a_launcher_trains_and_resumes_as_one_without(by_four, tmp_path):
     source, _ = by_four
-    (outcome,) = run(tmp_path, 1, source)
+    start(tmp_path, 1, source)
+    (outcome,) = read(tmp_path, 1)
     alone = train(cfg(tmp_path / "alone", 1))
     assert outcome["sharded"] and outcome["metrics"] == recorded(alone).metrics
     assert_close(outcome["weights"], alone.model.state_dict())

@@ -31,16 +31,17 @@ from sharded_cases import (
     assert_reports,
     assert_skipped,
     batches,
+    each_of,
     full,
     local,
     loss_of,
     mesh_of,
     optimizer_of,
+    outcomes_of,
     overflowed,
     plant,
     refused,
     report_of,
-    run,
     scaler_of,
     shard,
     snapshot,
@@ -742,11 +743,11 @@ SCENARIOS |= {"saved-by-one": (saved_by_one, ()), "changed-later": (changed_late
 
 
 @pytest.fixture(scope="module")
-def outcomes(tmp_path_factory: pytest.TempPathFactory) -> Outcomes:
-    return run(SCENARIOS, WORLD, tmp_path_factory.mktemp("processes"))
+def outcomes(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Outcomes:
+    return outcomes_of(SCENARIOS, WORLD, request, tmp_path_factory)
 
 
-@pytest.mark.parametrize("scenario", TRAININGS)
+@each_of(TRAININGS)
 def test_trains_as_one_process_with_the_whole_batch(outcomes: Outcomes, scenario: str) -> None:
     case: Case = SCENARIOS[scenario][1][1]
     results, expected = outcomes[scenario], alone(case)
@@ -761,7 +762,7 @@ def test_trains_as_one_process_with_the_whole_batch(outcomes: Outcomes, scenario
         assert result.rest == (3 if case.hooks else 0)
 
 
-@pytest.mark.parametrize("scenario", OVERFLOWS)
+@each_of(OVERFLOWS)
 def test_an_overflow_in_one_process_skips_the_step_in_all(outcomes: Outcomes, scenario: str) -> None:
     sharding, case, scaler, at, by_hand = OVERFLOWS[scenario][1]
     # Of these wrappers, torch's scalers keep the optimizer from stepping by themselves.
@@ -779,7 +780,7 @@ def test_bfloat16_trains_as_torchs_clipping_and_optimizer(outcomes: Outcomes, sc
         assert_close(result["fused"].state, result["stock"].state, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("scenario", NONFINITE)
+@each_of(NONFINITE)
 def test_a_norm_that_is_not_finite_is_an_error_in_all_processes(outcomes: Outcomes, scenario: str) -> None:
     expected = alone(NONFINITE[scenario][1][1], batches(2))
     for outcome in outcomes[scenario]:
@@ -789,7 +790,7 @@ def test_a_norm_that_is_not_finite_is_an_error_in_all_processes(outcomes: Outcom
         assert_close(outcome["parameters"], expected.parameters)
 
 
-@pytest.mark.parametrize("scenario", ALONE)
+@each_of(ALONE)
 def test_parameters_of_which_one_process_has_nothing(outcomes: Outcomes, scenario: str) -> None:
     kind, case, scaler = ALONE[scenario][1]
     model = case.model()
@@ -810,7 +811,7 @@ def test_parameters_of_which_one_process_has_nothing(outcomes: Outcomes, scenari
         assert_close(outcome["parameters"], dict(model.named_parameters()))
 
 
-@pytest.mark.parametrize("scenario", NO_GRADIENTS)
+@each_of(NO_GRADIENTS)
 def test_a_process_without_gradients_takes_part_in_the_report(outcomes: Outcomes, scenario: str) -> None:
     case, scaled = NO_GRADIENTS[scenario][1]
     (first, _), (second, kept) = outcomes[scenario]
@@ -822,21 +823,21 @@ def test_a_process_without_gradients_takes_part_in_the_report(outcomes: Outcomes
         assert not part.numel() or torch.equal(part, param.detach().chunk(2)[1])
 
 
-@pytest.mark.parametrize("scenario", NOTHING)
+@each_of(NOTHING)
 def test_a_scaler_hears_of_the_others_where_it_has_no_gradient(outcomes: Outcomes, scenario: str) -> None:
     first, second = outcomes[scenario]
     assert [first["gradients"], second["gradients"]] == [1, 0]
     assert first["steps"] == second["steps"] == [(8.0, 0.0), (4.0, 1.0), (4.0, 0.0)]
 
 
-@pytest.mark.parametrize("scenario", STATE_IN_ONE)
+@each_of(STATE_IN_ONE)
 def test_a_process_makes_up_state_by_itself(outcomes: Outcomes, scenario: str) -> None:
     first, second = outcomes[scenario]
     assert first[0] == second[0] == [1.0, 2.0]
     assert first[1] == second[1]
 
 
-@pytest.mark.parametrize("scenario", GIVEN)
+@each_of(GIVEN)
 def test_a_norm_that_is_given_clips_as_one_that_is_found(outcomes: Outcomes, scenario: str) -> None:
     for outcome in outcomes[scenario]:
         assert_close(outcome["parameters"], outcome["expected"])
@@ -847,7 +848,7 @@ def test_a_norm_that_is_given_clips_as_one_that_is_found(outcomes: Outcomes, sce
         assert outcome["found_inf"][2] == 1.0
 
 
-@pytest.mark.parametrize("scenario", PIPELINES)
+@each_of(PIPELINES)
 def test_stages_of_a_pipeline_clip_and_skip_together(outcomes: Outcomes, scenario: str) -> None:
     case, scaler, at = PIPELINES[scenario][1]
     first, second = outcomes[scenario]
@@ -863,7 +864,7 @@ def test_stages_of_a_pipeline_clip_and_skip_together(outcomes: Outcomes, scenari
         assert found_inf == (float(index == at) if scaler or index == at else None)
 
 
-@pytest.mark.parametrize("scenario", PAIRS)
+@each_of(PAIRS)
 def test_two_optimizers_of_a_sharded_model_clip_and_skip_together(outcomes: Outcomes, scenario: str) -> None:
     _, clip, scaler, _ = PAIRS[scenario][1]
     model = Case().model()
@@ -895,7 +896,7 @@ def warnings_ignored(step: Any) -> None:
         step()
 
 
-@pytest.mark.parametrize("scenario", DISAGREEMENTS)
+@each_of(DISAGREEMENTS)
 def test_processes_that_disagree_are_told_before_the_first_step(outcomes: Outcomes, scenario: str) -> None:
     what = DISAGREEMENTS[scenario][1][1]
     named = {"groups": "number of parameter groups", "order": "param_groups[0]['params'][0]", "class": "class"}
@@ -934,7 +935,7 @@ def test_clipping_in_a_backward_pass_is_refused(outcomes: Outcomes) -> None:
         assert message.startswith("RuntimeError: a step with clip_grad max_norm inside a backward pass")
 
 
-@pytest.mark.parametrize("scenario", LATER)
+@each_of(LATER)
 def test_a_twin_goes_on_over_dtensors(outcomes: Outcomes, scenario: str) -> None:
     expected = alone(dataclasses.replace(LATER[scenario][1][0], clip=None), batches(4))
     for result in outcomes[scenario]:
@@ -942,13 +943,13 @@ def test_a_twin_goes_on_over_dtensors(outcomes: Outcomes, scenario: str) -> None
         assert_close(result.state, expected.state)
 
 
-@pytest.mark.parametrize("scenario", COPIES)
+@each_of(COPIES)
 def test_state_goes_to_another_optimizer(outcomes: Outcomes, scenario: str) -> None:
     for outcome in outcomes[scenario]:
         assert_equal(outcome["one"], outcome["other"])
 
 
-@pytest.mark.parametrize("scenario", DUPLICATED)
+@each_of(DUPLICATED)
 def test_a_copy_of_an_optimizer_steps_with_the_other_processes(outcomes: Outcomes, scenario: str) -> None:
     for outcome in outcomes[scenario]:
         for reports, kept in zip(outcome["reports"], outcome["kept"], strict=True):
@@ -976,12 +977,12 @@ def test_settings_and_groups_change_between_steps(outcomes: Outcomes) -> None:
         assert_close(result.parameters, dict(model.named_parameters()))
 
 
-@pytest.mark.parametrize("scenario", UNEQUAL)
+@each_of(UNEQUAL)
 def test_an_overflow_skips_all_whatever_it_is_in(outcomes: Outcomes, scenario: str) -> None:
     assert [found_inf for *_, found_inf in outcomes[scenario]] == [1.0] * WORLD
 
 
-@pytest.mark.parametrize("scenario", PARTS)
+@each_of(PARTS)
 def test_an_optimizer_of_some_parameters(outcomes: Outcomes, scenario: str) -> None:
     _, names, case = PARTS[scenario][1]
     model = case.model()
@@ -1006,7 +1007,7 @@ def test_parameters_that_fsdp1_ignores(outcomes: Outcomes, flat: bool) -> None:
         assert_close(result.parameters, expected.parameters)
 
 
-@pytest.mark.parametrize("scenario", HANDED_IN)
+@each_of(HANDED_IN)
 def test_found_inf_that_one_process_is_given_skips_all(outcomes: Outcomes, scenario: str) -> None:
     first, second = outcomes[scenario]
     assert repr(first) == repr(second)
@@ -1033,7 +1034,7 @@ def test_a_group_of_a_sharded_and_a_plain_optimizer(outcomes: Outcomes) -> None:
         assert_close(outcome["parameters"], expected.parameters)
 
 
-@pytest.mark.parametrize("scenario", FLAT_STATES)
+@each_of(FLAT_STATES)
 def test_fsdp1s_functions_save_and_load_the_state(outcomes: Outcomes, scenario: str) -> None:
     case = FLAT_STATES[scenario][1][1]
     expected = alone(case, batches(2)).state

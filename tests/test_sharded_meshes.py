@@ -21,17 +21,18 @@ from sharded_cases import (
     assert_reports,
     assert_skipped,
     batches,
+    each_of,
     full,
     has_last,
     local,
     loss_of,
     mesh_of,
     optimizer_of,
+    outcomes_of,
     overflowed,
     plant,
     refused,
     report_of,
-    run,
     scaler_of,
     shard,
     snapshot,
@@ -349,11 +350,11 @@ SCENARIOS |= {"unrelated-meshes": (unrelated_meshes, ()), "swapped": (swapped, (
 
 
 @pytest.fixture(scope="module")
-def outcomes(tmp_path_factory: pytest.TempPathFactory) -> Outcomes:
-    return run(SCENARIOS, WORLD, tmp_path_factory.mktemp("processes"))
+def outcomes(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Outcomes:
+    return outcomes_of(SCENARIOS, WORLD, request, tmp_path_factory)
 
 
-@pytest.mark.parametrize("scenario", TRAININGS)
+@each_of(TRAININGS)
 def test_trains_as_one_process_with_the_whole_batch(outcomes: Outcomes, scenario: str) -> None:
     case: Case = TRAININGS[scenario][1][1]
     results, expected = outcomes[scenario], alone(case)
@@ -366,20 +367,20 @@ def test_trains_as_one_process_with_the_whole_batch(outcomes: Outcomes, scenario
                 assert_close(dict(enumerate(result.grads)), dict(enumerate(expected.grads)))
 
 
-@pytest.mark.parametrize("scenario", OVERFLOWS)
+@each_of(OVERFLOWS)
 def test_an_overflow_in_one_process_skips_the_step_in_all(outcomes: Outcomes, scenario: str) -> None:
     _, case, _, at, _ = OVERFLOWS[scenario][1]
     assert_skipped(outcomes[scenario], case, at)
 
 
-@pytest.mark.parametrize("scenario", NONFINITE)
+@each_of(NONFINITE)
 def test_a_norm_that_is_not_finite_is_an_error_in_all_processes(outcomes: Outcomes, scenario: str) -> None:
     for outcome in outcomes[scenario]:
         assert outcome["refused"].startswith("RuntimeError: The total norm")
         assert "is nan, so it cannot be clipped" in outcome["refused"]
 
 
-@pytest.mark.parametrize("scenario", UNEQUAL)
+@each_of(UNEQUAL)
 def test_an_overflow_skips_all_whatever_it_is_in(outcomes: Outcomes, scenario: str) -> None:
     assert [found_inf for *_, found_inf in outcomes[scenario]] == [1.0] * WORLD
 
@@ -390,7 +391,7 @@ def test_one_process_that_disagrees_stops_all(outcomes: Outcomes, kind: str) -> 
         assert outcome["refused"].startswith("ValueError: the optimizers of processes 0 and 2 differ in clip_grad")
 
 
-@pytest.mark.parametrize("scenario", PIPELINES)
+@each_of(PIPELINES)
 def test_sharded_stages_of_a_pipeline_clip_and_skip_together(outcomes: Outcomes, scenario: str) -> None:
     case, scaler, at = PIPELINES[scenario][1]
     expected = alone(case, [batch for index, batch in enumerate(batches(4)) if index != at])
@@ -417,7 +418,7 @@ def test_a_parameter_that_is_dealt_out_in_another_way_has_its_norm_then(outcomes
         assert squares == pytest.approx([4.0, 8.0, 2.0])
 
 
-@pytest.mark.parametrize("scenario", CHECKPOINTS)
+@each_of(CHECKPOINTS)
 def test_what_four_processes_save_two_load_and_one(outcomes: Outcomes, scenario: str) -> None:
     found = outcomes[scenario]
     for outcome in found:
@@ -429,7 +430,7 @@ def test_what_four_processes_save_two_load_and_one(outcomes: Outcomes, scenario:
     assert [sorted(outcome["loaded"]) for outcome in found] == [["one", "two"], ["two"], [], []]
 
 
-@pytest.mark.parametrize("scenario", WHOLE)
+@each_of(WHOLE)
 def test_the_whole_state_in_one_dict(outcomes: Outcomes, scenario: str) -> None:
     for outcome in outcomes[scenario]:
         saved, loaded = outcome["states"]

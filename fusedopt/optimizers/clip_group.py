@@ -169,7 +169,8 @@ class ClipGroup:
         shared = self._shared
         request, scalars = shared.request(grad_scale, found_inf), None
         if grad_norm is not None:
-            request, scalars = with_given_norm(request, grad_norm, self._device, double=False)
+            double = any(optimizer._in_double for optimizer in self.optimizers)
+            request, scalars = with_given_norm(request, grad_norm, self._device, double=double)
         if request.found_inf is not None:
             request = request._replace(found_inf=self._agreed(request.found_inf))
         report = self._together(request)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..messages import parameter_name
 
-__all__ = ["flat_groups", "is_flat_shard", "refuse_norm_of_flat_shards"]
+__all__ = ["flat_groups", "is_flat_shard", "named_flat_shard", "refuse_norm_of_flat_shards"]
 
 
 def is_flat_shard(param: Tensor) -> bool:
@@ -50,14 +50,21 @@ def flat_groups(params: Iterable[Tensor]) -> dict[int, Any]:
     return groups
 
 
-def refuse_norm_of_flat_shards(param_groups: Iterable[Mapping[str, Any]]) -> None:
-    """Raise ValueError if a parameter is a flat shard: torch's own norm is over those of this process only."""
+def named_flat_shard(param_groups: Iterable[Mapping[str, Any]]) -> str | None:
+    """The first flat shard of an optimizer, as errors name it, or None."""
     for g, group in enumerate(param_groups):
         for i, param in enumerate(group["params"]):
             if is_flat_shard(param):
-                raise ValueError(
-                    f"clip_grad with max_norm cannot be used here: {parameter_name(group, g, i)} is a shard of a "
-                    "FullyShardedDataParallel model, and the norm of one process' shards is not the norm of the "
-                    "gradients. Take a fused optimizer, which asks the other processes, or omit clip_grad and call the "
-                    "model's own clip_grad_norm_(max_norm) before the step"
-                )
+                return parameter_name(group, g, i)
+    return None
+
+
+def refuse_norm_of_flat_shards(param_groups: Iterable[Mapping[str, Any]]) -> None:
+    """Raise ValueError if a parameter is a flat shard: torch's own norm is over those of this process only."""
+    name = named_flat_shard(param_groups)
+    if name is not None:
+        raise ValueError(
+            f"clip_grad with max_norm cannot be used here: {name} is a shard of a FullyShardedDataParallel model, and "
+            "the norm of one process' shards is not the norm of the gradients. Take a fused optimizer, which asks the "
+            "other processes, or omit clip_grad and call the model's own clip_grad_norm_(max_norm) before the step"
+        )

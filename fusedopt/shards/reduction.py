@@ -23,7 +23,7 @@ def combined(totals: Tensor, *, largest: bool) -> Tensor:
 
 def _in_reach(part: Tensor, group: Any) -> Tensor:
     """``part`` on a device that the group's processes exchange tensors of: CPU offload may have only that of GPUs."""
-    kinds = [device.type for device in group._device_types]
+    kinds = [device.type for device in getattr(group, "_device_types", ())]
     if not kinds or part.device.type in kinds:
         return part
     return part.to(torch.device(kinds[0], torch.get_device_module(kinds[0]).current_device()))

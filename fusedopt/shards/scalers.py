@@ -8,9 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
-from ..messages import parameter_name
 from .callers import locals_of_caller
-from .flat import is_flat_shard
+from .flat import named_flat_shard
 
 __all__ = ["refuse_scaling_by_shares", "refuse_scaling_of_flat_shards", "tell_calling_scaler"]
 
@@ -51,11 +50,10 @@ def refuse_scaling_by_shares(param_groups: Iterable[Mapping[str, Any]]) -> None:
 
 def refuse_scaling_of_flat_shards(param_groups: Iterable[Mapping[str, Any]], who: str) -> None:
     """Raise ValueError if a parameter is a flat shard: ``who`` would skip the step of one process only."""
-    for g, group in enumerate(param_groups):
-        for i, param in enumerate(group["params"]):
-            if is_flat_shard(param):
-                raise ValueError(
-                    f"{who} cannot be used here: {parameter_name(group, g, i)} is a shard of a "
-                    "FullyShardedDataParallel model, and an overflow in one process would skip the step of that "
-                    "process only; expected torch.distributed.fsdp.sharded_grad_scaler.ShardedGradScaler"
-                )
+    name = named_flat_shard(param_groups)
+    if name is not None:
+        raise ValueError(
+            f"{who} cannot be used here: {name} is a shard of a FullyShardedDataParallel model, and an overflow in one "
+            "process would skip the step of that process only; expected "
+            "torch.distributed.fsdp.sharded_grad_scaler.ShardedGradScaler"
+        )
