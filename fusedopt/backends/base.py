@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -12,7 +12,18 @@ from torch import Tensor
 from ..rules import HiddenCounts, NormClip, Rule, ValueClip
 from ..shards import Shards
 
-__all__ = ["Backend", "BackendUnavailable", "StepReport", "StepRequest"]
+__all__ = ["Backend", "BackendUnavailable", "StepReport", "StepRequest", "device_of", "report_dtype"]
+
+
+def device_of(param_groups: Iterable[Mapping[str, Any]]) -> torch.device:
+    """Where the parameters are, or the first of them; the CPU without any."""
+    return next((param.device for group in param_groups for param in group["params"]), torch.device("cpu"))
+
+
+def report_dtype(param_groups: Iterable[Mapping[str, Any]]) -> torch.dtype:
+    """Of a norm that is reported: float64 when a parameter is, with a gradient or without, as in other processes."""
+    double = any(param.dtype == torch.float64 for group in param_groups for param in group["params"])
+    return torch.float64 if double else torch.float32
 
 
 class BackendUnavailable(RuntimeError):

@@ -13,7 +13,7 @@ from torch import Tensor
 from ..messages import check_gradient, check_parameter, check_state_kinds, parameter_name, plain_groups
 from ..rules import HiddenCounts, NormClip, Rule, ValueClip
 from ..shards import settle_gradient
-from .base import Backend, BackendUnavailable, StepReport, StepRequest
+from .base import Backend, BackendUnavailable, StepReport, StepRequest, device_of, report_dtype
 from .conclusions import conclude
 
 __all__ = ["PlanBackend"]
@@ -48,14 +48,14 @@ class PlanBackend(Backend):
         if type(result) is tuple:
             return StepReport(*result)
         if result is False:
-            device = self._device_of(param_groups)
+            device = device_of(param_groups)
             assert self.shards.domains is not None
             request = request._replace(found_inf=self.shards.domains.agree(request.found_inf, device))  # type: ignore[arg-type]
             result = self._run(param_groups, state, request, counts, False, True)
             if type(result) is tuple:
                 return StepReport(*result)
         try:
-            device = self._device_of(param_groups)
+            device = device_of(param_groups)
             pairs = self.shards.added_up(result, device, request.norm_type, request.found_inf)
         except BaseException:
             self.abandon()
@@ -79,20 +79,11 @@ class PlanBackend(Backend):
             if self._plan.take_foreign_numbers():
                 plain_groups(param_groups)
             return report
-        dtypes = {param.dtype for group in param_groups for param in group["params"]}
-        double = torch.float64 in dtypes
-        conclusions = conclude(request, pairs, self._device_of(param_groups))
-        return conclusions.report(torch.float64 if double else torch.float32)
+        return conclude(request, pairs, device_of(param_groups)).report(report_dtype(param_groups))
 
     def abandon(self) -> None:
         self._half = None
         self._plan.abandon()
-
-    @staticmethod
-    def _device_of(param_groups: list[dict[str, Any]]) -> torch.device:
-        params = (param for group in param_groups for param in group["params"])
-        first = next(params, None)
-        return torch.device("cpu") if first is None else first.device
 
     def _run(
         self,

@@ -14,7 +14,7 @@ from torch import Tensor
 from ..messages import check_gradient, check_parameter, check_state_kinds, local_of, parameter_name, plain_groups
 from ..rules import HiddenCounts, ValueClip, compute_dtype, total_of
 from ..shards import settle_gradient
-from .base import Backend, StepReport, StepRequest
+from .base import Backend, StepReport, StepRequest, device_of, report_dtype
 from .conclusions import conclude
 
 __all__ = ["ReferenceBackend"]
@@ -105,9 +105,7 @@ class ReferenceBackend(Backend):
                         raise RuntimeError(problem)
                     rows.append((group, param))
         self.shards.refresh(param_groups)
-        everyone = (param for group in param_groups for param in group["params"])
-        where = rows[0][1] if rows else next(everyone, None)
-        device = torch.device("cpu") if where is None else where.device
+        device = rows[0][1].device if rows else device_of(param_groups)
         return _Half(rows, param_groups, state, request, counts, device)
 
     def _found(self, half: _Half) -> Tensor | None:
@@ -135,9 +133,7 @@ class ReferenceBackend(Backend):
                 local = {name: local_of(value) for name, value in mine.items() if isinstance(value, Tensor)}
                 self._update(group, param, local, count, multiplier, request)
         plain_groups(half.param_groups)
-        # Of all parameters, not only those with a gradient: processes may differ in these.
-        double = any(param.dtype == torch.float64 for group in half.param_groups for param in group["params"])
-        return conclusions.report(torch.float64 if double else torch.float32)
+        return conclusions.report(report_dtype(half.param_groups))
 
     def _update(
         self,

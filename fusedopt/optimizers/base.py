@@ -15,6 +15,7 @@ from torch.optim import optimizer as optimizer_module
 from torch.optim.optimizer import ParamsT
 
 from ..backends import Backend, BackendUnavailable, StepReport, StepRequest, check_backend_name, create_backend
+from ..backends.base import device_of
 from ..messages import (
     check_flag,
     check_no_model,
@@ -270,7 +271,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             self._introduce()
         request, scalars = shared.request(grad_scale, found_inf), None
         if grad_norm is not None:
-            request, scalars = with_given_norm(request, grad_norm, self._device, double=self._in_double)
+            request, scalars = with_given_norm(request, grad_norm, self.param_groups)
         if not self.state and self._shards.domains is not None and state_is_being_made():
             request = StepRequest()
         try:  # as _served(), one call shorter
@@ -311,12 +312,7 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     @property
     def _device(self) -> torch.device:
-        """Where its parameters are, or the first of them; the CPU without any."""
-        return next((param.device for group in self.param_groups for param in group["params"]), torch.device("cpu"))
-
-    @property
-    def _in_double(self) -> bool:
-        return any(param.dtype == torch.float64 for group in self.param_groups for param in group["params"])
+        return device_of(self.param_groups)
 
     _step_with_hooks = torch.optim.Optimizer.profile_hook_step(_step)
 

@@ -169,8 +169,7 @@ class ClipGroup:
         shared = self._shared
         request, scalars = shared.request(grad_scale, found_inf), None
         if grad_norm is not None:
-            double = any(optimizer._in_double for optimizer in self.optimizers)
-            request, scalars = with_given_norm(request, grad_norm, self._device, double=double)
+            request, scalars = with_given_norm(request, grad_norm, self.param_groups)
         if request.found_inf is not None:
             request = request._replace(found_inf=self._agreed(request.found_inf))
         report = self._together(request)

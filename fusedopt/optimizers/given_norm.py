@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from ..backends import StepRequest
+from ..backends.base import device_of, report_dtype
 from ..messages import as_float, is_dtensor
 from ..rules import NormClip, clip_coefficient
 
@@ -13,7 +17,7 @@ __all__ = ["with_given_norm"]
 
 
 def with_given_norm(
-    request: StepRequest, grad_norm: Tensor | float, device: torch.device, *, double: bool
+    request: StepRequest, grad_norm: Tensor | float, param_groups: Sequence[Mapping[str, Any]]
 ) -> tuple[StepRequest, Tensor]:
     """The step that ``request`` asks for, without the pass that finds the norm, and what it is to report.
 
@@ -22,8 +26,7 @@ def with_given_norm(
     Args:
         request: clips by a norm.
         grad_norm: the norm of the unscaled gradients, of the order that is clipped by.
-        device: where the parameters are.
-        double: whether the report is in float64.
+        param_groups: what is stepped.
 
     Returns:
         the request; the norm and the coefficient, (2,).
@@ -32,7 +35,7 @@ def with_given_norm(
         TypeError, ValueError: ``grad_norm`` is no norm, or the request does not clip by one.
         RuntimeError: it is not finite under ``error_if_nonfinite``.
     """
-    clip = request.clip
+    clip, device = request.clip, device_of(param_groups)
     if not isinstance(clip, NormClip):
         raise ValueError(
             f"grad_norm is given, and clip_grad is {None if clip is None else clip.as_dict()}; expected clip_grad with "
@@ -66,5 +69,5 @@ def with_given_norm(
     scale = 1.0 if request.grad_scale is None else request.grad_scale
     if isinstance(scale, Tensor):
         scale = scale.to(device, torch.float64)
-    report = torch.stack((norm, coefficient)).to(torch.float64 if double else torch.float32)
+    report = torch.stack((norm, coefficient)).to(report_dtype(param_groups))
     return request._replace(grad_scale=scale / coefficient, found_inf=found_inf, check=False, clip=None), report

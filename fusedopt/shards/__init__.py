@@ -1,7 +1,7 @@
 """Gradients of which parts are in other processes: where, and adding up over them what a step has to know."""
 
 from .agreement import agree_on_parameters
-from .domains import Domains, Shards, find_domains, refuse_what_cannot_be_added_up
+from .domains import Domains, Shards, refuse_what_cannot_be_added_up
 from .flat import is_flat_shard, refuse_norm_of_flat_shards
 from .gradients import settle_gradient
 from .left_behind import refuse_what_was_left_behind
@@ -16,7 +16,6 @@ __all__ = [
     "add_up",
     "agree_on_parameters",
     "combined",
-    "find_domains",
     "is_flat_shard",
     "refuse_norm_of_flat_shards",
     "refuse_scaling_by_shares",
