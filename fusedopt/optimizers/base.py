@@ -16,12 +16,7 @@ from torch.optim.optimizer import ParamsT
 
 from ..backends import Backend, BackendUnavailable, StepReport, StepRequest, check_backend_name, create_backend
 from ..backends.base import device_of
-from ..messages import (
-    check_flag,
-    check_no_model,
-    plain,
-    plain_groups,
-)
+from ..messages import check_flag, check_no_model, plain, plain_groups
 from ..rules import HiddenCounts, Hyperparameters, NormClip, Rule, ValueClip, parse_clip_grad
 from ..shards import (
     Shards,
@@ -40,16 +35,10 @@ from .given_norm import with_given_norm
 from .ignored import note_ignored_flags
 from .loading import read_state_dict, shallow_copy, take_steps_out
 from .new_group import check_new_group
-from .saving import leave_out_unreal_state
+from .saving import leave_out_unreal_state, make_settings_plain
 from .shared import Shared, handed_over, reach_through_accelerate
 
 __all__ = ["FusedOptimizer"]
-
-
-def _make_settings_plain(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:
-    """State-dict post hook: what somebody wrote to the groups since, see Note [Plain numbers]."""
-    plain_groups(optimizer.param_groups)
-    plain_groups(state_dict.get("param_groups", ()))
 
 
 class FusedOptimizer(torch.optim.Optimizer):
@@ -111,7 +100,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         self._introduced = False  # see _introduce()
         self._counts = HiddenCounts(self) if self.rule.hides_step else None
         self.register_state_dict_post_hook(leave_out_unreal_state, prepend=True)
-        self.register_state_dict_post_hook(_make_settings_plain, prepend=True)
+        self.register_state_dict_post_hook(make_settings_plain, prepend=True)
 
     @property
     def clip_grad(self) -> dict[str, Any] | None:
@@ -265,7 +254,14 @@ class FusedOptimizer(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         shared = self._shared
-        if grad_norm is None and type(shared.clip) is NormClip:
+        clip, asked = shared.clip, shared.next
+        if asked is not None:
+            if asked.still_wanted():
+                clip = asked.clip
+                grad_norm = asked.norm if grad_norm is None else grad_norm  # found already
+            else:
+                asked = shared.next = None
+        if grad_norm is None and type(clip) is NormClip:
             refuse_part_of_a_norm()
         if not self._introduced:
             self._introduce()
@@ -278,7 +274,10 @@ class FusedOptimizer(torch.optim.Optimizer):
             report = self._chosen_backend().step(self.param_groups, self.state, request, self._counts)
         except BackendUnavailable:
             report = self._served("step", request)
-        shared.last_step = report if scalars is None else StepReport(scalars, report.found_inf)
+        shared.last_step = report = report if scalars is None else StepReport(scalars, report.found_inf)
+        if asked is not None:
+            asked.stepped(report)
+            shared.next = None
         if (
             shared.found_inf is not None
             and report.found_inf is not None
@@ -286,6 +285,14 @@ class FusedOptimizer(torch.optim.Optimizer):
         ):
             tell_calling_scaler(report.found_inf)
         return loss
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As ``torch.optim.Optimizer.zero_grad``. A clipping of the next step that a trainer asked for is dropped."""
+        asked = self._shared.next
+        if asked is not None:
+            self._shared.next = None
+            asked.dropped()
+        super().zero_grad(set_to_none)
 
     def _served(self, half: str, request: StepRequest) -> Any:
         """What a backend's ``step``, or ``begin``, makes of a request."""

@@ -107,6 +107,10 @@ class ClipGroup:
                     f"optimizers[{number}] has clip_grad={optimizer.clip_grad} of its own; expected None, and max_norm "
                     "of the group"
                 )
+            if optimizer._shared.next is not None:
+                raise ValueError(
+                    f"a trainer clips optimizers[{number}], which is one of a ClipGroup; expected max_norm of the group"
+                )
 
     @property
     def clip_grad(self) -> dict[str, Any] | None:

@@ -8,12 +8,18 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..messages import local_of
+from ..messages import local_of, plain_groups
 
 if TYPE_CHECKING:
     from .base import FusedOptimizer
 
-__all__ = ["leave_out_unreal_state"]
+__all__ = ["leave_out_unreal_state", "make_settings_plain"]
+
+
+def make_settings_plain(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:
+    """State-dict post hook: what somebody wrote to the groups since, see Note [Plain numbers]."""
+    plain_groups(optimizer.param_groups)
+    plain_groups(state_dict.get("param_groups", ()))
 
 
 def leave_out_unreal_state(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 from ..backends import StepReport, StepRequest
 from ..rules import NormClip, ValueClip
+
+if TYPE_CHECKING:
+    from .next_step import NextStep
 
 __all__ = ["Shared", "handed_over", "reach_through_accelerate", "steps_fused"]
 
@@ -27,6 +30,7 @@ class Shared:
 
     Attributes:
         clip: the clipping inside the step.
+        next: what is asked of the next step alone, see Note [Clipping the next step]; None without.
         write_back_grads: whether to leave unscaled, clipped gradients in ``.grad``.
         takes_scale: whether a stock scaler hands its scale over; None where that is up to the parameters.
         grad_scale, found_inf: what a stock scaler hands over as attributes, or a user; None without.
@@ -35,7 +39,17 @@ class Shared:
         last_step: the report of the last step.
     """
 
-    __slots__ = ("clip", "found_inf", "grad_scale", "last_step", "scale", "share_of", "takes_scale", "write_back_grads")
+    __slots__ = (
+        "clip",
+        "found_inf",
+        "grad_scale",
+        "last_step",
+        "next",
+        "scale",
+        "share_of",
+        "takes_scale",
+        "write_back_grads",
+    )
 
     def __init__(
         self,
@@ -44,6 +58,7 @@ class Shared:
         takes_scale: bool | None = None,
     ):
         self.clip = clip
+        self.next: NextStep | None = None
         self.write_back_grads = write_back_grads
         self.takes_scale = takes_scale
         self.grad_scale: Tensor | float | None = None
@@ -61,7 +76,8 @@ class Shared:
             found_inf = self.found_inf
         if (given := self.grad_scale) is not None:
             grad_scale = given if grad_scale is None else grad_scale * given
-        return StepRequest(grad_scale, found_inf, check, self.clip, self.write_back_grads)
+        clip = self.clip if self.next is None else self.next.clip
+        return StepRequest(grad_scale, found_inf, check, clip, self.write_back_grads)
 
 
 def steps_fused(optimizer: Any) -> bool:

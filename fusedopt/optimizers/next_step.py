@@ -1,0 +1,183 @@
+"""Clipping that a trainer asks of the next step alone, and the norm that the step finds."""
+
+from __future__ import annotations
+
+import contextlib
+import weakref
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map_only
+
+from ..backends import StepReport, StepRequest
+from ..backends.base import report_dtype
+from ..backends.conclusions import conclude
+from ..rules import NormClip, ValueClip, clip_coefficient
+
+if TYPE_CHECKING:
+    from .base import FusedOptimizer
+
+__all__ = ["NextStep", "NormOfStep", "clip_next_step"]
+
+# Note [Clipping the next step]
+# A trainer clips when it is told to, and then steps: accelerator.clip_grad_norm_(...), Lightning's clip_gradients(...).
+# Clipping in the step, the first of these only notes what the second has to do. Between them the gradients are not yet
+# what they would be: not clipped, and not unscaled. What somebody could notice of that is this:
+#
+# - The norm that was returned. Read after the step, it is what the step found. Read before, it is found then, in a pass
+#   of its own, with which the step is spared another.
+# - Clipping for the second time: the first is done then, on the gradients.
+# - No step: zero_grad() drops what was asked for, and so do other gradients than those that were to be clipped.
+# - Gradients that were written to, as by another backward pass: the step raises. It looks at the first of them.
+
+
+class NextStep:
+    """What is asked of an optimizer's next step alone.
+
+    Args:
+        optimizer: whose step it is.
+        clip: the clipping.
+        scale: what its gradients are divided by in the step, as far as that is known: a 0-dim tensor, or None.
+    """
+
+    def __init__(self, optimizer: FusedOptimizer, clip: NormClip | ValueClip, scale: Tensor | None):
+        self.optimizer = weakref.ref(optimizer)
+        self.clip = clip
+        self.scale = scale
+        self.norm: Tensor | None = None
+        self._shown: weakref.ref[NormOfStep] | None = None
+        grad = first_gradient(optimizer)
+        self._grad = None if grad is None else weakref.ref(grad)
+        self._version = 0 if grad is None else grad._version
+
+    def still_wanted(self) -> bool:
+        """Whether the gradients are those that were to be clipped.
+
+        Raises:
+            RuntimeError: they are, and somebody has written to them.
+        """
+        optimizer = self.optimizer()
+        grad = None if optimizer is None else first_gradient(optimizer)
+        if grad is None or self._grad is None:
+            return grad is None and self._grad is None
+        if self._grad() is not grad:
+            return False
+        if grad._version != self._version:
+            raise RuntimeError(
+                f"{type(optimizer).__name__} is to clip gradients that somebody has written to since it was told to, "
+                "so they would be clipped to something else; expected the step right after the clipping, and every "
+                "backward pass before it"
+            )
+        return True
+
+    def find_norm(self) -> Tensor:
+        """The norm before the step. Raises RuntimeError where that cannot be."""
+        if self.norm is None:
+            optimizer = self.optimizer()
+            if optimizer is None or not self.still_wanted():
+                raise RuntimeError(
+                    "the norm of these gradients was not found before they were thrown away; expected a step, or a "
+                    "look at the norm, first"
+                )
+            if optimizer._shards.domains is not None:
+                raise RuntimeError(
+                    "the norm of gradients that have parts in other processes is found in the step; expected a step "
+                    "before anybody looks at it"
+                )
+            request = StepRequest(self.scale, clip=self.clip)
+            totals = optimizer._served("begin", request)
+            try:
+                pairs = optimizer._shards.added_up(totals, optimizer._device, request.norm_type)
+                norm = conclude(request, pairs, optimizer._device).norm
+            finally:
+                optimizer._chosen_backend().abandon()
+            assert norm is not None
+            self.norm = norm.to(report_dtype(optimizer.param_groups))
+        return self.norm
+
+    def clip_now(self) -> None:
+        """Do to the gradients what the step was to do to them, but do not divide them by the scale."""
+        optimizer = self.optimizer()
+        if optimizer is None or not self.still_wanted():
+            return
+        params = [param for group in optimizer.param_groups for param in group["params"] if param.grad is not None]
+        if isinstance(self.clip, ValueClip):
+            bound = self.clip.clip_value * (1.0 if self.scale is None else float(self.scale))
+            torch.nn.utils.clip_grad_value_(params, bound)
+        else:
+            coefficient = clip_coefficient(self.find_norm(), self.clip.max_norm)
+            for param in params:
+                param.grad.mul_(coefficient.to(param.grad.device))
+
+    def stepped(self, report: StepReport) -> None:
+        """The step was made."""
+        if self.norm is None:
+            self.norm = report.grad_norm
+
+    def dropped(self) -> None:
+        """There will be no step. Who has the norm may yet look at it, so it is found while that is possible."""
+        if self._shown is not None and self._shown() is not None:
+            with contextlib.suppress(RuntimeError):  # raised again by the look
+                self.find_norm()
+
+    def shown(self) -> NormOfStep:
+        """The norm, for whoever told the optimizer to clip."""
+        norm = torch.empty(()).as_subclass(NormOfStep)
+        norm._of = self
+        self._shown = weakref.ref(norm)
+        return norm
+
+
+def first_gradient(optimizer: Any) -> Tensor | None:
+    """The gradient of the first parameter that has one."""
+    for group in optimizer.param_groups:
+        for param in group["params"]:
+            if param.grad is not None:
+                return param.grad
+    return None
+
+
+class NormOfStep(Tensor):
+    """The norm that the next step finds: a 0-dim tensor for whoever does something with it."""
+
+    _of: NextStep
+    _found: Tensor | None = None
+
+    def found(self) -> Tensor:
+        """The norm as a plain tensor, always the same; the report of the step has its own."""
+        if self._found is None:
+            self._found = self._of.find_norm().clone()
+        return self._found
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        args, kwargs = tree_map_only(NormOfStep, lambda norm: norm.found(), (args, kwargs or {}))
+        return func(*args, **kwargs)
+
+
+def clip_next_step(optimizer: FusedOptimizer, clip: NormClip | ValueClip, scale: Tensor | None = None) -> Tensor | None:
+    """Clip in the next step of the optimizer, and only there: see Note [Clipping the next step].
+
+    Args:
+        optimizer: a fused one without ``clip_grad`` of its own.
+        clip: as validated by :func:`fusedopt.rules.parse_clip_grad`.
+        scale: what a loss scaler multiplied the gradients with, if they are not unscaled yet.
+
+    Returns:
+        The norm of the unscaled gradients before clipping, which is known after the step; None for clipping by value.
+
+    Raises:
+        ValueError: the optimizer has ``clip_grad`` of its own.
+        RuntimeError: clipped before without a step, and gradients were written to since.
+    """
+    shared = optimizer._shared
+    if shared.clip is not None:
+        raise ValueError(
+            f"the trainer clips, and {type(optimizer).__name__} has clip_grad={optimizer.clip_grad} of its own; "
+            "expected one of both"
+        )
+    if shared.next is not None:
+        shared.next.clip_now()
+    step = shared.next = NextStep(optimizer, clip, scale)
+    return step.shown() if isinstance(clip, NormClip) else None
