@@ -255,12 +255,11 @@ class FusedOptimizer(torch.optim.Optimizer):
                 loss = closure()
         shared = self._shared
         clip, asked = shared.clip, shared.next
+        if asked is not None and not asked.still_wanted():
+            asked = shared.next = None
         if asked is not None:
-            if asked.still_wanted():
-                clip = asked.clip
-                grad_norm = asked.norm if grad_norm is None else grad_norm  # found already
-            else:
-                asked = shared.next = None
+            clip = asked.clip
+            grad_norm = asked.norm if grad_norm is None else grad_norm  # found already
         if grad_norm is None and type(clip) is NormClip:
             refuse_part_of_a_norm()
         if not self._introduced:
