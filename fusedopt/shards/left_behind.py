@@ -27,8 +27,8 @@ def refuse_what_was_left_behind(param_groups: Sequence[Mapping[str, Any]]) -> No
     no gradient yet by the models of this process, looked up among all objects: none has the parameter, and one has a
     shard of its shape, while this optimizer has no shards.
     """
-    if not _SHARDING.intersection(sys.modules):
-        return
+    if not _SHARDING.intersection(sys.modules) or not torch.distributed.is_initialized():
+        return  # nothing has been sharded; to look through all objects takes a tenth of a second
     entries = [(group, g, i, p) for g, group in enumerate(param_groups) for i, p in enumerate(group["params"])]
     own = {id(param) for *_, param in entries}
     if any(is_dtensor(param) or is_flat_shard(param) for *_, param in entries):
