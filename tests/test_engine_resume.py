@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import errno
+import multiprocessing
 import os
 import random
 import re
@@ -175,6 +177,21 @@ def test_a_resumed_training_is_the_uninterrupted_one(name, tmp_path):
         assert_same(state_of(resumed), state_of(straight))
     else:
         assert_resumes(cfg, interrupted_at, tmp_path)
+
+
+@pytest.mark.parametrize("persistent", [False, True])
+@pytest.mark.parametrize("ended_by", ["an error", "itself"])
+def test_workers_end_with_the_run(persistent, ended_by, tmp_path):
+    """The garbage collector would wait 5 seconds for each of them."""
+    data = {**loader(40, 8, shuffle=True), "num_workers": 2, "persistent_workers": persistent}
+    cfg = config(tmp_path, train_dataloader=data, val_dataloader=data)
+    runner = Runner.from_cfg(cfg if ended_by == "itself" else {**cfg, "custom_hooks": [Interrupt(7)]})
+    for _ in range(2):
+        with contextlib.nullcontext() if ended_by == "itself" else pytest.raises(Interrupted):
+            runner.train()
+        assert not multiprocessing.active_children()
+        runner.val()
+        assert not multiprocessing.active_children()
 
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")  # where there are few cores
@@ -739,7 +756,7 @@ def half(checkpoint, file, save=torch.save):
 
 torch.set_num_threads(1)
 changes = by_iterations(
-    train_cfg=dict(by_epoch=False, max_iters=600, val_interval=50),
+    train_cfg=dict(by_epoch=False, max_iters={max_iters}, val_interval=50),
     default_hooks=dict(
         checkpoint=dict(type="CheckpointHook", by_epoch=False, interval=2, max_keep_ckpts=2, save_best="auto")),
     optim_wrapper=dict(
@@ -767,10 +784,11 @@ PLACES = ("save", "fsync", "replace", "unlink")
 @pytest.mark.slow
 @pytest.mark.parametrize("by_epoch", [False, pytest.param(True, marks=pytest.mark.full)])
 def test_a_process_killed_at_any_moment_leaves_a_checkpoint_to_resume_from(tmp_path, by_epoch, thorough):
-    """Half of the kills are at a random moment, and half while it saves."""
-    kills = 20 if thorough else 2 * len(PLACES)
+    """It is killed at a random moment, or while it saves."""
+    deaths = [place for saving in (*PLACES, *PLACES, *PLACES) for place in ("", saving)] if thorough else ["", *PLACES]
     script = tmp_path / "training.py"
-    script.write_text(KILLED.format(tests=str(Path(__file__).parent), by_epoch=by_epoch))
+    max_iters = 20 * len(deaths) + 60
+    script.write_text(KILLED.format(tests=str(Path(__file__).parent), by_epoch=by_epoch, max_iters=max_iters))
 
     def start(folder: Path, *death: object) -> subprocess.Popen[str]:
         command = [sys.executable, str(script), str(folder), *map(str, death or (0, "", 0))]
@@ -778,9 +796,8 @@ def test_a_process_killed_at_any_moment_leaves_a_checkpoint_to_resume_from(tmp_p
 
     generator = random.Random(0)
     folder, resumed_at = tmp_path / "killed", []
-    for kill in range(kills):
+    for kill, place in enumerate(deaths):
         iteration = 20 * kill + generator.randrange(20)
-        place = PLACES[kill // 2 % len(PLACES)] if kill % 2 else ""
         with start(folder, iteration, place, generator.randrange(4)) as process:
             assert process.stdout is not None
             for number, line in enumerate(process.stdout):
@@ -792,7 +809,7 @@ def test_a_process_killed_at_any_moment_leaves_a_checkpoint_to_resume_from(tmp_p
                     break
             _, errors = process.communicate(timeout=300)
         assert process.returncode == -signal.SIGKILL, errors
-    assert resumed_at == sorted(resumed_at) and resumed_at[-1] > 10 * kills
+    assert resumed_at == sorted(resumed_at) and resumed_at[-1] > 10 * len(deaths)
     for each in (folder, tmp_path / "straight"):
         with start(each) as process:
             _, errors = process.communicate(timeout=300)

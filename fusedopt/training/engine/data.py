@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import random
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
 from functools import partial
 from typing import Any
@@ -22,6 +23,7 @@ __all__ = [
     "DefaultSampler",
     "InfiniteSampler",
     "build_dataloader",
+    "end_workers",
     "iterate",
     "moved",
     "pseudo_collate",
@@ -344,8 +346,26 @@ def iterate(loader: DataLoader, epoch: int, first: int) -> Iterator[Any]:
     if isinstance(loader.collate_fn, _SeededCollate):
         loader.collate_fn.begin(epoch, loaded)
     batches = iter(loader)
+    _passes[loader] = weakref.ref(batches)
     next(itertools.islice(batches, first - loaded, first - loaded), None)
     return batches
+
+
+#: The latest pass over each loader, while there is one.
+_passes: weakref.WeakKeyDictionary[DataLoader, weakref.ref[Any]] = weakref.WeakKeyDictionary()
+
+
+def end_workers(loader: DataLoader) -> None:
+    """End the worker processes of ``loader``, persistent ones and those of an unfinished pass; the next has new ones.
+
+    The garbage collector, which comes late where a run was left by an exception, cannot do it: it closes the queues
+    first, so that no worker hears of its end, and then waits 5 seconds for each.
+    """
+    latest = _passes.pop(loader, None)
+    shutdown = getattr(None if latest is None else latest(), "_shutdown_workers", None)  # of torch's iterators
+    if shutdown is not None:
+        shutdown()
+        loader._iterator = None
 
 
 def moved(data: Any, device: torch.device | str, non_blocking: bool = False) -> Any:

@@ -25,6 +25,7 @@ from ..registry import MMENGINE_SCOPE, check_config, is_known_scope, scope_by_de
 from ..wrappers import OptimWrapper
 from . import distributed
 from .builders import HasBuilders
+from .data import end_workers
 from .hooks.hook import Hook
 from .log import build_logger
 from .loops import TestLoop, TrainLoop, ValLoop
@@ -448,6 +449,8 @@ class Runner(HasBuilders):
             stack.callback(self.visualizer.close)
             for hook in reversed(self._hooks):
                 stack.callback(hook.close)
+            for loader in filter(None, (self.train_dataloader, self.val_dataloader, self.test_dataloader)):
+                stack.callback(end_workers, loader)
             self.call_hook("before_run")
             yield
             self.call_hook("after_run")
