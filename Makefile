@@ -22,7 +22,13 @@ REPORT := python -m benchmarks.report $(BENCH_OUT)/bench.json --out $(BENCH_OUT)
 MEASURED := benchmarks/results/epyc-2core
 DEMO := python -m fusedopt compare configs/digits_vit.py --epochs 8
 
-.PHONY: setup demo test smoke test-full test-ptx lint format bench bench-full bench-gate measure results sanitize clean
+# What of a trainer's tests cannot be beside the rest: a fork with another package's name, and torchvision, which PyPI has
+# for another build of torch.
+ONEDL := $(VENV)/onedl
+TORCHVISION := $(VENV)/torchvision
+TRAINER_ENV := FUSEDOPT_ONEDL=$(abspath $(ONEDL)) FUSEDOPT_TORCHVISION=$(abspath $(TORCHVISION))
+
+.PHONY: setup demo test test-trainers smoke test-full test-ptx lint format bench bench-full bench-gate measure results sanitize clean
 
 setup: $(VENV)/.built
 
@@ -40,12 +46,25 @@ $(VENV)/.built: $(VENV)/.installed $(SOURCES)
 	@FUSEDOPT_EMULATOR=1 FUSEDOPT_BUILD_DIR=build/cmake $(PIP) --no-build-isolation --no-deps -e .
 	@touch $@
 
+$(VENV)/.trainers: $(VENV)/.installed
+	@echo "Installing Lightning, accelerate, transformers, timm and onedl-mmengine"
+	@$(PIP) lightning pytorch-lightning accelerate transformers
+	@$(PIP) --no-deps timm
+	@rm -rf $(ONEDL) $(TORCHVISION)
+	@$(PIP) --no-deps --target $(ONEDL) onedl-mmengine
+	@$(PIP) --no-deps --target $(TORCHVISION) torchvision
+	@touch $@
+
 demo: setup
 	$(DEMO)
 
 # Of products of three parameters or more, as many cases as it takes for every two values to meet: tests/sampling.py.
 test: setup
-	$(TEST_ENV) $(PYTEST)
+	$(TEST_ENV) $(PYTEST) --ignore=tests/trainers
+
+# Under Lightning, Fabric, accelerate, the transformers Trainer, timm and onedl-mmengine, which it installs.
+test-trainers: setup $(VENV)/.trainers
+	$(TEST_ENV) $(TRAINER_ENV) $(PYTEST) tests/trainers
 
 # A minute's look: each value once, and nothing slow.
 smoke: setup
@@ -54,7 +73,7 @@ smoke: setup
 # Every case, and the tests marked full. atheris, with which some of them fuzz, is not made for every machine.
 test-full: setup
 	-@$(PIP) atheris
-	$(TEST_ENV) $(PYTEST) --cover all
+	$(TEST_ENV) $(PYTEST) --cover all --ignore=tests/trainers
 
 # The kernels' PTX, nvcc's and Triton's, in the interpreter: all tests of a backend. docs/ptx.md.
 test-ptx: setup
@@ -87,7 +106,7 @@ bench-gate: setup
 
 # All figures of README.md and docs/, as JSON; about 15 minutes on a machine that does nothing else. docs/benchmarks.md.
 # The demonstration is the one training run of these pages, so the suite leaves its own out.
-measure: setup
+measure: setup $(VENV)/.trainers
 	pytest benchmarks --benchmark-enable --benchmark-quiet -q -m quick --deselect benchmarks/test_training.py \
 		--benchmark-json=$(MEASURED).json
 	$(DEMO) --device cpu --out $(BENCH_OUT)/demo
@@ -95,6 +114,7 @@ measure: setup
 	python -m benchmarks.averaging --json $(MEASURED)-averaging.json
 	python -m benchmarks.host --json $(MEASURED)-host.json
 	python -m benchmarks.sharded --json $(MEASURED)-sharded.json
+	$(TRAINER_ENV) python -m benchmarks.trainers --json $(MEASURED)-trainers.json
 	python -m benchmarks.gate --keep-going --json $(MEASURED)-gates.json
 
 # Writes README.md, docs/ and benchmarks/results/ from these files; measures nothing.

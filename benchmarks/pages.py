@@ -24,12 +24,12 @@ from fusedopt.bench.tables import markdown, times
 from fusedopt.compare.comparison import Comparison
 from fusedopt.compare.figure import save_figure
 
-from . import averaging, host, report, sharded
+from . import averaging, host, report, sharded, trainers
 
 ROOT = Path(__file__).parents[1]
 #: The machine whose figures the pages show; what its files are named after.
 MACHINE = "epyc-2core"
-PAGES = ("README.md", "docs/averaging.md", "docs/benchmarks.md")
+PAGES = ("README.md", "docs/averaging.md", "docs/benchmarks.md", "docs/trainers.md")
 END = "<!-- end of results -->"
 PART = re.compile(rf"^(<!-- results: ([\w-]+) -->\n)(?:(?!<!-- ).*\n)*?({END})$", re.MULTILINE)
 MARK = re.compile(rf"^(?:<!-- results: .*|{END})$", re.MULTILINE)
@@ -193,6 +193,14 @@ def sharded_steps(results: Results) -> str:
     return f"{_on(about)}; {words}:\n\n{sharded.table(content)}"
 
 
+def under_trainers(results: Results) -> str:
+    """What the optimizer's part of a step takes under other trainers."""
+    content = results.content("trainers")
+    if content is None:
+        return missing(results, "trainers")
+    return f"{_on(content['environment'])}; one thread, {content['rounds']} rounds:\n\n{trainers.table(content)}"
+
+
 SECTIONS: dict[str, Callable[[Results], str]] = {
     "demo": picture,
     "steps": steps,
@@ -201,6 +209,7 @@ SECTIONS: dict[str, Callable[[Results], str]] = {
     "host": host_path,
     "averaging": averages,
     "sharded": sharded_steps,
+    "trainers": under_trainers,
 }
 
 

@@ -79,6 +79,9 @@ def copy(tmp_path: Path) -> tuple[Results, Path]:
     sharded["seconds"] = {"fusedopt": [0.25, 0.25], "torch-fused": [0.75, 0.75]}
     on = {**ENVIRONMENT, "processes": 2}
     save({"environment": on, "rounds": 2, "cases": [sharded]}, results.path("sharded"))
+    trained = {"trainer": "timm, NativeScaler", "workload": "400x64", "tensors": 400}
+    trained["seconds"] = {"fusedopt": [0.25, 0.25], "torch": [1.0, 1.0]}
+    save({"environment": ENVIRONMENT, "rounds": 2, "cases": [trained]}, results.path("trainers"))
     ratio = {"median": 1.6, "low": 1.5, "high": 1.7}
     gate = {"case": "a/b/c/d", "rival": "torch-fused", "limits": {"ratio": 1.5}, "verdict": "holds", "ratio": ratio}
     save({"torch": "2", "fusedopt": "0", "device": "cpu", "gates": [gate]}, results.path("gates"))
@@ -91,7 +94,7 @@ class TestPages:
         assert stale(results, root)
         write(results, root)
         assert stale(Results(results.folder), root) == []
-        readme, benchmarks, averaging = ((root / page).read_text() for page in (pages.PAGES[0], *pages.PAGES[:0:-1]))
+        readme, averaging, benchmarks, trainers = ((root / page).read_text() for page in pages.PAGES)
         assert "![Loss curves and step times of the demo](docs/demo.png)" in readme
         stock, other = "as fast as torch's for-loop AdamW", "as fast as torch's fused AdamW"
         assert (
@@ -103,7 +106,8 @@ class TestPages:
         assert "1.60 [1.50, 1.70]" in benchmarks
         assert "3.00 [3.00, 3.00] | 1.5, holds" in benchmarks and "62.5 ms, 25%" in benchmarks
         assert "2.00 [2.00, 2.00]" in averaging and "80%" in averaging
-        assert all("No figures yet" not in text for text in (readme, benchmarks, averaging))
+        assert "| 4.00 [4.00, 4.00]" in trainers
+        assert all("No figures yet" not in text for text in (readme, averaging, benchmarks, trainers))
         page = results.path().with_suffix(".md").read_text()
         assert "5.00" in page, "the page of all cases has the same training run"
 
