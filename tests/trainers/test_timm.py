@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import copy
 import pickle
+import runpy
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -29,6 +31,7 @@ from fusedopt.integrations import timm as integration
 from fusedopt.integrations.timm import FusedNativeScaler, fuse, unfuse
 from fusedopt.optimizers import FUSED_TWINS
 
+REPOSITORY = Path(__file__).resolve().parents[2]
 INF = float("inf")
 STOCK = {"foreach": False, "fused": False}
 #: (clip_grad, clip_mode) of the scaler.
@@ -439,3 +442,11 @@ def test_without_timm_one_sentence() -> None:
     code = "import sys; sys.modules['timm'] = None; import fusedopt.integrations.timm"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert "timm is not installed; install it with: pip install 'fusedopt[timm]'" in done.stderr.splitlines()[-1]
+
+
+def test_the_example(capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("sklearn", reason="scikit-learn is not installed: pip install 'fusedopt[demo]'")
+    runpy.run_path(str(REPOSITORY / "examples" / "timm_digits.py"), run_name="__main__")
+    steps, result = capsys.readouterr().out.splitlines()
+    assert steps.startswith("115 steps of FusedAdamW, the last with a gradient norm of ")
+    assert 85 < float(result.split()[-2]) <= 100
