@@ -22,8 +22,8 @@ pytest.importorskip("sklearn", reason="scikit-learn is not installed: pip instal
 TESTED = ["TestThreeWays", "TestMixedPrecision", "TestCheckpoints"]
 LEFT_OUT = "not new_process and not says_that"
 
-# First the tests of MMEngine. Then runs are resumed: MMEngine 0.10.7 needs TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD for that. The
-# fork does not, with our classes as with its own.
+# First the tests of MMEngine. Then runs are resumed: MMEngine 0.10.7 needs TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD for that.
+# The fork does not, with our classes as with its own.
 CODE = f"""
 import sys, tempfile
 from pathlib import Path
