@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim import optimizer as optimizer_module
 
 from ..amp import GradScaler
 from ..messages import warn_caller
@@ -128,8 +129,9 @@ class FusedNativeScaler(_utils.NativeScaler):  # type: ignore[name-defined]
 
 
 def _shows_gradients(optimizer: Any) -> bool:
-    """Whether somebody looks at the gradients before a fused step."""
-    return isinstance(optimizer, FusedOptimizer) and bool(optimizer._optimizer_step_pre_hooks)
+    """Whether somebody may look at the gradients before a fused step."""
+    hooks = optimizer_module._global_optimizer_pre_hooks
+    return isinstance(optimizer, FusedOptimizer) and bool(hooks or optimizer._optimizer_step_pre_hooks)
 
 
 def _are_those_of(optimizer: FusedOptimizer, parameters: Sequence[Tensor] | Tensor) -> bool:

@@ -7,6 +7,7 @@ import pickle
 import runpy
 import subprocess
 import sys
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.optim import optimizer as optimizer_module
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 pytest.importorskip("timm", reason="timm is not installed: pip install 'fusedopt[timm]'")
 
@@ -40,6 +43,11 @@ CLIPS = [(None, "norm"), (0.1, "norm"), (0.01, "value"), (0.05, "agc")]
 CASES = [("fusedoptadamw", *clip) for clip in CLIPS]
 CASES += [("fusedoptadam", 0.1, "norm"), ("fusedoptsgd", 0.1, "norm"), ("fusedoptmomentum", 0.01, "value")]
 NAMES = ["fusedoptadamw", "fusedoptadam", "fusedoptsgd", "fusedoptmomentum"]
+
+
+@pytest.fixture(autouse=True)
+def _no_hooks_of_other_tests(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(optimizer_module, "_global_optimizer_pre_hooks", OrderedDict())
 
 
 def make_model(dtype: torch.dtype = torch.float64) -> nn.Module:
@@ -276,17 +284,23 @@ class TestTimmsWay:
         assert_same(ours.run(0.1), stock.run(0.1))
         assert not ours.passes
 
+    @pytest.mark.parametrize("whose", ["its own", "all"])
     @pytest.mark.parametrize("clip_grad", [None, 0.1])
-    def test_hooks_before_the_step_see_what_they_would_see(self, clip_grad: float | None) -> None:
-        seen: dict[str, list[Tensor]] = {}
+    def test_hooks_before_the_step_see_what_they_would_see(self, clip_grad: float | None, whose: str) -> None:
+        seen: dict[str, list[Tensor]] = {"fusedopt": [], "stock": []}
+
+        def look(optimizer: Any, *_: Any) -> None:
+            name = "fusedopt" if isinstance(optimizer, fusedopt.FusedAdamW) else "stock"
+            seen[name].append(optimizer.param_groups[0]["params"][0].grad.clone())
+
         for name in ("fusedoptadamw", "adamw"):
             training = Training(name, fused="fused" in name)
-            seen[name] = []
-            training.optimizer.register_step_pre_hook(
-                lambda optimizer, *_, name=name: seen[name].append(optimizer.param_groups[0]["params"][0].grad.clone())
-            )
+            own = training.optimizer.register_step_pre_hook
+            handle = (own if whose == "its own" else register_optimizer_step_pre_hook)(look)
             training.run(clip_grad, steps=5, overflow=None)
-        assert_same(seen["fusedoptadamw"], seen["adamw"])
+            handle.remove()
+        assert_same(seen["fusedopt"], seen["stock"])
+        assert len(seen["stock"]) == 5
 
     def test_a_scaler_of_somebody_else_s_inside(self) -> None:
         class Own(torch.amp.GradScaler):
