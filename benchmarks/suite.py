@@ -8,6 +8,8 @@ from dataclasses import dataclass, replace
 from fusedopt.bench import CONTENDERS, DTYPES, GROUPINGS, OPTIMIZERS, RECIPES, WORKLOADS, Case
 from fusedopt.bench.contenders import OURS, RIVAL
 
+from .in_backward import IN_BACKWARD
+
 # The large cases leave the slow ones out: they would take most of the time, and are an order away.
 FAST = (OURS, RIVAL, "torch-merged", "torch-grad-scale")
 EAGER = (*FAST, "torch-foreach", "torch-for-loop")
@@ -44,6 +46,7 @@ def _quick() -> Iterator[Entry]:
     yield Entry(Case("400x64"))
     yield Entry(Case("400x64", "each"))
     yield Entry(Case("400x64", "each", warm=True))
+    yield Entry(Case("400x64", "each", recipe="bare", warm=True), (OURS, RIVAL, *IN_BACKWARD.values()))
     yield Entry(Case("10000x64"), FAST, rounds=20)
 
 

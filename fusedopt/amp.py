@@ -6,12 +6,12 @@ from typing import Any
 
 import torch
 from torch._C._dynamo.eval_frame import get_eval_frame_callback
-from torch._compile import _disable_dynamo
 from torch.amp.grad_scaler import OptState
 from torch.compiler import is_dynamo_compiling
 
 from .backends.native import update_scale
 from .messages import plain, plain_settings
+from .optimizers.outside import outside_of_graphs
 from .optimizers.shared import Shared, steps_fused
 from .shards import refuse_scaling_of_flat_shards
 
@@ -101,7 +101,7 @@ class GradScaler(torch.amp.GradScaler):
         record["stage"] = OptState.STEPPED
         return result
 
-    _step_outside_of_graphs = _disable_dynamo(step)  # as the optimizer's step
+    _step_outside_of_graphs = outside_of_graphs(step)  # as the optimizer's step
 
     def update(self, new_scale: float | torch.Tensor | None = None) -> None:
         """Update the scale, as ``torch.amp.GradScaler.update``."""
@@ -121,7 +121,7 @@ class GradScaler(torch.amp.GradScaler):
         new_scale = plain(new_scale)
         super().update(float(new_scale) if isinstance(new_scale, int) else new_scale)
 
-    _update_outside_of_graphs = _disable_dynamo(update)
+    _update_outside_of_graphs = outside_of_graphs(update)
 
     def _update_from(self, record: dict[str, Any]) -> bool:
         """Update the scale without torch's dispatcher, if this one record's flag allows it."""

@@ -23,6 +23,7 @@ from bench_cases import (
     tiny,
 )
 
+from benchmarks.in_backward import IN_BACKWARD
 from benchmarks.peers import Apex
 from fusedopt.backends import NativeBackend
 from fusedopt.bench import CONTENDERS, OPTIMIZERS, RECIPES, Case, run
@@ -72,12 +73,30 @@ class TestContender:
         else:
             assert groups == [([parameter], 0.05 if len(shape) > 1 else 0.0) for parameter, shape in TINY.items()]
 
+    @pytest.mark.parametrize(("whole", "name"), IN_BACKWARD.items())
+    @pytest.mark.parametrize("dtype", ["fp32", "bf16-grads"])
+    def test_an_optimizer_for_each_parameter_does_what_one_for_all_does(self, whole, name, dtype):
+        case = tiny("two", recipe="bare", dtype=dtype)
+        contenders = make(whole, case), make(name, case)
+        for contender in contenders:
+            contender.prepare()
+            contender()
+        assert [len(each.param_groups[0]["params"]) for each in contenders[1].optimizers] == [1] * len(TINY)
+        assert {type(each) for each in contenders[1].optimizers} == {type(contenders[0].optimizer)}
+        for parameter in TINY:
+            torch.testing.assert_close(contenders[1].params[parameter], contenders[0].params[parameter])
+
     @pytest.mark.parametrize(
         ("name", "case", "reason"),
         [
             ("torch-merged", tiny("one"), "there is one group"),
             ("torch-graphed", tiny(), "CUDA graphs need a GPU"),
             ("torch-grad-scale", tiny(recipe="amp"), "without clipping it is torch-fused"),
+            *(
+                (name, tiny(recipe=recipe), "in a backward pass one gradient is known at a time")
+                for name in IN_BACKWARD.values()
+                for recipe in ("amp", "clip")
+            ),
             (
                 "torch-compiled",
                 Case("many", custom=lambda: dict.fromkeys(map(str, range(501)), ())),

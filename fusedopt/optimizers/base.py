@@ -9,7 +9,6 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 from torch._C._dynamo.eval_frame import get_eval_frame_callback
-from torch._compile import _disable_dynamo
 from torch.compiler import is_dynamo_compiling
 from torch.optim import optimizer as optimizer_module
 from torch.optim.optimizer import ParamsT
@@ -35,6 +34,7 @@ from .given_norm import with_given_norm
 from .ignored import note_ignored_flags
 from .loading import read_state_dict, shallow_copy, take_steps_out
 from .new_group import check_new_group
+from .outside import outside_of_graphs
 from .saving import leave_out_unreal_state, make_settings_plain
 from .shared import Shared, handed_over, reach_through_accelerate
 
@@ -239,7 +239,7 @@ class FusedOptimizer(torch.optim.Optimizer):
     # a compiled caller gets this: torch.compiler.disable, put around at its first use, since that takes seconds to
     # import, and by itself as long as a tenth of a small step. A caller is compiled while Dynamo traces it, and also
     # where it runs as it is after a graph break: Dynamo would look at each function that is called from there.
-    _step_outside_of_graphs = _disable_dynamo(step)
+    _step_outside_of_graphs = outside_of_graphs(step)
 
     def _step(
         self,
