@@ -39,12 +39,12 @@ def comes_from(packages: Sequence[str], owner: Any, *names: str) -> bool:
     return all(getattr(type(owner), name).__module__.partition(".")[0] in packages for name in names)
 
 
-def serves_strategy(packages: Sequence[str], strategy: Any) -> bool:
-    """Whether a fused optimizer has, or knows how to find, the norm of all gradients under a strategy.
+def serves_strategy(packages: Sequence[str], kind: type) -> bool:
+    """Whether a fused optimizer has, or knows how to find, the norm of all gradients under a strategy of this class.
 
     The class that decides is the first one among its bases that is a package's own.
     """
-    bases = type(strategy).__mro__
+    bases = kind.__mro__
     return next((base.__name__ for base in bases if base.__module__.partition(".")[0] in packages), None) in _SERVED
 
 

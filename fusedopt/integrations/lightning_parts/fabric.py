@@ -27,7 +27,7 @@ def fuse_fabric(packages: tuple[str, ...], kind: type, fabric: Any) -> None:
     """``fuse(fabric)`` for a class Fabric, which comes from some packages."""
     _check(kind, fabric)
     strategy = fabric.strategy
-    if not serves_strategy(packages, strategy):
+    if not serves_strategy(packages, type(strategy)):
         raise ValueError(
             f"fuse() does not serve {type(strategy).__name__}; expected SingleDeviceStrategy, DDPStrategy, "
             "DataParallelStrategy or ModelParallelStrategy"

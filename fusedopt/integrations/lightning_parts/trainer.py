@@ -46,7 +46,7 @@ class Clipping:
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Called by Lightning. Replaces what clips."""
-        if stage == "fit" and serves_strategy(self._packages, trainer.strategy):
+        if stage == "fit" and serves_strategy(self._packages, type(trainer.strategy)):
             self._told: set[str] = set()
             plugin = trainer.precision_plugin
             restore_methods(plugin)  # after a fit that never ended
@@ -63,7 +63,7 @@ class Clipping:
         Raises:
             ValueError: one is fused, and the strategy is not served.
         """
-        if serves_strategy(self._packages, trainer.strategy):
+        if serves_strategy(self._packages, type(trainer.strategy)):
             return
         for optimizer in trainer.optimizers:
             if (fused := fused_optimizer(optimizer)) is not None:
