@@ -474,7 +474,7 @@ class TestUndoing:
             own.fit_loop.epoch_loop.max_steps = 5 * (repeat + 1)
             own.fit(net, loader)
             assert vars(plugin) == before and type(scaler) is torch.amp.GradScaler
-        assert seen == [(fusedopt.amp.GradScaler, {"clip_gradients", "optimizer_step"})] * 2
+        assert seen == [(fusedopt.amp.GradScaler, {"clip_gradients", "optimizer_step", "_fusedopt_replaced"})] * 2
         assert net.optimizers().optimizer._shared.takes_scale is None
 
     @pytest.mark.parametrize("looks", [False, True])
