@@ -337,6 +337,20 @@ class TestWhoLooks:
                 "because LooksItself has the hook on_before_optimizer_step"
             )
 
+    @pytest.mark.parametrize("precision", PRECISIONS)
+    def test_after_a_step_that_writes_back(self, precision: str) -> None:
+        class LooksAfterwards(Net):
+            def on_train_batch_end(self, outputs: Any, batch: Any, index: int) -> None:
+                seen[self.make].append(self.grads())
+
+        def writes_back(params: Any) -> Any:
+            return fusedopt.FusedAdamW(params, lr=1e-2, write_back_grads=True)
+
+        seen: dict[Any, list[Any]] = {writes_back: [], stock: []}
+        for make in seen:
+            fit(LooksAfterwards(make), precision, gradient_clip_val=0.5)
+        assert_saw_the_same(seen[writes_back], seen[stock])
+
 
 class TestStockWays:
     def test_a_scaler_of_another_class(self) -> None:
@@ -491,6 +505,14 @@ class TestUndoing:
             own.fit(net, torch.utils.data.DataLoader(batches(), batch_size=None))
         assert vars(plugin) == before and type(plugin.scaler) is torch.amp.GradScaler
         assert own.optimizers[0]._shared.takes_scale is None
+
+    def test_a_fit_that_never_ended_leaves_nothing_to_the_next(self) -> None:
+        own = trainer(gradient_clip_val=0.5)
+        for _ in range(2):
+            FusedClipping().setup(own, None, "fit")
+        plugin = own.precision_plugin
+        assert plugin.clip_gradients.args[1] == type(plugin).clip_gradients.__get__(plugin)
+        assert plugin.optimizer_step.args[1] == type(plugin).optimizer_step.__get__(plugin)
 
     def test_somebody_elses_methods_come_back(self) -> None:
         own = trainer(gradient_clip_val=0.5)
