@@ -199,6 +199,40 @@ def test_a_scaler_finds_the_overflow_that_was_clipped_by_value_twice(kind: Any) 
     assert scaler.get_scale() == 2.0
 
 
+@pytest.mark.parametrize("read", [False, True])
+def test_a_norm_that_is_not_finite_is_an_error_of_the_step(read: bool) -> None:
+    optimizer, params = make()
+    before = bits(params)
+    set_gradients(params, 0)
+    params[1].grad[0, 0] = INF
+    norm = clip_next_step(optimizer, NormClip(0.5, error_if_nonfinite=True))
+    assert not read or norm.isinf()
+    with pytest.raises(RuntimeError, match="is inf, so"):
+        optimizer.step()
+    with pytest.raises(RuntimeError, match="is inf, so"):
+        clip_next_step(optimizer, NORM)
+    assert bits(params) == before
+
+
+@pytest.mark.parametrize("unscaled", [False, True])
+@pytest.mark.parametrize("read", [False, True])
+def test_but_not_if_a_scaler_skips_the_step(read: bool, unscaled: bool) -> None:
+    optimizer, params = make()
+    before = bits(params)
+    scaler = GradScaler("cpu", init_scale=8.0)
+    scaler.scale(torch.zeros(()))
+    set_gradients(params, 0)
+    params[1].grad[0, 0] = INF
+    if unscaled:
+        scaler.unscale_(optimizer)
+    scale = None if unscaled else scaler._get_scale_async()
+    norm = clip_next_step(optimizer, NormClip(0.5, error_if_nonfinite=True), scale)
+    assert not read or norm.isinf()
+    scaler.step(optimizer)
+    scaler.update()
+    assert bits(params) == before and norm.isinf() and scaler.get_scale() == 4.0
+
+
 class TestWithoutAStep:
     @pytest.mark.parametrize("set_to_none", [True, False])
     def test_zero_grad_drops_it_and_the_norm_can_still_be_read(self, set_to_none: bool) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import weakref
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -86,7 +87,9 @@ class NextStep:
                     "the norm of gradients that have parts in other processes is found in the step; expected a step "
                     "before anybody looks at it"
                 )
-            request = StepRequest(self.scale, clip=self.clip)
+            assert isinstance(self.clip, NormClip)
+            clip = replace(self.clip, error_if_nonfinite=False)  # an error of the step, and none if a scaler skips it
+            request = StepRequest(self.scale, clip=clip)
             totals = optimizer._served("begin", request)
             try:
                 pairs = optimizer._shards.added_up(totals, optimizer._device, request.norm_type)
@@ -117,7 +120,10 @@ class NextStep:
                 if overflow is not None:
                     param.grad.masked_fill_(overflow, math.inf)
         else:
-            coefficient = clip_coefficient(self.find_norm(), self.clip.max_norm)
+            norm = self.find_norm()
+            if self.clip.error_if_nonfinite and self.scale is None and not norm.isfinite():
+                raise RuntimeError(f"The total norm of the gradients is {float(norm)}, so they cannot be clipped to it")
+            coefficient = clip_coefficient(norm, self.clip.max_norm)
             for param in params:
                 param.grad.mul_(coefficient.to(param.grad.device))
 
