@@ -15,8 +15,8 @@ from torch import Tensor, nn
 pytest.importorskip("lightning.fabric", reason="lightning is not installed: pip install 'fusedopt[lightning]'")
 
 from lightning.fabric import Fabric, strategies
-from lightning.fabric.plugins.precision import MixedPrecision
-from lightning_cases import OVERFLOW, PRECISIONS, SCALE, STEPS, batches, fused, stock
+from lightning.fabric.plugins.precision import MixedPrecision, Precision
+from lightning_cases import OVERFLOW, PRECISIONS, SCALE, STEPS, Layers, batches, fused, stock
 from probe import GradientPasses
 
 import fusedopt
@@ -52,7 +52,7 @@ class Run:
     ):
         self.fabric = make_fabric(precision) if own is None else own
         torch.manual_seed(0)
-        self.layers = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3))
+        self.layers = Layers()
         self.inner = make(self.layers.parameters())
         if make is not stock and not fuse_after:
             fuse(self.fabric)
@@ -67,10 +67,7 @@ class Run:
         return None if scaler is None else scaler.get_scale()
 
     def backward(self, batch: Any, index: int) -> None:
-        inputs, targets = batch
-        with torch.autocast("cpu", enabled=False):  # see lightning_cases
-            loss = (self.layers(inputs) - targets).square().sum()
-        self.fabric.backward(loss)
+        self.fabric.backward(self.layers(batch))
         if index == self.overflow_at:
             self.layers[0].weight.grad += torch.eye(8, 6) * math.inf
 
@@ -158,9 +155,16 @@ class TestNonFinite:
         assert all(param.isnan().all() for param in run.layers.parameters())
         assert all(param.isnan().all() for param in want.layers.parameters())
 
-    def test_that_a_scaler_skips_is_none(self) -> None:
+    @pytest.mark.parametrize("reads", [False, True])
+    def test_that_a_scaler_skips_is_none(self, reads: bool) -> None:
         run = Run(fused, "16-mixed", overflow_at=3)
-        norms = run.train(lambda: run.clip(max_norm=0.5, error_if_nonfinite=True))
+
+        def clip() -> Any:
+            norm = run.clip(max_norm=0.5, error_if_nonfinite=True)
+            assert not reads or not norm.item() > 100.0
+            return norm
+
+        norms = run.train(clip)
         assert not norms[3].isfinite() and run.scale == SCALE / 2
 
 
@@ -185,13 +189,16 @@ class TestHostileUses:
             each.train(lambda each=each: each.fabric.clip_gradients(each.layers[2], each.optimizer, max_norm=0.5))
         run.assert_same(want)
 
+    @pytest.mark.parametrize("reads", [False, True])
     @pytest.mark.parametrize("inner", [False, True])
-    def test_gradients_that_were_unscaled_by_hand(self, inner: bool) -> None:
+    def test_gradients_that_were_unscaled_by_hand(self, inner: bool, reads: bool) -> None:
         run, want = Run(fused, "16-mixed", overflow_at=OVERFLOW), Run(stock, "16-mixed", overflow_at=OVERFLOW)
 
         def clip() -> None:
             run.fabric.strategy.precision.scaler.unscale_(run.inner if inner else run.optimizer)
-            run.clip(max_norm=0.5)
+            norm = run.clip(max_norm=0.5)
+            if reads:
+                assert not norm.item() > 100.0  # as the scaled one
 
         run.train(clip)
         want.train(lambda: want.clip(max_norm=0.5, error_if_nonfinite=False))
@@ -267,7 +274,11 @@ class TestStockWays:
     @pytest.mark.parametrize("clip", CLIPS, ids=CLIP_IDS)
     def test_a_scaler_of_another_class(self, clip: dict[str, Any]) -> None:
         class Scaler(torch.amp.GradScaler):
-            pass
+            unscaled = 0
+
+            def unscale_(self, optimizer: Any) -> None:
+                self.unscaled += 1
+                super().unscale_(optimizer)
 
         runs = []
         for make in (fused, stock):
@@ -276,8 +287,37 @@ class TestStockWays:
             lenient = {} if "clip_val" in clip else {"error_if_nonfinite": False}
             run.train(lambda run=run, lenient=lenient: run.clip(**clip, **lenient))
             runs.append(run)
-            assert type(plugin.scaler) is Scaler and run.scale == SCALE / 2
+            assert type(plugin.scaler) is Scaler and run.scale == SCALE / 2 and plugin.scaler.unscaled == STEPS
         runs[0].assert_same(runs[1])
+
+    @pytest.mark.parametrize("where", ["plugin", "strategy"])
+    def test_methods_of_somebody_elses_own(self, where: str) -> None:
+        class Plugin(Precision):
+            def main_params(self, optimizer: Any) -> Any:
+                yield optimizer.param_groups[0]["params"][0]
+
+        class Strategy(strategies.SingleDeviceStrategy):
+            def clip_gradients_norm(self, module: Any, optimizer: Any, max_norm: float, **rest: Any) -> Any:
+                return torch.nn.utils.clip_grad_norm_(module[2].parameters(), max_norm)
+
+        runs = []
+        for make in (fused, stock):
+            own = make_fabric()
+            if where == "plugin":
+                own.strategy.precision = Plugin()
+            else:
+                own.strategy.__class__ = Strategy
+            run = Run(make, own=own)
+            run.train(lambda run=run: run.fabric.clip_gradients(run.layers, run.optimizer, max_norm=0.1))
+            runs.append(run)
+        runs[0].assert_same(runs[1])
+
+        def make_clipping(params: Any) -> Any:
+            return fusedopt.FusedAdamW(params, lr=1e-2, clip_grad=dict(max_norm=0.5))
+
+        run = Run(make_clipping, own=runs[0].fabric)
+        with pytest.raises(ValueError, match="clips, and FusedAdamW has clip_grad="):
+            run.train(lambda: run.clip(max_norm=0.5))
 
 
 class TestUndoing:

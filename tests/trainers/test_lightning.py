@@ -148,6 +148,20 @@ class TestByHand:
         assert scale_of(own) == scale_of(other) == SCALE / 2
         assert len(passes.seen) == (0 if unscale == "never" else STEPS)
 
+    def test_a_hook_that_manual_optimization_does_not_call(self) -> None:
+        class Own(ByHand):
+            clip = (0.5, "norm")
+
+            def configure_gradient_clipping(self, *args: Any, **kwargs: Any) -> None:
+                raise AssertionError
+
+        net, want = Own(fused), Own(stock)
+        with GradientPasses(net.parameters()) as passes:
+            fit(net)
+        fit(want, callbacks=[])
+        assert_same(net, want)
+        assert passes.seen == []
+
     def test_several_optimizers_and_a_stock_one_beside(self) -> None:
         class Three(ByHand):
             def configure_optimizers(self) -> Any:
@@ -295,6 +309,32 @@ class TestWhoLooks:
         assert scale_of(own) == SCALE / 2
         assert all(map(torch.equal, before, net.parameters()))
 
+    def test_what_was_unscaled_by_hand(self) -> None:
+        class Own(ByHand, LooksItself):
+            clip = (0.5, "norm")
+
+            def before_step(self, optimizer: Any) -> None:
+                self.trainer.precision_plugin.scaler.unscale_(optimizer)
+                super().before_step(optimizer)
+
+        class ClipsInTime(ByHand):
+            def __init__(self, *args: Any) -> None:
+                super().__init__(*args)
+                self.seen: list[Any] = []
+
+            def on_before_optimizer_step(self, optimizer: Any) -> None:
+                torch.nn.utils.clip_grad_norm_(self.parameters(), 0.5)
+                self.seen.append(self.grads())
+
+        net, want = Own(fused, OVERFLOW), ClipsInTime(stock, OVERFLOW)
+        own = fit(net, "16-mixed")
+        other = fit(want, "16-mixed", callbacks=[])
+        assert_same(net, want)
+        assert scale_of(own) == scale_of(other) == SCALE / 2
+        for seen, expected in zip(net.seen, want.seen, strict=True):
+            if all(grad.isfinite().all() for grad in expected):
+                torch.testing.assert_close(seen, expected, rtol=1e-4, atol=1e-6)
+
     @pytest.mark.parametrize("precision", PRECISIONS)
     @pytest.mark.parametrize("algorithm", ["norm", "value"])
     def test_an_own_way_to_clip(self, precision: str, algorithm: str) -> None:
@@ -352,16 +392,29 @@ class TestWhoLooks:
         assert_saw_the_same(seen[writes_back], seen[stock])
 
 
-class TestStockWays:
-    def test_a_scaler_of_another_class(self) -> None:
-        class Scaler(torch.amp.GradScaler):
-            pass
+class OddScaler(torch.amp.GradScaler):
+    """Another class than torch's; it notes what it unscales."""
 
-        net, want = Net(fused, OVERFLOW), Net(stock, OVERFLOW)
+    unscaled = 0
+
+    def unscale_(self, optimizer: Any) -> None:
+        self.unscaled += 1
+        super().unscale_(optimizer)
+
+
+class TestStockWays:
+    @pytest.mark.parametrize("clip", [(0.5, "norm"), (0.01, "value")], ids=CLIP_IDS[1:])
+    @pytest.mark.parametrize("kind", [Net, ByHand])
+    def test_a_scaler_of_another_class(self, kind: Any, clip: Any) -> None:
+        net, want = kind(fused, OVERFLOW), kind(stock, OVERFLOW)
         for each, callbacks in ((net, [FusedClipping()]), (want, [])):
-            plugin = MixedPrecision("16-mixed", "cpu", Scaler("cpu", init_scale=SCALE))
-            own = fit(each, plugin, callbacks=callbacks, gradient_clip_val=0.5)
-            assert type(plugin.scaler) is Scaler and scale_of(own) == SCALE / 2
+            scaler = OddScaler("cpu", init_scale=SCALE)
+            settings = {} if kind is ByHand else dict(gradient_clip_val=clip[0], gradient_clip_algorithm=clip[1])
+            each.clip = clip
+            fit(each, MixedPrecision("16-mixed", "cpu", scaler), callbacks=callbacks, **settings)
+            assert type(scaler) is OddScaler and scaler.unscaled == STEPS
+            # Stock Lightning does not see the overflow that was clipped by value while it was scaled.
+            assert scaler.get_scale() == (SCALE / 2 if settings or clip[1] == "norm" else scaler.get_scale())
         assert_same(net, want)
 
     def test_a_plugin_that_clips_in_its_own_way(self) -> None:

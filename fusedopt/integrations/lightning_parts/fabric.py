@@ -55,11 +55,13 @@ def fuse_fabric(packages: tuple[str, ...], kind: type, fabric: Any) -> None:
         return clipped(
             optimizer,
             lambda: NormClip(max_norm, norm_type, error_if_nonfinite),
-            lambda: by_norm(module, optimizer, max_norm, norm_type, error_if_nonfinite),
+            lambda: by_norm(
+                module, optimizer, max_norm=max_norm, norm_type=norm_type, error_if_nonfinite=error_if_nonfinite
+            ),
         )
 
     def clip_gradients_value(module: Any, optimizer: Any, clip_val: float) -> None:
-        clipped(optimizer, lambda: ValueClip(clip_val), lambda: by_value(module, optimizer, clip_val))
+        clipped(optimizer, lambda: ValueClip(clip_val), lambda: by_value(module, optimizer, clip_val=clip_val))
 
     replace_methods(
         strategy,
