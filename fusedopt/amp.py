@@ -48,9 +48,19 @@ class GradScaler(torch.amp.GradScaler):
             ValueError: a parameter of a stock optimizer is a shard of a FullyShardedDataParallel model.
             RuntimeError: called twice, or after ``step``.
         """
-        if self._enabled:
-            _refuse_shards(optimizer)
-        super().unscale_(optimizer)
+        if not self._enabled:
+            return
+        _refuse_shards(optimizer)
+        if not steps_fused(optimizer):
+            super().unscale_(optimizer)
+            return
+        shared: Shared = optimizer._shared  # type: ignore[attr-defined]
+        inner = getattr(optimizer, "optimizer", None)  # Lightning has a wrapper, but steps what is in it
+        asked = shared.next
+        wanted = asked is not None and asked.still_wanted()
+        super().unscale_(inner if getattr(inner, "_shared", None) is shared else optimizer)  # type: ignore[arg-type]
+        if asked is not None and wanted:
+            asked.unscaled()
 
     def set_growth_factor(self, new_factor: float) -> None:
         """As ``torch.amp.GradScaler.set_growth_factor``."""

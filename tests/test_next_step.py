@@ -148,6 +148,91 @@ def test_an_overflow_skips_and_the_next_step_is_clipped_as_it_was_told(kind: Any
     assert_same(params, stock.params)
 
 
+@pytest.mark.parametrize("read", [False, True])
+@pytest.mark.parametrize("clip", [NORM, VALUE])
+def test_gradients_may_be_unscaled_between_the_clipping_and_the_step(clip: Any, read: bool) -> None:
+    optimizer, params = make()
+    stock = Stock()
+    scaler = GradScaler("cpu", init_scale=8.0)
+    scaler.scale(torch.zeros(()))
+    for seed in range(2):
+        set_gradients(params, seed)
+        for param in params:
+            param.grad.mul_(8.0)
+        norm = clip_next_step(optimizer, clip, scaler._get_scale_async())
+        if read and norm is not None:
+            float(norm)
+        scaler.unscale_(optimizer)
+        scaler.step(optimizer)
+        scaler.update()
+        (want,) = stock.step(seed, clip)
+        if want is not None:
+            torch.testing.assert_close(norm.clone(), want)
+        assert_same(params, stock.params)
+
+
+def test_unscaling_does_not_excuse_gradients_that_were_written_to() -> None:
+    optimizer, params = make()
+    scaler = GradScaler("cpu", init_scale=8.0)
+    scaler.scale(torch.zeros(()))
+    set_gradients(params, 0)
+    clip_next_step(optimizer, NORM, scaler._get_scale_async())
+    params[0].grad.add_(1.0)
+    with pytest.raises(RuntimeError, match="written to"):
+        scaler.unscale_(optimizer)
+
+
+@pytest.mark.parametrize("kind", [GradScaler, torch.amp.GradScaler])
+def test_a_scaler_finds_the_overflow_that_was_clipped_by_value_twice(kind: Any) -> None:
+    optimizer, params = make()
+    scaler = kind("cpu", init_scale=8.0)
+    scaler.scale(torch.zeros(()))
+    before = bits(params)
+    for sign in (1, -1):
+        set_gradients(params, 0)
+        params[1].grad[0, 0] = sign * INF
+        clip_next_step(optimizer, VALUE, scaler._get_scale_async())
+        clip_next_step(optimizer, NORM, scaler._get_scale_async())
+        scaler.step(optimizer)
+        scaler.update()
+        assert bits(params) == before
+    assert scaler.get_scale() == 2.0
+
+
+@pytest.mark.parametrize("read", [False, True])
+def test_a_norm_that_is_not_finite_is_an_error_of_the_step(read: bool) -> None:
+    optimizer, params = make()
+    before = bits(params)
+    set_gradients(params, 0)
+    params[1].grad[0, 0] = INF
+    norm = clip_next_step(optimizer, NormClip(0.5, error_if_nonfinite=True))
+    assert not read or norm.isinf()
+    with pytest.raises(RuntimeError, match="is inf, so"):
+        optimizer.step()
+    with pytest.raises(RuntimeError, match="is inf, so"):
+        clip_next_step(optimizer, NORM)
+    assert bits(params) == before
+
+
+@pytest.mark.parametrize("unscaled", [False, True])
+@pytest.mark.parametrize("read", [False, True])
+def test_but_not_if_a_scaler_skips_the_step(read: bool, unscaled: bool) -> None:
+    optimizer, params = make()
+    before = bits(params)
+    scaler = GradScaler("cpu", init_scale=8.0)
+    scaler.scale(torch.zeros(()))
+    set_gradients(params, 0)
+    params[1].grad[0, 0] = INF
+    if unscaled:
+        scaler.unscale_(optimizer)
+    scale = None if unscaled else scaler._get_scale_async()
+    norm = clip_next_step(optimizer, NormClip(0.5, error_if_nonfinite=True), scale)
+    assert not read or norm.isinf()
+    scaler.step(optimizer)
+    scaler.update()
+    assert bits(params) == before and norm.isinf() and scaler.get_scale() == 4.0
+
+
 class TestWithoutAStep:
     @pytest.mark.parametrize("set_to_none", [True, False])
     def test_zero_grad_drops_it_and_the_norm_can_still_be_read(self, set_to_none: bool) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import weakref
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -85,7 +87,9 @@ class NextStep:
                     "the norm of gradients that have parts in other processes is found in the step; expected a step "
                     "before anybody looks at it"
                 )
-            request = StepRequest(self.scale, clip=self.clip)
+            assert isinstance(self.clip, NormClip)
+            clip = replace(self.clip, error_if_nonfinite=False)  # an error of the step, and none if a scaler skips it
+            request = StepRequest(self.scale, clip=clip)
             totals = optimizer._served("begin", request)
             try:
                 pairs = optimizer._shards.added_up(totals, optimizer._device, request.norm_type)
@@ -96,6 +100,12 @@ class NextStep:
             self.norm = norm.to(report_dtype(optimizer.param_groups))
         return self.norm
 
+    def unscaled(self) -> None:
+        """The gradients were divided by the scale, by somebody who had asked ``still_wanted()`` before."""
+        self.scale = None
+        grad = None if (optimizer := self.optimizer()) is None else first_gradient(optimizer)
+        self._version = 0 if grad is None else grad._version
+
     def clip_now(self) -> None:
         """Do to the gradients what the step was to do to them, but do not divide them by the scale."""
         optimizer = self.optimizer()
@@ -104,9 +114,16 @@ class NextStep:
         params = [param for group in optimizer.param_groups for param in group["params"] if param.grad is not None]
         if isinstance(self.clip, ValueClip):
             bound = self.clip.clip_value * (1.0 if self.scale is None else float(self.scale))
-            torch.nn.utils.clip_grad_value_(params, bound)
+            for param in params:
+                overflow = None if self.scale is None else param.grad.isinf()  # for the scaler to find
+                param.grad.clamp_(-bound, bound)
+                if overflow is not None:
+                    param.grad.masked_fill_(overflow, math.inf)
         else:
-            coefficient = clip_coefficient(self.find_norm(), self.clip.max_norm)
+            norm = self.find_norm()
+            if self.clip.error_if_nonfinite and self.scale is None and not norm.isfinite():
+                raise RuntimeError(f"The total norm of the gradients is {float(norm)}, so they cannot be clipped to it")
+            coefficient = clip_coefficient(norm, self.clip.max_norm)
             for param in params:
                 param.grad.mul_(coefficient.to(param.grad.device))
 
