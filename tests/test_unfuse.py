@@ -177,6 +177,28 @@ def test_the_schedulers_warning_is_spared_before_the_first_step() -> None:
     assert stock.param_groups[0]["lr"] == pytest.approx(1e-4)
 
 
+def test_schedulers_follow_through_a_loaded_state_dict() -> None:
+    """It gives an optimizer other group dicts than those that were handed over."""
+    params = parameters([(3,)])
+    stock = torch.optim.AdamW(params, lr=1.0)
+    schedulers = [torch.optim.lr_scheduler.StepLR(stock, 1, 0.5)]
+    seen: list[Any] = []
+    stock.register_load_state_dict_post_hook(seen.append)
+    optimizer: Any = stock
+    rate = 1.0
+    for change in (fusedopt.fuse, fusedopt.unfuse, fusedopt.fuse):
+        optimizer = change(optimizer)
+        schedulers.append(torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.5))
+        optimizer.load_state_dict(optimizer.state_dict())
+        assert seen.pop() is optimizer and not seen
+        for scheduler in schedulers:
+            set_gradients(params, 0)
+            optimizer.step()
+            scheduler.step()
+            rate /= 2
+            assert optimizer.param_groups[0]["lr"] == rate
+
+
 class Mine(fusedopt.FusedAdamW):
     pass
 

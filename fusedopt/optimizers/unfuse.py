@@ -10,7 +10,7 @@ from torch import Tensor
 from ..messages import local_of
 from ..undo import unchanged_on_error
 from .base import FusedOptimizer
-from .fuse import FUSED_TWINS
+from .fuse import FUSED_TWINS, follow
 from .saving import is_unreal
 
 __all__ = ["unfuse"]
@@ -68,11 +68,7 @@ def unfuse(optimizer: FusedOptimizer) -> torch.optim.Optimizer:
         else:
             optimizer.state.pop(param, None)
     twin.state = optimizer.state
-    twin._optimizer_step_pre_hooks = optimizer._optimizer_step_pre_hooks
-    twin._optimizer_step_post_hooks = optimizer._optimizer_step_post_hooks
-    if hasattr(optimizer.step, "_wrapped_by_lr_sched"):
-        # The twin's steps are not seen by a scheduler that watches optimizer.step; spare its warning.
-        optimizer._opt_called = True  # type: ignore[attr-defined]
+    follow(optimizer, twin)
     return twin
 
 
