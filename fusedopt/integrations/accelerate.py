@@ -96,16 +96,15 @@ class FusedAcceleratedOptimizer(_optimizer.AcceleratedOptimizer):
 
     def step(self, closure: Any = None) -> None:
         """As ``AcceleratedOptimizer.step``."""
-        record = self._unscaled
-        if record is not None and self.gradient_state.sync_gradients:
-            self._unscaled = None
-            if record["stage"] is OptState.UNSCALED:
-                self.scaler._per_optimizer_states.setdefault(id(self.optimizer), record)
-        super().step(closure)
+        # A scheduler keeps this function, and calls it when the class is accelerate's again.
+        record = self.__dict__.pop("_unscaled", None) if self.gradient_state.sync_gradients else None
+        if record is not None and record["stage"] is OptState.UNSCALED:
+            self.scaler._per_optimizer_states.setdefault(id(self.optimizer), record)
+        _optimizer.AcceleratedOptimizer.step(self, closure)
 
     def zero_grad(self, set_to_none: Any = None) -> None:
         """As ``AcceleratedOptimizer.zero_grad``."""
-        self._unscaled = None
+        self.__dict__.pop("_unscaled", None)
         super().zero_grad(set_to_none)
 
     @property
@@ -173,7 +172,7 @@ class _Replaced:
         if optimizer is None:
             optimizer = self.accelerator._optimizers
             if self._touched is not None:  # called by accelerate's own clipping, which would unscale all of them
-                optimizer = [each for each in optimizer if not isinstance(_inner(each), FusedOptimizer)]
+                optimizer = [each for each in optimizer if not isinstance(inner(each), FusedOptimizer)]
                 optimizer += self._touched
         elif not isinstance(optimizer, (list, tuple)):
             optimizer = [optimizer]
@@ -209,11 +208,11 @@ class _Replaced:
         accelerator = self.accelerator
         if not self.active or not accelerator.sync_gradients:  # else accelerate's step does nothing
             return None
-        if accelerator.distributed_type not in _SERVED and not accelerator.is_fsdp2:
+        if not serves(accelerator):
             return None
         found, ids = None, tuple(map(id, parameters))
         for outer in accelerator._optimizers:
-            optimizer = _inner(outer)
+            optimizer = inner(outer)
             own = [*itertools.chain.from_iterable(map(_PARAMS, optimizer.param_groups))]
             difference = _difference(ids, tuple(map(id, own)))
             if difference is None:
@@ -250,7 +249,7 @@ class _Replaced:
     def _clip_stock(self, name: str, parameters: list[Tensor], *args: Any) -> Any:
         """Clip as accelerate does. Fused optimizers that have none of these parameters are not unscaled for it."""
         given = set(map(id, parameters))
-        fused = [outer for outer in self.accelerator._optimizers if isinstance(_inner(outer), FusedOptimizer)]
+        fused = [outer for outer in self.accelerator._optimizers if isinstance(inner(outer), FusedOptimizer)]
         touched = [
             outer
             for outer in fused
@@ -265,16 +264,29 @@ class _Replaced:
 
     def _clip_now(self, outers: Iterable[Any]) -> None:
         """Clip what the next step was to clip, before somebody else reads or writes these gradients, if it is any."""
-        for optimizer in map(_inner, outers):
+        for optimizer in map(inner, outers):
             if isinstance(optimizer, FusedOptimizer) and (asked := optimizer._shared.next) is not None:
                 asked.clip_now()
                 optimizer._shared.next = None
 
 
-def _inner(optimizer: Any) -> Any:
+def inner(optimizer: Any) -> Any:
+    """The optimizer that accelerate has wrapped; any other object itself."""
     while isinstance(optimizer, _optimizer.AcceleratedOptimizer):
         optimizer = optimizer.optimizer
     return optimizer
+
+
+def hold(outer: Any, optimizer: Any) -> None:
+    """Put another optimizer into accelerate's wrapper, between two steps."""
+    while isinstance(outer.optimizer, _optimizer.AcceleratedOptimizer):
+        outer = outer.optimizer
+    outer.__setstate__({"optimizer": optimizer})
+
+
+def serves(accelerator: Any) -> bool:
+    """Whether each process has what it takes to clip in the step."""
+    return accelerator.distributed_type in _SERVED or accelerator.is_fsdp2
 
 
 @functools.lru_cache(maxsize=64)
