@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import copy
 import functools
+import importlib.util
 import math
 import pickle
+import re
+import runpy
+import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -774,3 +779,33 @@ def test_where_gradients_lie_elsewhere_it_is_not_asked(kind: str, monkeypatch: p
 def test_something_else_is_refused(what: Any) -> None:
     with pytest.raises(TypeError, match=f"takes an accelerate.Accelerator; got {type(what).__name__}"):
         fuse(what)
+
+
+def test_without_accelerate_there_is_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "accelerate", None)
+    with pytest.raises(ImportError, match=r"accelerate is not installed.*pip install 'fusedopt\[accelerate\]'"):
+        import_again("accelerate")
+
+
+def test_accelerates_users_need_no_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    assert import_again("accelerate").fuse(accelerator_of())
+
+
+def import_again(name: str) -> Any:
+    path = Path(fusedopt.__file__).parent / "integrations" / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(f"fusedopt.integrations.{name}_again", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_example(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("sklearn", reason="scikit-learn is not installed: pip install 'fusedopt[demo]'")
+    AcceleratorState._reset_state(reset_partial_state=True)
+    path = Path(__file__).resolve().parents[2] / "examples" / "accelerate_digits.py"
+    monkeypatch.setattr(sys, "argv", [str(path), "--epochs", "2"])
+    runpy.run_path(str(path), run_name="__main__")
+    (line,) = capsys.readouterr().out.splitlines()
+    assert float(re.match(r"accuracy ([\d.]+)%", line)[1]) > 75

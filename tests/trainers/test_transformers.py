@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import functools
 import gc
+import importlib.util
 import logging
+import re
+import runpy
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -490,3 +494,22 @@ def test_something_else_is_refused(what: Any) -> None:
 def test_the_accelerator_is_fused_by_the_same_rules(tmp_path: Path) -> None:
     ours = trainer_of(True, tmp_path, max_steps=2)
     assert isinstance(ours.accelerator._fusedopt, fused_accelerate._Replaced)
+
+
+def test_without_transformers_there_is_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    path = Path(fusedopt.__file__).parent / "integrations" / "transformers.py"
+    spec = importlib.util.spec_from_file_location("fusedopt.integrations.transformers_again", path)
+    assert spec is not None and spec.loader is not None
+    with pytest.raises(ImportError, match=r"transformers is not installed.*pip install 'fusedopt\[transformers\]'"):
+        spec.loader.exec_module(importlib.util.module_from_spec(spec))
+
+
+def test_the_example(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("sklearn", reason="scikit-learn is not installed: pip install 'fusedopt[demo]'")
+    AcceleratorState._reset_state(reset_partial_state=True)
+    path = Path(__file__).resolve().parents[2] / "examples" / "transformers_digits.py"
+    monkeypatch.setattr(sys, "argv", [str(path), "--epochs", "2"])
+    runpy.run_path(str(path), run_name="__main__")
+    (line,) = capsys.readouterr().out.splitlines()
+    assert float(re.match(r"accuracy ([\d.]+)%", line)[1]) > 75
