@@ -9,11 +9,12 @@ from torch._C._dynamo.eval_frame import get_eval_frame_callback
 from torch.amp.grad_scaler import OptState
 from torch.compiler import is_dynamo_compiling
 
+from .backends.base import device_of
 from .backends.native import update_scale
 from .messages import plain, plain_settings
 from .optimizers.outside import outside_of_graphs
 from .optimizers.shared import Shared, steps_fused
-from .shards import refuse_scaling_of_flat_shards
+from .shards import refuse_scaling_of_flat_shards, state_is_being_made
 
 __all__ = ["GradScaler"]
 
@@ -105,9 +106,12 @@ class GradScaler(torch.amp.GradScaler):
         finally:
             shared.scale = None
         report = optimizer.last_step  # type: ignore[attr-defined]
-        if report is None or report.found_inf is None:
+        found_inf = None if report is None else report.found_inf
+        if found_inf is None and state_is_being_made():  # of zeros; the step has asked nobody
+            found_inf = torch.zeros((), device=device_of(optimizer.param_groups))
+        if found_inf is None:
             raise AssertionError("No inf checks were recorded for this optimizer.")
-        record["found_inf_per_device"] = {report.found_inf.device: report.found_inf}
+        record["found_inf_per_device"] = {found_inf.device: found_inf}
         record["stage"] = OptState.STEPPED
         return result
 

@@ -104,6 +104,18 @@ def test_the_norm_is_a_tensor_like_any_other() -> None:
     assert optimizer.last_step.grad_norm == want != 0
 
 
+@pytest.mark.parametrize("early", [True, False])
+def test_its_memory_holds_no_number_that_could_be_taken_for_the_norm(early: bool) -> None:
+    """As torch.distributed's collectives read it, which ask no subclass."""
+    optimizer, params = make()
+    set_gradients(params, 0)
+    norm = clip_next_step(optimizer, NORM)
+    if not early:
+        optimizer.step()
+    with torch._C.DisableTorchFunctionSubclass():
+        assert math.isnan(torch.as_tensor(norm).item())
+
+
 @pytest.mark.parametrize("clips", [(NORM, VALUE), (VALUE, NORM), (NormClip(INF), NORM), (NORM, NormClip(INF))])
 @pytest.mark.parametrize("scale", [None, 8.0])
 def test_clipping_twice_clips_what_was_clipped(clips: Any, scale: float | None) -> None:

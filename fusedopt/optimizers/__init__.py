@@ -6,9 +6,10 @@ from .base import FusedOptimizer
 from .clip_group import ClipGroup
 from .fuse import FUSED_TWINS, fuse
 from .sgd import FusedSGD
+from .unfuse import unfuse
 
 # What fusedopt exports, too.
-__all__ = ["ClipGroup", "FusedAdam", "FusedAdamW", "FusedOptimizer", "FusedSGD", "fuse"]
+__all__ = ["ClipGroup", "FusedAdam", "FusedAdamW", "FusedOptimizer", "FusedSGD", "fuse", "unfuse"]
 
 #: Every optimizer by name. The base has no rule; after a reload, it may be another than that of these classes.
 FUSED_OPTIMIZERS: dict[str, type[FusedOptimizer]] = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,7 +13,7 @@ from .adamw import FusedAdamW
 from .base import FusedOptimizer
 from .loading import check_state, take_steps_out
 
-__all__ = ["FUSED_TWINS", "fuse"]
+__all__ = ["FUSED_TWINS", "follow", "fuse"]
 
 #: The fused twin of each torch class: filled in by the package, from the ``stock`` of each optimizer.
 FUSED_TWINS: dict[type[torch.optim.Optimizer], type[FusedOptimizer]] = {}
@@ -64,9 +65,25 @@ def fuse(
         twin.state = optimizer.state
         if twin_class.rule.hides_step:
             twin._take_counts(take_steps_out(twin_class.rule, twin.state))
-        twin._optimizer_step_pre_hooks = optimizer._optimizer_step_pre_hooks
-        twin._optimizer_step_post_hooks = optimizer._optimizer_step_post_hooks
-        if hasattr(optimizer.step, "_wrapped_by_lr_sched"):
-            # The twin's steps are not seen by a scheduler that watches optimizer.step; spare its warning.
-            optimizer._opt_called = True  # type: ignore[attr-defined]
+        follow(optimizer, twin)
         return twin
+
+
+def follow(optimizer: torch.optim.Optimizer, twin: torch.optim.Optimizer) -> None:
+    """Attach to ``twin`` what is attached to ``optimizer``: hooks, and schedulers, which write to its groups.
+
+    ``load_state_dict`` gives the twin other group dicts. The schedulers still hold ``optimizer``, so it gets these too.
+    """
+    twin._optimizer_step_pre_hooks = optimizer._optimizer_step_pre_hooks
+    twin._optimizer_step_post_hooks = optimizer._optimizer_step_post_hooks
+    twin._optimizer_load_state_dict_post_hooks = optimizer._optimizer_load_state_dict_post_hooks
+    former = weakref.ref(optimizer)
+
+    def hand_groups_on(loaded: torch.optim.Optimizer) -> None:
+        if (held := former()) is not None:
+            held.param_groups = loaded.param_groups
+
+    twin.register_load_state_dict_post_hook(hand_groups_on)
+    if hasattr(optimizer.step, "_wrapped_by_lr_sched"):
+        # The twin's steps are not seen by a scheduler that watches optimizer.step; spare its warning.
+        optimizer._opt_called = True  # type: ignore[attr-defined]

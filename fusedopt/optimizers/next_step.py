@@ -140,7 +140,7 @@ class NextStep:
 
     def shown(self) -> NormOfStep:
         """The norm, for whoever told the optimizer to clip."""
-        norm = torch.empty(()).as_subclass(NormOfStep)
+        norm = torch.full((), math.nan).as_subclass(NormOfStep)  # for who reads its memory, as a collective does
         norm._of = self
         self._shown = weakref.ref(norm)
         return norm

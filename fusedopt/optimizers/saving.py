@@ -13,7 +13,7 @@ from ..messages import local_of, plain_groups
 if TYPE_CHECKING:
     from .base import FusedOptimizer
 
-__all__ = ["leave_out_unreal_state", "make_settings_plain"]
+__all__ = ["is_unreal", "leave_out_unreal_state", "make_settings_plain"]
 
 
 def make_settings_plain(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:
@@ -33,11 +33,12 @@ def leave_out_unreal_state(optimizer: torch.optim.Optimizer, state_dict: dict[st
     for key, state in list(states.items()) if isinstance(states, dict) else ():
         # Another hook may have made something else of the dict.
         ours = isinstance(key, int) and key < len(params) and own.state.get(params[key]) is state
-        if ours and _is_unreal(own, params[key], state) and not _asked_for_all():
+        if ours and is_unreal(own, params[key], state) and not _asked_for_all():
             del state_dict["state"][key]
 
 
-def _is_unreal(optimizer: FusedOptimizer, param: Tensor, state: dict[str, Any]) -> bool:
+def is_unreal(optimizer: FusedOptimizer, param: Tensor, state: dict[str, Any]) -> bool:
+    """Whether no step has touched this state of a parameter, so that to leave it out is the same."""
     columns = [column.name for column in optimizer.rule.columns]
     counts = optimizer._counts
     count = state.get("step") if counts is None else counts.of(param, state.get(columns[0]))
