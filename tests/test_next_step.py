@@ -104,16 +104,18 @@ def test_the_norm_is_a_tensor_like_any_other() -> None:
     assert optimizer.last_step.grad_norm == want != 0
 
 
-@pytest.mark.parametrize("early", [True, False])
-def test_its_memory_holds_no_number_that_could_be_taken_for_the_norm(early: bool) -> None:
-    """As torch.distributed's collectives read it, which ask no subclass."""
+def test_its_memory_holds_the_norm_when_that_is_found_and_no_other_number_before() -> None:
+    """torch.distributed's collectives read and write it, and ask no subclass."""
     optimizer, params = make()
     set_gradients(params, 0)
     norm = clip_next_step(optimizer, NORM)
-    if not early:
-        optimizer.step()
     with torch._C.DisableTorchFunctionSubclass():
         assert math.isnan(torch.as_tensor(norm).item())
+    optimizer.step()
+    with torch._C.DisableTorchFunctionSubclass():
+        assert torch.as_tensor(norm).item() == optimizer.last_step.grad_norm
+        norm.mul_(2.0)
+    assert norm == 2 * optimizer.last_step.grad_norm
 
 
 @pytest.mark.parametrize("clips", [(NORM, VALUE), (VALUE, NORM), (NormClip(INF), NORM), (NORM, NormClip(INF))])

@@ -131,6 +131,8 @@ class NextStep:
         """The step was made."""
         if self.norm is None:
             self.norm = report.grad_norm
+        if self._shown is not None and (shown := self._shown()) is not None:
+            shown.found()
 
     def dropped(self) -> None:
         """There will be no step. Who has the norm may yet look at it, so it is found while that is possible."""
@@ -140,7 +142,8 @@ class NextStep:
 
     def shown(self) -> NormOfStep:
         """The norm, for whoever told the optimizer to clip."""
-        norm = torch.full((), math.nan).as_subclass(NormOfStep)  # for who reads its memory, as a collective does
+        optimizer = self.optimizer()
+        norm = torch.full((), math.nan, device=None if optimizer is None else optimizer._device).as_subclass(NormOfStep)
         norm._of = self
         self._shown = weakref.ref(norm)
         return norm
@@ -156,7 +159,10 @@ def first_gradient(optimizer: Any) -> Tensor | None:
 
 
 class NormOfStep(Tensor):
-    """The norm that the next step finds: a 0-dim tensor for whoever does something with it."""
+    """The norm that the next step finds: a 0-dim tensor for whoever does something with it.
+
+    Collectives ask no subclass and read the memory: NaN, until the norm is found.
+    """
 
     _of: NextStep
     _found: Tensor | None = None
@@ -164,7 +170,9 @@ class NormOfStep(Tensor):
     def found(self) -> Tensor:
         """The norm as a plain tensor, always the same; the report of the step has its own."""
         if self._found is None:
-            self._found = self._of.find_norm().clone()
+            found = self._found = self._of.find_norm().clone()
+            with torch._C.DisableTorchFunctionSubclass():
+                self.data = found
         return self._found
 
     @classmethod
