@@ -18,6 +18,8 @@ import fusedopt
 from fusedopt.bench.cases import Case
 from fusedopt.bench.contenders import initial_tensors
 
+from .torchvision_beside import make_torchvision_importable
+
 __all__ = ["DRIVERS", "Clock", "Driver"]
 
 MAX_NORM = 1.0
@@ -280,6 +282,7 @@ class Timm(Driver):
     package, title = "timm", "timm, NativeScaler"
 
     def make(self) -> None:
+        make_torchvision_importable()
         from timm.utils import NativeScaler
 
         self.scaler = NativeScaler(device="cpu")
