@@ -162,9 +162,10 @@ def test_an_overflow_skips_and_the_next_step_is_clipped_as_it_was_told(kind: Any
     assert_same(params, stock.params)
 
 
-@pytest.mark.parametrize("read", [False, True])
-@pytest.mark.parametrize("clip", [NORM, VALUE])
-def test_gradients_may_be_unscaled_between_the_clipping_and_the_step(clip: Any, read: bool) -> None:
+@pytest.mark.parametrize("read", ["after the step", "before unscaling", "after unscaling"])
+@pytest.mark.parametrize("clips", [(NORM,), (VALUE,), (NORM, VALUE), (VALUE, NORM)])
+def test_gradients_may_be_unscaled_between_the_clipping_and_the_step(clips: Any, read: str) -> None:
+    """torch's unscaling does not count as a change of the gradients, but what is read or clipped then has no scale."""
     optimizer, params = make()
     stock = Stock()
     scaler = GradScaler("cpu", init_scale=8.0)
@@ -173,15 +174,18 @@ def test_gradients_may_be_unscaled_between_the_clipping_and_the_step(clip: Any, 
         set_gradients(params, seed)
         for param in params:
             param.grad.mul_(8.0)
-        norm = clip_next_step(optimizer, clip, scaler._get_scale_async())
-        if read and norm is not None:
-            float(norm)
+        norms = [clip_next_step(optimizer, clips[0], scaler._get_scale_async())]
+        if read == "before unscaling" and norms[0] is not None:
+            float(norms[0])
         scaler.unscale_(optimizer)
+        if read == "after unscaling" and norms[0] is not None:
+            float(norms[0])
+        norms += [clip_next_step(optimizer, clip) for clip in clips[1:]]
         scaler.step(optimizer)
         scaler.update()
-        (want,) = stock.step(seed, clip)
-        if want is not None:
-            torch.testing.assert_close(norm.clone(), want)
+        for norm, want in zip(norms, stock.step(seed, *clips), strict=True):
+            if want is not None:
+                torch.testing.assert_close(norm.clone(), want)
         assert_same(params, stock.params)
 
 
