@@ -21,6 +21,17 @@ with warnings.catch_warnings():
 
 STEPS, SCALE, OVERFLOW = 20, 2.0**10, 7
 PRECISIONS = ["32-true", "bf16-mixed", "16-mixed"]
+CLIPS: list[dict[str, Any]] = [
+    {},
+    dict(gradient_clip_val=0.5),
+    dict(gradient_clip_val=0.01, gradient_clip_algorithm="value"),
+]
+CLIP_IDS = ["none", "norm", "value"]
+#: What Lightning itself warns of.
+WARNINGS = (
+    "ignore:The 'train_dataloader' does not have many workers",
+    "ignore:.isinstance.treespec, LeafSpec.. is deprecated:FutureWarning",
+)
 logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
 
 
@@ -110,6 +121,17 @@ class ByHand(Net):
             self.clip_gradients(optimizer, *self.clip)
 
 
+class LooksItself(Net):
+    """Notes the gradients that on_before_optimizer_step sees."""
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.seen: list[Any] = []
+
+    def on_before_optimizer_step(self, optimizer: Any) -> None:
+        self.seen.append(self.grads())
+
+
 def trainer(precision: Any = "32-true", *, callbacks: Any = None, steps: int = STEPS, **settings: Any) -> pl.Trainer:
     """A Trainer on the CPU that prints and saves nothing; ``16-mixed`` with a scaler, which Lightning has for GPUs."""
     if isinstance(precision, MixedPrecision):
@@ -144,3 +166,12 @@ def assert_same(net: Net, want: Net, tolerance: float = 1e-6) -> None:
         torch.testing.assert_close(
             param, expected, rtol=tolerance, atol=tolerance, msg=lambda text, name=name: f"{name}: {text}"
         )
+
+
+def overflow(precision: str) -> int | None:
+    return OVERFLOW if precision == "16-mixed" else None
+
+
+def scale_of(own: pl.Trainer) -> float | None:
+    scaler = getattr(own.precision_plugin, "scaler", None)
+    return None if scaler is None else scaler.get_scale()
