@@ -24,7 +24,8 @@ from ..messages.extras import require
 from ..optimizers import FusedOptimizer
 from ..optimizers.next_step import clip_next_step, first_gradient
 from ..rules import NormClip, ValueClip
-from .scalers import give_scaler_back, take_scaler
+from .replaced import replace_methods, restore_methods
+from .scalers import give_scaler_back, scale_of_gradients, take_scaler
 
 __all__ = ["FusedAcceleratedOptimizer", "fuse", "unfuse"]
 
@@ -125,12 +126,10 @@ class _Replaced:
         self.accelerator = accelerator
         self.active = True
         self._touched: list[Any] | None = None  # while accelerate clips: the fused optimizers with such parameters
-        self._own = {name: vars(accelerator)[name] for name in self._METHODS if name in vars(accelerator)}
         self._stock = {name: getattr(accelerator, name) for name in self._METHODS}
         self._adopted: weakref.WeakSet[Any] = weakref.WeakSet()
         self._scalers: weakref.WeakSet[Any] = weakref.WeakSet()
-        for name in self._METHODS:
-            setattr(accelerator, name, getattr(self, name))
+        replace_methods(accelerator, {name: getattr(self, name) for name in self._METHODS})
 
     def adopt(self) -> None:
         """Take over the scaler and the optimizers that are there."""
@@ -146,12 +145,7 @@ class _Replaced:
     def undo(self) -> None:
         self._clip_now(self.accelerator._optimizers)
         self.active = False  # whoever has replaced our methods by others that call them gets the stock ones now
-        held = vars(self.accelerator)
-        for name in self._METHODS:
-            if held.get(name) == getattr(self, name):
-                del held[name]
-                if name in self._own:
-                    held[name] = self._own[name]
+        restore_methods(self.accelerator)
         for outer in self._adopted:
             if type(outer) is FusedAcceleratedOptimizer:
                 outer.__class__ = _optimizer.AcceleratedOptimizer
@@ -189,7 +183,7 @@ class _Replaced:
         clip = None if optimizer is None else _norm_clip(max_norm, norm_type)
         if optimizer is None or clip is None or (optimizer.clip_grad is not None and clip.max_norm == math.inf):
             return self._clip_stock("clip_grad_norm_", parameters, max_norm, norm_type)
-        return clip_next_step(optimizer, clip, self._scale(optimizer))
+        return clip_next_step(optimizer, clip, scale_of_gradients(self.accelerator.scaler, optimizer))
 
     def clip_grad_value_(self, parameters: Any, clip_value: Any) -> None:
         """As ``Accelerator.clip_grad_value_``."""
@@ -199,7 +193,7 @@ class _Replaced:
         if optimizer is None or clip is None:
             self._clip_stock("clip_grad_value_", parameters, clip_value)
         else:
-            clip_next_step(optimizer, clip, self._scale(optimizer))
+            clip_next_step(optimizer, clip, scale_of_gradients(self.accelerator.scaler, optimizer))
 
     # ---- what they ask
 
@@ -237,14 +231,6 @@ class _Replaced:
         return outer.scaler is scaler and (
             scaler is None or isinstance(scaler, GradScaler) or optimizer._step_supports_amp_scaling
         )
-
-    def _scale(self, optimizer: FusedOptimizer) -> Tensor | None:
-        """What the optimizer's gradients are still multiplied with."""
-        scaler = self.accelerator.scaler
-        if scaler is None or not scaler.is_enabled():
-            return None
-        record = scaler._per_optimizer_states.get(id(optimizer))
-        return scaler._get_scale_async() if record is None or record["stage"] is OptState.READY else None
 
     def _clip_stock(self, name: str, parameters: list[Tensor], *args: Any) -> Any:
         """Clip as accelerate does. Fused optimizers that have none of these parameters are not unscaled for it."""

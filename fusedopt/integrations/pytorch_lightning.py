@@ -33,7 +33,7 @@ class FusedClipping(Clipping, _pl.Callback):
     _packages = ("pytorch_lightning", "lightning_fabric")
 
 
-def fuse(fabric: Any) -> None:
+def fuse(fabric: Any) -> Any:
     """Make ``fabric.clip_gradients`` clip in the step of fused optimizers, and ``16-mixed`` unscale there.
 
     Clipping by norm returns the norm as a tensor that the step fills in; reading it before the step costs a pass over
@@ -43,20 +43,28 @@ def fuse(fabric: Any) -> None:
     Args:
         fabric: a Fabric of the package ``lightning_fabric``.
 
+    Returns:
+        The Fabric.
+
     Raises:
         TypeError: no such Fabric.
         ValueError: its strategy is not served, such as FSDPStrategy.
     """
     fuse_fabric(("lightning_fabric",), _fabric.Fabric, fabric)
+    return fabric
 
 
-def unfuse(fabric: Any) -> None:
+def unfuse(fabric: Any) -> Any:
     """Undo :func:`fuse`. Without it nothing happens.
 
     Args:
         fabric: as for :func:`fuse`.
 
+    Returns:
+        The Fabric.
+
     Raises:
         TypeError: not a Fabric of the package ``lightning_fabric``.
     """
     unfuse_fabric(_fabric.Fabric, fabric)
+    return fabric

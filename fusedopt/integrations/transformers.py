@@ -23,6 +23,7 @@ _transformers: Any = require("transformers", "transformers")
 require("accelerate", "transformers")
 
 from . import accelerate as _accelerate  # noqa: E402
+from .replaced import replace_methods, restore_methods  # noqa: E402
 
 _log = logging.getLogger(__name__)
 
@@ -84,12 +85,10 @@ class _Replaced:
     def __init__(self, trainer: Any):
         self.trainer = trainer
         self.active = True
-        self._own = {name: vars(trainer)[name] for name in self._METHODS if name in vars(trainer)}
         self._stock = {name: getattr(trainer, name) for name in self._METHODS}
         self._made: weakref.WeakSet[Any] = weakref.WeakSet()
         self._told = False
-        for name in self._METHODS:
-            setattr(trainer, name, getattr(self, name))
+        replace_methods(trainer, {name: getattr(self, name) for name in self._METHODS})
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
         """As ``Trainer.create_optimizer``."""
@@ -131,12 +130,7 @@ class _Replaced:
             self._put(optimizers.unfuse(optimizer))
         _accelerate.unfuse(self.trainer.accelerator)
         self.active = False
-        held = vars(self.trainer)
-        for name in self._METHODS:
-            if held.get(name) == getattr(self, name):
-                del held[name]
-                if name in self._own:
-                    held[name] = self._own[name]
+        restore_methods(self.trainer)
 
     def _put(self, optimizer: Any) -> None:
         """Make it the trainer's optimizer, in the place of the one that is there."""

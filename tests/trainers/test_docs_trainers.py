@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import importlib
 import importlib.util
 import re
 import warnings
@@ -46,3 +48,21 @@ def test_fragments_run(heading: str, monkeypatch: pytest.MonkeyPatch, tmp_path: 
         warnings.simplefilter("ignore")  # of a trainer whose model and data are too small
         for number, fragment in enumerate(sections()[heading], 1):
             exec(compile(fragment, f"{heading}, fragment {number}", "exec"), namespace)
+    if package == "timm":
+        importlib.import_module("fusedopt.integrations.timm").register()  # the page ends with unregister()
+
+
+def test_the_messages_are_those_of_the_source() -> None:
+    texts = []
+    for path in (REPOSITORY / "fusedopt").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.JoinedStr):
+                texts.append("".join(each.value if isinstance(each, ast.Constant) else "…" for each in node.values))
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                texts.append(node.value)
+    tables = re.findall(r"^\|[^\n]*\| (?:Error|You get) \|\n\|---\|---\|\n((?:\|.*\n)+)", PAGE, re.MULTILINE)
+    messages = [re.findall(r"\| `(?:\w+Error: )?([^`]+)`", row)[0] for table in tables for row in table.splitlines()]
+    assert len(tables) >= 4 and len(messages) >= 12
+    for message in messages:
+        pattern = re.sub(r"(?:…|\\\.\\\.\\\.)+", ".*", re.escape(message))
+        assert any(re.search(pattern, text) for text in texts), message

@@ -7,19 +7,18 @@ from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor
-from torch.amp.grad_scaler import OptState
 
 from ...amp import GradScaler
 from ...optimizers import FusedOptimizer
 from ...optimizers.next_step import clip_next_step
 from ...rules import NormClip, ValueClip
+from ..scalers import scale_of_gradients
 
 __all__ = [
     "as_stock",
     "clip_in_the_step",
     "comes_from",
     "fused_optimizer",
-    "is_unscaled",
     "refuse_two_clippings",
     "serves_scaler",
     "serves_strategy",
@@ -53,16 +52,9 @@ def serves_scaler(scaler: Any) -> bool:
     return scaler is None or isinstance(scaler, GradScaler)
 
 
-def is_unscaled(scaler: Any, optimizer: FusedOptimizer) -> bool:
-    """Whether a scaler has unscaled the gradients since its last update."""
-    record = getattr(scaler, "_per_optimizer_states", {}).get(id(optimizer))
-    return record is not None and record["stage"] is not OptState.READY
-
-
 def clip_in_the_step(optimizer: FusedOptimizer, clip: NormClip | ValueClip, scaler: Any) -> Tensor | None:
     """:func:`fusedopt.optimizers.next_step.clip_next_step`, with the scale that the gradients have."""
-    scaled = scaler is not None and scaler.is_enabled() and not is_unscaled(scaler, optimizer)
-    return clip_next_step(optimizer, clip, scaler._get_scale_async() if scaled else None)
+    return clip_next_step(optimizer, clip, scale_of_gradients(scaler, optimizer))
 
 
 def refuse_two_clippings(optimizer: FusedOptimizer) -> None:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ...optimizers import FusedOptimizer
 from ...rules import NormClip, ValueClip
+from ..replaced import is_replaced, replace_methods, restore_methods
 from .clipping import (
     as_stock,
     clip_in_the_step,
@@ -18,7 +19,6 @@ from .clipping import (
     serves_scaler,
     serves_strategy,
 )
-from .replaced import is_replaced, replace_methods, restore_methods
 
 __all__ = ["fuse_fabric", "unfuse_fabric"]
 
@@ -63,12 +63,9 @@ def fuse_fabric(packages: tuple[str, ...], kind: type, fabric: Any) -> None:
     def clip_gradients_value(module: Any, optimizer: Any, clip_val: float) -> None:
         clipped(optimizer, lambda: ValueClip(clip_val), lambda: by_value(module, optimizer, clip_val=clip_val))
 
-    replace_methods(
-        strategy,
-        getattr(strategy.precision, "scaler", None),
-        clip_gradients_norm=clip_gradients_norm,
-        clip_gradients_value=clip_gradients_value,
-    )
+    methods: dict[str, Callable[..., Any]]
+    methods = {"clip_gradients_norm": clip_gradients_norm, "clip_gradients_value": clip_gradients_value}
+    replace_methods(strategy, methods, getattr(strategy.precision, "scaler", None))
 
 
 def unfuse_fabric(kind: type, fabric: Any) -> None:

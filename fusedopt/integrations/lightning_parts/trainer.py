@@ -8,17 +8,17 @@ from typing import Any, ClassVar
 
 from ...optimizers import FusedOptimizer
 from ...rules import parse_clip_grad
+from ..replaced import replace_methods, restore_methods
+from ..scalers import is_unscaled
 from .clipping import (
     as_stock,
     clip_in_the_step,
     comes_from,
     fused_optimizer,
-    is_unscaled,
     refuse_two_clippings,
     serves_scaler,
     serves_strategy,
 )
-from .replaced import replace_methods, restore_methods
 
 __all__ = ["Clipping"]
 
@@ -52,9 +52,11 @@ class Clipping:
             restore_methods(plugin)  # after a fit that never ended
             replace_methods(
                 plugin,
+                {
+                    "clip_gradients": partial(self._clip_gradients, trainer, plugin.clip_gradients),
+                    "optimizer_step": partial(self._optimizer_step, trainer, plugin.optimizer_step),
+                },
                 getattr(plugin, "scaler", None),
-                clip_gradients=partial(self._clip_gradients, trainer, plugin.clip_gradients),
-                optimizer_step=partial(self._optimizer_step, trainer, plugin.optimizer_step),
             )
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:

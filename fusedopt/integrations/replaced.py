@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
-from ..scalers import give_scaler_back, take_scaler
+from .scalers import give_scaler_back, take_scaler
 
 __all__ = ["is_replaced", "replace_methods", "restore_methods"]
 
@@ -19,8 +19,8 @@ def is_replaced(target: Any) -> bool:
     return _RECORD in vars(target)
 
 
-def replace_methods(target: Any, scaler: Any, **methods: Callable[..., Any]) -> None:
-    """Give one object other methods, and make its scaler a fused one. What was replaced before is restored first."""
+def replace_methods(target: Any, methods: Mapping[str, Callable[..., Any]], scaler: Any = None) -> None:
+    """Give one object other methods, and make a scaler a fused one. What was replaced before is restored first."""
     restore_methods(target)
     own = vars(target)
     own[_RECORD] = methods, {name: own[name] for name in methods if name in own}, scaler
