@@ -36,7 +36,8 @@ from fusedopt import backends
 from fusedopt.amp import GradScaler
 from fusedopt.backends import selftest, triton
 from fusedopt.cli.info import info
-from fusedopt.rules import RULES
+from fusedopt.optimizers.next_step import clip_next_step
+from fusedopt.rules import RULES, NormClip
 from fusedopt.training.averaging import ExponentialMovingAverage
 from fusedopt.training.schedulers import (
     CosineAnnealingLR,
@@ -182,6 +183,26 @@ def test_no_option_makes_a_step_wait(option: str, served_by: str, no_sync: Calla
         steps()
     no_sync("error")
     steps()
+
+
+@pytest.mark.parametrize("early", [False, True], ids=["norm after the step", "norm before"])
+def test_clipping_that_a_trainer_asks_of_the_next_step_does_not_wait(
+    early: bool, served_by: str, no_sync: Callable[[str], None]
+) -> None:
+    params = on_gpu(SMALL)
+    optimizer, scaler = fusedopt.FusedAdamW(params), GradScaler("cuda", init_scale=8.0)
+    scaler.scale(torch.zeros((), device=CUDA))
+    for step in range(3):
+        set_gradients(params, step)
+        no_sync("error" if step else "default")  # the first compiles and tunes
+        norm = clip_next_step(optimizer, NormClip(0.5), scaler._get_scale_async())
+        assert norm is not None
+        looked = norm.clone() if early else None
+        scaler.step(optimizer)
+        scaler.update()
+        no_sync("default")
+        assert norm == optimizer.last_step.grad_norm > 0 and norm.is_cuda
+        assert looked is None or looked == norm
 
 
 # --- Streams -----------------------------------------------------------------------------------------------------
