@@ -19,7 +19,6 @@ from typing import Any
 from torch import Tensor
 from torch.amp.grad_scaler import OptState
 
-from ..amp import GradScaler
 from ..messages.extras import require
 from ..optimizers import FusedOptimizer
 from ..optimizers.next_step import clip_next_step, first_gradient
@@ -219,18 +218,11 @@ class _Replaced:
                 or not isinstance(optimizer, FusedOptimizer)
                 or any(parameters[i].grad is not None for i in extra)
                 or any(own[i].grad is not None for i in missing)
-                or not self._unscales(outer, optimizer)
+                or outer.scaler is not accelerator.scaler  # else its step would not unscale
             ):
                 return None
             found = optimizer
         return None if found is None or first_gradient(found) is None else found
-
-    def _unscales(self, outer: Any, optimizer: FusedOptimizer) -> bool:
-        """Whether the step unscales, if anybody has to."""
-        scaler = self.accelerator.scaler
-        return outer.scaler is scaler and (
-            scaler is None or isinstance(scaler, GradScaler) or optimizer._step_supports_amp_scaling
-        )
 
     def _clip_stock(self, name: str, parameters: list[Tensor], *args: Any) -> Any:
         """Clip as accelerate does. Fused optimizers that have none of these parameters are not unscaled for it."""
@@ -241,8 +233,7 @@ class _Replaced:
             for outer in fused
             if any(id(param) in given for group in outer.param_groups for param in _PARAMS(group))
         ]
-        self._clip_now(touched)
-        self._touched = touched
+        self._touched = touched  # unscale_gradients() comes first, and clips what they were to clip
         try:
             return self._stock[name](parameters, *args)
         finally:

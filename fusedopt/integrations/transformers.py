@@ -78,31 +78,23 @@ def _replaced(trainer: Any) -> _Replaced | None:
 
 
 class _Replaced:
-    """What stands in the place of a trainer's methods, and how to undo that."""
-
-    _METHODS = ("create_optimizer", "create_accelerator_and_postprocess")
+    """What stands in the place of a trainer's create_optimizer, and how to undo that."""
 
     def __init__(self, trainer: Any):
         self.trainer = trainer
         self.active = True
-        self._stock = {name: getattr(trainer, name) for name in self._METHODS}
+        self._stock = trainer.create_optimizer
         self._made: weakref.WeakSet[Any] = weakref.WeakSet()
         self._told = False
-        replace_methods(trainer, {name: getattr(self, name) for name in self._METHODS})
+        replace_methods(trainer, {"create_optimizer": self.create_optimizer})
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
-        """As ``Trainer.create_optimizer``."""
-        optimizer = self._stock["create_optimizer"](*args, **kwargs)
+        """As ``Trainer.create_optimizer``, which is called whenever it trains, also with another accelerator."""
+        optimizer = self._stock(*args, **kwargs)
         if not self.active or optimizer is not self.trainer.optimizer:
             return optimizer
         self.take_over()
         return self.trainer.optimizer
-
-    def create_accelerator_and_postprocess(self) -> None:
-        """As ``Trainer.create_accelerator_and_postprocess``."""
-        self._stock["create_accelerator_and_postprocess"]()
-        if self.active:
-            _accelerate.fuse(self.trainer.accelerator)
 
     def take_over(self) -> None:
         """Fuse the optimizer that is there, and the accelerator."""

@@ -66,9 +66,9 @@ class Run:
         model = Model(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3))
         if fused:
             fuse(self.accelerator)
-            optimizer: torch.optim.Optimizer = fusedopt.FusedAdamW(model.parameters(), lr=0.002)
+            optimizer: torch.optim.Optimizer = fusedopt.FusedAdamW(model.parameters(), lr=0.002, eps=1e-3)
         else:
-            optimizer = torch.optim.AdamW(model.parameters(), lr=0.002, foreach=False)
+            optimizer = torch.optim.AdamW(model.parameters(), lr=0.002, eps=1e-3, foreach=False)
         self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
         self.norms: list[float] = []
         self.skipped: list[bool] = []
