@@ -274,20 +274,44 @@ class TestWithoutAStep:
         monkeypatch.setattr(optimizer, "_served", None)
         optimizer.zero_grad()
 
-    def test_other_gradients_are_not_clipped(self) -> None:
+    def test_other_gradients_are_refused(self) -> None:
+        """They may be a sum with those that were to be clipped, as a backward pass with create_graph leaves it."""
         optimizer, params = make()
-        stock = Stock()
+        before = bits(params)
         set_gradients(params, 7)
         norm = clip_next_step(optimizer, NormClip(1e-3))
-        for param in params:  # as model.zero_grad()
+        for param in params:
             param.grad = None
+        optimizer.step()  # of nothing
+        clip_next_step(optimizer, NormClip(1e-3))
         set_gradients(params, 0)
         with pytest.raises(RuntimeError, match="thrown away"):
             norm.item()
-        optimizer.step()
-        stock.step(0)
+        for _ in range(2):
+            with pytest.raises(RuntimeError, match="was told to clip other gradients than it has now"):
+                optimizer.step()
+        assert bits(params) == before
+        optimizer.zero_grad()
+        stock = Stock()
+        for seed, clips in enumerate([[], [NORM]]):
+            set_gradients(params, seed)
+            for clip in clips:
+                clip_next_step(optimizer, clip)
+            optimizer.step()
+            stock.step(seed, *clips)
         assert_same(params, stock.params)
-        assert optimizer.last_step.grad_norm is None
+
+    def test_clipping_again_is_of_the_gradients_that_are_there(self) -> None:
+        optimizer, params = make()
+        stock = Stock()
+        for clip in (NormClip(1e-3), NORM):
+            for param in params:  # as model.zero_grad()
+                param.grad = None
+            set_gradients(params, 0)
+            clip_next_step(optimizer, clip)
+        optimizer.step()
+        stock.step(0, NORM)
+        assert_same(params, stock.params)
 
     def test_gradients_that_were_written_to_are_refused(self) -> None:
         optimizer, params = make()

@@ -255,7 +255,7 @@ class FusedOptimizer(torch.optim.Optimizer):
                 loss = closure()
         shared = self._shared
         clip, asked = shared.clip, shared.next
-        if asked is not None and not asked.still_wanted():
+        if asked is not None and not asked.check_gradients():
             asked = shared.next = None
         if asked is not None:
             clip = asked.clip

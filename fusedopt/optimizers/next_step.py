@@ -30,8 +30,8 @@ __all__ = ["NextStep", "NormOfStep", "clip_next_step"]
 # - The norm that was returned. Read after the step, it is what the step found. Read before, it is found then, in a pass
 #   of its own, with which the step is spared another.
 # - Clipping for the second time: the first is done then, on the gradients.
-# - No step: zero_grad() drops what was asked for, and so do other gradients than those that were to be clipped.
-# - Gradients that were written to, as by another backward pass: the step raises. It looks at the first of them.
+# - No step: zero_grad() of the optimizer drops what was asked for.
+# - Gradients that were written to or replaced, as by another backward pass: the step raises. It looks at the first one.
 
 
 class NextStep:
@@ -72,6 +72,22 @@ class NextStep:
                 "backward pass before it"
             )
         return True
+
+    def check_gradients(self) -> bool:
+        """Before the step: whether there are gradients to clip.
+
+        Raises:
+            RuntimeError: they are not those that were to be clipped, or somebody has written to them.
+        """
+        if self.still_wanted():
+            return True
+        optimizer = self.optimizer()
+        if optimizer is not None and first_gradient(optimizer) is not None:
+            raise RuntimeError(
+                f"{type(optimizer).__name__} was told to clip other gradients than it has now; expected the step right "
+                "after the clipping, or zero_grad() of the optimizer where no step follows on it"
+            )
+        return False
 
     def find_norm(self) -> Tensor:
         """The norm before the step. Raises RuntimeError where that cannot be."""
