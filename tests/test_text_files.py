@@ -192,7 +192,12 @@ class Speaking(Hook):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("locale", "experiment_name"), [(ASCII, "naïve 😀"), (ASCII, None), ({}, None)], ids=["named", "ascii", "usual"]
+    ("locale", "experiment_name"),
+    [
+        pytest.param(ASCII, "naïve 😀", id="named"),
+        pytest.param(ASCII, None, id="ascii", marks=pytest.mark.full),
+        pytest.param({}, None, id="usual"),
+    ],
 )
 def test_a_run_logs_and_resumes(tmp_path, locale, experiment_name):
     pytest.importorskip("matplotlib")
