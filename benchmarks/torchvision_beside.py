@@ -36,6 +36,6 @@ def make_torchvision_importable() -> None:
     except (ImportError, OSError):
         _library = torch.library.Library("torchvision", "FRAGMENT")
         for name in re.findall(
-            r'register_fake\("torchvision::(\w+)"\)', (folder / "_meta_registrations.py").read_text()
+            r'register_fake\("torchvision::(\w+)"\)', (folder / "_meta_registrations.py").read_text(encoding="utf-8")
         ):
             _library.define(f"{name}(Tensor boxes, Tensor scores, float threshold) -> Tensor")
