@@ -28,7 +28,9 @@ ONEDL := $(VENV)/onedl
 TORCHVISION := $(VENV)/torchvision
 TRAINER_ENV := FUSEDOPT_ONEDL=$(abspath $(ONEDL)) FUSEDOPT_TORCHVISION=$(abspath $(TORCHVISION))
 
-.PHONY: setup demo test test-trainers smoke test-full test-ptx lint format bench bench-full bench-gate measure results sanitize clean
+DOCS := $(VENV)/docs
+
+.PHONY: setup demo test test-trainers smoke test-full test-ptx lint format docs bench bench-full bench-gate measure results sanitize clean
 
 setup: $(VENV)/.built
 
@@ -90,6 +92,18 @@ format: setup
 	ruff check --fix .
 	ruff format .
 	clang-format -i $(CXX_SOURCES)
+
+# The site, into build/site; any link that leads nowhere is an error. MkDocs has a .venv of its own, and needs no torch:
+# once it is installed, nothing is fetched.
+$(DOCS)/.installed: docs/_site/requirements.txt
+	@echo "Installing MkDocs"
+	@test -x $(DOCS)/bin/python || $(PYTHON) -m venv $(DOCS)
+	@$(DOCS)/bin/python -m pip --disable-pip-version-check install --quiet -r $<
+	@touch $@
+
+docs: $(DOCS)/.installed
+	NO_MKDOCS_2_WARNING=1 PATH=$(abspath $(DOCS))/bin:$$PATH mkdocs build --quiet --strict
+	@echo "The site is in build/site: open build/site/index.html"
 
 bench: setup
 	@mkdir -p $(BENCH_OUT)

@@ -15,6 +15,8 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 DOCS = REPOSITORY / "docs"
 PAGES = [
     REPOSITORY / "README.md",
+    DOCS / "choose.md",
+    DOCS / "migration.md",
     DOCS / "wrappers.md",
     DOCS / "averaging.md",
     DOCS / "config.md",
@@ -56,7 +58,7 @@ def test_the_kernels_page_quotes_the_source() -> None:
 
 
 def test_links_point_to_files_that_exist() -> None:
-    for page in [REPOSITORY / "README.md", REPOSITORY / "CONTRIBUTING.md", *(REPOSITORY / "docs").rglob("*.md")]:
+    for page in [*REPOSITORY.glob("*.md"), *(REPOSITORY / "docs").rglob("*.md")]:
         for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", page.read_text()):
             if "://" not in target:
                 assert (page.parent / target).exists(), f"{page.name} links to {target}, which is not there"
