@@ -102,7 +102,7 @@ $(DOCS)/.installed: docs/_site/requirements.txt
 	@touch $@
 
 docs: $(DOCS)/.installed
-	NO_MKDOCS_2_WARNING=1 PATH=$(abspath $(DOCS))/bin:$$PATH mkdocs build --quiet --strict
+	NO_MKDOCS_2_WARNING=1 PATH=$(abspath $(DOCS))/bin:$$PATH mkdocs build --strict
 	@echo "The site is in build/site: open build/site/index.html"
 
 bench: setup

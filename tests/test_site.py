@@ -60,3 +60,9 @@ def test_nothing_comes_from_the_net() -> None:
     assert "font: false" in SITE
     assert "polyfills: [_site/iframe-worker.js]" in SITE
     assert not re.search(r"^\s*-?\s*(?:extra_javascript|extra_css|src).*https?://", SITE, re.MULTILINE)
+
+
+def test_a_warning_fails_the_build() -> None:
+    """MkDocs with --quiet does not count warnings, so that --strict has no effect."""
+    [command] = re.findall(r"mkdocs build.*", (ROOT / "Makefile").read_text(encoding="utf-8"))
+    assert command == "mkdocs build --strict"
