@@ -28,9 +28,7 @@ ONEDL := $(VENV)/onedl
 TORCHVISION := $(VENV)/torchvision
 TRAINER_ENV := FUSEDOPT_ONEDL=$(abspath $(ONEDL)) FUSEDOPT_TORCHVISION=$(abspath $(TORCHVISION))
 
-DOCS := $(VENV)/docs
-
-.PHONY: setup demo test test-trainers smoke test-full test-ptx lint format docs bench bench-full bench-gate measure results sanitize clean
+.PHONY: setup demo test test-trainers smoke test-full test-ptx lint format bench bench-full bench-gate measure results sanitize clean
 
 setup: $(VENV)/.built
 
@@ -95,6 +93,9 @@ format: setup
 
 # The site, into build/site; any link that leads nowhere is an error. MkDocs has a .venv of its own, and needs no torch:
 # once it is installed, nothing is fetched.
+DOCS := $(VENV)/docs
+.PHONY: docs
+
 $(DOCS)/.installed: docs/_site/requirements.txt
 	@echo "Installing MkDocs"
 	@test -x $(DOCS)/bin/python || $(PYTHON) -m venv $(DOCS)
