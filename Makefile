@@ -91,6 +91,21 @@ format: setup
 	ruff format .
 	clang-format -i $(CXX_SOURCES)
 
+# The site, into build/site; any link that leads nowhere is an error. MkDocs has a .venv of its own, and needs no torch:
+# once it is installed, nothing is fetched.
+DOCS := $(VENV)/docs
+.PHONY: docs
+
+$(DOCS)/.installed: docs/_site/requirements.txt
+	@echo "Installing MkDocs"
+	@test -x $(DOCS)/bin/python || $(PYTHON) -m venv $(DOCS)
+	@$(DOCS)/bin/python -m pip --disable-pip-version-check install --quiet -r $<
+	@touch $@
+
+docs: $(DOCS)/.installed
+	NO_MKDOCS_2_WARNING=1 PATH=$(abspath $(DOCS))/bin:$$PATH mkdocs build --strict
+	@echo "The site is in build/site: open build/site/index.html"
+
 bench: setup
 	@mkdir -p $(BENCH_OUT)
 	$(BENCH) -m quick

@@ -18,13 +18,12 @@ from pathlib import Path
 from typing import Any
 
 from fusedopt.bench import Result
-from fusedopt.bench.cases import OPTIMIZERS
 from fusedopt.bench.contenders import OURS
 from fusedopt.bench.tables import markdown, times
 from fusedopt.compare.comparison import Comparison
 from fusedopt.compare.figure import save_figure
 
-from . import averaging, host, report, sharded, trainers
+from . import averaging, case_words, host, report, sharded, trainers
 
 ROOT = Path(__file__).parents[1]
 #: The machine whose figures the pages show; what its files are named after.
@@ -34,16 +33,9 @@ END = "<!-- end of results -->"
 PART = re.compile(rf"^(<!-- results: ([\w-]+) -->\n)(?:(?!<!-- ).*\n)*?({END})$", re.MULTILINE)
 MARK = re.compile(rf"^(?:<!-- results: .*|{END})$", re.MULTILINE)
 
-RECIPES = {"amp-clip": "AMP + clip", "bare": "bare step"}
-GROUPINGS = {"one": "one group", "two": "two groups", "each": "a group for each"}
-WORKLOADS = {
-    "64x1Mi": "64 x 1Mi",
-    "vit-b": "ViT-B",
-    "vit-tiny": "ViT-tiny",
-    "resnet-50": "ResNet-50",
-    "400x64": "400 x 64",
-    "10000x64": "10,000 x 64",
-}
+#: What the table of steps shows.
+RECIPES = ("amp-clip", "bare")
+WORKLOADS = ("64x1Mi", "vit-b", "vit-tiny", "resnet-50", "400x64", "10000x64")
 
 
 class PageError(Exception):
@@ -134,10 +126,9 @@ def steps(results: Results) -> str:
 
 def _step(result: Result) -> list[str]:
     case = result.case
-    dtype = "" if case.dtype == "fp32" else f", {case.dtype}"
     return [
-        f"{OPTIMIZERS[case.optimizer].name}, {RECIPES[case.recipe]}{dtype}",
-        f"{WORKLOADS[case.workload]}, {GROUPINGS[case.grouping]}",
+        case_words.step(case),
+        case_words.parameters(case),
         times(result.seconds(OURS).median),
         *(report.ratio_cell(result, name) for name in report.COMPARED),
         f"{result.share_of_bandwidth(OURS):.0%}" if result.bandwidth else "",

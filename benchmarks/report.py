@@ -21,6 +21,7 @@ from fusedopt.bench.tables import case_table, markdown, times
 from fusedopt.compare.comparison import Comparison
 from fusedopt.compare.rows import remarks, rows
 
+from . import case_words
 from .fit import LIMIT, longest_line, quote
 
 matplotlib.use("Agg")
@@ -203,26 +204,44 @@ def _large(results: list[Result]) -> list[Result]:
 
 
 def draw_bandwidth(large: list[Result], path: Path, source: str = "") -> None:
-    """Bars under the memory's roof: what of its bandwidth each contender makes use of, in the large cases."""
-    figure, axes = plt.subplots(figsize=(9, 0.9 + 0.62 * len(large)), layout="constrained")
-    height = 0.8 / len(COLOURS)
-    for row, result in enumerate(large):
-        for place, (name, colour) in enumerate(COLOURS.items()):
-            if name in result.times:
-                share = result.share_of_bandwidth(name)
-                bar = axes.barh(row + (place - (len(COLOURS) - 1) / 2) * height, share, height, color=colour)
-                if name in (OURS, RIVAL):
-                    axes.bar_label(bar, [f"{share:.0%}"], padding=2, fontsize=7)
-    axes.axvline(1, color="black", linewidth=1, linestyle="--")
-    axes.annotate(
-        "bandwidth", (1, -0.6), ha="right", va="bottom", fontsize=8, xytext=(-3, 0), textcoords="offset points"
+    """Bars against the memory's bandwidth: how much of it each contender makes use of, in the large cases.
+
+    The bars of a case touch, whoever took part; the figures stand at the foot of their bars, far from the line.
+    """
+    counts = [sum(name in result.times for name in COLOURS) for result in large]
+    gap, top, ticks = 0.9, 0.0, []
+    height = sum(counts) + gap * (len(large) - 1)
+    figure, axes = plt.subplots(figsize=(9, 1.1 + 0.19 * height), layout="constrained")
+    axes.axvline(1, color="black", linewidth=1, linestyle="--", zorder=0)
+    shares = [result.share_of_bandwidth(name) for result in large for name in COLOURS if name in result.times]
+    for result, count in zip(large, counts, strict=True):
+        ticks.append(top + (count - 1) / 2)
+        for name, colour in COLOURS.items():
+            if name not in result.times:
+                continue
+            share = result.share_of_bandwidth(name)
+            axes.barh(top, share, 1, color=colour)
+            inside = share > 0.06 * max(shares)
+            ink = ("black" if name == "torch-grad-scale" else "white") if inside else "black"
+            axes.annotate(
+                f"{share:.0%}", (0 if inside else share, top), (4, 0), textcoords="offset points", va="center_baseline",
+                fontsize=7, color=ink,
+            )  # fmt: skip
+            top += 1
+        top += gap
+    axes.set_yticks(
+        ticks, [f"{case_words.parameters(result.case)}\n{case_words.step(result.case)}" for result in large]
     )
-    axes.set_yticks(range(len(large)), [result.case.name for result in large], fontsize=8)
-    axes.invert_yaxis()
+    axes.tick_params(axis="y", labelsize=8, length=0)
+    axes.set_ylim(height - 0.4, -0.6)
     axes.xaxis.set_major_formatter(matplotlib.ticker.PercentFormatter(1))
-    axes.set_xlabel("bytes that two passes must move, as a share of the bandwidth in the same rounds")
-    patches = [matplotlib.patches.Patch(color=colour, label=name) for name, colour in COLOURS.items()]
-    figure.legend(handles=patches, fontsize=8, loc="outside upper center", ncols=len(patches))
+    axes.set_xlabel(
+        "bytes that two passes must move, as a share of the bandwidth of a += b (100%) in the same rounds",
+        fontsize=8,
+    )
+    shown = [name for name in COLOURS if any(name in result.times for result in large)]
+    patches = [matplotlib.patches.Patch(color=COLOURS[name], label=case_words.CONTENDERS[name]) for name in shown]
+    figure.legend(handles=patches, fontsize=8, loc="outside upper center", ncols=2, frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=150, metadata={"Source": source})
     plt.close(figure)
@@ -233,11 +252,11 @@ def draw_scaling(curves: dict[str, dict[str, Points]], path: Path, source: str =
     figure, panels = plt.subplots(1, len(curves), figsize=(4.2 * len(curves), 3.8), layout="constrained", squeeze=False)
     for axes, (curve, contenders) in zip(panels[0], curves.items(), strict=True):
         for name, points in contenders.items():
-            counts = np.array([count for count, _ in points])
+            counts, words = np.array([count for count, _ in points]), case_words.CONTENDERS[name]
             spread = [Quantiles.of(rounds) for _, rounds in points]
             middle = np.array([quantiles.median for quantiles in spread])
             around = [middle - [q.p10 for q in spread], [q.p90 for q in spread] - middle]
-            axes.errorbar(counts, middle, around, fmt="o", markersize=4, color=COLOURS[name], label=name)
+            axes.errorbar(counts, middle, around, fmt="o", markersize=4, color=COLOURS[name], label=words)
             axes.plot(counts, middle, ":", color=COLOURS[name], linewidth=0.8)
             line = longest_line(medians(points))
             if line is not None:

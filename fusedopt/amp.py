@@ -27,7 +27,12 @@ class GradScaler(torch.amp.GradScaler):
     ``unscale_(optimizer)`` still works; like torch's, it then writes the gradients.
 
     Args:
-        device, init_scale, growth_factor, backoff_factor, growth_interval, enabled: see ``torch.amp.GradScaler``.
+        device: type of the device that the losses are on.
+        init_scale: the first scale.
+        growth_factor: the scale is multiplied by it after ``growth_interval`` steps without an overflow, > 1.
+        backoff_factor: the scale is multiplied by it after an overflow, < 1.
+        growth_interval: number of steps without an overflow after which the scale grows.
+        enabled: False makes every method do without a scale.
     """
 
     def __init__(

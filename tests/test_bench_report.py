@@ -84,6 +84,26 @@ class TestReport:
             assert f"]({name})" in text
             assert (tmp_path / "out" / name).stat().st_size > 10_000
 
+    def test_bars_leave_no_holes_and_the_line_crosses_no_figure(
+        self, bench_json: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    ) -> None:
+        monkeypatch.setattr(report.plt, "close", lambda figure: None)
+        report.draw_bandwidth(report.Report.load(bench_json).results, tmp_path / "bars.png")
+        figure = report.plt.gcf()
+        [axes] = figure.axes
+        ours, torchs = sorted(axes.patches, key=lambda bar: bar.get_y())
+        assert torchs.get_y() == ours.get_y() + ours.get_height(), "torch-merged and the others took no part"
+        assert [label.get_text() for label in axes.get_yticklabels()] == [
+            "ViT-tiny, a group for each\nAdamW, AMP + clip"
+        ]
+        [legend] = figure.legends
+        assert [text.get_text() for text in legend.get_texts()] == ["fusedopt", "torch fused"]
+        [line] = axes.lines
+        where = line.get_window_extent().x0
+        assert all(text.get_window_extent().x1 < where for text in axes.texts) and len(axes.texts) == 2
+        monkeypatch.undo()
+        report.plt.close(figure)
+
     def test_what_is_measured_stands_beside_the_line(self, bench_json: Path) -> None:
         table, lines = report.scaling_tables(report.Report.load(bench_json).curves)
         assert cells(table, "10 ") == ["11 µs", "1,100 ns", "20 µs", "2,000 ns"]

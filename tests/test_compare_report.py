@@ -12,6 +12,7 @@ import pytest
 pytest.importorskip("matplotlib", reason="the demonstration needs the extra fusedopt[demo]: matplotlib is missing")
 pytest.importorskip("rich", reason="the demonstration needs the extra fusedopt[demo]: rich is missing")
 
+from matplotlib.axes import Axes
 from rich.console import Console
 
 from fusedopt.compare.comparison import LOSS_TOLERANCE, Comparison, Moved, Run
@@ -135,6 +136,15 @@ class TestReport:
         )
         assert "No run with torch's fused=True: torch has [none]." in printed(comparison)
         save_figure(comparison, tmp_path / "figure.png")
+
+    @pytest.mark.parametrize(("epochs", "points"), [(1, 10), (2, 10), (5, 5)])
+    def test_few_epochs_are_no_line_of_few_dots(self, epochs, points, monkeypatch, tmp_path):
+        drawn, plot = [], Axes.plot
+        monkeypatch.setattr(Axes, "plot", lambda *args, **kwargs: drawn.append(list(args[2])) or plot(*args, **kwargs))
+        save_figure(
+            dataclasses.replace(make_comparison([2.0, 1.0] * 5, [2.0, 1.0] * 5), epochs=epochs), tmp_path / "a.png"
+        )
+        assert len(drawn[1]) == points, "the second line is the smooth one of the first run"
 
     def test_saves_figures_and_picture(self, tmp_path):
         comparison = make_comparison([2.0, 1.0] * 5, [2.0, 1.0] * 5)

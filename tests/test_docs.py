@@ -15,6 +15,8 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 DOCS = REPOSITORY / "docs"
 PAGES = [
     REPOSITORY / "README.md",
+    DOCS / "choose.md",
+    DOCS / "migration.md",
     DOCS / "wrappers.md",
     DOCS / "averaging.md",
     DOCS / "config.md",
@@ -55,8 +57,23 @@ def test_the_kernels_page_quotes_the_source() -> None:
         assert quotation in source, f"not, or no longer, in the source:\n{quotation}"
 
 
-def test_links_point_to_files_that_exist() -> None:
-    for page in [REPOSITORY / "README.md", REPOSITORY / "CONTRIBUTING.md", *(REPOSITORY / "docs").rglob("*.md")]:
-        for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", page.read_text()):
-            if "://" not in target:
-                assert (page.parent / target).exists(), f"{page.name} links to {target}, which is not there"
+def without_code(text: str) -> str:
+    return re.sub(r"^ *```.*?^ *```$|`[^`\n]+`", "", text, flags=re.DOTALL | re.MULTILINE)
+
+
+def anchors(page: Path) -> set[str]:
+    """Of its headings, as GitHub and the site make them."""
+    headings = re.sub(r"^ *```.*?^ *```$", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
+    titles = re.findall(r"^#+ (.+)$", headings, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+def test_links_point_to_files_and_headings_that_exist() -> None:
+    for page in [*REPOSITORY.glob("*.md"), *DOCS.rglob("*.md")]:
+        for target, anchor in re.findall(r"\]\(([^)#\s]*)(?:#([^)\s]+))?\)", without_code(page.read_text())):
+            if "://" in target:
+                continue
+            path = page.parent / target if target else page
+            assert path.exists(), f"{page.name} links to {target}, which is not there"
+            if anchor and path.suffix == ".md":
+                assert anchor in anchors(path), f"{page.name} links to {target}#{anchor}, a heading that is not there"

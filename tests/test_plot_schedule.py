@@ -309,6 +309,24 @@ def test_the_picture_has_the_values_the_warm_up_and_the_milestones(tmp_path) -> 
     ]
 
 
+def test_labels_are_in_their_bars_or_beside_bars_that_are_too_short() -> None:
+    pytest.importorskip("matplotlib")
+    spans = {"LinearLR": dict(end=2), "PolyLR": dict(begin=2, end=90), "ExponentialLR": dict(gamma=1, begin=90)}
+    cfg = dict(
+        optim_wrapper=dict(optimizer=dict(type="SGD", lr=0.1)),
+        train_cfg=dict(max_epochs=100),
+        param_scheduler=[dict(type=name, **span) for name, span in spans.items()],
+    )
+    strip = plot_schedule(cfg, model=nn.Linear(1, 1)).axes[-1]
+    assert [text.get_text() for text in strip.texts] == ["LinearLR [0, 2)", "PolyLR [2, 90)", "ExponentialLR [90, 100)"]
+    strip.figure.draw_without_rendering()
+    right_of, inside, left_of = (text.get_window_extent() for text in strip.texts)
+    first, second, third = (bar.get_window_extent() for bar in strip.patches)
+    assert first.x1 < right_of.x0
+    assert second.x0 < inside.x0 and inside.x1 < second.x1
+    assert left_of.x1 < third.x0
+
+
 def test_many_curves_are_told_apart_by_their_height() -> None:
     pytest.importorskip("matplotlib")
     model = nn.Sequential(*(nn.Linear(1, 1, bias=False) for _ in range(12)))

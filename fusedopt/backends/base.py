@@ -70,6 +70,10 @@ class StepReport:
 
     Where parts of the gradients are in other processes, it is the same in all of them.
 
+    Args:
+        scalars: norm and clip coefficient in one tensor, None without norm clipping.
+        found_inf: see the attribute.
+
     Attributes:
         grad_norm: global norm of the unscaled gradients before clipping; None without norm clipping.
         clip_coef: what the gradients were multiplied with to clip them; None without norm clipping.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from matplotlib.axes import Axes
@@ -12,6 +13,8 @@ from .comparison import Comparison, Moved, Run
 
 __all__ = ["save_figure"]
 
+#: With fewer, the means of epochs would be a line of a few dots, or a single dot.
+_FEWEST_EPOCHS = 3
 _STOCK_COLOR, _TORCH_FUSED_COLOR, _FUSED_COLOR, _MOVED_COLOR = "#8a8f98", "#30638e", "#d1495b", "#e0a458"
 
 
@@ -28,9 +31,16 @@ def _colors(comparison: Comparison) -> list[tuple[Run, str]]:
     return [(run, color) for run, color in by_run if run is not None]
 
 
+def _running_mean(losses: Sequence[float], window: int) -> list[float]:
+    """For each iteration with so many before it, itself included, their mean."""
+    return [sum(losses[end - window : end]) / window for end in range(window, len(losses) + 1)]
+
+
 def _plot_losses(axes: Axes, comparison: Comparison) -> None:
     total = len(comparison.stock.losses)
+    by_epoch = comparison.epochs >= _FEWEST_EPOCHS
     middles = [(epoch + 0.5) * total / comparison.epochs for epoch in range(comparison.epochs)]
+    window = max(1, total // 10)
     moved = f"{comparison.stock.name}, one weight moved by one ulp"
     curves: list[tuple[Run | Moved, str, str]] = [(run, color, _label(run)) for run, color in _colors(comparison)]
     curves.append((comparison.moved, _MOVED_COLOR, moved))
@@ -40,9 +50,15 @@ def _plot_losses(axes: Axes, comparison: Comparison) -> None:
             label += f": at most {comparison.largest_loss_difference(run):.3f} apart"
         width, size = 2.2 / 1.5**number, 11.0 - 2.5 * number
         axes.plot(range(1, total + 1), run.losses, color=color, alpha=0.3, linewidth=width)
-        means = comparison.epoch_losses(run)
-        axes.plot(middles, means, "o-", color=color, linewidth=1.6 * width, markersize=size, label=label)
-    axes.set(title="Training loss: every iteration, and the mean of each epoch", xlabel="iteration", yscale="log")
+        if by_epoch:
+            means = comparison.epoch_losses(run)
+            axes.plot(middles, means, "o-", color=color, linewidth=1.6 * width, markersize=size, label=label)
+        else:
+            smooth = _running_mean(run.losses, window)
+            mark = "o" if len(smooth) == 1 else ""
+            axes.plot(range(window, total + 1), smooth, f"{mark}-", color=color, linewidth=1.6 * width, label=label)
+    means_of = "each epoch" if by_epoch else f"the last {window}"
+    axes.set(title=f"Training loss: every iteration, and the mean of {means_of}", xlabel="iteration", yscale="log")
     axes.set_ylabel("loss")
     axes.legend(frameon=False, fontsize="small")
 

@@ -89,6 +89,11 @@ class FusedAcceleratedOptimizer(_optimizer.AcceleratedOptimizer):
 
     accelerate takes a step that was called for one that was made. It also updates the loss scale in the step of each
     optimizer, and with that the scaler forgets which of the others it has unscaled.
+
+    Args:
+        optimizer: the fused optimizer.
+        device_placement: see ``AcceleratedOptimizer``.
+        scaler: the loss scaler of the accelerator, or None.
     """
 
     #: What the scaler knew when the accelerator unscaled these gradients.

@@ -71,6 +71,9 @@ class FusedNativeScaler(_utils.NativeScaler):  # type: ignore[name-defined]
     for any other optimizer, also Lookahead around a fused one; for ``clip_mode='agc'``; for a ``clip_grad`` that is not
     above 0; if ``parameters`` with gradients are not exactly those of the optimizer; and if the optimizer has hooks
     before the step, which see unscaled and clipped gradients.
+
+    Args:
+        device: type of the device that the loss is on.
     """
 
     def __call__(

@@ -17,7 +17,26 @@ __all__ = ["FusedAdamW"]
 class FusedAdamW(FusedAdam):
     """Adam with decoupled weight decay; arguments, defaults and state layout of ``torch.optim.AdamW``.
 
-    Args, Raises: as :class:`FusedAdam`, with ``weight_decay`` 0.01 by default and always decoupled.
+    Args:
+        params: tensors, named tensors or group dicts.
+        lr: learning rate >= 0, a float or 1-element tensor.
+        betas: decay rates of the two moments, in [0, 1), both floats or both 1-element tensors.
+        eps: added to the denominator, >= 0.
+        weight_decay: decoupled weight decay >= 0.
+        amsgrad: keep and use the running maximum of the second moment.
+        maximize: ascend instead of descend.
+        foreach: accepted for existing configs, without effect.
+        capturable: accepted for existing configs, without effect.
+        differentiable: must be False.
+        fused: accepted for existing configs, without effect.
+        clip_grad: None, ``dict(max_norm=…, norm_type=2.0, error_if_nonfinite=False)`` or
+            ``dict(type='value', clip_value=…)``; applied inside the step, to all groups together.
+        write_back_grads: leave the unscaled, clipped gradients in ``.grad``.
+        backend: ``'auto'``, ``'native'``, ``'triton'`` or ``'reference'``.
+
+    Raises:
+        ValueError: a setting is out of range or the parameter list is empty.
+        TypeError: a setting or parameter of the wrong kind.
 
     Formula: :class:`fusedopt.rules.Adam` and https://pytorch.org/docs/stable/generated/torch.optim.AdamW.html.
     """

@@ -112,12 +112,25 @@ class _InsideMMEngine(OptimWrapper):
 class FusedOptimWrapper(_InsideMMEngine, mmengine.optim.OptimWrapper):
     """:class:`fusedopt.OptimWrapper` for MMEngine's Runner.
 
-    Arguments, errors, state dict and log are as in :class:`fusedopt.OptimWrapper` and MMEngine's OptimWrapper.
+    Errors, state dict and log are as in :class:`fusedopt.OptimWrapper` and MMEngine's OptimWrapper.
+
+    Args:
+        optimizer: the optimizer.
+        accumulative_counts: number of iterations whose gradients are accumulated for one step.
+        clip_grad: None, ``dict(max_norm=…, norm_type=2.0, error_if_nonfinite=False)`` or
+            ``dict(type='value', clip_value=…)``.
     """
 
 
 class FusedAmpOptimWrapper(_InsideMMEngine, AmpOptimWrapper, mmengine.optim.AmpOptimWrapper):
     """:class:`fusedopt.AmpOptimWrapper` for MMEngine's Runner; it also works on a CPU.
 
-    Arguments, errors, state dict and log are as in :class:`fusedopt.AmpOptimWrapper` and MMEngine's.
+    Errors, state dict and log are as in :class:`fusedopt.AmpOptimWrapper` and MMEngine's.
+
+    Args:
+        optimizer: the optimizer.
+        accumulative_counts: number of iterations whose gradients are accumulated for one step.
+        clip_grad: None, ``dict(max_norm=…, norm_type=2.0, error_if_nonfinite=False)`` or
+            ``dict(type='value', clip_value=…)``.
+        loss_scale, dtype, use_fsdp: see :class:`fusedopt.AmpOptimWrapper`.
     """

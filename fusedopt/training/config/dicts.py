@@ -21,6 +21,9 @@ class ConfigDict(dict[str, Any]):
     Every dict put into it, even in a list or tuple, is copied to a ConfigDict, so that changes to the config do not
     change the original. :meth:`update` merges dicts that both sides have. An item with the name of a method can only be
     read as ``config['items']``.
+
+    Args:
+        args, kwargs: items, as of a dict.
     """
 
     def __init__(self, *args: Any, **kwargs: Any):

@@ -20,7 +20,12 @@ def config_error(filename: str | Path | None, key: str, message: str) -> ConfigE
 
 @contextmanager
 def naming(config: Mapping[str, Any], key: str = "") -> Iterator[None]:
-    """Turn errors in building from ``config`` into a ConfigError that names its file and ``key``."""
+    """Turn errors in building from ``config`` into a ConfigError that names its file and ``key``.
+
+    Args:
+        config: what is built from; its ``filename`` is named, if it has one.
+        key: where in the config.
+    """
     try:
         yield
     except (CheckpointError, ConfigError, MissingExtraError):

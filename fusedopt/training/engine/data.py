@@ -135,7 +135,11 @@ class InfiniteSampler(_ShardedSampler):
 
 @FUNCTIONS.register_module()
 def pseudo_collate(samples: Sequence[Any]) -> Any:
-    """A batch with the structure of one sample, with lists in place of its tensors and numbers; nothing is stacked."""
+    """A batch with the structure of one sample, with lists in place of its tensors and numbers; nothing is stacked.
+
+    Args:
+        samples: the samples of the batch, all of one structure.
+    """
     first = samples[0]
     if isinstance(first, Mapping):
         return {key: pseudo_collate([sample[key] for sample in samples]) for key in first}

@@ -34,6 +34,13 @@ __all__ = ["EpochBasedTrainLoop", "IterBasedTrainLoop", "TestLoop", "TrainLoop",
 class TrainLoop(abc.ABC):
     """Base of training by epochs and by iterations; see Note [Resuming bit for bit].
 
+    Args:
+        runner: the runner.
+        dataloader: its training data.
+        val_begin: number of the first epoch or iteration, counted from 1, after which a validation may follow.
+        val_interval: number of epochs or iterations between validations.
+        dynamic_intervals: pairs of a number and the interval from there on.
+
     Attributes:
         stop_training: a hook can set this to end the run after the current epoch or iteration.
     """
@@ -330,14 +337,28 @@ class _EvaluationLoop:
 
 @LOOPS.register_module()
 class ValLoop(_EvaluationLoop):
-    """Validation: ``val_cfg=dict()``."""
+    """Validation: ``val_cfg=dict()``.
+
+    Args:
+        runner: the runner.
+        dataloader: its data.
+        evaluator: computes the metrics from the predictions.
+        fp16: whether to predict under autocast.
+    """
 
     mode = "val"
 
 
 @LOOPS.register_module()
 class TestLoop(_EvaluationLoop):
-    """Test: ``test_cfg=dict()``."""
+    """Test: ``test_cfg=dict()``.
+
+    Args:
+        runner: the runner.
+        dataloader: its data.
+        evaluator: computes the metrics from the predictions.
+        fp16: whether to predict under autocast.
+    """
 
     mode = "test"
     __test__ = False  # not a pytest class

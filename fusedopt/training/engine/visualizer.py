@@ -48,6 +48,9 @@ class LocalVisBackend(BaseVisBackend):
 
     A resumed run appends to the scalars: of two lines with the same step and names, the later one is valid.
     A number that is not finite is written as ``null``.
+
+    Args:
+        save_dir: the folder.
     """
 
     def add_scalars(self, scalars: Mapping[str, float], step: int) -> None:
@@ -69,6 +72,9 @@ class LocalVisBackend(BaseVisBackend):
 @VISBACKENDS.register_module()
 class TensorboardVisBackend(BaseVisBackend):
     """Scalars and images for TensorBoard, through torch's writer.
+
+    Args:
+        save_dir: the folder.
 
     Raises:
         MissingExtraError: tensorboard is not installed.

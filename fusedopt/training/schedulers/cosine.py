@@ -59,10 +59,12 @@ class CosineAnnealingParamScheduler(_Cosine):
     After ``T_max`` steps it rises again.
 
     Args:
+        optimizer: an optimizer, or a wrapper of one.
+        param_name: key of the parameter groups to change, such as ``'lr'`` or ``'weight_decay'``.
         T_max: number of steps down to the minimum, not necessarily whole; ``end - begin`` by default.
         eta_min: value at the end, 0 unless ``eta_min_ratio`` is given.
-        args, kwargs: see :class:`_ParamScheduler`.
         eta_min_ratio: value at the end divided by the value before any schedule, instead of ``eta_min``.
+        begin, end, last_step, by_epoch, verbose: see :class:`_ParamScheduler`.
 
     Raises:
         ValueError: neither ``T_max`` nor ``end`` is given; both ``eta_min`` and ``eta_min_ratio`` are.
@@ -102,17 +104,41 @@ class CosineAnnealingParamScheduler(_Cosine):
 
 @PARAM_SCHEDULERS.register_module()
 class CosineAnnealingLR(LRSchedulerMixin, CosineAnnealingParamScheduler):
-    """:class:`CosineAnnealingParamScheduler` of the learning rate."""
+    """:class:`CosineAnnealingParamScheduler` of the learning rate.
+
+    Args:
+        optimizer: an optimizer, or a wrapper of one.
+        T_max: number of steps down to the minimum, not necessarily whole; ``end - begin`` by default.
+        eta_min: value at the end, 0 unless ``eta_min_ratio`` is given.
+        eta_min_ratio: value at the end divided by the value before any schedule, instead of ``eta_min``.
+        begin, end, last_step, by_epoch, verbose: see :class:`_ParamScheduler`.
+    """
 
 
 @PARAM_SCHEDULERS.register_module()
 class CosineAnnealingMomentum(MomentumSchedulerMixin, CosineAnnealingParamScheduler):
-    """:class:`CosineAnnealingParamScheduler` of the momentum."""
+    """:class:`CosineAnnealingParamScheduler` of the momentum.
+
+    Args:
+        optimizer: an optimizer, or a wrapper of one.
+        T_max: number of steps down to the minimum, not necessarily whole; ``end - begin`` by default.
+        eta_min: value at the end, 0 unless ``eta_min_ratio`` is given.
+        eta_min_ratio: value at the end divided by the value before any schedule, instead of ``eta_min``.
+        begin, end, last_step, by_epoch, verbose: see :class:`_ParamScheduler`.
+    """
 
 
 @PARAM_SCHEDULERS.register_module()
 class CosineAnnealingWeightDecay(CosineAnnealingParamScheduler):
-    """:class:`CosineAnnealingParamScheduler` of the weight decay, as in MMPretrain: a value of 0 stays 0."""
+    """:class:`CosineAnnealingParamScheduler` of the weight decay, as in MMPretrain: a value of 0 stays 0.
+
+    Args:
+        optimizer: an optimizer, or a wrapper of one.
+        T_max: number of steps down to the minimum, not necessarily whole; ``end - begin`` by default.
+        eta_min: value at the end, 0 unless ``eta_min_ratio`` is given.
+        eta_min_ratio: value at the end divided by the value before any schedule, instead of ``eta_min``.
+        begin, end, last_step, by_epoch, verbose: see :class:`_ParamScheduler`.
+    """
 
     def __init__(self, optimizer: OptimizerLike, *args: Any, **kwargs: Any):
         super().__init__(optimizer, "weight_decay", *args, **kwargs)
@@ -129,11 +155,13 @@ class CosineRestartParamScheduler(_Cosine):
     """A sequence of cosines, each from ``base * restart_weight`` down to the minimum.
 
     Args:
+        optimizer: an optimizer, or a wrapper of one.
+        param_name: key of the parameter groups to change, such as ``'lr'`` or ``'weight_decay'``.
         periods: number of steps of each cosine. After the last one, the value stays.
         restart_weights: a weight for each period.
         eta_min: value at the ends, 0 unless ``eta_min_ratio`` is given.
         eta_min_ratio: value at the ends divided by the value before any schedule, instead of ``eta_min``.
-        args, kwargs: see :class:`_ParamScheduler`.
+        begin, end, last_step, by_epoch, verbose: see :class:`_ParamScheduler`.
 
     Raises:
         ValueError: ``periods`` and ``restart_weights`` differ in length.
@@ -181,9 +209,27 @@ class CosineRestartParamScheduler(_Cosine):
 
 @PARAM_SCHEDULERS.register_module()
 class CosineRestartLR(LRSchedulerMixin, CosineRestartParamScheduler):
-    """:class:`CosineRestartParamScheduler` of the learning rate."""
+    """:class:`CosineRestartParamScheduler` of the learning rate.
+
+    Args:
+        optimizer: an optimizer, or a wrapper of one.
+        periods: number of steps of each cosine. After the last one, the value stays.
+        restart_weights: a weight for each period.
+        eta_min: value at the ends, 0 unless ``eta_min_ratio`` is given.
+        eta_min_ratio: value at the ends divided by the value before any schedule, instead of ``eta_min``.
+        begin, end, last_step, by_epoch, verbose: see :class:`_ParamScheduler`.
+    """
 
 
 @PARAM_SCHEDULERS.register_module()
 class CosineRestartMomentum(MomentumSchedulerMixin, CosineRestartParamScheduler):
-    """:class:`CosineRestartParamScheduler` of the momentum."""
+    """:class:`CosineRestartParamScheduler` of the momentum.
+
+    Args:
+        optimizer: an optimizer, or a wrapper of one.
+        periods: number of steps of each cosine. After the last one, the value stays.
+        restart_weights: a weight for each period.
+        eta_min: value at the ends, 0 unless ``eta_min_ratio`` is given.
+        eta_min_ratio: value at the ends divided by the value before any schedule, instead of ``eta_min``.
+        begin, end, last_step, by_epoch, verbose: see :class:`_ParamScheduler`.
+    """

@@ -211,7 +211,25 @@ def _plain(state: dict[str, Any]) -> dict[str, Any]:
 
 @PARAM_SCHEDULERS.register_module()
 class CyclicLR(TorchParamScheduler):
-    """``torch.optim.lr_scheduler.CyclicLR`` with ``begin``, ``end`` and ``by_epoch``."""
+    """``torch.optim.lr_scheduler.CyclicLR`` with ``begin``, ``end`` and ``by_epoch``.
+
+    Args:
+        optimizer: an optimizer, or a wrapper of one.
+        base_lr: lowest value, or a list with one for each parameter group.
+        max_lr: highest value, or a list with one for each parameter group.
+        step_size_up: number of steps from the lowest value to the highest.
+        step_size_down: number of steps back; ``step_size_up`` by default.
+        mode: ``'triangular'``, ``'triangular2'`` or ``'exp_range'``: how the height of the cycles changes.
+        gamma: factor of the height at each step, for ``'exp_range'``.
+        scale_fn: a function of one argument that replaces ``mode``.
+        scale_mode: ``'cycle'`` or ``'iterations'``: what ``scale_fn`` is called with.
+        cycle_momentum: move the momentum against the learning rate; needs momentum or betas.
+        base_momentum: lowest momentum, or a list with one for each parameter group.
+        max_momentum: highest momentum, or a list with one for each parameter group.
+        last_epoch: alias of ``last_step``.
+        param_name: the key to schedule instead of the learning rate.
+        begin, end, last_step, by_epoch, verbose: see :class:`_ParamScheduler`.
+    """
 
     _scheduler = lr_scheduler.CyclicLR
     _per_group = ("base_lr", "max_lr", "base_momentum", "max_momentum")
@@ -243,7 +261,17 @@ class CyclicLR(TorchParamScheduler):
 
 @PARAM_SCHEDULERS.register_module()
 class CosineAnnealingWarmRestarts(TorchParamScheduler):
-    """``torch.optim.lr_scheduler.CosineAnnealingWarmRestarts`` with ``begin``, ``end`` and ``by_epoch``."""
+    """``torch.optim.lr_scheduler.CosineAnnealingWarmRestarts`` with ``begin``, ``end`` and ``by_epoch``.
+
+    Args:
+        optimizer: an optimizer, or a wrapper of one.
+        T_0: number of steps of the first cosine.
+        T_mult: factor of the length from one cosine to the next, a whole number >= 1.
+        eta_min: value at the end of each cosine.
+        last_epoch: alias of ``last_step``.
+        param_name: the key to schedule instead of the learning rate.
+        begin, end, last_step, by_epoch, verbose: see :class:`_ParamScheduler`.
+    """
 
     _scheduler = lr_scheduler.CosineAnnealingWarmRestarts
     _in_steps = ("T_0",)
@@ -251,7 +279,17 @@ class CosineAnnealingWarmRestarts(TorchParamScheduler):
 
 @PARAM_SCHEDULERS.register_module()
 class SWALR(TorchParamScheduler):
-    """``torch.optim.swa_utils.SWALR`` with ``begin``, ``end`` and ``by_epoch``."""
+    """``torch.optim.swa_utils.SWALR`` with ``begin``, ``end`` and ``by_epoch``.
+
+    Args:
+        optimizer: an optimizer, or a wrapper of one.
+        swa_lr: the value to go to, or a list with one for each parameter group.
+        anneal_epochs: number of steps until it is reached.
+        anneal_strategy: ``'cos'`` or ``'linear'``.
+        last_epoch: alias of ``last_step``.
+        param_name: the key to schedule instead of the learning rate.
+        begin, end, last_step, by_epoch, verbose: see :class:`_ParamScheduler`.
+    """
 
     _scheduler = swa_utils.SWALR
     _per_group = ("swa_lr",)
@@ -274,13 +312,31 @@ class _ByFunction(TorchParamScheduler):
 
 @PARAM_SCHEDULERS.register_module()
 class LambdaLR(_ByFunction):
-    """``torch.optim.lr_scheduler.LambdaLR`` with ``begin``, ``end`` and ``by_epoch``."""
+    """``torch.optim.lr_scheduler.LambdaLR`` with ``begin``, ``end`` and ``by_epoch``.
+
+    Args:
+        optimizer: an optimizer, or a wrapper of one.
+        lr_lambda: a function from the number of steps to a factor of the first value, or a list of functions, one for
+            each parameter group.
+        last_epoch: alias of ``last_step``.
+        param_name: the key to schedule instead of the learning rate.
+        begin, end, last_step, by_epoch, verbose: see :class:`_ParamScheduler`.
+    """
 
     _scheduler = lr_scheduler.LambdaLR
 
 
 @PARAM_SCHEDULERS.register_module()
 class MultiplicativeLR(_ByFunction):
-    """``torch.optim.lr_scheduler.MultiplicativeLR`` with ``begin``, ``end`` and ``by_epoch``."""
+    """``torch.optim.lr_scheduler.MultiplicativeLR`` with ``begin``, ``end`` and ``by_epoch``.
+
+    Args:
+        optimizer: an optimizer, or a wrapper of one.
+        lr_lambda: a function from the number of steps to a factor of the present value, or a list of functions, one for
+            each parameter group.
+        last_epoch: alias of ``last_step``.
+        param_name: the key to schedule instead of the learning rate.
+        begin, end, last_step, by_epoch, verbose: see :class:`_ParamScheduler`.
+    """
 
     _scheduler = lr_scheduler.MultiplicativeLR

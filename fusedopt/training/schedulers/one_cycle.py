@@ -22,6 +22,7 @@ class OneCycleParamScheduler(_ParamScheduler):
     As ``torch.optim.lr_scheduler.OneCycleLR`` without its momentum. It sets the value, regardless of the previous one.
 
     Args:
+        optimizer: an optimizer, or a wrapper of one.
         param_name: must be ``'lr'``, as in MMEngine.
         eta_max: the highest value, or a list with one for each parameter group.
         total_steps: length of the cycle; ``end - begin`` by default.
@@ -30,7 +31,7 @@ class OneCycleParamScheduler(_ParamScheduler):
         div_factor: the highest value divided by the first, above 0.
         final_div_factor: the first value divided by the last, above 0.
         three_phase: fall to the first value in as many steps as it rose, and then to the last value.
-        args, kwargs: see :class:`_ParamScheduler`.
+        begin, end, last_step, by_epoch, verbose: see :class:`_ParamScheduler`.
 
     Raises:
         ValueError: neither ``total_steps`` nor ``end`` is given, or ``total_steps`` end before ``end``.
@@ -133,4 +134,16 @@ class OneCycleParamScheduler(_ParamScheduler):
 
 @PARAM_SCHEDULERS.register_module()
 class OneCycleLR(LRSchedulerMixin, OneCycleParamScheduler):
-    """:class:`OneCycleParamScheduler` of the learning rate."""
+    """:class:`OneCycleParamScheduler` of the learning rate.
+
+    Args:
+        optimizer: an optimizer, or a wrapper of one.
+        eta_max: the highest value, or a list with one for each parameter group.
+        total_steps: length of the cycle; ``end - begin`` by default.
+        pct_start: share of the steps that rise, from 0 to 1.
+        anneal_strategy: ``'cos'`` or ``'linear'``.
+        div_factor: the highest value divided by the first, above 0.
+        final_div_factor: the first value divided by the last, above 0.
+        three_phase: fall to the first value in as many steps as it rose, and then to the last value.
+        begin, end, last_step, by_epoch, verbose: see :class:`_ParamScheduler`.
+    """

@@ -41,6 +41,8 @@ class ReduceOnPlateauParamScheduler(TorchParamScheduler):
     ``step()``, which counts for ``begin`` and ``end``, after each training epoch.
 
     Args:
+        optimizer: an optimizer, or a wrapper of one.
+        param_name: key of the parameter groups to change, such as ``'lr'`` or ``'weight_decay'``.
         monitor: name of the metric.
         rule: ``'less'`` if less is better, or ``'greater'``.
         factor: factor, >= 0 and < 1.
@@ -50,7 +52,7 @@ class ReduceOnPlateauParamScheduler(TorchParamScheduler):
         cooldown: number of steps after a reduction that are ignored.
         min_value: lower bound of the value, or a list with one for each parameter group.
         eps: reductions by this or less are not made.
-        kwargs: see :class:`_ParamScheduler`; ``by_epoch`` must be True.
+        begin, end, last_step, by_epoch, verbose: see :class:`_ParamScheduler`; ``by_epoch`` must be True.
 
     Raises:
         ValueError: ``by_epoch`` or ``convert_to_iter_based`` asks for iterations.
@@ -187,12 +189,40 @@ class ReduceOnPlateauParamScheduler(TorchParamScheduler):
 
 @PARAM_SCHEDULERS.register_module()
 class ReduceOnPlateauLR(LRSchedulerMixin, ReduceOnPlateauParamScheduler):
-    """:class:`ReduceOnPlateauParamScheduler` of the learning rate."""
+    """:class:`ReduceOnPlateauParamScheduler` of the learning rate.
+
+    Args:
+        optimizer: an optimizer, or a wrapper of one.
+        monitor: name of the metric.
+        rule: ``'less'`` if less is better, or ``'greater'``.
+        factor: factor, >= 0 and < 1.
+        patience: number of steps without improvement that are tolerated.
+        threshold: minimum improvement of the metric, >= 0.
+        threshold_rule: ``'rel'``, relative to the best value so far, or ``'abs'``.
+        cooldown: number of steps after a reduction that are ignored.
+        min_value: lower bound of the value, or a list with one for each parameter group.
+        eps: reductions by this or less are not made.
+        begin, end, last_step, by_epoch, verbose: see :class:`_ParamScheduler`; ``by_epoch`` must be True.
+    """
 
 
 @PARAM_SCHEDULERS.register_module()
 class ReduceOnPlateauMomentum(MomentumSchedulerMixin, ReduceOnPlateauParamScheduler):
-    """:class:`ReduceOnPlateauParamScheduler` of the momentum."""
+    """:class:`ReduceOnPlateauParamScheduler` of the momentum.
+
+    Args:
+        optimizer: an optimizer, or a wrapper of one.
+        monitor: name of the metric.
+        rule: ``'less'`` if less is better, or ``'greater'``.
+        factor: factor, >= 0 and < 1.
+        patience: number of steps without improvement that are tolerated.
+        threshold: minimum improvement of the metric, >= 0.
+        threshold_rule: ``'rel'``, relative to the best value so far, or ``'abs'``.
+        cooldown: number of steps after a reduction that are ignored.
+        min_value: lower bound of the value, or a list with one for each parameter group.
+        eps: reductions by this or less are not made.
+        begin, end, last_step, by_epoch, verbose: see :class:`_ParamScheduler`; ``by_epoch`` must be True.
+    """
 
 
 @PARAM_SCHEDULERS.register_module()
@@ -200,6 +230,7 @@ class ReduceLROnPlateau(ReduceOnPlateauLR):
     """:class:`ReduceOnPlateauLR` with the names of ``torch.optim.lr_scheduler.ReduceLROnPlateau``'s arguments.
 
     Args:
+        optimizer: an optimizer, or a wrapper of one.
         mode: ``'min'`` or ``'max'``, for ``rule='less'`` and ``rule='greater'``.
         threshold_mode: ``threshold_rule``.
         min_lr: ``min_value``.

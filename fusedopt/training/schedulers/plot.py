@@ -72,6 +72,7 @@ def plot_schedule(
         epochs.set_xlabel("epoch")
     if title:
         figure.suptitle(title, fontweight="bold")
+    _label_strip(figure, axes[-1], schedule)
     if path is not None:
         figure.savefig(path, dpi=130)
     return figure
@@ -132,16 +133,6 @@ def _draw_strip(axes: Axes, schedule: Schedule) -> None:
     for row, span in enumerate(schedule.spans):
         color = _WARMUP if span.is_warmup else "tab:blue"
         axes.barh(row, span.end - span.begin, left=span.begin, height=0.62, color=color, alpha=0.45)
-        of = f" of {span.optimizer}" if span.optimizer else ""
-        waits = ", waits for metrics" if span.needs_metrics else ""
-        axes.text(
-            schedule.ticks * 0.01,
-            row,
-            f"{span.scheduler}{of} [{span.begin}, {span.end}){waits}",
-            va="center",
-            fontsize="small",
-            zorder=3,
-        )
         for mark in span.marks:
             axes.plot([mark, mark], [row - 0.31, row + 0.31], color="tab:red", linewidth=1.2)
     axes.set_ylim(max(1, len(schedule.spans)) - 0.5, -0.5)
@@ -150,3 +141,27 @@ def _draw_strip(axes: Axes, schedule: Schedule) -> None:
     axes.set_xlabel(schedule.unit)
     if not schedule.spans:
         axes.text(schedule.ticks * 0.01, 0, "no schedulers", va="center", color="gray")
+
+
+def _label_strip(figure: Figure, axes: Axes, schedule: Schedule) -> None:
+    """Put the name of each scheduler into its bar, or beside a bar that is too short for it."""
+    figure.draw_without_rendering()  # for the lengths
+    edge = axes.get_window_extent().x1
+    for row, span in enumerate(schedule.spans):
+        of = f" of {span.optimizer}" if span.optimizer else ""
+        waits = ", waits for metrics" if span.needs_metrics else ""
+        label = axes.annotate(
+            f"{span.scheduler}{of} [{span.begin}, {span.end}){waits}",
+            (span.begin, row),
+            (4, 0),
+            textcoords="offset points",
+            va="center",
+            fontsize="small",
+            zorder=3,
+        )
+        begin, end = (axes.transData.transform((tick, row))[0] for tick in (span.begin, span.end))
+        wide = label.get_window_extent().width + 12
+        if wide > end - begin:
+            after = end + wide <= edge
+            label.xy = (span.end if after else span.begin, row)
+            label.set(position=(4 if after else -4, 0), ha="left" if after else "right")

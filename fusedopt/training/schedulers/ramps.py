@@ -19,9 +19,11 @@ class LinearParamScheduler(_ParamScheduler):
     As ``torch.optim.lr_scheduler.LinearLR`` with ``total_iters = end - begin - 1``.
 
     Args:
+        optimizer: an optimizer, or a wrapper of one.
+        param_name: key of the parameter groups to change, such as ``'lr'`` or ``'weight_decay'``.
         start_factor: first factor, > 0 and <= 1.
         end_factor: last factor, from 0 to 1.
-        args, kwargs: see :class:`_ParamScheduler`.
+        begin, end, last_step, by_epoch, verbose: see :class:`_ParamScheduler`.
     """
 
     def __init__(
@@ -54,12 +56,26 @@ class LinearParamScheduler(_ParamScheduler):
 
 @PARAM_SCHEDULERS.register_module()
 class LinearLR(LRSchedulerMixin, LinearParamScheduler):
-    """:class:`LinearParamScheduler` of the learning rate."""
+    """:class:`LinearParamScheduler` of the learning rate.
+
+    Args:
+        optimizer: an optimizer, or a wrapper of one.
+        start_factor: first factor, > 0 and <= 1.
+        end_factor: last factor, from 0 to 1.
+        begin, end, last_step, by_epoch, verbose: see :class:`_ParamScheduler`.
+    """
 
 
 @PARAM_SCHEDULERS.register_module()
 class LinearMomentum(MomentumSchedulerMixin, LinearParamScheduler):
-    """:class:`LinearParamScheduler` of the momentum."""
+    """:class:`LinearParamScheduler` of the momentum.
+
+    Args:
+        optimizer: an optimizer, or a wrapper of one.
+        start_factor: first factor, > 0 and <= 1.
+        end_factor: last factor, from 0 to 1.
+        begin, end, last_step, by_epoch, verbose: see :class:`_ParamScheduler`.
+    """
 
 
 @PARAM_SCHEDULERS.register_module()
@@ -69,9 +85,11 @@ class PolyParamScheduler(_ParamScheduler):
     As ``torch.optim.lr_scheduler.PolynomialLR``, which has no ``eta_min``, with ``total_iters = T``.
 
     Args:
+        optimizer: an optimizer, or a wrapper of one.
+        param_name: key of the parameter groups to change, such as ``'lr'`` or ``'weight_decay'``.
         eta_min: the last value.
         power: power of the polynomial, >= 0; 1 is a line.
-        args, kwargs: see :class:`_ParamScheduler`.
+        begin, end, last_step, by_epoch, verbose: see :class:`_ParamScheduler`.
     """
 
     def __init__(
@@ -99,9 +117,23 @@ class PolyParamScheduler(_ParamScheduler):
 
 @PARAM_SCHEDULERS.register_module()
 class PolyLR(LRSchedulerMixin, PolyParamScheduler):
-    """:class:`PolyParamScheduler` of the learning rate."""
+    """:class:`PolyParamScheduler` of the learning rate.
+
+    Args:
+        optimizer: an optimizer, or a wrapper of one.
+        eta_min: the last value.
+        power: power of the polynomial, >= 0; 1 is a line.
+        begin, end, last_step, by_epoch, verbose: see :class:`_ParamScheduler`.
+    """
 
 
 @PARAM_SCHEDULERS.register_module()
 class PolyMomentum(MomentumSchedulerMixin, PolyParamScheduler):
-    """:class:`PolyParamScheduler` of the momentum."""
+    """:class:`PolyParamScheduler` of the momentum.
+
+    Args:
+        optimizer: an optimizer, or a wrapper of one.
+        eta_min: the last value.
+        power: power of the polynomial, >= 0; 1 is a line.
+        begin, end, last_step, by_epoch, verbose: see :class:`_ParamScheduler`.
+    """

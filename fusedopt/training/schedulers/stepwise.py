@@ -33,9 +33,11 @@ class StepParamScheduler(_ParamScheduler):
     """Multiplies by ``gamma`` every ``step_size`` steps, as ``torch.optim.lr_scheduler.StepLR``.
 
     Args:
+        optimizer: an optimizer, or a wrapper of one.
+        param_name: key of the parameter groups to change, such as ``'lr'`` or ``'weight_decay'``.
         step_size: period in steps.
         gamma: factor, >= 0.
-        args, kwargs: see :class:`_ParamScheduler`.
+        begin, end, last_step, by_epoch, verbose: see :class:`_ParamScheduler`.
     """
 
     _in_steps = ("step_size",)
@@ -54,12 +56,26 @@ class StepParamScheduler(_ParamScheduler):
 
 @PARAM_SCHEDULERS.register_module()
 class StepLR(LRSchedulerMixin, StepParamScheduler):
-    """:class:`StepParamScheduler` of the learning rate."""
+    """:class:`StepParamScheduler` of the learning rate.
+
+    Args:
+        optimizer: an optimizer, or a wrapper of one.
+        step_size: period in steps.
+        gamma: factor, >= 0.
+        begin, end, last_step, by_epoch, verbose: see :class:`_ParamScheduler`.
+    """
 
 
 @PARAM_SCHEDULERS.register_module()
 class StepMomentum(MomentumSchedulerMixin, StepParamScheduler):
-    """:class:`StepParamScheduler` of the momentum."""
+    """:class:`StepParamScheduler` of the momentum.
+
+    Args:
+        optimizer: an optimizer, or a wrapper of one.
+        step_size: period in steps.
+        gamma: factor, >= 0.
+        begin, end, last_step, by_epoch, verbose: see :class:`_ParamScheduler`.
+    """
 
 
 @PARAM_SCHEDULERS.register_module()
@@ -67,9 +83,11 @@ class MultiStepParamScheduler(_ParamScheduler):
     """Multiplies by ``gamma`` at each milestone, as ``torch.optim.lr_scheduler.MultiStepLR``.
 
     Args:
+        optimizer: an optimizer, or a wrapper of one.
+        param_name: key of the parameter groups to change, such as ``'lr'`` or ``'weight_decay'``.
         milestones: steps counted from ``begin``; one that is listed twice counts twice.
         gamma: factor, >= 0.
-        args, kwargs: see :class:`_ParamScheduler`.
+        begin, end, last_step, by_epoch, verbose: see :class:`_ParamScheduler`.
     """
 
     _in_steps = ("milestones",)
@@ -100,12 +118,26 @@ class MultiStepParamScheduler(_ParamScheduler):
 
 @PARAM_SCHEDULERS.register_module()
 class MultiStepLR(LRSchedulerMixin, MultiStepParamScheduler):
-    """:class:`MultiStepParamScheduler` of the learning rate."""
+    """:class:`MultiStepParamScheduler` of the learning rate.
+
+    Args:
+        optimizer: an optimizer, or a wrapper of one.
+        milestones: steps counted from ``begin``; one that is listed twice counts twice.
+        gamma: factor, >= 0.
+        begin, end, last_step, by_epoch, verbose: see :class:`_ParamScheduler`.
+    """
 
 
 @PARAM_SCHEDULERS.register_module()
 class MultiStepMomentum(MomentumSchedulerMixin, MultiStepParamScheduler):
-    """:class:`MultiStepParamScheduler` of the momentum."""
+    """:class:`MultiStepParamScheduler` of the momentum.
+
+    Args:
+        optimizer: an optimizer, or a wrapper of one.
+        milestones: steps counted from ``begin``; one that is listed twice counts twice.
+        gamma: factor, >= 0.
+        begin, end, last_step, by_epoch, verbose: see :class:`_ParamScheduler`.
+    """
 
 
 @PARAM_SCHEDULERS.register_module()
@@ -113,8 +145,10 @@ class ExponentialParamScheduler(_ParamScheduler):
     """Multiplies by ``gamma`` at each step, as ``torch.optim.lr_scheduler.ExponentialLR``.
 
     Args:
+        optimizer: an optimizer, or a wrapper of one.
+        param_name: key of the parameter groups to change, such as ``'lr'`` or ``'weight_decay'``.
         gamma: factor, >= 0.
-        args, kwargs: see :class:`_ParamScheduler`.
+        begin, end, last_step, by_epoch, verbose: see :class:`_ParamScheduler`.
     """
 
     def __init__(self, optimizer: OptimizerLike, param_name: str, gamma: float, *args: Any, **kwargs: Any):
@@ -127,12 +161,24 @@ class ExponentialParamScheduler(_ParamScheduler):
 
 @PARAM_SCHEDULERS.register_module()
 class ExponentialLR(LRSchedulerMixin, ExponentialParamScheduler):
-    """:class:`ExponentialParamScheduler` of the learning rate."""
+    """:class:`ExponentialParamScheduler` of the learning rate.
+
+    Args:
+        optimizer: an optimizer, or a wrapper of one.
+        gamma: factor, >= 0.
+        begin, end, last_step, by_epoch, verbose: see :class:`_ParamScheduler`.
+    """
 
 
 @PARAM_SCHEDULERS.register_module()
 class ExponentialMomentum(MomentumSchedulerMixin, ExponentialParamScheduler):
-    """:class:`ExponentialParamScheduler` of the momentum."""
+    """:class:`ExponentialParamScheduler` of the momentum.
+
+    Args:
+        optimizer: an optimizer, or a wrapper of one.
+        gamma: factor, >= 0.
+        begin, end, last_step, by_epoch, verbose: see :class:`_ParamScheduler`.
+    """
 
 
 @PARAM_SCHEDULERS.register_module()
@@ -142,8 +188,10 @@ class ConstantParamScheduler(_ParamScheduler):
     As ``torch.optim.lr_scheduler.ConstantLR`` with ``total_iters = end - begin - 1``.
 
     Args:
+        optimizer: an optimizer, or a wrapper of one.
+        param_name: key of the parameter groups to change, such as ``'lr'`` or ``'weight_decay'``.
         factor: factor from 0 to 1; above 0 if ``end`` is given, because the last step divides by it.
-        args, kwargs: see :class:`_ParamScheduler`.
+        begin, end, last_step, by_epoch, verbose: see :class:`_ParamScheduler`.
     """
 
     def __init__(self, optimizer: OptimizerLike, param_name: str, factor: float = 1.0 / 3, *args: Any, **kwargs: Any):
@@ -166,9 +214,21 @@ class ConstantParamScheduler(_ParamScheduler):
 
 @PARAM_SCHEDULERS.register_module()
 class ConstantLR(LRSchedulerMixin, ConstantParamScheduler):
-    """:class:`ConstantParamScheduler` of the learning rate."""
+    """:class:`ConstantParamScheduler` of the learning rate.
+
+    Args:
+        optimizer: an optimizer, or a wrapper of one.
+        factor: factor from 0 to 1; above 0 if ``end`` is given, because the last step divides by it.
+        begin, end, last_step, by_epoch, verbose: see :class:`_ParamScheduler`.
+    """
 
 
 @PARAM_SCHEDULERS.register_module()
 class ConstantMomentum(MomentumSchedulerMixin, ConstantParamScheduler):
-    """:class:`ConstantParamScheduler` of the momentum."""
+    """:class:`ConstantParamScheduler` of the momentum.
+
+    Args:
+        optimizer: an optimizer, or a wrapper of one.
+        factor: factor from 0 to 1; above 0 if ``end`` is given, because the last step divides by it.
+        begin, end, last_step, by_epoch, verbose: see :class:`_ParamScheduler`.
+    """

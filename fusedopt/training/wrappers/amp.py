@@ -70,7 +70,7 @@ class AmpOptimWrapper(OptimWrapper):
         use_fsdp: whether the model is a FullyShardedDataParallel (FSDP1). An optimizer that is not fused then gets
             torch's ``ShardedGradScaler``, whose processes agree on overflows. Fused optimizers, and models of
             ``fully_shard`` (FSDP2), need no setting: their processes agree in any case.
-        kwargs: arguments of :class:`OptimWrapper`; ``optimizer`` is required.
+        optimizer, accumulative_counts, clip_grad: see :class:`OptimWrapper`, by keyword; ``optimizer`` is required.
 
     Raises:
         TypeError: ``loss_scale``, ``dtype`` or ``use_fsdp`` has the wrong type.

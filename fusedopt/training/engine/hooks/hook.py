@@ -15,7 +15,11 @@ __all__ = ["Hook", "Priority", "check_local_files", "get_priority"]
 
 
 class Priority(IntEnum):
-    """Order of hooks within a stage, lower numbers first, as ``mmengine.runner.Priority``."""
+    """Order of hooks within a stage, lower numbers first, as ``mmengine.runner.Priority``.
+
+    Args:
+        value: the number of one of the names below.
+    """
 
     HIGHEST = 0
     VERY_HIGH = 10
