@@ -104,6 +104,20 @@ def test_the_norm_is_a_tensor_like_any_other() -> None:
     assert optimizer.last_step.grad_norm == want != 0
 
 
+@pytest.mark.parametrize("read", [True, False])
+def test_it_is_a_plain_tensor_as_soon_as_it_is_found(read: bool) -> None:
+    """wandb logs what has a class of a name like ``torch.Tensor``; ``nn.Parameter`` takes no subclass of ours."""
+    optimizer, params = make()
+    set_gradients(params, 0)
+    norm = clip_next_step(optimizer, NORM)
+    if read:
+        norm.item()
+        assert type(norm) is torch.Tensor
+    optimizer.step()
+    assert type(norm) is torch.Tensor and not vars(norm)
+    assert norm == optimizer.last_step.grad_norm
+
+
 def test_its_memory_holds_the_norm_when_that_is_found_and_no_other_number_before() -> None:
     """torch.distributed's collectives read and write it, and ask no subclass."""
     optimizer, params = make()

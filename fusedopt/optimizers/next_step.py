@@ -177,19 +177,21 @@ def first_gradient(optimizer: Any) -> Tensor | None:
 class NormOfStep(Tensor):
     """The norm that the next step finds: a 0-dim tensor for whoever does something with it.
 
-    Collectives ask no subclass and read the memory: NaN, until the norm is found.
+    Once found, it is a plain tensor. Until then its memory is NaN, which is what those see who do not ask a subclass:
+    collectives, and ``torch.tensor(norm)``.
     """
 
     _of: NextStep
-    _found: Tensor | None = None
 
     def found(self) -> Tensor:
-        """The norm as a plain tensor, always the same; the report of the step has its own."""
-        if self._found is None:
-            found = self._found = self._of.find_norm().clone()
-            with torch._C.DisableTorchFunctionSubclass():
-                self.data = found
-        return self._found
+        """The norm. This becomes a plain tensor; the report of the step has its own."""
+        found = self._of.find_norm().clone()
+        with torch._C.DisableTorchFunctionSubclass():
+            self.data = found
+        self._of._shown = None
+        del self._of
+        self.__class__ = Tensor  # type: ignore[assignment]  # some go by the name of the class, such as wandb
+        return self
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
