@@ -114,7 +114,7 @@ class FusedAcceleratedOptimizer(_optimizer.AcceleratedOptimizer):
     @property
     def step_was_skipped(self) -> bool:
         """Whether the last step was skipped because of an overflow. On a GPU this waits for the step."""
-        if self._is_overflow or self.scaler is None:
+        if self._is_overflow or self.scaler is None or not isinstance(self.optimizer, FusedOptimizer):
             return bool(self._is_overflow)
         report = self.optimizer.last_step
         return report is not None and report.found_inf is not None and bool(report.found_inf)

@@ -728,6 +728,13 @@ class TestUndoing:
         run.accelerator.clip_grad_norm_([], 1.0)
 
 
+def test_another_optimizer_put_into_the_wrapper_says_itself_whether_it_was_skipped() -> None:
+    run = Run(True, "fp16")
+    run.optimizer.__setstate__({"optimizer": fusedopt.unfuse(run.inner)})
+    run.train(range(OVERFLOW + 2), CLIPS["norm"])
+    assert run.skipped == [step == OVERFLOW for step in range(OVERFLOW + 2)]
+
+
 class TestScalers:
     def test_one_of_the_users_own_unscales_as_it_does(self) -> None:
         class Mine(torch.amp.GradScaler):
