@@ -104,6 +104,20 @@ def test_the_norm_is_a_tensor_like_any_other() -> None:
     assert optimizer.last_step.grad_norm == want != 0
 
 
+@pytest.mark.parametrize("read", [True, False])
+def test_it_is_a_plain_tensor_as_soon_as_it_is_found(read: bool) -> None:
+    """wandb logs what has a class of a name like ``torch.Tensor``; ``nn.Parameter`` takes no subclass of ours."""
+    optimizer, params = make()
+    set_gradients(params, 0)
+    norm = clip_next_step(optimizer, NORM)
+    if read:
+        norm.item()
+        assert type(norm) is torch.Tensor
+    optimizer.step()
+    assert type(norm) is torch.Tensor and not vars(norm)
+    assert norm == optimizer.last_step.grad_norm
+
+
 def test_its_memory_holds_the_norm_when_that_is_found_and_no_other_number_before() -> None:
     """torch.distributed's collectives read and write it, and ask no subclass."""
     optimizer, params = make()
@@ -313,13 +327,14 @@ class TestWithoutAStep:
         stock.step(0, NORM)
         assert_same(params, stock.params)
 
-    def test_gradients_that_were_written_to_are_refused(self) -> None:
+    @pytest.mark.parametrize("i", [0, -1], ids=["first", "last"])
+    def test_gradients_that_were_written_to_are_refused(self, i: int) -> None:
         optimizer, params = make()
         set_gradients(params, 0)
         optimizer.step()
         before = bits(params), state_bits(optimizer)
         clip_next_step(optimizer, NORM)
-        params[0].grad.add_(1.0)
+        params[i].grad.add_(1.0)
         with pytest.raises(RuntimeError, match="FusedAdamW is to clip gradients that somebody has written to"):
             optimizer.step()
         with pytest.raises(RuntimeError, match="written to"):
@@ -330,18 +345,32 @@ class TestWithoutAStep:
         optimizer.step()
         assert (bits(params), state_bits(optimizer)) != before
 
+    @pytest.mark.parametrize("i", [0, -1], ids=["first", "last"])
+    @pytest.mark.parametrize("there", [True, False])
+    def test_a_gradient_that_was_replaced_is_refused(self, i: int, there: bool) -> None:
+        """As where the last layer is not trained for a while, and loses its gradient after the clipping."""
+        optimizer, params = make()
+        set_gradients(params, 0)
+        clip_next_step(optimizer, NORM)
+        before = bits(params)
+        params[i].grad = torch.ones_like(params[i]) if there else None
+        for call in (optimizer.step, lambda: clip_next_step(optimizer, NORM)):
+            with pytest.raises(RuntimeError, match="FusedAdamW was told to clip other gradients than it has now"):
+                call()
+        assert bits(params) == before
+
     def test_a_failed_step_is_clipped_when_it_is_made_again(self) -> None:
         optimizer, params = make()
         stock = Stock()
         set_gradients(params, 0)
         norm = clip_next_step(optimizer, NORM)
-        shape, params[4].grad = params[4].grad, None
-        params[4].data, whole = params[4].data[:3], params[4].data
-        params[4].grad = shape[:3].clone()
-        params[4].data = whole
+        shape, params[1].grad = params[1].grad, None
+        params[1].data, whole = params[1].data[:2], params[1].data
+        params[1].grad = shape[:2].clone()
+        params[1].data = whole
         with pytest.raises(RuntimeError, match="shape"):
             optimizer.step()
-        params[4].grad = shape
+        params[1].grad = shape
         optimizer.step()
         (want,) = stock.step(0, NORM)
         torch.testing.assert_close(norm.clone(), want)

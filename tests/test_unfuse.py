@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from typing import Any
 
 import pytest
@@ -197,6 +198,14 @@ def test_schedulers_follow_through_a_loaded_state_dict() -> None:
             scheduler.step()
             rate /= 2
             assert optimizer.param_groups[0]["lr"] == rate
+
+
+def test_nothing_follows_for_optimizers_that_nobody_has() -> None:
+    optimizer: Any = torch.optim.AdamW(parameters([(3,)]))
+    for _ in range(3):
+        optimizer = fusedopt.unfuse(fusedopt.fuse(optimizer))
+    gc.collect()
+    assert not optimizer._optimizer_load_state_dict_post_hooks
 
 
 class Mine(fusedopt.FusedAdamW):

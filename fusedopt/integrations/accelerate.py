@@ -96,15 +96,19 @@ class FusedAcceleratedOptimizer(_optimizer.AcceleratedOptimizer):
         scaler: the loss scaler of the accelerator, or None.
     """
 
-    #: What the scaler knew when the accelerator unscaled these gradients.
-    _unscaled: Any = None
+    #: What the scaler knew when the accelerator unscaled the gradients, and which these were.
+    _unscaled: tuple[Any, weakref.ref[Tensor], int] | None = None
 
     def step(self, closure: Any = None) -> None:
         """As ``AcceleratedOptimizer.step``."""
         # A scheduler keeps this function, and calls it when the class is accelerate's again.
-        record = self.__dict__.pop("_unscaled", None) if self.gradient_state.sync_gradients else None
-        if record is not None and record["stage"] is OptState.UNSCALED:
-            self.scaler._per_optimizer_states.setdefault(id(self.optimizer), record)
+        known = self.__dict__.pop("_unscaled", None) if self.gradient_state.sync_gradients else None
+        if known is not None:
+            record, seen, version = known
+            grad = first_gradient(self.optimizer)
+            unchanged = grad is not None and grad is seen() and grad._version == version
+            if unchanged and record["stage"] is OptState.UNSCALED:
+                self.scaler._per_optimizer_states.setdefault(id(self.optimizer), record)
         _optimizer.AcceleratedOptimizer.step(self, closure)
 
     def zero_grad(self, set_to_none: Any = None) -> None:
@@ -115,7 +119,7 @@ class FusedAcceleratedOptimizer(_optimizer.AcceleratedOptimizer):
     @property
     def step_was_skipped(self) -> bool:
         """Whether the last step was skipped because of an overflow. On a GPU this waits for the step."""
-        if self._is_overflow or self.scaler is None:
+        if self._is_overflow or self.scaler is None or not isinstance(self.optimizer, FusedOptimizer):
             return bool(self._is_overflow)
         report = self.optimizer.last_step
         return report is not None and report.found_inf is not None and bool(report.found_inf)
@@ -176,9 +180,7 @@ class _Replaced:
             optimizer = [optimizer]
         self._clip_now(optimizer)
         self._stock["unscale_gradients"](optimizer)
-        for outer in optimizer:
-            if isinstance(outer, FusedAcceleratedOptimizer) and outer.scaler is not None:
-                outer._unscaled = outer.scaler._per_optimizer_states.get(id(outer.optimizer))
+        self._note_unscaled(optimizer)
 
     def clip_grad_norm_(self, parameters: Any, max_norm: Any, norm_type: Any = 2) -> Any:
         """As ``Accelerator.clip_grad_norm_``; with ``max_norm=inf`` it only reports the norm."""
@@ -243,6 +245,17 @@ class _Replaced:
             return self._stock[name](parameters, *args)
         finally:
             self._touched = None
+            self._note_unscaled(touched)
+
+    def _note_unscaled(self, outers: Iterable[Any]) -> None:
+        """Note which gradients the scaler has unscaled, see FusedAcceleratedOptimizer."""
+        for outer in outers:
+            if isinstance(outer, FusedAcceleratedOptimizer) and outer.scaler is not None:
+                record = outer.scaler._per_optimizer_states.get(id(outer.optimizer))
+                grad = first_gradient(outer.optimizer)
+                outer._unscaled = None
+                if record is not None and grad is not None:
+                    outer._unscaled = record, weakref.ref(grad), grad._version
 
     def _clip_now(self, outers: Iterable[Any]) -> None:
         """Clip what the next step was to clip, before somebody else reads or writes these gradients, if it is any."""

@@ -54,7 +54,7 @@ def register() -> None:
 
 
 def unregister() -> None:
-    """Undo :func:`register`: timm knows the names no more. Optimizers that were made stay as they are."""
+    """Undo :func:`register`: timm no longer knows the names. Existing optimizers stay as they are."""
     for name in _OPTIMIZERS:
         if name in _factory.default_registry.list_optimizers() and _is_ours(name):
             del _factory.default_registry._optimizers[name]

@@ -77,13 +77,13 @@ def follow(optimizer: torch.optim.Optimizer, twin: torch.optim.Optimizer) -> Non
     twin._optimizer_step_pre_hooks = optimizer._optimizer_step_pre_hooks
     twin._optimizer_step_post_hooks = optimizer._optimizer_step_post_hooks
     twin._optimizer_load_state_dict_post_hooks = optimizer._optimizer_load_state_dict_post_hooks
-    former = weakref.ref(optimizer)
+    former = weakref.ref(optimizer, lambda _: handle.remove())
 
     def hand_groups_on(loaded: torch.optim.Optimizer) -> None:
         if (held := former()) is not None:
             held.param_groups = loaded.param_groups
 
-    twin.register_load_state_dict_post_hook(hand_groups_on)
+    handle = twin.register_load_state_dict_post_hook(hand_groups_on)
     if hasattr(optimizer.step, "_wrapped_by_lr_sched"):
         # The twin's steps are not seen by a scheduler that watches optimizer.step; spare its warning.
         optimizer._opt_called = True  # type: ignore[attr-defined]

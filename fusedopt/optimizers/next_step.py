@@ -31,7 +31,8 @@ __all__ = ["NextStep", "NormOfStep", "clip_next_step"]
 #   of its own, with which the step is spared another.
 # - Clipping for the second time: the first is done then, on the gradients.
 # - No step: zero_grad() of the optimizer drops what was asked for.
-# - Gradients that were written to or replaced, as by another backward pass: the step raises. It looks at the first one.
+# - Gradients that were written to or replaced, as by another backward pass: the step raises. It looks at the first and
+#   the last one. To look at all of them would take longer than the step.
 
 
 class NextStep:
@@ -49,23 +50,24 @@ class NextStep:
         self.scale = scale
         self.norm: Tensor | None = None
         self._shown: weakref.ref[NormOfStep] | None = None
-        grad = first_gradient(optimizer)
-        self._grad = None if grad is None else weakref.ref(grad)
-        self._version = 0 if grad is None else grad._version
+        self._seen = [(weakref.ref(grad), grad._version) for grad in outermost_gradients(optimizer)]
 
     def still_wanted(self) -> bool:
         """Whether the gradients are those that were to be clipped.
 
         Raises:
-            RuntimeError: they are, and somebody has written to them.
+            RuntimeError: some are and others are not, or somebody has written to them.
         """
         optimizer = self.optimizer()
-        grad = None if optimizer is None else first_gradient(optimizer)
-        if grad is None or self._grad is None:
-            return grad is None and self._grad is None
-        if self._grad() is not grad:
+        grads = outermost_gradients(optimizer)
+        if not grads or not self._seen:
+            return len(grads) == len(self._seen)
+        same = [seen() is grad for (seen, _), grad in zip(self._seen, grads, strict=True)]
+        if not any(same):
             return False
-        if grad._version != self._version:
+        if not all(same):
+            raise RuntimeError(self._of_others())
+        if any(grad._version != version for (_, version), grad in zip(self._seen, grads, strict=True)):
             raise RuntimeError(
                 f"{type(optimizer).__name__} is to clip gradients that somebody has written to since it was told to, "
                 "so they would be clipped to something else; expected the step right after the clipping, and every "
@@ -81,13 +83,15 @@ class NextStep:
         """
         if self.still_wanted():
             return True
-        optimizer = self.optimizer()
-        if optimizer is not None and first_gradient(optimizer) is not None:
-            raise RuntimeError(
-                f"{type(optimizer).__name__} was told to clip other gradients than it has now; expected the step right "
-                "after the clipping, or zero_grad() of the optimizer where no step follows on it"
-            )
+        if outermost_gradients(self.optimizer()):
+            raise RuntimeError(self._of_others())
         return False
+
+    def _of_others(self) -> str:
+        return (
+            f"{type(self.optimizer()).__name__} was told to clip other gradients than it has now; expected the step "
+            "right after the clipping, or zero_grad() of the optimizer where no step follows on it"
+        )
 
     def find_norm(self) -> Tensor:
         """The norm before the step. Raises RuntimeError where that cannot be."""
@@ -119,8 +123,7 @@ class NextStep:
     def unscaled(self) -> None:
         """The gradients were divided by the scale, by somebody who had asked ``still_wanted()`` before."""
         self.scale = None
-        grad = None if (optimizer := self.optimizer()) is None else first_gradient(optimizer)
-        self._version = 0 if grad is None else grad._version
+        self._seen = [(weakref.ref(grad), grad._version) for grad in outermost_gradients(self.optimizer())]
 
     def clip_now(self) -> None:
         """Do to the gradients what the step was to do to them, but do not divide them by the scale."""
@@ -174,22 +177,36 @@ def first_gradient(optimizer: Any) -> Tensor | None:
     return None
 
 
+def outermost_gradients(optimizer: Any) -> tuple[Tensor, ...]:
+    """The first and the last gradient, which may be the same; () without any, or without an optimizer."""
+    first = None if optimizer is None else first_gradient(optimizer)
+    if first is None:
+        return ()
+    for group in reversed(optimizer.param_groups):
+        for param in reversed(group["params"]):
+            if param.grad is not None:
+                return first, param.grad
+    return first, first
+
+
 class NormOfStep(Tensor):
     """The norm that the next step finds: a 0-dim tensor for whoever does something with it.
 
-    Collectives ask no subclass and read the memory: NaN, until the norm is found.
+    Once found, it is a plain tensor. Until then its memory is NaN, which is what those see who do not ask a subclass:
+    collectives, and ``torch.tensor(norm)``.
     """
 
     _of: NextStep
-    _found: Tensor | None = None
 
     def found(self) -> Tensor:
-        """The norm as a plain tensor, always the same; the report of the step has its own."""
-        if self._found is None:
-            found = self._found = self._of.find_norm().clone()
-            with torch._C.DisableTorchFunctionSubclass():
-                self.data = found
-        return self._found
+        """The norm. This becomes a plain tensor; the report of the step has its own."""
+        found = self._of.find_norm().clone()
+        with torch._C.DisableTorchFunctionSubclass():
+            self.data = found
+        self._of._shown = None
+        del self._of
+        self.__class__ = Tensor  # type: ignore[assignment]  # some go by the name of the class, such as wandb
+        return self
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -505,6 +505,27 @@ class TestTwoOptimizers:
 
         assert_same(run([fused_adamw, fused_adamw]), run(BOTH_STOCK))
 
+    @pytest.mark.parametrize("had_gradients", [False, True])
+    @pytest.mark.parametrize("clip", [True, False])
+    def test_gradients_that_come_after_the_unscaling(self, had_gradients: bool, clip: bool) -> None:
+        """They are not taken for unscaled: not where there were none, nor where the model has thrown others away."""
+
+        def run(kinds: list[Any]) -> Two:
+            run = Two(kinds, "fp16")
+            first, last = run.model[0], run.model[2]
+            for step in range(4):
+                inputs = first(batch_of(step))
+                run.accelerator.backward(last(inputs if had_gradients else inputs.detach()).square().mean())
+                clip_whole(run) if clip else run.accelerator.unscale_gradients()
+                run.optimizers[1].step()
+                run.model.zero_grad()
+                run.accelerator.backward(last(first(batch_of(step))).square().mean())
+                run.optimizers[0].step()
+                run.model.zero_grad()
+            return run
+
+        assert_same(run([fused_adamw, fused_adamw]), run(BOTH_STOCK))
+
     @pytest.mark.parametrize("other", [fused_adamw, stock_adamw])
     @pytest.mark.parametrize("last", [False, True])
     def test_over_the_same_parameters(self, other: Any, last: bool) -> None:
@@ -705,6 +726,13 @@ class TestUndoing:
         run = Run(True).train(range(2), CLIPS["norm"])
         assert run.accelerator.free_memory(run.model, run.optimizer) == [None, None]
         run.accelerator.clip_grad_norm_([], 1.0)
+
+
+def test_another_optimizer_put_into_the_wrapper_says_itself_whether_it_was_skipped() -> None:
+    run = Run(True, "fp16")
+    run.optimizer.__setstate__({"optimizer": fusedopt.unfuse(run.inner)})
+    run.train(range(OVERFLOW + 2), CLIPS["norm"])
+    assert run.skipped == [step == OVERFLOW for step in range(OVERFLOW + 2)]
 
 
 class TestScalers:
