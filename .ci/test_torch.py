@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parents[1]
 TOOLS = (
     *("setuptools>=77", "wheel", "cmake>=3.18", "ninja"),
     *("numpy", "pytest", "pytest-xdist", "pytest-benchmark", "hypothesis", "tomli; python_version < '3.11'"),
-    *("PyYAML", "safetensors", "rich", "scikit-learn"),
+    *("PyYAML", "safetensors", "rich", "scikit-learn", "matplotlib"),
 )
 #: What a copy of the sources leaves out: what is made, at the top or anywhere.
 MADE = {".git", ".venv", "build", "dist", "work_dirs"}

@@ -25,7 +25,11 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
     pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning"),
     pytest.mark.filterwarnings("ignore:.*single process.*:UserWarning"),
+    pytest.mark.filterwarnings("ignore:TypedStorage is deprecated:UserWarning"),  # torch 2.8 uses it itself
 ]
+
+#: Before, ``set_optimizer_state_dict`` of torch itself fails with a KeyError if an entry is missing.
+TAKES_FEWER_ENTRIES = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 9)
 
 KINDS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
     "sgd": (fusedopt.FusedSGD, torch.optim.SGD, {"lr": 0.1}),
@@ -207,6 +211,7 @@ def options_for(flat: bool) -> Any:
     return state_dict.StateDictOptions(flatten_optimizer_state_dict=flat)
 
 
+@pytest.mark.skipif(not TAKES_FEWER_ENTRIES, reason="torch 2.8 needs an entry for each parameter")
 @each_way[0]
 @pytest.mark.parametrize("kind", ["sgd-momentum", "adam"])
 def test_a_parameter_that_has_not_stepped_yet(kind: str, flat: bool) -> None:
@@ -243,7 +248,9 @@ def test_half_an_entry_is_an_error(kind: str) -> None:
         load(saved)
     if "adam" in kind:
         del saved["optim"][f"state.first.weight.{key}"]
-        with pytest.raises(ValueError, match=rf"loaded state '{key}' of parameter .* is \{{\}}; expected a tensor"):
+        ours_refuses = rf"loaded state '{key}' of parameter .* is \{{\}}; expected a tensor"
+        error, message = (ValueError, ours_refuses) if TAKES_FEWER_ENTRIES else (KeyError, key)
+        with pytest.raises(error, match=message):
             load(saved)
     after = [
         {name: value.tolist() for name, value in whole_state(resumed[1], p).items()} for p in resumed[0].trainable()
