@@ -137,6 +137,13 @@ class TestForms:
                 assert all((REPOSITORY / file).is_file() for file in re.findall(r"\.ci/\w+(?:\.py)?", commands)), path
 
 
+@pytest.mark.parametrize("page", ["CODE_OF_CONDUCT", "RELEASE", "SECURITY", "examples/README"])
+def test_links_lead_to_files_that_there_are(page: str) -> None:
+    path = REPOSITORY / f"{page}.md"
+    for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", path.read_text()):
+        assert target.startswith("https://") or (path.parent / target).exists(), target
+
+
 class TestTorch:
     """``make test-torch``, up to where it would install."""
 
