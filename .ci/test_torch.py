@@ -154,18 +154,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     minor = ".".join(version.split(".")[:2])
     folder = arguments.folder.resolve() / f"torch-{arguments.torch}-python-{minor}"
     folder.mkdir(parents=True, exist_ok=True)
-    torch, counts = arguments.torch, None
+    torch, counts, tested = arguments.torch, None, commit()
     try:
         here = install(folder, arguments.python, arguments.torch)
         torch = output(here, "-c", "import torch; print(torch.__version__)")
         if not torch:
             raise Failure("torch is installed but does not import")
+        tested = commit()  # the checkout may change while the tests of the copy run
         counts = test(folder, here, rest)
         outcome = str(counts)
     except Failure as failure:
         torch, outcome = torch or arguments.torch, str(failure)
     day = datetime.datetime.now(datetime.timezone.utc).date()
-    print(f"| {torch} | {version} | {outcome} | {day} | `{commit()}` |")
+    print(f"| {torch} | {version} | {outcome} | {day} | `{tested}` |")
     return 0 if counts is not None and counts.passed and not counts.failed else 1
 
 
