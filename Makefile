@@ -14,6 +14,11 @@ PYTEST := pytest -n auto --dist worksteal
 SMOKE := $(addprefix tests/test_,steps.py layouts.py clipping.py amp.py plan.py loading.py torch_parity.py bad_input.py \
 	wrappers.py constructors.py builder.py registry.py schedulers.py averaging.py config.py package.py)
 
+# What `make test-torch` adds: what of torch changes most from release to release.
+CORE := $(SMOKE) $(addprefix tests/test_,compile.py dcp.py sharded.py distributed.py next_step.py unfuse.py \
+	schedulers_torch.py reading.py portable.py engine_runner.py engine_resume.py cli.py)
+VERSIONS ?= build/versions
+
 # Where the benchmarks' figures go.
 BENCH_OUT ?= work_dirs/bench
 BENCH := pytest benchmarks --benchmark-enable --benchmark-quiet -q --benchmark-json=$(BENCH_OUT)/bench.json
@@ -28,7 +33,7 @@ ONEDL := $(VENV)/onedl
 TORCHVISION := $(VENV)/torchvision
 TRAINER_ENV := FUSEDOPT_ONEDL=$(abspath $(ONEDL)) FUSEDOPT_TORCHVISION=$(abspath $(TORCHVISION))
 
-.PHONY: setup demo test test-trainers smoke test-full test-ptx lint format bench bench-full bench-gate measure results sanitize clean
+.PHONY: setup demo test test-trainers test-torch smoke test-full test-ptx lint format bench bench-full bench-gate measure results sanitize clean
 
 setup: $(VENV)/.built
 
@@ -65,6 +70,12 @@ test: setup
 # Under Lightning, Fabric, accelerate, the transformers Trainer, timm and onedl-mmengine, which it installs.
 test-trainers: setup $(VENV)/.trainers
 	$(TEST_ENV) $(TRAINER_ENV) $(PYTEST) tests/trainers
+
+# The core tests under another torch: make test-torch TORCH=2.11 PYTHON=python3.12. docs/versions.md.
+test-torch:
+	@test -n "$(TORCH)" || { echo "Which torch? For example: make test-torch TORCH=2.11 PYTHON=python3.12"; exit 2; }
+	@$(PYTHON) .ci/test_torch.py --torch $(TORCH) --python $(PYTHON) --folder $(VERSIONS) \
+		-n auto --dist worksteal -q -m 'not slow' --cover values $(CORE)
 
 # A minute's look: each value once, and nothing slow.
 smoke: setup

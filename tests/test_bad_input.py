@@ -150,7 +150,7 @@ def test_a_parameter_no_kernel_can_update(cls: Any, param: Any, message: str) ->
 def test_dtensors_that_are_not_added_up_are_refused_by_name() -> None:
     from torch.distributed import destroy_process_group, init_process_group
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.tensor import DTensor, Partial, distribute_tensor
+    from torch.distributed.tensor import DTensor, Partial, Replicate, distribute_tensor
 
     init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
     try:
@@ -162,7 +162,7 @@ def test_dtensors_that_are_not_added_up_are_refused_by_name() -> None:
             fusedopt.FusedAdamW([("w", param)])
         param = nn.Parameter(distribute_tensor(torch.ones(4), mesh))
         fusedopt.FusedAdamW([("w", param)])
-        param = nn.Parameter(distribute_tensor(torch.ones(4, dtype=torch.complex64), mesh))
+        param = nn.Parameter(DTensor.from_local(torch.ones(4, dtype=torch.complex64), mesh, [Replicate()]))
         with pytest.raises(TypeError, match=r"'w'.*is complex"):
             fusedopt.FusedAdamW([("w", param)])
     finally:

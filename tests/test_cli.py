@@ -14,7 +14,10 @@ from pathlib import Path
 import pytest
 import torch
 
+import fusedopt
+from examples.digits import DigitsDataset, DigitsResNet
 from fusedopt.cli import main
+from fusedopt.cli.main import _build_parser as build_parser
 from fusedopt.training.registry import MODELS
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -65,12 +68,25 @@ class TestHelp:
         assert "compare" in done.stdout
         assert "info" in done.stdout
 
-    @pytest.mark.parametrize("command", ["train", "compare", "plot-schedule", "bench", "info"])
-    def test_each_command_has_help(self, capsys, command):
+    @pytest.mark.parametrize("command", ["", "train", "test", "compare", "plot-schedule", "convert", "bench", "info"])
+    def test_each_command_has_help_with_examples_that_parse(self, capsys, command):
         with pytest.raises(SystemExit) as exit:
-            main([command, "--help"])
+            main([*command.split(), "--help"])
         assert exit.value.code == 0
-        assert f"usage: fusedopt {command}" in capsys.readouterr().out
+        text, _, examples = capsys.readouterr().out.partition("\n\nexamples:\n")
+        assert f"usage: fusedopt {command}" in text
+        shown = [line.partition("fusedopt ")[2] for line in examples.splitlines()]
+        assert shown and all(line.startswith(command) for line in shown)
+        for line in shown:
+            configs = [word for word in shlex.split(line) if word.startswith("configs/")]
+            assert all((CONFIGS.parent / name).is_file() for name in configs), line
+            build_parser().parse_args(shlex.split(line))
+
+    def test_the_version(self, capsys):
+        with pytest.raises(SystemExit) as exit:
+            main(["--version"])
+        assert exit.value.code == 0
+        assert capsys.readouterr().out == f"fusedopt {fusedopt.__version__}\n"
 
 
 def test_info_prints_what_info_returns(capsys, monkeypatch):
@@ -238,6 +254,66 @@ class TestTrain:
         assert saved["meta"]["iter"] == 1438 // 2 // 128 and len(saved["processes"]) == 2
 
 
+class TestTest:
+    """``fusedopt test``."""
+
+    @pytest.fixture
+    def trained(self, config, tmp_path, capsys):
+        """A checkpoint of the config's model, with weights that a test would not find by itself."""
+        needs_demo_extra()
+        torch.manual_seed(1)
+        torch.save({"state_dict": DigitsResNet(channels=(4, 8)).state_dict()}, tmp_path / "trained.pth")
+        return tmp_path / "trained.pth"
+
+    def test_prints_the_metrics_of_the_checkpoint(self, config, trained, tmp_path, capsys):
+        options = ["--work-dir", str(tmp_path / "out"), "--cfg-options", "log_level=WARNING"]
+        assert main(["test", str(config), str(trained), *options, "test_dataloader.batch_size=100"]) == 0
+        model = DigitsResNet(channels=(4, 8)).eval()
+        model.load_state_dict(torch.load(trained)["state_dict"])
+        data = DigitsDataset("val").digits
+        with torch.no_grad():
+            right = (model(data.images).argmax(1) == data.labels).double().mean()
+        lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+        assert [name for name, _ in lines] == ["accuracy", "loss"]
+        assert float(lines[0][1]) == pytest.approx(right.item(), abs=1e-12)
+
+    def test_saves_under_work_dirs_by_default_and_needs_nothing_to_train_with(
+        self, config, trained, tmp_path, monkeypatch
+    ):
+        gone = "train_dataloader = dict(dataset=dict(type='Gone'))\noptim_wrapper = dict(type='Gone')\n"
+        config.write_text(VALID + gone + "load_from = 'gone.pth'\nresume = True\n")
+        monkeypatch.chdir(tmp_path)
+        assert main(["test", "config.py", str(trained)]) == 0
+        assert next((tmp_path / "work_dirs" / "config").glob("*.log"))
+
+    def test_weights_that_are_missing_are_a_mistake(self, config, trained, tmp_path, capsys):
+        weights = torch.load(trained)["state_dict"]
+        del weights["head.bias"]
+        torch.save(weights, trained)
+        assert main(["test", str(config), str(trained), "--work-dir", str(tmp_path / "out")]) == 2
+        error = capsys.readouterr().err
+        assert error == f"fusedopt: {trained} does not fit the model: it lacks head.bias\n"
+
+    def test_a_checkpoint_that_is_not_there(self, config, tmp_path, capsys):
+        needs_demo_extra()
+        assert main(["test", str(config), str(tmp_path / "no.pth"), "--work-dir", str(tmp_path / "out")]) == 2
+        assert capsys.readouterr().err == f"fusedopt: {tmp_path / 'no.pth'}: there is no such checkpoint\n"
+
+    def test_mistakes(self, config, tmp_path, capsys, monkeypatch):
+        needs_demo_extra()
+        monkeypatch.delenv("RANK", raising=False)
+        assert "CHECKPOINT" in mistake(capsys, "test", config)
+        error = mistake(capsys, "test", config, "a.pth", "--launcher", "pytorch")
+        assert f"fusedopt test {config} a.pth --launcher pytorch" in error
+        work_dir = ("--work-dir", tmp_path / "out")
+        for option, message in (
+            ("test_dataloader=None", f"{config}: there is nothing to test: set test_dataloader"),
+            ("test_evaluator.type=Gone", "test_evaluator.type: 'Gone' is not in the metric registry"),
+            ("test_cfg=None", "test_cfg"),
+        ):
+            assert message in mistake(capsys, "test", config, "a.pth", *work_dir, "--cfg-options", option)
+
+
 class TestPlotSchedule:
     def test_saves_a_picture(self, config, tmp_path, capsys):
         needs_demo_extra()
@@ -333,11 +409,12 @@ class TestMistakes:
         assert str(config) in error
         assert message in error
 
-    @pytest.mark.parametrize("command", ["train", "compare", "plot-schedule"])
+    @pytest.mark.parametrize("command", ["train", "test", "compare", "plot-schedule"])
     def test_missing_config_leaves_nothing_behind(self, tmp_path, monkeypatch, capsys, command):
         needs_demo_extra()
         monkeypatch.chdir(tmp_path)
-        assert "nowhere.py: cannot read the config file: No such file" in mistake(capsys, command, "nowhere.py")
+        arguments = ["nowhere.py", "nowhere.pth"][: 2 if command == "test" else 1]
+        assert "nowhere.py: cannot read the config file: No such file" in mistake(capsys, command, *arguments)
         assert list(tmp_path.iterdir()) == []
 
     @pytest.mark.parametrize(
@@ -475,7 +552,11 @@ def test_the_commands_in_the_docs_run(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     torch.set_num_threads(1)
     for line in commands.splitlines():
-        shorter = line.replace("max_epochs=5", "max_epochs=1").replace("--epochs 2", "--epochs 1 --threads 1")
+        shorter = (
+            line.replace("max_epochs=5", "max_epochs=1")
+            .replace("epoch_5", "epoch_2")
+            .replace("--epochs 2", "--epochs 1 --threads 1")
+        )
         if line.endswith("--resume"):
             shorter += " --cfg-options train_cfg.max_epochs=2"
         assert main(shlex.split(shorter)[1:]) == 0, line

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -25,6 +26,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
     pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning"),
     pytest.mark.filterwarnings("ignore:.*single process.*:UserWarning"),
+    pytest.mark.filterwarnings("ignore:TypedStorage is deprecated:UserWarning"),  # torch 2.8 uses it itself
 ]
 
 KINDS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
@@ -45,6 +47,20 @@ class Model(nn.Module):
 
     def trainable(self) -> list[nn.Parameter]:
         return [param for param in self.parameters() if param.requires_grad]
+
+
+@functools.cache
+def takes_fewer_entries() -> bool:
+    """Whether this torch loads a state that lacks a parameter, in 2.8 and 2.9 a KeyError for any optimizer."""
+    model = Model(0)
+    stock = torch.optim.SGD(model.trainable(), lr=0.1, momentum=0.9)
+    saved: Any = state_dict.get_optimizer_state_dict(model, stock)
+    del saved["state"]["second.bias"]
+    try:
+        state_dict.set_optimizer_state_dict(model, stock, saved, options=state_dict.StateDictOptions(strict=False))
+    except KeyError:
+        return False
+    return True
 
 
 def both_functions(model: nn.Module, optimizer: Any, options: Any) -> tuple[dict[str, Any], Callable[[Any], Any]]:
@@ -211,6 +227,8 @@ def options_for(flat: bool) -> Any:
 @pytest.mark.parametrize("kind", ["sgd-momentum", "adam"])
 def test_a_parameter_that_has_not_stepped_yet(kind: str, flat: bool) -> None:
     """Trainable, without a gradient so far: no entry, which the flat form makes one of empty dicts."""
+    if not takes_fewer_entries():
+        pytest.skip("this torch's set_optimizer_state_dict needs an entry for each parameter")
     ours = make(kind, 0)
     for seed in range(2):
         set_gradients(ours[0].trainable(), seed)
@@ -243,7 +261,9 @@ def test_half_an_entry_is_an_error(kind: str) -> None:
         load(saved)
     if "adam" in kind:
         del saved["optim"][f"state.first.weight.{key}"]
-        with pytest.raises(ValueError, match=rf"loaded state '{key}' of parameter .* is \{{\}}; expected a tensor"):
+        ours_refuses = rf"loaded state '{key}' of parameter .* is \{{\}}; expected a tensor"
+        error, message = (ValueError, ours_refuses) if takes_fewer_entries() else (KeyError, key)
+        with pytest.raises(error, match=message):
             load(saved)
     after = [
         {name: value.tolist() for name, value in whole_state(resumed[1], p).items()} for p in resumed[0].trainable()

@@ -195,6 +195,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         timeout=300,
     )
     assert result.returncode == 0, result.stdout + result.stderr
+    (folder / "stderr.txt").write_text(result.stderr)
     return folder
 
 
@@ -234,6 +235,10 @@ def test_both_have_the_learning_rates_and_the_metrics_of_the_whole(outcomes, tmp
         assert outcome["lrs"] == alone.lrs and outcome["wrapper"] == "MMDistributedDataParallel"
         assert [metrics["count"] for metrics in outcome["metrics"]] == [21] * 4, "what was loaded twice counts once"
         assert outcome["metrics"] == alone.metrics
+
+
+def test_torch_does_not_warn_of_arguments_that_the_user_has_not_given(folder):
+    assert "broadcast_buffers" not in (folder / "stderr.txt").read_text()
 
 
 def test_one_process_writes(outcomes, folder):

@@ -157,6 +157,14 @@ class TestEnvironment:
         monkeypatch.setitem(sys.modules, "cv2", None)  # not installed
         Runner.from_cfg(config(tmp_path, env_cfg=dict(mp_cfg=dict(opencv_num_threads=0))))
 
+    def test_workers_are_forked_unless_it_says_otherwise(self, tmp_path):
+        """As in MMEngine. Python 3.14 has another default, which imports torch in each worker, for seconds."""
+        for mp_cfg, expected in (({}, "fork"), (dict(mp_start_method="spawn"), "spawn")):
+            cfg = config(tmp_path, env_cfg=dict(mp_cfg=mp_cfg))
+            cfg["train_dataloader"] = {**cfg["train_dataloader"], "num_workers": 1}
+            context = Runner.from_cfg(cfg).train_dataloader.multiprocessing_context
+            assert context.get_start_method() == expected
+
     def test_an_unknown_key(self, tmp_path):
         with pytest.raises(ValueError, match=r"env_cfg\.mp_cfg has the unknown key 'start_method'.*mp_start_method"):
             Runner.from_cfg(config(tmp_path, env_cfg=dict(mp_cfg=dict(start_method="fork"))))

@@ -132,6 +132,16 @@ def test_build_errors_say_what_is_wrong(registry):
         OPTIMIZERS.build(dict(type="FusedAdamW"))
 
 
+def test_a_hint_is_given_once(registry):
+    """Python 3.14 has one of its own."""
+
+    def tool(weight: float = 1.0) -> None:
+        raise TypeError("tool() got an unexpected keyword argument 'wieght'. Did you mean 'weight'?")
+
+    with pytest.raises(TypeError, match=r"tool: .*got an .* 'wieght'; did you mean 'weight'\?$"):
+        registry.build(dict(type=tool, wieght=2.0))
+
+
 def test_check_config_tells_a_trailing_comma_apart():
     check_config("optimizer", dict(type="SGD"))
     with pytest.raises(TypeError, match=r"optimizer is a tuple that holds one dict.*trailing comma.*remove the"):

@@ -128,6 +128,7 @@ def test_every_scheduler_of_torch_is_in_the_list():
     assert known <= set(TORCHS_OWN)
 
 
+@pytest.mark.filterwarnings("ignore:The epoch parameter in `scheduler.step")  # SequentialLR of torch 2.8 passes it
 @pytest.mark.parametrize("wrapped", [False, True], ids=["raw", "wrapped"])
 @pytest.mark.parametrize("kind", OPTIMIZERS)
 @pytest.mark.parametrize("name", TORCHS_OWN)

@@ -278,6 +278,7 @@ def test_closure_runs_with_gradients_and_its_loss_is_returned() -> None:
     assert second < first
 
 
+@pytest.mark.filterwarnings("ignore:The epoch parameter in `scheduler.step")  # SequentialLR of torch 2.8 passes it
 def test_schedulers_drive_the_optimizer_without_warnings() -> None:
     params = parameters(SMALL)
     stock, fused, copies = twins("adamw", params)

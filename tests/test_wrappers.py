@@ -106,6 +106,7 @@ class TestUpdateParams:
         assert wrapper.inner_count == 5
         assert all(param.grad is None for param in model.parameters())
 
+    @pytest.mark.filterwarnings("ignore:Converting a tensor with requires_grad=True")  # LBFGS of torch 2.8
     def test_hands_on_the_arguments_of_step_and_zero_grad(self):
         model = make_model()
         wrapper = OptimWrapper(torch.optim.LBFGS(model.parameters(), max_iter=2))

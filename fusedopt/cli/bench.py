@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from .arguments import UsageError, common, whole_number
+from .arguments import UsageError, common, examples, whole_number
 
 __all__ = ["add", "run"]
 
@@ -19,6 +19,12 @@ def add(commands: Any) -> None:
         description="Time one optimizer step, with loss scaling, clipping and accumulation, on the parameter shapes of "
         "a model. Every contender's result is checked first; then all take turns, round by round. All combinations of "
         "repeated options are run.",
+        epilog=examples(
+            "fusedopt bench",
+            "fusedopt bench --list",
+            "fusedopt bench --workload vit-tiny --grouping one --grouping each --optimizer sgd",
+            "fusedopt bench --contender fusedopt --contender torch-fused --rounds 50 --threads 1",
+        ),
     )
     parser.add_argument(
         "--list", action="store_true", help="list the workloads, recipes, contenders and so on, and exit"

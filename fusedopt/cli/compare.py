@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..messages import require
-from .arguments import TRUSTED, UsageError, configured, whole_number
+from .arguments import TRUSTED, UsageError, configured, examples, whole_number
 from .configs import load_config
 
 __all__ = ["add", "run"]
@@ -24,6 +24,10 @@ def add(commands: Any) -> None:
         "losses drift apart by rounding alone: torch's optimizer, from a start in which one weight is moved by one "
         f"ulp. {TRUSTED} Needs the extra fusedopt[demo]. "
         "Exits with 1 when the losses of torch's optimizer and of the fused twin disagree.",
+        epilog=examples(
+            "fusedopt compare configs/digits_vit.py --epochs 2",
+            "fusedopt compare configs/digits_resnet.py --device cpu --threads 1 --out runs/comparison",
+        ),
     )
     parser.add_argument("--out", metavar="DIR", type=Path, help="output folder (default: work_dirs/<config name>)")
     parser.add_argument(

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..messages import one_line, require, some
 from ..messages.wrapping import bare_name
-from .arguments import UsageError, common
+from .arguments import UsageError, common, examples
 
 __all__ = ["add", "run"]
 
@@ -26,6 +26,10 @@ def add(commands: Any) -> None:
         help="write only the weights of a checkpoint, for torch.load(weights_only=True)",
         description="Write only the weights of a checkpoint, as a state dict that torch.load(weights_only=True) reads, "
         "or as safetensors. Nothing in the checkpoint is run. Prefixes of DataParallel and torch.compile are removed.",
+        epilog=examples(
+            "fusedopt convert last.pth.tar weights.pth",
+            "fusedopt convert work_dirs/digits_vit/epoch_10.pth weights.safetensors",
+        ),
     )
     parser.add_argument(
         "checkpoint",

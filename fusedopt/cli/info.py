@@ -16,7 +16,7 @@ from ..backends.native import load_native_module
 from ..messages import aligned
 from ..rules import RULES
 from ..version import __version__
-from .arguments import common
+from .arguments import common, examples
 
 __all__ = ["add", "info", "run", "self_test", "warm_up"]
 
@@ -117,6 +117,7 @@ def add(commands: Any) -> None:
         parents=[common()],
         help="show versions, devices and backends",
         description="Show versions, devices, and which backends can run here.",
+        epilog=examples("fusedopt info", "fusedopt info --selftest"),
     )
     parser.add_argument(
         "--warmup",

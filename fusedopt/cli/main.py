@@ -11,8 +11,9 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from ..messages import MissingExtraError, one_line
-from . import bench, compare, convert, info, plot_schedule, train
-from .arguments import Parser, UsageError
+from ..version import __version__
+from . import bench, compare, convert, info, plot_schedule, test, train
+from .arguments import Parser, UsageError, examples
 
 __all__ = ["main"]
 
@@ -22,10 +23,12 @@ def _build_parser() -> Parser:
         prog="fusedopt",
         description="Fused SGD, Adam and AdamW for PyTorch.",
         epilog="'fusedopt COMMAND --help' shows help for a command. Exit codes: 0, success; 1, a comparison, benchmark "
-        "or self-test failed; 2, a mistake in the arguments, the config or a checkpoint; 130, interrupted.",
+        "or self-test failed; 2, a mistake in the arguments, the config or a checkpoint; 130, interrupted. "
+        + examples("fusedopt info", "fusedopt train configs/digits_vit.py", "fusedopt compare configs/digits_vit.py"),
     )
+    parser.add_argument("--version", action="version", version=f"fusedopt {__version__}")
     commands = parser.add_subparsers(title="commands", dest="command", metavar="COMMAND")
-    for command in (train, compare, plot_schedule, convert, bench, info):
+    for command in (train, test, compare, plot_schedule, convert, bench, info):
         command.add(commands)
     return parser
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..messages import one_line, require
-from .arguments import TRUSTED, UsageError, configured, whole_number
+from .arguments import TRUSTED, UsageError, configured, examples, whole_number
 from .configs import epoch_length_of, load_config
 
 __all__ = ["add", "run"]
@@ -21,6 +21,10 @@ def add(commands: Any) -> None:
         help="plot the learning rates and other values that the schedulers of a config change",
         description="Run the schedulers of a config without training, and plot every value that they change. "
         f"{TRUSTED} Needs the extra fusedopt[plot].",
+        epilog=examples(
+            "fusedopt plot-schedule configs/digits_resnet_cosine.py -o curve.png",
+            "fusedopt plot-schedule configs/digits_vit.py --epoch-length 100 --log -o curve.svg",
+        ),
     )
     parser.add_argument(
         "-o",

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import os
-from pathlib import Path
 from typing import Any
 
-from .arguments import TRUSTED, UsageError, configured
-from .configs import load_config
+from .arguments import TRUSTED, UsageError, configured, examples, placed
+from .configs import load_config, set_launcher, set_work_dir
 
 __all__ = ["add", "run"]
 
@@ -20,14 +18,15 @@ def add(commands: Any) -> None:
     """Add the command to the parser's ``commands``."""
     parser = commands.add_parser(
         "train",
-        parents=[configured()],
+        parents=[configured(), placed("train")],
         help="train what a config describes",
         description=f"Train what a config describes. {TRUSTED}",
-    )
-    parser.add_argument(
-        "--work-dir",
-        metavar="DIR",
-        help="folder for logs and checkpoints (default: the config's work_dir, else work_dirs/<config name>)",
+        epilog=examples(
+            "fusedopt train configs/digits_vit.py",
+            "fusedopt train configs/digits_vit.py --work-dir runs/first --cfg-options train_cfg.max_epochs=5",
+            "fusedopt train configs/digits_vit.py --work-dir runs/first --resume",
+            "torchrun --nproc-per-node 2 -m fusedopt train configs/digits_vit.py --launcher pytorch",
+        ),
     )
     parser.add_argument("--amp", action="store_true", help="mixed precision: OptimWrapper becomes AmpOptimWrapper")
     parser.add_argument(
@@ -49,12 +48,6 @@ def add(commands: Any) -> None:
         help="with --resume: apply edited settings of optimizers and schedulers, as if they had been set from the "
         "start (default: keep those of the checkpoint)",
     )
-    parser.add_argument(
-        "--launcher",
-        choices=("none", "pytorch"),
-        help="pytorch: for processes started by torchrun, as in torchrun --nproc-per-node 2 -m fusedopt train CONFIG "
-        "--launcher pytorch (default: the config's, else none)",
-    )
     parser.set_defaults(run=run)
 
 
@@ -71,10 +64,7 @@ def run(arguments: argparse.Namespace) -> int:
             config.optim_wrapper = enable_amp(config.get("optim_wrapper", {}))
     if arguments.auto_scale_lr:
         config.auto_scale_lr = {**(config.get("auto_scale_lr") or {}), "enable": True}
-    if arguments.work_dir is not None:
-        config.work_dir = arguments.work_dir
-    if config.get("work_dir") is None:
-        config.work_dir = str(Path("work_dirs") / arguments.config.stem)
+    set_work_dir(config, arguments)
     if arguments.resume is not None:
         config.resume = True
         config.load_from = None if arguments.resume is _NEWEST else arguments.resume
@@ -82,13 +72,7 @@ def run(arguments: argparse.Namespace) -> int:
         if not config.get("resume"):
             raise UsageError("--resume-overrides: there is nothing to resume; give --resume too")
         config.resume_overrides = True
-    if arguments.launcher is not None:
-        config.launcher = arguments.launcher
-    if config.get("launcher") == "pytorch" and "RANK" not in os.environ:
-        raise UsageError(
-            "--launcher pytorch: start the processes with torchrun, as in torchrun --nproc-per-node 2 -m fusedopt "
-            f"train {arguments.config} --launcher pytorch"
-        )
+    set_launcher(config, arguments, "train")
     check_names(config)
     with naming(config):
         runner = Runner.from_cfg(config)

@@ -1,4 +1,4 @@
-"""The handwritten digits of scikit-learn: 1438 images to train on, 359 to validate."""
+"""The handwritten digits of scikit-learn: 1438 images to train on, 359 to validate and to test."""
 
 train_dataloader = dict(
     batch_size=32,
@@ -17,3 +17,6 @@ val_dataloader = dict(
 )
 val_cfg = dict()
 val_evaluator = dict(type="examples.digits.ClassificationMetrics")
+test_dataloader = val_dataloader
+test_cfg = val_cfg
+test_evaluator = val_evaluator

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import abc
 import contextlib
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -148,7 +149,8 @@ class MMDistributedDataParallel(nn.parallel.DistributedDataParallel):
                 f"several processes can only train a BaseModel, whose forward(mode='loss') returns the losses; "
                 f"{type(module).__name__} is not one"
             )
-        super().__init__(module, **kwargs)
+        with _buffers_stay_as_they_are():
+            super().__init__(module, **kwargs)
 
     def train_step(self, data: Any, optim_wrapper: OptimWrapper) -> dict[str, Tensor]:
         """As :meth:`BaseModel.train_step`, with the gradients averaged over all processes."""
@@ -161,6 +163,17 @@ class MMDistributedDataParallel(nn.parallel.DistributedDataParallel):
     def test_step(self, data: Any) -> list[Any]:
         """As :meth:`BaseModel.test_step`."""
         return self.module.test_step(data)
+
+
+@contextlib.contextmanager
+def _buffers_stay_as_they_are() -> Iterator[None]:
+    """Keep quiet torch's warning that ``broadcast_buffers`` has a new name, which came with torch 2.13.
+
+    ``forward_sync_buffers=False`` is not the same: it still copies the buffers of the first process at the start.
+    """
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
+        yield
 
 
 @MODEL_WRAPPERS.register_module()
@@ -185,7 +198,8 @@ class MMSeparateDistributedDataParallel(nn.Module):
         settings = {"broadcast_buffers": broadcast_buffers, "find_unused_parameters": find_unused_parameters, **kwargs}
         for name, part in list(module.named_children()):
             if any(param.requires_grad for param in part.parameters()):
-                module._modules[name] = nn.parallel.DistributedDataParallel(part, **settings)
+                with _buffers_stay_as_they_are():
+                    module._modules[name] = nn.parallel.DistributedDataParallel(part, **settings)
 
     def train_step(self, data: Any, optim_wrapper: OptimWrapper) -> dict[str, Tensor]:
         """The model's, in which each wrapped part averages its gradients over all processes."""

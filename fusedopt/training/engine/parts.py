@@ -83,9 +83,12 @@ def set_environment(settings: Mapping[str, Any]) -> tuple[torch.device, str | No
     if check_flag("env_cfg.cudnn_benchmark", settings.get("cudnn_benchmark") or False):
         torch.backends.cudnn.benchmark = True
     workers = section("env_cfg.mp_cfg", settings.get("mp_cfg"), ("mp_start_method", "opencv_num_threads"))
+    methods = multiprocessing.get_all_start_methods()
     start_method = workers.get("mp_start_method")
-    if start_method not in (None, *multiprocessing.get_all_start_methods()):
-        expected = did_you_mean(str(start_method), multiprocessing.get_all_start_methods())
+    if start_method is None and "fork" in methods:  # MMEngine's default, and Python's before 3.14
+        start_method = "fork"
+    if start_method not in (None, *methods):
+        expected = did_you_mean(str(start_method), methods)
         raise ValueError(f"Invalid env_cfg.mp_cfg.mp_start_method: {start_method!r}; {expected}")
     if "opencv_num_threads" in workers:
         with contextlib.suppress(ImportError):

@@ -79,7 +79,7 @@ class Runner(HasBuilders):
         resume: resume from ``load_from``, or else from the newest checkpoint in ``work_dir``; without one, start from
             the beginning.
         launcher: ``'none'``, or ``'pytorch'`` under ``torchrun``.
-        env_cfg: ``dist_cfg=dict(backend=…)``, ``cudnn_benchmark``, ``mp_cfg=dict(mp_start_method=…)``, and ``device``,
+        env_cfg: ``dist_cfg=dict(backend=…)``, ``cudnn_benchmark``, ``mp_cfg=dict(mp_start_method='fork')``, ``device``,
             by default a GPU if available; ``resource_limit``, the number of files that may be open, and
             ``mp_cfg.opencv_num_threads``.
         log_processor: ``window_size``, the number of iterations over which logged losses are averaged (10), and

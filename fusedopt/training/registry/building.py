@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,9 @@ if TYPE_CHECKING:
     from .registry import Registry
 
 __all__ = ["accepted_arguments", "build_from_cfg", "build_optimizer", "build_scheduler", "check_config"]
+
+#: How Python 3.14 ends its error about an unknown argument; ours knows the arguments of base classes too.
+_PYTHONS_HINT = re.compile(r"\. Did you mean '[^']*'\?$")
 
 
 def check_config(name: str, cfg: Any) -> None:
@@ -74,7 +78,8 @@ def build_from_cfg(
             hint = f"; {did_you_mean(unknown[0], accepted)}" if unknown and accepted else ""
             if any(clause in str(error) for clause in ("did you mean", "expected one of")):  # it has its own hint
                 hint = ""
-            raise TypeError(f"{dotted_name(target)}: {error}{hint}") from error
+            message = _PYTHONS_HINT.sub("", str(error)) if hint else str(error)
+            raise TypeError(f"{dotted_name(target)}: {message}{hint}") from error
 
 
 def build_optimizer(cfg: Mapping[str, Any], *args: Any, registry: Registry, **kwargs: Any) -> Any:

@@ -162,10 +162,15 @@ class TorchParamScheduler(_ParamScheduler):
         refuse_new_groups(self)
 
     def _advance(self) -> None:
+        groups = self.optimizer.param_groups
+        held = [group.get(self.param_name) for group in groups]
         if self._torch is None:
             self._torch = self._make(self._live, self.last_step - 1)
         else:
             self._torch.step()
+        for group, value in zip(groups, held, strict=True):  # torch before 2.9 replaces some tensors by numbers
+            if isinstance(value, Tensor) and group[self.param_name] is not value:
+                group[self.param_name] = value.fill_(group[self.param_name])
         self._make_values_plain()
 
     def _make_values_plain(self) -> None:
