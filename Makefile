@@ -28,7 +28,7 @@ ONEDL := $(VENV)/onedl
 TORCHVISION := $(VENV)/torchvision
 TRAINER_ENV := FUSEDOPT_ONEDL=$(abspath $(ONEDL)) FUSEDOPT_TORCHVISION=$(abspath $(TORCHVISION))
 
-.PHONY: setup demo test test-trainers smoke test-full test-ptx lint format bench bench-full bench-gate measure results sanitize clean
+.PHONY: setup demo test test-trainers smoke test-full test-ptx lint format bench bench-full bench-gate measure results sanitize wheel clean
 
 setup: $(VENV)/.built
 
@@ -130,6 +130,15 @@ sanitize: setup
 		PYTHONPATH=build/sanitize/lib $(TEST_ENV) pytest -q -m 'not slow' -k 'not triton or dtypes_whatever' \
 		tests/test_steps.py tests/test_halves.py tests/test_plan.py tests/test_layouts.py tests/test_clipping.py tests/test_amp.py \
 		tests/test_fuzz.py tests/test_bad_input.py tests/test_cuda*.py tests/test_triton.py tests/test_triton_tuning.py
+
+# One wheel in dist/ for this Python and several torches, which are named by release or by folder. Needs no torch.
+wheel:
+	@test -n "$(TORCHES)" || { echo 'Name the torches that the wheel is to serve: make wheel TORCHES="2.13 2.14"'; exit 2; }
+	@test -x build/wheel/venv/bin/python || $(PYTHON) -m venv build/wheel/venv
+	@build/wheel/venv/bin/python -m pip --disable-pip-version-check install --quiet 'setuptools>=77' 'cmake>=3.18' ninja
+	FUSEDOPT_TORCHES="$(TORCHES)" FUSEDOPT_BUILD_DIR=build/wheel/cmake \
+		build/wheel/venv/bin/python -m pip --disable-pip-version-check wheel --no-build-isolation --no-deps -w dist .
+	@build/wheel/venv/bin/python csrc/sizes.py dist
 
 clean:
 	rm -rf build dist *.egg-info fusedopt/*.so $(VENV)/.built .pytest_cache .mypy_cache .ruff_cache .hypothesis work_dirs
