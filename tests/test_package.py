@@ -292,32 +292,6 @@ def test_the_sdist_has_all_that_a_build_reads(tmp_path: Path) -> None:
     assert needed - there == set()
 
 
-@pytest.mark.slow
-@pytest.mark.full
-def test_wheel_and_sdist_install_and_work(tmp_path: Path) -> None:
-    if not (REPOSITORY / "setup.py").exists():
-        pytest.skip("not in a source tree")
-    source = tmp_path / "source"
-    ignore = shutil.ignore_patterns(".venv", ".git", "build", "*.so", "*.egg-info", "__pycache__", "work_dirs")
-    shutil.copytree(REPOSITORY, source, ignore=ignore)
-    environment = {**os.environ, "FUSEDOPT_CUDA": "0"}
-
-    def python(*args: str) -> None:
-        result = subprocess.run([sys.executable, *args], cwd=source, env=environment, capture_output=True, text=True)
-        assert result.returncode == 0, result.stdout + result.stderr
-
-    python("-c", "import setuptools.build_meta as b; b.build_sdist('dist')")
-    (sdist,) = (source / "dist").glob("*.tar.gz")
-    # The wheel is built from the sdist, so that a file missing there shows.
-    python("-m", "pip", "wheel", "-q", "--no-build-isolation", "--no-deps", "-w", "dist", str(sdist))
-    (wheel,) = (source / "dist").glob("*.whl")
-    target = tmp_path / "site"
-    python("-m", "pip", "install", "-q", "--no-deps", "--target", str(target), str(wheel))
-    result = run_python(TRAIN, path=target)
-    assert str(target) in result.stdout
-    assert "native [-0.1" in result.stdout
-
-
 def test_prefetches_are_in_the_module() -> None:
     # See Note [Prefetching]: the compiler may drop them without a word, and only cold steps would tell.
     if platform.machine() != "x86_64" or shutil.which("objdump") is None:
