@@ -95,7 +95,10 @@ def choose(folder: Path, version: str, cxx11_abi: bool) -> tuple[Path | None, st
 
 
 def _import(path: Path) -> ModuleType:
-    """Import a file as ``fusedopt._C``, whatever its name."""
+    """Import a file as ``fusedopt._C``, whatever its name; the same module again where fusedopt is reloaded."""
+    loaded = sys.modules.get(_NAME)
+    if loaded is not None and loaded.__file__ == str(path):
+        return loaded
     loader = ExtensionFileLoader(_NAME, str(path))
     spec = importlib.util.spec_from_file_location(_NAME, path, loader=loader)
     assert spec is not None
