@@ -3,7 +3,6 @@
 `python .ci/smoke_wheel.py`; exits with 1 and says why when something is wrong.
 """
 
-import copy
 import sys
 from pathlib import Path
 
@@ -19,15 +18,14 @@ from fusedopt.cli.info import info  # noqa: E402
 def trained(optimizer_of, steps: int = 5) -> list[torch.Tensor]:
     """The parameters of a small model after a few steps."""
     torch.manual_seed(0)
-    model = torch.nn.Sequential(torch.nn.Linear(37, 300), torch.nn.Tanh(), torch.nn.Linear(300, 11).double().float())
+    model = torch.nn.Sequential(torch.nn.Linear(37, 300), torch.nn.Tanh(), torch.nn.Linear(300, 11))
     optimizer = optimizer_of(model.parameters())
     for _ in range(steps):
         optimizer.zero_grad()
         model(torch.randn(16, 37)).square().mean().backward()
         optimizer.step()
-    state = copy.deepcopy(optimizer.state_dict())
-    optimizer.load_state_dict(state)
-    assert not isinstance(optimizer, fusedopt.FusedSGD | fusedopt.FusedAdam) or optimizer.backend_in_use == "native"
+    # Torch's own optimizers have no backend.
+    assert getattr(optimizer, "backend_in_use", "native") == "native"
     return [param.detach() for param in model.parameters()]
 
 
