@@ -1,7 +1,8 @@
 """Which compiled module serves the torch that runs: finding, loading and probing it.
 
 A build from source has one, ``_C``, for exactly the torch that was installed. A wheel has one for each minor release of
-torch, ``_C_torch2_13`` and so on, beside the library of kernels that they share. Either is imported as ``fusedopt._C``.
+torch, ``_C_torch2_13`` and so on, beside the library of kernels that they share. Either is imported as ``fusedopt._C``;
+one from source comes first.
 """
 
 from __future__ import annotations
@@ -114,7 +115,8 @@ def load(folder: Path = _FOLDER) -> tuple[ModuleType | None, str | None]:
         ImportError: a module that was built from source is for another torch, does not load, or misreads torch's
             tensors; the message says how to build it again. A wheel's module is left out for a reason instead.
     """
-    version, cxx11_abi = torch.__version__, bool(torch.compiled_with_cxx11_abi())
+    # As text: torch's own object compares by the rules of versions.
+    version, cxx11_abi = str(torch.__version__), bool(torch.compiled_with_cxx11_abi())
     source = next((path for suffix in EXTENSION_SUFFIXES if (path := folder / f"_C{suffix}").is_file()), None)
     if source is not None:
         stamp = Stamp.of(source)
