@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(abspath $(VENV))/bin
 SOURCES := $(shell find csrc -type f) CMakeLists.txt setup.py
-CXX_SOURCES := $(shell find csrc benchmarks/gpu -name '*.h' -o -name '*.cpp' -o -name '*.cu')
+CXX_SOURCES := $(shell find csrc benchmarks/gpu tests/kernels -name '*.h' -o -name '*.cpp' -o -name '*.cu')
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt
 export PATH := $(BIN):$(PATH)
 # Idle OpenMP threads sleep instead of spinning, so tests do not slow down on a busy machine.
