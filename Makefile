@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(abspath $(VENV))/bin
 SOURCES := $(shell find csrc -type f) CMakeLists.txt setup.py
-CXX_SOURCES := $(shell find csrc benchmarks/gpu -name '*.h' -o -name '*.cpp' -o -name '*.cu')
+CXX_SOURCES := $(shell find csrc benchmarks/gpu tests/kernels -name '*.h' -o -name '*.cpp' -o -name '*.cu')
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt
 export PATH := $(BIN):$(PATH)
 # Idle OpenMP threads sleep instead of spinning, so tests do not slow down on a busy machine.
@@ -33,7 +33,7 @@ ONEDL := $(VENV)/onedl
 TORCHVISION := $(VENV)/torchvision
 TRAINER_ENV := FUSEDOPT_ONEDL=$(abspath $(ONEDL)) FUSEDOPT_TORCHVISION=$(abspath $(TORCHVISION))
 
-.PHONY: setup demo test test-trainers test-torch smoke test-full test-ptx lint format bench bench-full bench-gate measure results sanitize clean
+.PHONY: setup demo test test-trainers test-torch smoke test-full test-ptx lint format bench bench-full bench-gate measure results sanitize wheel clean
 
 setup: $(VENV)/.built
 
@@ -156,6 +156,15 @@ sanitize: setup
 		PYTHONPATH=build/sanitize/lib $(TEST_ENV) pytest -q -m 'not slow' -k 'not triton or dtypes_whatever' \
 		tests/test_steps.py tests/test_halves.py tests/test_plan.py tests/test_layouts.py tests/test_clipping.py tests/test_amp.py \
 		tests/test_fuzz.py tests/test_bad_input.py tests/test_cuda*.py tests/test_triton.py tests/test_triton_tuning.py
+
+# One wheel in dist/ for this Python and several torches, which are named by release or by folder. Needs no torch.
+wheel:
+	@test -n "$(TORCHES)" || { echo 'Name the torches that the wheel is to serve: make wheel TORCHES="2.13 2.14"'; exit 2; }
+	@test -x build/wheel/venv/bin/python || $(PYTHON) -m venv build/wheel/venv
+	@build/wheel/venv/bin/python -m pip --disable-pip-version-check install --quiet 'setuptools>=77' 'cmake>=3.18' ninja
+	FUSEDOPT_TORCHES="$(TORCHES)" FUSEDOPT_BUILD_DIR=build/wheel/cmake \
+		build/wheel/venv/bin/python -m pip --disable-pip-version-check wheel --no-build-isolation --no-deps -w dist .
+	@build/wheel/venv/bin/python csrc/sizes.py dist
 
 clean:
 	rm -rf build dist *.egg-info fusedopt/*.so $(VENV)/.built .pytest_cache .mypy_cache .ruff_cache .hypothesis work_dirs

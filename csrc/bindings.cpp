@@ -12,14 +12,16 @@
 #include "ptx/bindings.h"
 #endif
 #include "plan/plan.h"
+#include "probe.h"
 #include "python_launcher.h"
 #include "scaler.h"
 
 namespace fusedopt {
 namespace {
 
-// Read from the file's bytes by fusedopt.backends.native when the module does not load beside another torch.
-[[gnu::used]] const char kStamp[] = "fusedopt built for torch " FUSEDOPT_TORCH_VERSION ";";
+// Read from the file's bytes by fusedopt.backends.binding, before the module is loaded.
+[[gnu::used]] const char kStamp[] =
+    "fusedopt built for torch " FUSEDOPT_TORCH_VERSION "; C++11 ABI " FUSEDOPT_CXX11_ABI ";";
 
 py::object run_step(StepPlan& plan, const py::object& param_groups, const py::dict& state, const py::object& grad_scale,
                     const py::object& found_inf, bool check, double norm_type, const py::object& max_norm,
@@ -121,6 +123,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("update_scale", &update_scale_of, py::arg("scale"), py::arg("growth_tracker"), py::arg("found_inf"),
         py::arg("growth_factor"), py::arg("backoff_factor"), py::arg("growth_interval"),
         "torch._amp_update_scale_ for tensors on the CPU; False, with nothing done, for others.");
+  m.def("probe", &probe, py::arg("tensor"), py::arg("follow"),
+        "What the module reads of a tensor, to be compared with what torch says; `follow` counts its version up.");
   m.def("build_info", &build_info, "What the module was built with: torch, compiler, build_type, cuda (None without).");
   m.def("rule_names", &rule_names, "Rules that have kernels.");
   m.def("cpu_isas", &cpu::available_isas, "CPU instruction sets of this build that this processor has, best last.");
@@ -136,6 +140,7 @@ PYBIND11_MODULE(_C, m) {
   define_ptx(m);
   define_emulator(m);
 #endif
+  m.attr("TENSOR_OBJECT_BYTES") = tensor_object_bytes();
   m.attr("CLIP_EPS") = kClipEps;
   m.attr("CPU_CHUNK_ELEMENTS") = cpu::kChunkElements;
 }

@@ -11,6 +11,8 @@ Environment:
     FUSEDOPT_BUILD_TYPE: Release (default), RelWithDebInfo (the same with symbols), or Debug (not optimized, with
         symbols and assertions); see docs/debugging.md.
     FUSEDOPT_SANITIZE: sanitizers, such as address,undefined.
+    FUSEDOPT_TORCHES: for a wheel: the torches that it serves, such as "2.13 2.14", in place of the one that is
+        installed; see torches.py, and docs/design.md for how such a wheel is put together.
     FUSEDOPT_BUILD_DIR: where CMake works, so that a second build can reuse it.
 """
 
@@ -21,47 +23,83 @@ import subprocess
 import sysconfig
 from pathlib import Path
 
+import prerequisites
+import torches
+
 ROOT = Path(__file__).resolve().parents[1]
 
+#: Variables of the environment that CMake gets as they are, and what they are when they are not set.
+OPTIONS = {
+    "FUSEDOPT_CUDA": "auto",
+    "FUSEDOPT_CUDA_ARCHS": "",
+    "FUSEDOPT_EMULATOR": "0",
+    "FUSEDOPT_WERROR": "0",
+    "FUSEDOPT_BUILD_TYPE": "Release",
+    "FUSEDOPT_SANITIZE": "",
+}
 
-def build(target: Path, scratch: Path) -> None:
-    """Build the module into ``target``; CMake works in ``FUSEDOPT_BUILD_DIR``, or in ``scratch``.
+
+def of_installed_torch() -> dict[str, object]:
+    """CMake's options for one module, for the torch that is installed.
 
     Raises:
-        SystemExit: there is no torch to build against.
-        subprocess.CalledProcessError: CMake or the compiler failed, and has said why.
+        SystemExit: there is none, or it is too old.
     """
-    try:
-        import torch
-        from torch.utils import cpp_extension
-    except ImportError as error:
-        raise SystemExit(
-            "fusedopt builds against the torch you run with. Install torch first, then: "
-            "pip install --no-build-isolation ."
-        ) from error
-    scratch = Path(os.environ.get("FUSEDOPT_BUILD_DIR", scratch)).resolve()
-    scratch.mkdir(parents=True, exist_ok=True)
-    options = {
-        "CMAKE_INSTALL_PREFIX": target,
+    torch = prerequisites.torch_to_build_against()
+    from torch.utils import cpp_extension
+
+    return {
+        "FUSEDOPT_TORCHES": "",
         "FUSEDOPT_TORCH_INCLUDE": ";".join(cpp_extension.include_paths()),
         "FUSEDOPT_TORCH_LIB": ";".join(cpp_extension.library_paths()),
         "FUSEDOPT_TORCH_VERSION": torch.__version__,
         "FUSEDOPT_TORCH_CXX11_ABI": int(torch.compiled_with_cxx11_abi()),
+    }
+
+
+def of_torches(names: str, scratch: Path) -> dict[str, object]:
+    """CMake's options for a library of kernels and a module for each of these torches.
+
+    Raises:
+        SystemExit: the headers of one cannot be had.
+    """
+    found = torches.find(names, scratch / "torches")
+    # All releases since 2.8 have the new ABI; fusedopt.backends.binding asks the torch that runs.
+    modules = ";".join(f"{torch.module}|{torch.version}|{torch.folder}" for torch in found)
+    return {"FUSEDOPT_TORCHES": modules, "FUSEDOPT_TORCH_CXX11_ABI": 1}
+
+
+def build(target: Path, scratch: Path) -> None:
+    """Build into ``target``; CMake works in ``FUSEDOPT_BUILD_DIR``, or in ``scratch``.
+
+    Raises:
+        SystemExit: something is missing, and the message says what to type; or CMake or the compiler failed, and has
+            said why.
+    """
+    cmake, ninja = prerequisites.tool("cmake", "cmake>=3.18"), prerequisites.tool("ninja", "ninja")
+    prerequisites.compiler()
+    prerequisites.python_headers()
+    scratch = Path(os.environ.get("FUSEDOPT_BUILD_DIR", scratch)).resolve()
+    scratch.mkdir(parents=True, exist_ok=True)
+    names = os.environ.get("FUSEDOPT_TORCHES")
+    options: dict[str, object] = {
+        "CMAKE_MAKE_PROGRAM": ninja,
         "FUSEDOPT_PYTHON_INCLUDE": sysconfig.get_path("include"),
         "FUSEDOPT_PYTHON_SUFFIX": sysconfig.get_config_var("EXT_SUFFIX"),
+        **(of_torches(names, scratch) if names else of_installed_torch()),
+        **{key: os.environ.get(key, value) for key, value in OPTIONS.items()},
     }
-    defaults = {
-        "CUDA": "auto",
-        "CUDA_ARCHS": "",
-        "EMULATOR": "0",
-        "WERROR": "0",
-        "BUILD_TYPE": "Release",
-        "SANITIZE": "",
-    }
-    options |= {f"FUSEDOPT_{key}": os.environ.get(f"FUSEDOPT_{key}", value) for key, value in defaults.items()}
-    configure = ["cmake", "-G", "Ninja", "-S", str(ROOT), "-B", str(scratch)]
-    subprocess.run([*configure, *(f"-D{key}={value}" for key, value in options.items())], check=True)
-    subprocess.run(["cmake", "--build", str(scratch), "--target", "install"], check=True)
+    configure = [cmake, "-G", "Ninja", "-S", str(ROOT), "-B", str(scratch)]
+    try:
+        subprocess.run([*configure, *(f"-D{key}={value}" for key, value in options.items())], check=True)
+        subprocess.run([cmake, "--build", str(scratch)], check=True)
+        # What lies there of another kind of build would be taken for a part of this one.
+        for old in (*target.glob("_C*.so"), *target.glob("libfusedopt_kernels.so")):
+            old.unlink()
+        strip = ["--strip"] if names else []
+        subprocess.run([cmake, "--install", str(scratch), "--prefix", str(target), *strip], check=True)
+    except subprocess.CalledProcessError as error:
+        raise SystemExit(f"fusedopt was not built: {Path(cmake).name} failed, for the reason above") from error
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ from torch import Tensor
 
 CLIP_EPS: float
 CPU_CHUNK_ELEMENTS: int
+TENSOR_OBJECT_BYTES: int
 
 class StepPlan:
     """Tables of one optimizer's tensors; fusedopt.backends.NativeBackend drives it. See csrc/plan/plan.h."""
@@ -54,6 +55,7 @@ class _BuildInfo(TypedDict):
     cuda: str | None
     cuda_archs: str
 
+def probe(tensor: Tensor, follow: bool) -> dict[str, Any]: ...
 def build_info() -> _BuildInfo: ...
 def rule_names() -> list[str]: ...
 def cpu_isas() -> list[str]: ...

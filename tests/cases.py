@@ -14,7 +14,7 @@ from optimizers import TESTED
 
 from fusedopt import backends
 from fusedopt.backends import NativeBackend, TritonBackend
-from fusedopt.backends.native import load_native_module
+from fusedopt.backends.native import compiled_module
 from fusedopt.optimizers import FUSED_OPTIMIZERS
 from fusedopt.rules import Rule
 
@@ -24,7 +24,7 @@ PTX = os.environ.get("FUSEDOPT_PTX")
 if not torch.cuda.is_available() and PTX != "triton":
     os.environ["TRITON_INTERPRET"] = "1"
 
-module = load_native_module()[0]
+module = compiled_module()[0]
 ISAS = module.cpu_isas() if module else []
 HAS_EMULATOR = hasattr(module, "emulator")
 

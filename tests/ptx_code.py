@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from fusedopt.backends.native import load_native_module
+from fusedopt.backends.native import compiled_module
 
 ROOT = Path(__file__).parents[1]
 CUDA = ROOT / "csrc" / "cuda"
@@ -72,6 +72,6 @@ def compile_all(arch: str) -> dict[str, Path]:
 @functools.cache
 def nvcc_modules(arch: str) -> list[Any]:
     """The same, read by the interpreter: what ``emulator.use_ptx`` takes."""
-    module, reason = load_native_module()
+    module, reason = compiled_module()
     assert module is not None, reason
     return [module.ptx.Module(path.read_text(), path.name) for path in compile_all(arch).values()]

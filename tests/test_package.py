@@ -190,7 +190,8 @@ def test_a_module_built_for_another_torch_says_how_to_rebuild(copied_package: Pa
     stamp = f"fusedopt built for torch {torch.__version__};".encode()
     other = stamp.replace(torch.__version__.encode(), ("9" + torch.__version__[1:]).encode())
     assert built.read_bytes().count(stamp) == 1
-    (copied_package / "fusedopt" / built.name).write_bytes(built.read_bytes().replace(stamp, other))
+    name = f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
+    (copied_package / "fusedopt" / name).write_bytes(built.read_bytes().replace(stamp, other))
     result = run_python("import fusedopt", check=False, path=copied_package)
     assert result.returncode != 0
     assert f"built for torch 9{torch.__version__[1:]} but torch {torch.__version__} is installed" in result.stderr
@@ -199,7 +200,7 @@ def test_a_module_built_for_another_torch_says_how_to_rebuild(copied_package: Pa
 
 def test_a_module_that_does_not_load_says_how_to_rebuild(copied_package: Path) -> None:
     suffix = sysconfig.get_config_var("EXT_SUFFIX")
-    stamp = f"fusedopt built for torch {torch.__version__};".encode()
+    stamp = f"fusedopt built for torch {torch.__version__}; C++11 ABI 1;".encode()
     (copied_package / "fusedopt" / f"_C{suffix}").write_bytes(b"not an ELF file " + stamp)
     result = run_python("import fusedopt", check=False, path=copied_package)
     assert "fusedopt._C cannot be loaded" in result.stderr
@@ -291,32 +292,6 @@ def test_the_sdist_has_all_that_a_build_reads(tmp_path: Path) -> None:
     assert needed - there == set()
 
 
-@pytest.mark.slow
-@pytest.mark.full
-def test_wheel_and_sdist_install_and_work(tmp_path: Path) -> None:
-    if not (REPOSITORY / "setup.py").exists():
-        pytest.skip("not in a source tree")
-    source = tmp_path / "source"
-    ignore = shutil.ignore_patterns(".venv", ".git", "build", "*.so", "*.egg-info", "__pycache__", "work_dirs")
-    shutil.copytree(REPOSITORY, source, ignore=ignore)
-    environment = {**os.environ, "FUSEDOPT_CUDA": "0"}
-
-    def python(*args: str) -> None:
-        result = subprocess.run([sys.executable, *args], cwd=source, env=environment, capture_output=True, text=True)
-        assert result.returncode == 0, result.stdout + result.stderr
-
-    python("-c", "import setuptools.build_meta as b; b.build_sdist('dist')")
-    (sdist,) = (source / "dist").glob("*.tar.gz")
-    # The wheel is built from the sdist, so that a file missing there shows.
-    python("-m", "pip", "wheel", "-q", "--no-build-isolation", "--no-deps", "-w", "dist", str(sdist))
-    (wheel,) = (source / "dist").glob("*.whl")
-    target = tmp_path / "site"
-    python("-m", "pip", "install", "-q", "--no-deps", "--target", str(target), str(wheel))
-    result = run_python(TRAIN, path=target)
-    assert str(target) in result.stdout
-    assert "native [-0.1" in result.stdout
-
-
 def test_prefetches_are_in_the_module() -> None:
     # See Note [Prefetching]: the compiler may drop them without a word, and only cold steps would tell.
     if platform.machine() != "x86_64" or shutil.which("objdump") is None:
@@ -324,6 +299,8 @@ def test_prefetches_are_in_the_module() -> None:
     if module is None or module.build_info()["build_type"] == "Debug":
         pytest.skip("needs a compiled module that is optimized")
     assert fusedopt._C.__file__ is not None
+    if Path(fusedopt._C.__file__).name.startswith("_C_torch"):
+        pytest.skip("the modules of a wheel have no symbols")
     listing = subprocess.run(
         ["objdump", "-d", "-C", "--no-show-raw-insn", fusedopt._C.__file__], capture_output=True, text=True, check=True
     ).stdout

@@ -17,7 +17,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.cache import get_cache_manager
 
 from fusedopt.backends import TritonBackend
-from fusedopt.backends.native import load_native_module
+from fusedopt.backends.native import compiled_module
 from fusedopt.backends.triton import _TUNINGS, Launcher, Tuning, _make_plan
 
 TARGET = GPUTarget("cuda", 90, 32)
@@ -69,7 +69,7 @@ class PtxDriver:
         def code() -> Any:
             if self.change not in codes:
                 changed = self.change(text) if self.change else text
-                native, _ = load_native_module()
+                native, _ = compiled_module()
                 codes[self.change] = native.ptx.Module(changed, Path(path).name), changed != text
             found, is_changed = codes[self.change]
             self.planted |= is_changed

@@ -1,5 +1,6 @@
 // The CPU kernels of one instruction set, behind a table of functions.
 #pragma once
+#include "../export.h"
 #include "../rules/rules.h"
 #include "../tables.h"
 
@@ -22,8 +23,8 @@ struct Kernels {
 
 // Null where the build lacks the instruction set. Whether the processor has it is for the caller to ask: these
 // functions are compiled with it too.
-const Kernels* kernels_baseline();
-const Kernels* kernels_avx2();
-const Kernels* kernels_avx512();
+FUSEDOPT_EXPORT const Kernels* kernels_baseline();
+FUSEDOPT_EXPORT const Kernels* kernels_avx2();
+FUSEDOPT_EXPORT const Kernels* kernels_avx512();
 
 }  // namespace fusedopt::cpu

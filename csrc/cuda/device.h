@@ -3,15 +3,17 @@
 #include <optional>
 #include <string>
 
+#include "../export.h"
+
 namespace fusedopt::cuda {
 
 // The CUDA version of the build, or nothing when it was built without.
-std::optional<std::string> built_with();
+FUSEDOPT_EXPORT std::optional<std::string> built_with();
 // The architectures of the build, such as "sm_80, sm_90"; empty when it was built without.
-std::string architectures();
+FUSEDOPT_EXPORT std::string architectures();
 // Why no CUDA device can be used, or nothing when one can.
-std::optional<std::string> problem();
+FUSEDOPT_EXPORT std::optional<std::string> problem();
 // Why the kernels cannot run on this device, or nothing when they can. Leaves it the current one.
-std::optional<std::string> problem_on(int device);
+FUSEDOPT_EXPORT std::optional<std::string> problem_on(int device);
 
 }  // namespace fusedopt::cuda

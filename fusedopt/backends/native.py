@@ -2,59 +2,26 @@
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
-import re
 import warnings
-from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..rules import Rule
+from .binding import REBUILD, load
 from .plan import PlanBackend
 
-__all__ = ["NativeBackend", "compiled_module", "load_native_module", "update_scale"]
+__all__ = ["NativeBackend", "compiled_module", "update_scale"]
 
-_REBUILD = "rebuild it with: pip install --no-build-isolation --force-reinstall --no-deps fusedopt (or -e . in a clone)"
-
-
-def _built_for(path: Path) -> str | None:
-    """The torch version stamped into the module's file, which can be read when the module does not load."""
-    match = re.search(rb"fusedopt built for torch ([^;]+);", path.read_bytes())
-    return match[1].decode() if match else None
-
-
-def load_native_module() -> tuple[ModuleType | None, str | None]:
-    """Import ``fusedopt._C`` and return (module, None), or (None, reason) when it was not built.
-
-    Raises:
-        ImportError: it was built for another torch, or cannot be loaded; the message says how to rebuild.
-    """
-    spec = importlib.util.find_spec("fusedopt._C")
-    # One that lies elsewhere belongs to another installation: an editable one serves its own to any copy.
-    if spec is None or spec.origin is None or Path(spec.origin).parent != Path(__file__).parents[1]:
-        return None, "the compiled module fusedopt._C is not built"
-    built_for = _built_for(Path(spec.origin))
-    if built_for != torch.__version__:
-        raise ImportError(
-            f"fusedopt._C was built for torch {built_for} but torch {torch.__version__} is installed; {_REBUILD}"
-        )
-    try:
-        return importlib.import_module("fusedopt._C"), None
-    except ImportError as error:
-        raise ImportError(f"fusedopt._C cannot be loaded ({error}); {_REBUILD}") from error
-
-
-_module, _reason = load_native_module()
+#: What was found when fusedopt was imported: the compiled module, or why there is none.
+_module, _reason = load()
 if _module is None:
-    warnings.warn(f"{_reason}: fusedopt runs on its slow reference backend. To build it, {_REBUILD}", stacklevel=2)
+    warnings.warn(f"{_reason}: fusedopt runs on its slow reference backend; {REBUILD}", stacklevel=2)
 
 
 def compiled_module() -> tuple[Any, str | None]:
-    """(module, None), or (None, reason) where it was not built: what was found when fusedopt was imported."""
+    """(module, None), or (None, reason) where none serves this torch: what was found when fusedopt was imported."""
     return _module, _reason
 
 

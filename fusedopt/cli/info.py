@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from ..backends import BACKENDS, VARIABLE, Backend, TritonBackend, selftest, triton_warm_up
-from ..backends.native import load_native_module
+from ..backends.native import compiled_module
 from ..messages import aligned
 from ..rules import RULES
 from ..version import __version__
@@ -36,7 +36,7 @@ def _devices() -> list[torch.device]:
 
 def info() -> str:
     """Versions, devices, the compiled module, and whether each backend can run on each device, or why not."""
-    module, reason = load_native_module()
+    module, reason = compiled_module()
     rows = [
         ("fusedopt", __version__),
         ("torch", torch.__version__),
