@@ -24,7 +24,7 @@ from typing import NamedTuple
 ROOT = Path(__file__).resolve().parents[1]
 TOOLS = (
     *("setuptools>=77", "wheel", "cmake>=3.18", "ninja"),
-    *("numpy<2.5", "pytest", "pytest-xdist", "pytest-benchmark", "hypothesis", "tomli; python_version < '3.11'"),
+    *("numpy", "pytest", "pytest-xdist", "pytest-benchmark", "hypothesis", "tomli; python_version < '3.11'"),
     *("PyYAML", "safetensors", "rich", "scikit-learn", "matplotlib"),
 )
 #: What a copy of the sources leaves out: what is made, at the top or anywhere.
