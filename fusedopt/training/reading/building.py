@@ -5,6 +5,7 @@ Both tables are complete: a name that is in neither becomes a :class:`StandIn`; 
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter, OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -40,6 +41,13 @@ class Storage:
     dtype: torch.dtype | None
 
 
+def _sparse_tensor(indices: Tensor, values: Tensor, size: torch.Size, check_invariants: bool) -> Tensor:
+    with warnings.catch_warnings():
+        # torch 2.11 says so even if it was told whether to check.
+        warnings.filterwarnings("ignore", "Sparse invariant checks are implicitly disabled", UserWarning)
+        return torch.sparse_coo_tensor(indices, values, size, check_invariants=check_invariants)
+
+
 class Building:
     """What the builders need of the file that is read.
 
@@ -55,7 +63,7 @@ class Building:
 
     def sparse(self, indices: Tensor, values: Tensor, size: torch.Size, coalesced: bool) -> Tensor:
         """A sparse tensor; :meth:`finish` checks its indices, since they may not have been read yet."""
-        tensor = torch.sparse_coo_tensor(indices, values, size, check_invariants=False)
+        tensor = _sparse_tensor(indices, values, size, check_invariants=False)
         self._sparse.append((tensor, coalesced))
         return tensor
 
@@ -63,7 +71,7 @@ class Building:
         """Check what could not be checked before all storages were read."""
         for tensor, coalesced in self._sparse:
             indices, values, size = tensor._indices(), tensor._values(), tensor.size()
-            checked = torch.sparse_coo_tensor(indices, values, size, check_invariants=True)
+            checked = _sparse_tensor(indices, values, size, check_invariants=True)
             if coalesced:
                 if not torch.equal(checked.coalesce().indices(), indices):
                     raise CheckpointError("it has a sparse tensor whose indices are not in order")
