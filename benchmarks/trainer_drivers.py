@@ -5,7 +5,9 @@ The trainers' packages are imported when a driver is made.
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import io
 import tempfile
 import time
 from collections.abc import Callable
@@ -267,7 +269,8 @@ class Transformers(Driver):
             from fusedopt.integrations.transformers import fuse
 
             fuse(trainer)
-        trainer.train()
+        with contextlib.redirect_stdout(io.StringIO()):  # its log
+            trainer.train()
 
 
 class TransformersUnclipped(Transformers):
