@@ -34,8 +34,8 @@ from .trainer_drivers import DRIVERS
 #: Names of workloads, and how their parameters are grouped.
 WORKLOADS = {"vit-tiny": "two", "400x64": "each"}
 OURS, STOCK = "fusedopt", "torch"
-#: How far apart parameters may be, which differ by rounding.
-TOLERANCE = 1e-5
+#: How far apart parameters may be, which differ by the rounding of a few hundred steps of 1e-3.
+TOLERANCE = 1e-4
 
 
 def case_of(workload: str, grouping: str) -> Case:
