@@ -169,7 +169,14 @@ def fuse(scaler: Any) -> Any:
 
 
 def unfuse(scaler: Any) -> Any:
-    """Undo :func:`fuse`, and return the scaler; one that was not fused is left alone."""
+    """Undo :func:`fuse`.
+
+    Args:
+        scaler: any; one that was not fused is left alone.
+
+    Returns:
+        the scaler.
+    """
     if type(scaler) is FusedNativeScaler:
         give_scaler_back(scaler._scaler)
         scaler.__class__ = _utils.NativeScaler
