@@ -25,7 +25,11 @@ TINY = {"a.weight": (5, 7), "a.bias": (5,), "b.weight": (3, 11), "scale": ()}
 #: One that takes seconds to compile, and one that needs a GPU.
 ELSEWHERE = ["torch-compiled", "torch-graphed"]
 #: Those that are always here, but for these.
-HERE = [name for name in CONTENDERS if name.startswith((OURS, "torch-")) and name not in ELSEWHERE]
+HERE = [
+    name
+    for name in CONTENDERS
+    if name.startswith((OURS, "torch-")) and name not in ELSEWHERE and not name.endswith("-in-backward")
+]
 #: Those that compile something for each case, or at first.
 COMPILING = ["torch-compiled", "deepspeed", "torchao", "torchao-8bit"]
 PEERS = [name for name, contender in CONTENDERS.items() if issubclass(contender, Peer)]
