@@ -434,8 +434,11 @@ def test_a_recycled_buffer_is_not_taken_for_the_one_that_was_counted(backend: st
             optimizer.state[param]["momentum_buffer"] = torch.zeros_like(param)
         address = id(optimizer.state[param]["momentum_buffer"])
         del optimizer.state[param]
-        optimizer.state[param] = {"momentum_buffer": torch.ones_like(param)}
-        same += id(optimizer.state[param]["momentum_buffer"]) == address
+        fresh = [torch.ones_like(param) for _ in range(50)]  # one of them lies where the other one was
+        buffer = next((each for each in fresh if id(each) == address), fresh[0])
+        optimizer.state[param] = {"momentum_buffer": buffer}
+        same += buffer is not fresh[0] or id(buffer) == address
+        del fresh, buffer
         want = param.detach() - 0.1 * (0.9 + 0.5 * param.grad)
         optimizer.step()
         torch.testing.assert_close(param.detach(), want)
