@@ -106,13 +106,13 @@ def base_of(name: str) -> str:
     return OURS + BARE if name.endswith(BARE) else OURS
 
 
-def case_of(workload: str) -> Case:
-    """One of WORKLOADS, or as many vectors of a size as in ``'12x64'``."""
+def case_of(workload: str, **settings: Any) -> Case:
+    """One of WORKLOADS, or as many vectors of a size as in ``'12x64'``, with other settings of the case."""
     sizes = re.fullmatch(r"(\d+)x(\d+)", workload)
     if workload in WORKLOADS or sizes is None:
-        return Case(workload)
+        return Case(workload, **settings)
     count, size = map(int, sizes.groups())
-    return Case(workload, custom=lambda: uniform(count, size))
+    return Case(workload, custom=lambda: uniform(count, size), **settings)
 
 
 # In each process -----------------------------------------------------------------------------------------------------

@@ -23,12 +23,11 @@ from typing import Any
 
 import torch
 
-from fusedopt.bench.cases import Case
 from fusedopt.bench.measure import Quantiles, paired_ratio
 from fusedopt.bench.tables import markdown, times
-from fusedopt.bench.workloads import uniform
 
 from .record import environment, save
+from .sharded import case_of
 from .trainer_drivers import DRIVERS
 
 #: Names of workloads, and how their parameters are grouped.
@@ -38,18 +37,11 @@ OURS, STOCK = "fusedopt", "torch"
 TOLERANCE = 1e-4
 
 
-def case_of(workload: str, grouping: str) -> Case:
-    """One of the benchmarks' workloads, or vectors as in ``'12x64'``."""
-    count, _, size = workload.partition("x")
-    custom = (lambda: uniform(int(count), int(size))) if count.isdigit() and size.isdigit() else None
-    return Case(workload, grouping=grouping, recipe="clip", custom=custom)
-
-
 def measure(title: str, workload: str, grouping: str, rounds: int, steps: int) -> dict[str, Any]:
     """Seconds of the turns of both."""
     warnings.simplefilter("ignore")  # of what the trainers think of a model that has nothing to compute
     torch.set_num_threads(1)
-    case = case_of(workload, grouping)
+    case = case_of(workload, grouping=grouping, recipe="clip")
     content: dict[str, Any] = {"trainer": title, "workload": workload, "grouping": grouping}
     content |= {"tensors": len(case.shapes), "parameters": case.parameters}
     if importlib.util.find_spec(DRIVERS[title].package) is None:

@@ -21,7 +21,7 @@ from torch.amp.grad_scaler import OptState
 
 from ..messages.extras import require
 from ..optimizers import FusedOptimizer
-from ..optimizers.next_step import clip_next_step, first_gradient
+from ..optimizers.next_step import clip_next_step, clip_now, first_gradient
 from ..rules import NormClip, ValueClip
 from .replaced import replace_methods, restore_methods
 from .scalers import give_scaler_back, scale_of_gradients, take_scaler
@@ -258,11 +258,9 @@ class _Replaced:
                     outer._unscaled = record, weakref.ref(grad), grad._version
 
     def _clip_now(self, outers: Iterable[Any]) -> None:
-        """Clip what the next step was to clip, before somebody else reads or writes these gradients, if it is any."""
         for optimizer in map(inner, outers):
-            if isinstance(optimizer, FusedOptimizer) and (asked := optimizer._shared.next) is not None:
-                asked.clip_now()
-                optimizer._shared.next = None
+            if isinstance(optimizer, FusedOptimizer):
+                clip_now(optimizer)
 
 
 def inner(optimizer: Any) -> Any:

@@ -20,7 +20,7 @@ from ..rules import NormClip, ValueClip, clip_coefficient
 if TYPE_CHECKING:
     from .base import FusedOptimizer
 
-__all__ = ["NextStep", "NormOfStep", "clip_next_step"]
+__all__ = ["NextStep", "NormOfStep", "clip_next_step", "clip_now"]
 
 # Note [Clipping the next step]
 # A trainer clips when it is told to, and then steps: accelerator.clip_grad_norm_(...), Lightning's clip_gradients(...).
@@ -214,6 +214,14 @@ class NormOfStep(Tensor):
         return func(*args, **kwargs)
 
 
+def clip_now(optimizer: FusedOptimizer) -> None:
+    """Clip what the next step was to clip, if it is any, before somebody else reads or writes these gradients."""
+    shared = optimizer._shared
+    if shared.next is not None:
+        shared.next.clip_now()
+        shared.next = None
+
+
 def clip_next_step(optimizer: FusedOptimizer, clip: NormClip | ValueClip, scale: Tensor | None = None) -> Tensor | None:
     """Clip in the next step of the optimizer, and only there: see Note [Clipping the next step].
 
@@ -235,7 +243,6 @@ def clip_next_step(optimizer: FusedOptimizer, clip: NormClip | ValueClip, scale:
             f"the trainer clips, and {type(optimizer).__name__} has clip_grad={optimizer.clip_grad} of its own; "
             "expected one of both"
         )
-    if shared.next is not None:
-        shared.next.clip_now()
+    clip_now(optimizer)
     step = shared.next = NextStep(optimizer, clip, scale)
     return step.shown() if isinstance(clip, NormClip) else None

@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any, ClassVar
 
 from ...optimizers import FusedOptimizer
+from ...optimizers.next_step import clip_now
 from ...rules import parse_clip_grad
 from ..replaced import replace_methods, restore_methods
 from ..scalers import is_unscaled
@@ -136,9 +137,7 @@ class Clipping:
     def _run_and_clip(optimizer: FusedOptimizer, closure: Callable[[], Any]) -> Any:
         """With manual optimization, clip what the user has had clipped by now."""
         result = closure()
-        if (asked := optimizer._shared.next) is not None:
-            asked.clip_now()
-            optimizer._shared.next = None
+        clip_now(optimizer)
         return result
 
     def _who_looks(self, trainer: Any) -> str:
