@@ -106,9 +106,10 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "Compiled kernels of fusedopt.";
 
   py::class_<StepPlan>(m, "StepPlan", "Tables of one optimizer's tensors; fusedopt.backends.NativeBackend drives it.")
-      .def(py::init<const std::string&, const std::string&, int, const py::object&, const py::object&>(),
+      .def(py::init<const std::string&, const std::string&, int, const py::object&, const py::object&,
+                    const py::object&>(),
            py::arg("rule"), py::arg("device") = "cpu", py::arg("emulated_devices") = 1,
-           py::arg("launcher") = py::none(), py::arg("shards") = py::none())
+           py::arg("launcher") = py::none(), py::arg("shards") = py::none(), py::arg("precision") = py::none())
       .def("step", &run_step, py::arg("param_groups"), py::arg("state"), py::arg("grad_scale"), py::arg("found_inf"),
            py::arg("check"), py::arg("norm_type"), py::arg("max_norm"), py::arg("error_if_nonfinite"),
            py::arg("clip_value"), py::arg("write_back"), py::arg("counts") = py::none(), py::arg("half") = false,

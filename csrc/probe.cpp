@@ -27,6 +27,8 @@ py::object dtype_of(const c10::TensorImpl* impl) {
       return py::str("bfloat16");
     case DType::kFloat16:
       return py::str("float16");
+    default:  // no dtype of torch's
+      break;
   }
   return py::none();
 }

@@ -87,9 +87,10 @@ device::Launcher python_launcher(const py::object& object, c10::DeviceType type)
   launcher.conclude = [call = method("conclude")](const Place&, const device::StatisticsArguments& a,
                                                   const double* totals,
                                                   int count) { call(&a, address(totals), count); };
-  // The number of each column's dtype, or -1 for one that is not there.
+  // The number of each column's dtype, or -1 for one that is not there; and whether something is rounded by chance.
   auto dtypes_of = [](const device::Row& like) {
-    py::tuple dtypes(device::kColumns);
+    py::tuple dtypes(device::kColumns + 1);
+    dtypes[device::kColumns] = static_cast<int>(like.by_chance);
     for (int c = 0; c < device::kColumns; ++c) {
       dtypes[static_cast<size_t>(c)] = like.data[c] || c == device::kGrad ? static_cast<int>(like.dtype[c]) : -1;
     }
@@ -133,6 +134,11 @@ void define_launching(py::module_& m) {
       .FUSEDOPT_ADDRESS(Report, scalars)
       .FUSEDOPT_ADDRESS(Report, found_inf)
       .def_readonly("scalars_are_double", &Report::scalars_are_double);
+  py::class_<AverageSettings>(e, "AverageSettings", "How the average of the weights is kept; see csrc/tables.h.")
+      .def_readonly("momentum", &AverageSettings::momentum)
+      .def_readonly("gamma", &AverageSettings::gamma)
+      .def_readonly("begin", &AverageSettings::begin)
+      .def_readonly("interval", &AverageSettings::interval);
   py::class_<StatisticsArguments>(e, "StatisticsArguments")
       .def_readonly("tables", &StatisticsArguments::tables)
       .def_property_readonly("kind", [](const StatisticsArguments& self) { return static_cast<int>(self.norm.kind); })
@@ -144,6 +150,7 @@ void define_launching(py::module_& m) {
       .def_readonly("found_inf", &StatisticsArguments::found_inf)
       .def_readonly("max_norm", &StatisticsArguments::max_norm)
       .def_readonly("report", &StatisticsArguments::report)
+      .def_readonly("average", &StatisticsArguments::average)
       .def_readonly("domains", &StatisticsArguments::domains)
       .FUSEDOPT_ADDRESS(StatisticsArguments, totals);
   py::class_<UpdateArguments>(e, "UpdateArguments")
@@ -151,6 +158,7 @@ void define_launching(py::module_& m) {
       .def_readonly("reverse", &UpdateArguments::reverse)
       .def_readonly("write_back", &UpdateArguments::write_back)
       .def_readonly("clip_value", &UpdateArguments::clip_value)
+      .def_property_readonly("seed", [](const UpdateArguments& self) { return static_cast<int64_t>(self.seed); })
       .def_readonly("first_chunk", &UpdateArguments::first_chunk)
       .def_readonly("chunk_count", &UpdateArguments::chunk_count);
 #undef FUSEDOPT_ADDRESS
@@ -172,12 +180,18 @@ void define_launching(py::module_& m) {
   FUSEDOPT_FIELD(Row, domain);
   FUSEDOPT_FIELD(Row, dtype);
   FUSEDOPT_FIELD(Row, step_dtype);
+  FUSEDOPT_FIELD(Row, by_chance);
+  FUSEDOPT_FIELD(Row, stream);
+  FUSEDOPT_FIELD(Row, numbers);
+  FUSEDOPT_FIELD(Row, first_number);
   layout["ChunkEntry"] = sizeof(ChunkEntry);
   FUSEDOPT_FIELD(ChunkEntry, row);
   FUSEDOPT_FIELD(ChunkEntry, index);
   layout["RowScalars"] = sizeof(RowScalars);
   FUSEDOPT_FIELD(RowScalars, values);
+  FUSEDOPT_FIELD(RowScalars, average_weight);
   FUSEDOPT_FIELD(RowScalars, variant);
+  FUSEDOPT_FIELD(RowScalars, step);
   FUSEDOPT_FIELD(Control, multiplier);
   FUSEDOPT_FIELD(Control, skip);
   layout["Layout"] = sizeof(Layout);

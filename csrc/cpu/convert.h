@@ -1,5 +1,7 @@
 // Loads and stores of columns in any dtype and layout, to and from float or double blocks.
 //
+// A store rounds to nearest even, or by chance where it is given random bits; see csrc/storage.h.
+//
 // Included once into each instruction set's translation unit, inside an anonymous namespace.
 
 template <class T>
@@ -19,21 +21,33 @@ void load_fp16(const uint16_t* in, int64_t n, T* out) {
 #endif
 }
 
-template <class T>
-void store_fp16(uint16_t* out, int64_t n, const T* in) {
+// What `of` makes of each element.
+template <class T, class Of>
+void store_fp16(uint16_t* out, int64_t n, const T* in, const Of& of) {
 #if defined(FUSEDOPT_HAS_F16C)
   for (int64_t i = 0; i < n; i += 8) {
     float block[8] = {};
     uint16_t piece[8];
     int64_t count = n - i < 8 ? n - i : 8;
-    for (int64_t k = 0; k < count; ++k) block[k] = narrow(in[i + k]);
+    for (int64_t k = 0; k < count; ++k) block[k] = narrow(of(in[i + k]));
     __m128i half = _mm256_cvtps_ph(_mm256_loadu_ps(block), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
     _mm_storeu_si128(reinterpret_cast<__m128i*>(piece), half);
     __builtin_memcpy(out + i, piece, count == 8 ? 16 : size_t(count) * 2);
   }
 #else
-  for (int64_t i = 0; i < n; ++i) out[i] = float_to_fp16(narrow(in[i]));
+  for (int64_t i = 0; i < n; ++i) out[i] = float_to_fp16(narrow(of(in[i])));
 #endif
+}
+
+// The roots of a block, of which a column in few bits keeps what it can.
+template <class T>
+void store_root16(uint16_t* out, int64_t n, const T* in, const uint16_t* random) {
+  if (random) {
+    for (int64_t i = 0; i < n; ++i) out[i] = root_to_fp16(narrow(square_root(in[i])), random[i]);
+    return;
+  }
+  store_fp16(out, n, in, [](T x) { return square_root(x); });
+  for (int64_t i = 0; i < n; ++i) out[i] = in[i] > 0 && out[i] == 0 ? uint16_t(1) : out[i];
 }
 
 template <class T>
@@ -57,11 +71,18 @@ void load_flat(const void* data, DType dtype, int64_t offset, int64_t n, T* __re
     case DType::kFloat16:
       load_fp16(static_cast<const uint16_t*>(data) + offset, n, out);
       break;
+    case DType::kRoot16:
+      load_fp16(static_cast<const uint16_t*>(data) + offset, n, out);
+      for (int64_t i = 0; i < n; ++i) out[i] *= out[i];
+      break;
+    default:  // forms of blocks and pieces, see forms.h
+      break;
   }
 }
 
 template <class T>
-void store_flat(void* data, DType dtype, int64_t offset, int64_t n, const T* __restrict in) {
+void store_flat(void* data, DType dtype, int64_t offset, int64_t n, const T* __restrict in,
+                const uint16_t* __restrict random) {
   switch (dtype) {
     case DType::kFloat32: {
       auto* out = static_cast<float*>(data) + offset;
@@ -75,11 +96,23 @@ void store_flat(void* data, DType dtype, int64_t offset, int64_t n, const T* __r
     }
     case DType::kBFloat16: {
       auto* out = static_cast<uint16_t*>(data) + offset;
-      for (int64_t i = 0; i < n; ++i) out[i] = float_to_bf16(narrow(in[i]));
+      if (random) {
+        for (int64_t i = 0; i < n; ++i) out[i] = float_to_bf16(narrow(in[i]), random[i]);
+      } else {
+        for (int64_t i = 0; i < n; ++i) out[i] = float_to_bf16(narrow(in[i]));
+      }
       break;
     }
-    case DType::kFloat16:
-      store_fp16(static_cast<uint16_t*>(data) + offset, n, in);
+    case DType::kFloat16: {
+      auto* out = static_cast<uint16_t*>(data) + offset;
+      if (!random) return store_fp16(out, n, in, [](T x) { return x; });
+      for (int64_t i = 0; i < n; ++i) out[i] = float_to_fp16(narrow(in[i]), random[i]);
+      break;
+    }
+    case DType::kRoot16:
+      store_root16(static_cast<uint16_t*>(data) + offset, n, in, random);
+      break;
+    default:
       break;
   }
 }
@@ -120,10 +153,13 @@ void load(const Column& column, int64_t offset, int64_t n, T* out) {
 }
 
 template <class T>
-void store(const Column& column, int64_t offset, int64_t n, const T* in) {
-  if (!column.layout) return store_flat(column.data, column.dtype, offset, n, in);
+void store(const Column& column, int64_t offset, int64_t n, const T* in, const uint16_t* random = nullptr) {
+  if (!column.layout) return store_flat(column.data, column.dtype, offset, n, in, random);
   for_each_run(*column.layout, offset, n, [&](int64_t position, int64_t at, int64_t run, int64_t stride) {
-    if (stride == 1) return store_flat(column.data, column.dtype, at, run, in + position);
-    for (int64_t k = 0; k < run; ++k) store_flat(column.data, column.dtype, at + k * stride, 1, in + position + k);
+    const uint16_t* chance = random ? random + position : nullptr;
+    if (stride == 1) return store_flat(column.data, column.dtype, at, run, in + position, chance);
+    for (int64_t k = 0; k < run; ++k) {
+      store_flat(column.data, column.dtype, at + k * stride, 1, in + position + k, chance ? chance + k : nullptr);
+    }
   });
 }

@@ -126,7 +126,7 @@ bool statistics(const Work& work, const StatisticsSettings& settings, std::vecto
   return nonfinite.load();
 }
 
-void update(const Work& work, RuleId rule, const std::vector<ScalarsStorage>& scalars, const UpdateSettings& settings) {
+void update(const Work& work, RuleId rule, const std::vector<RowScalars>& scalars, const UpdateSettings& settings) {
   const UpdateFn run = current().load()->update[rule];
   auto prepare = [](const TensorRow& row, int64_t elements) __attribute__((always_inline)) {
     prefetch(row.grad, elements);

@@ -28,6 +28,6 @@ void use_isa(const std::string& name);
 
 // Leaves the total of each chunk in `partials`, and returns whether a gradient is not finite.
 bool statistics(const Work& work, const StatisticsSettings& settings, std::vector<double>& partials);
-void update(const Work& work, RuleId rule, const std::vector<ScalarsStorage>& scalars, const UpdateSettings& settings);
+void update(const Work& work, RuleId rule, const std::vector<RowScalars>& scalars, const UpdateSettings& settings);
 
 }  // namespace fusedopt::cpu

@@ -12,8 +12,7 @@ using StatisticsFn = bool (*)(const Column& grad, const StatisticsSettings&, int
                               double* partial);
 
 // Applies the rule to elements [offset, offset + length) of a row.
-using UpdateFn = void (*)(const TensorRow&, const ScalarsStorage&, const UpdateSettings&, int64_t offset,
-                          int64_t length);
+using UpdateFn = void (*)(const TensorRow&, const RowScalars&, const UpdateSettings&, int64_t offset, int64_t length);
 
 struct Kernels {
   const char* isa;

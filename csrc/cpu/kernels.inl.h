@@ -11,20 +11,22 @@
 // these instruction sets too.
 #include <stddef.h>
 
-#if defined(FUSEDOPT_HAS_F16C)
+#if defined(__SSE2__)
 #include <immintrin.h>
 #endif
 
-#include "../convert.h"
+#include "../storage.h"
 #include "kernels.h"
 
 namespace fusedopt::cpu {
 namespace {
 
-#include "convert.h"
-
 // Elements converted at a time; the blocks of all columns together stay in the first-level cache.
 constexpr int64_t kBlock = 512;
+
+#include "convert.h"
+#include "random.h"
+#include "forms.h"
 
 // A chunk is added up in kSums sums, of which element i goes to sum i % kSums, whatever the width of a register.
 constexpr int kSums = 32;
@@ -201,38 +203,18 @@ void update_run(const typename Rule::template Scalars<T>& s, T multiplier, T bou
   }
 }
 
-// A column during a chunk: used in place when it is flat and already of type T, else through a block buffer.
-template <class T>
-struct Window {
-  const Column* column;
-  bool direct;
-  T block[kBlock];
-
-  void open(const Column& c, DType native) {
-    column = &c;
-    direct = !c.layout && c.dtype == native;
-  }
-  T* load_at(int64_t offset, int64_t n) {
-    if (direct) return static_cast<T*>(column->data) + offset;
-    load(*column, offset, n, block);
-    return block;
-  }
-  void store_at(int64_t offset, int64_t n) {
-    if (!direct) store(*column, offset, n, block);
-  }
-};
-
 template <class Rule, unsigned V, class T>
-void update_chunk(const TensorRow& row, const ScalarsStorage& storage, const UpdateSettings& settings, DType native,
+void update_chunk(const TensorRow& row, const RowScalars& constants, const UpdateSettings& settings, DType native,
                   int64_t offset, int64_t length) {
   constexpr unsigned columns = Rule::columns(V);
   typename Rule::template Scalars<double> exact;
-  __builtin_memcpy(&exact, &storage, sizeof(exact));
+  __builtin_memcpy(&exact, &constants.values, sizeof(exact));
   const auto scalars = exact.template as<T>();
   const T multiplier = T(settings.multiplier), bound = T(settings.clip_value);
 
+  const Carried* carried = row.carried;
   auto plain = [&](const Column& column) { return !column.layout && column.dtype == native; };
-  bool direct = plain(row.param) && plain(row.grad) && !settings.write_back;
+  bool direct = plain(row.param) && plain(row.grad) && !settings.write_back && !carried;
   for (int c = 0; c < kMaxStates; ++c) {
     if (columns >> c & 1) direct &= plain(row.state[c]);
   }
@@ -243,12 +225,19 @@ void update_chunk(const TensorRow& row, const ScalarsStorage& storage, const Upd
                                   state(2));
   }
 
+  Rounding rounding;
+  rounding.chance = carried && carried->chance.rounds ? &carried->chance : nullptr;
+  rounding.step = constants.step;
+  const T weight = carried && carried->average.data ? T(constants.average_weight) : T(0);
   Window<T> param, grad, state[kMaxStates];
-  param.open(row.param, native);
-  grad.open(row.grad, native);
+  Mastered mastered;
+  bool has_master = false;
+  if constexpr (sizeof(T) == 4) has_master = carried && carried->master.data;
+  if (has_master) mastered.open(row);
+  param.open(row, row.param, native);
+  grad.open(row, row.grad, native);
   for (int c = 0; c < kMaxStates; ++c) {
-    if (!(columns >> c & 1)) continue;
-    state[c].open(row.state[c], native);
+    if (columns >> c & 1) state[c].open(row, row.state[c], native);
   }
   for (int64_t done = 0; done < length; done += kBlock) {
     const int64_t at = offset + done, n = length - done < kBlock ? length - done : kBlock;
@@ -256,22 +245,34 @@ void update_chunk(const TensorRow& row, const ScalarsStorage& storage, const Upd
     for (int c = 0; c < kMaxStates; ++c) {
       if (columns >> c & 1) s[c] = state[c].load_at(at, n);
     }
-    T *p = param.load_at(at, n), *g = grad.load_at(at, n);
+    T *p, *g = grad.load_at(at, n);
+    if constexpr (sizeof(T) == 4) {
+      p = has_master ? mastered.load_at(at, n) : param.load_at(at, n);
+    } else {
+      p = param.load_at(at, n);
+    }
     if (settings.write_back) {
       for (int64_t i = 0; i < n; ++i) g[i] = clamp(g[i] * multiplier, bound);
-      grad.store_at(at, n);
+      if (!grad.direct) store(row.grad, at, n, g);
     }
     // What has been written back must not be unscaled twice; clamping twice is the same as once.
     update_run<Rule, V, T>(scalars, settings.write_back ? T(1) : multiplier, bound, n, p, g, s[0], s[1], s[2]);
-    param.store_at(at, n);
     for (int c = 0; c < kMaxStates; ++c) {
-      if (columns >> c & 1) state[c].store_at(at, n);
+      if (columns >> c & 1) state[c].store_at(at, n, rounding, uint32_t(1 + c));
+    }
+    if constexpr (sizeof(T) == 4) {
+      if (has_master) mastered.store_at(at, n, rounding);
+    }
+    if (!has_master) param.store_at(at, n, rounding, 0);
+    if (weight != T(0)) {
+      if (!has_master && !param.direct) p = param.load_at(at, n);  // as it was rounded
+      average_block(carried->average, at, n, p, weight);
     }
   }
 }
 
 template <class Rule, unsigned V = 0>
-void update_variant(const TensorRow& row, const ScalarsStorage& scalars, const UpdateSettings& settings, int64_t offset,
+void update_variant(const TensorRow& row, const RowScalars& scalars, const UpdateSettings& settings, int64_t offset,
                     int64_t length) {
   if constexpr (V < Rule::kVariants) {
     if (row.variant != V) return update_variant<Rule, V + 1>(row, scalars, settings, offset, length);

@@ -72,7 +72,7 @@ __device__ __forceinline__ void count_step(const Row& row, double step) {
 }
 
 template <class Rule>
-__device__ void derive_scalars(const GroupRow& group, double step, RowScalars* out) {
+__device__ void derive_scalars(const GroupRow& group, double step, const AverageSettings& average, RowScalars* out) {
   double hyper[kMaxHyper];
   for (int i = 0; i < kMaxHyper; ++i) {
     hyper[i] = group.live[i] ? read_number(group.live[i], group.live_dtype[i]) : group.value[i];
@@ -80,6 +80,8 @@ __device__ void derive_scalars(const GroupRow& group, double step, RowScalars* o
   // Stored as numbers: a copy of bytes would be stored byte by byte.
   new (&out->values) typename Rule::template Scalars<double>(Rule::derive(hyper, step));
   out->variant = Rule::variant(hyper, step);
+  out->step = static_cast<uint32_t>(step);
+  out->average_weight = average_weight(average, step);
 }
 
 }  // namespace fusedopt::cuda::FUSEDOPT_TARGET

@@ -146,7 +146,8 @@ struct StatisticsShared {
 };
 
 template <class Rule>
-__device__ void derive_rows(const Tables& tables, uint32_t begin, uint32_t end) {
+__device__ void derive_rows(const StatisticsArguments& a, uint32_t begin, uint32_t end) {
+  const Tables& tables = a.tables;
   uint32_t known = end;  // the row whose scalars may serve the next as well
   double known_step = 0;
   for (uint32_t r = begin; r < end; ++r) {
@@ -156,7 +157,7 @@ __device__ void derive_rows(const Tables& tables, uint32_t begin, uint32_t end) 
     if (known < end && step == known_step && tables.rows[known].group == row.group) {
       tables.scalars[r] = tables.scalars[known];
     } else {
-      derive_scalars<Rule>(tables.groups[row.group], step, &tables.scalars[r]);
+      derive_scalars<Rule>(tables.groups[row.group], step, a.average, &tables.scalars[r]);
     }
     count_step(row, step);
     known = r, known_step = step;
@@ -192,9 +193,9 @@ __device__ void draw_conclusions(const StatisticsArguments& a, double total, boo
   const uint32_t share = (tables.row_count + kThreads - 1) / kThreads, begin = threadIdx.x * share;
   const uint32_t end = begin + share < tables.row_count ? begin + share : tables.row_count;
   switch (a.rule) {
-#define FUSEDOPT_DERIVE_ROWS(Rule)         \
-  case kRule##Rule:                        \
-    derive_rows<Rule>(tables, begin, end); \
+#define FUSEDOPT_DERIVE_ROWS(Rule)    \
+  case kRule##Rule:                   \
+    derive_rows<Rule>(a, begin, end); \
     break;
     FUSEDOPT_FOR_EACH_RULE(FUSEDOPT_DERIVE_ROWS)
 #undef FUSEDOPT_DERIVE_ROWS

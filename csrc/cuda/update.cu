@@ -276,7 +276,7 @@ __global__ void __launch_bounds__(kThreads, 4) update_kernel(const __grid_consta
     skip = a.has_found_inf && value_of(a.found_inf) != 0;
     if (threadIdx.x == 0) {
       shared.skip = skip;
-      if (grad && !skip) derive_scalars<Rule>(tables.groups[row.group], next_step(row), &shared.scalars);
+      if (grad && !skip) derive_scalars<Rule>(tables.groups[row.group], next_step(row), a.average, &shared.scalars);
     }
     __syncthreads();
   }

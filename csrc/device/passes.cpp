@@ -26,6 +26,7 @@ void DevicePasses::statistics(const Work& work, const StepSettings& s, const Rep
   statistics_.tables = tables_;
   statistics_.norm = s.norm;
   statistics_.rule = work.rule;
+  statistics_.average = work.average;
   statistics_.check = s.check;
   statistics_.has_found_inf = s.has_found_inf;
   statistics_.refuse_nonfinite = s.error_if_nonfinite;
@@ -50,6 +51,8 @@ void DevicePasses::for_each_update(const Work& work, const StepSettings& s, cons
   UpdateArguments a{};
   a.tables = tables_;
   a.rule = work.rule;
+  a.average = work.average;
+  a.seed = work.seed;
   a.after_statistics = finds || launcher_.prepares_bare;
   a.reverse = finds && !work.overlaps;
   a.write_back = s.write_back;

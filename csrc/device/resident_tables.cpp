@@ -36,11 +36,16 @@ uint64_t kind_of(const TensorRow& row) {
   if (!row.grad.data || row.numel == 0) return 0;
   uint64_t kind = 0;
   auto add = [&](const Column& column) {
-    kind = 8 * kind + (column.data ? 1 + static_cast<uint64_t>(column.dtype) : 0);
+    kind = 16 * kind + (column.data ? 1 + static_cast<uint64_t>(column.dtype) : 0);
   };
   add(row.param);
   add(row.grad);
   for (const Column& state : row.state) add(state);
+  if (const Carried* carried = row.carried) {
+    add(carried->master);
+    add(carried->average);
+    kind = 2 * kind + (carried->chance.rounds ? 1 : 0);
+  }
   return kind;
 }
 
@@ -116,12 +121,14 @@ void ResidentTables::lay_out_rows(const Work& work, size_t rows, size_t grads) {
     const size_t at = rows + i * sizeof(Row);
     *at_offset<void*>(host_.data(), grads + i * sizeof(void*)) = from.grad.data;
     Row& row = *at_offset<Row>(host_.data(), at);
+    auto number_of = [&](const Layout* layout) {
+      if (!layout) return Row::kFlat;
+      layouts_.push_back(*layout);
+      return static_cast<int32_t>(layouts_.size() - 1);
+    };
     auto take = [&](int c, const Column& column) {
       row.dtype[c] = column.dtype;
-      row.layout[c] = Row::kFlat;
-      if (!column.layout) return;
-      row.layout[c] = static_cast<int32_t>(layouts_.size());
-      layouts_.push_back(*column.layout);
+      row.layout[c] = number_of(column.layout);
     };
     row.data[kParam] = from.param.data;
     take(kParam, from.param);
@@ -130,6 +137,16 @@ void ResidentTables::lay_out_rows(const Work& work, size_t rows, size_t grads) {
       row.data[kState + s] = from.state[s].data;
       take(kState + s, from.state[s]);
     }
+    const Carried nothing{};
+    const Carried& carried = from.carried ? *from.carried : nothing;
+    row.data[kMaster] = carried.master.data;
+    take(kMaster, carried.master);
+    row.data[kAverage] = carried.average.data;
+    take(kAverage, carried.average);
+    row.by_chance = carried.chance.rounds;
+    row.stream = carried.chance.stream;
+    row.first_number = carried.chance.first;
+    row.numbers = number_of(carried.chance.numbers);
     row.step = from.step;
     row.step_dtype = from.step_dtype;
     row.numel = from.numel;

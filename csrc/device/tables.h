@@ -15,7 +15,8 @@ inline bool has_slow_double(int capability) {
 }
 
 // Columns of a row, in the order of kernels.
-constexpr int kParam = 0, kGrad = 1, kState = 2, kColumns = kState + kMaxStates;
+constexpr int kParam = 0, kGrad = 1, kState = 2, kMaster = kState + kMaxStates, kAverage = kMaster + 1;
+constexpr int kColumns = kAverage + 1;
 
 // Note [Adaptive chunks]
 // A block works on one chunk of one row. Few elements in all make small chunks, so that every multiprocessor has some;
@@ -62,6 +63,10 @@ struct Row {
   uint32_t domain;  // over which processes its statistics are added up
   DType dtype[kColumns];
   DType step_dtype;
+  bool by_chance;   // something is rounded by chance; see Note [Random bits] in csrc/storage.h
+  uint32_t stream;  // the parameter's number in its optimizer
+  int32_t numbers;  // row of the layout table with the numbers of its elements from `first_number`, or kFlat
+  uint64_t first_number;
 
   static constexpr int32_t kFlat = -1;
 };
@@ -69,12 +74,6 @@ struct Row {
 struct ChunkEntry {
   uint32_t row;
   uint32_t index;  // in its row
-};
-
-// The rule's constants of one row in this step, as the last block of a statistics pass leaves them.
-struct RowScalars {
-  ScalarsStorage values;
-  uint32_t variant;
 };
 
 // What the blocks of a pass add up, apart from the norm; all 0 between passes. See Note [Tickets].
@@ -125,6 +124,7 @@ struct StatisticsArguments {
   bool has_found_inf;        // skip when `found_inf` is not zero
   bool refuse_nonfinite;     // skip when the norm is not finite
   Operand scale, found_inf;  // the divisor of the gradients, and what was found elsewhere
+  AverageSettings average;
   Operand max_norm;
   Report report;
   double* totals;    // in a first half: receives a total of each domain and whether all is finite; nothing is concluded
@@ -141,6 +141,8 @@ struct UpdateArguments {
   double clip_value;
   Operand scale, found_inf;
   Report report;
+  AverageSettings average;
+  uint64_t seed;                      // of random bits
   uint32_t first_chunk, chunk_count;  // of this launch
   uint32_t tickets;                   // blocks of all the launches of this pass
 };

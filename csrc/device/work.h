@@ -17,6 +17,8 @@ struct Work {
   const std::vector<uint32_t>& domains;  // of each row, see Note [A step in two halves]
   const std::vector<const HyperValues*>& groups;
   RuleId rule;
+  AverageSettings average;
+  uint64_t seed;    // of random bits
   bool any_double;  // a parameter is in float64
   bool overlaps;    // rows share memory: the update takes one after the other
   bool capturing;   // the current stream of a device is capturing a graph

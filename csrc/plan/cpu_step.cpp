@@ -87,7 +87,11 @@ void CpuStep::derive_scalars(const Groups& groups, Rows& rows) {
       const double* hyper = table[row.group]->value;
       known = {step, static_cast<uint32_t>(scalars_.size()), rule_.variant(hyper, step)};
       scalars_.emplace_back();
-      rule_.derive(hyper, step, &scalars_.back());
+      RowScalars& derived = scalars_.back();
+      rule_.derive(hyper, step, &derived.values);
+      derived.variant = known.variant;
+      derived.step = static_cast<uint32_t>(step);
+      derived.average_weight = average_weight(average_, step);
     }
     row.scalars = known.scalars;
     row.variant = known.variant;

@@ -15,7 +15,7 @@ namespace fusedopt::plan {
 // Keeps its buffers between steps.
 class CpuStep {
  public:
-  explicit CpuStep(const RuleInterface& rule) : rule_(rule) {}
+  CpuStep(const RuleInterface& rule, const AverageSettings& average) : rule_(rule), average_(average) {}
 
   // Runs the passes over rows that are up to date. Returns (scalars, found_inf), as StepPlan::step.
   py::object run(const Groups& groups, Rows& rows, const StepSettings& settings);
@@ -44,7 +44,8 @@ class CpuStep {
   py::object reported(const Rows& rows, const StepSettings& settings, const Outcome& outcome) const;
 
   const RuleInterface& rule_;
-  std::vector<ScalarsStorage> scalars_;  // one row per distinct pair of hyperparameters and step count
+  const AverageSettings average_;
+  std::vector<RowScalars> scalars_;  // one row per distinct pair of hyperparameters and step count
   std::vector<double> partials_;
 };
 

@@ -1,6 +1,9 @@
 #include "plan.h"
 
+#include <algorithm>
 #include <functional>
+#include <memory>
+#include <optional>
 #include <stdexcept>
 #include <tuple>
 #include <utility>
@@ -48,14 +51,15 @@ StepPlan::Kernels StepPlan::kernels_for(const std::string& device, const py::obj
 }
 
 StepPlan::StepPlan(const std::string& rule, const std::string& device, int emulated_devices, const py::object& launcher,
-                   const py::object& shards)
+                   const py::object& shards, const py::object& precision)
     : rule_(rule_named(rule)),
       kernels_(kernels_for(device, launcher)),
       emulated_devices_(emulated_devices),
+      precision_(rule_, precision),
       groups_(rule_, kernels_.target),
-      rows_(kernels_.target),
-      states_(rule_, kernels_.target),
-      cpu_step_(rule_),
+      rows_(kernels_.target, precision_),
+      states_(rule_, kernels_.target, precision_),
+      cpu_step_(rule_, precision_.average()),
       shards_(shards) {}
 
 void StepPlan::refresh(PyObject* groups, PyObject* state, PyObject* counts, bool write_back, plan::Problems& problems) {
@@ -71,7 +75,10 @@ void StepPlan::refresh(PyObject* groups, PyObject* state, PyObject* counts, bool
   if (groups_.edited() && !groups_.number(rows_)) states_.forget();
   if (!rows_.refresh(write_back, problems)) states_.forget();
   if (rows_.take_news()) domains_known_ = false;
-  if (!domains_known_) find_domains(groups);
+  if (!domains_known_) {
+    find_domains(groups);
+    if (precision_.by_chance()) find_numbers(groups);
+  }
   states_.refresh(state, counts, groups_, rows_, problems);
 }
 
@@ -87,6 +94,33 @@ void StepPlan::find_domains(PyObject* groups) {
   }
   rows_.domains = std::move(domains);
   domains_known_ = true;
+}
+
+// The numbers of a row's elements in the whole of its parameter, of which a process may have a part: `numbers` of the
+// plan's precision, called with the groups, returns a list with None for each whole parameter, and a tuple (number of
+// the first element, sizes, distances of numbers) for each part, along its dimensions in canonical order.
+void StepPlan::find_numbers(PyObject* groups) {
+  using Numbers = std::tuple<uint64_t, std::vector<int64_t>, std::vector<int64_t>>;
+  const auto found = precision_.numbers()(py::handle(groups)).cast<std::vector<std::optional<Numbers>>>();
+  if (found.size() != rows_.size()) throw std::runtime_error("the parameters changed while they were looked at");
+  for (size_t r = 0; r < rows_.size(); ++r) {
+    plan::CarriedRow& row = rows_.carried[r];
+    Chance& chance = row.carried.chance;
+    chance.first = 0;
+    chance.numbers = nullptr;
+    if (!found[r]) continue;
+    const auto& [first, sizes, distances] = *found[r];
+    if (sizes.size() != distances.size() || sizes.size() > kMaxDims) {
+      throw std::runtime_error("a parameter of which this process has a part has more than 16 dimensions");
+    }
+    chance.first = first;
+    if (sizes.empty()) continue;
+    row.numbers = std::make_unique<Layout>();
+    row.numbers->dims = static_cast<int>(sizes.size());
+    std::copy(sizes.begin(), sizes.end(), row.numbers->size);
+    std::copy(distances.begin(), distances.end(), row.numbers->stride);
+    chance.numbers = row.numbers.get();
+  }
 }
 
 bool StepPlan::place_rows() {
@@ -137,8 +171,11 @@ py::list StepPlan::told(const plan::Problems& problems, bool can_mend) const {
 }
 
 device::Work StepPlan::work(bool capturing) const {
-  return {rows_.table,    row_devices_, rows_.domains, groups_.table(), rule_.id, rows_.participants.any_double,
-          rows_.overlaps, capturing};
+  return {rows_.table,       row_devices_,
+          rows_.domains,     groups_.table(),
+          rule_.id,          precision_.average(),
+          precision_.seed(), rows_.participants.any_double,
+          rows_.overlaps,    capturing};
 }
 
 py::object StepPlan::on_devices(const StepSettings& s,

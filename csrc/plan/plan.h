@@ -12,6 +12,7 @@
 #include "../step.h"
 #include "cpu_step.h"
 #include "groups.h"
+#include "precision.h"
 #include "rows.h"
 #include "states.h"
 #include "target.h"
@@ -46,9 +47,9 @@ class StepPlan {
   // lacks it.
   //
   // `shards`, called with the groups, returns None where all gradients are here, or a list of the domain of each
-  // parameter, and how many domains there are.
+  // parameter, and how many domains there are. For `precision` see plan::Precision.
   StepPlan(const std::string& rule, const std::string& device, int emulated_devices, const py::object& launcher,
-           const py::object& shards);
+           const py::object& shards, const py::object& precision);
 
   // Brings the tables up to date and runs the passes. Returns (scalars, found_inf): a tensor (grad_norm, clip_coef) or
   // None, a 0-dim float32 tensor or None. When a parameter with a gradient is not ready for the kernels, nothing is run
@@ -96,6 +97,7 @@ class StepPlan {
   // Brings groups, rows and states up to date.
   void refresh(PyObject* groups, PyObject* state, PyObject* counts, bool write_back, plan::Problems& problems);
   void find_domains(PyObject* groups);
+  void find_numbers(PyObject* groups);
   // Fills in row_devices_. Returns whether the current stream of one of them is capturing a graph.
   bool place_rows();
   plan::Problems refused_in_capture() const;
@@ -109,6 +111,7 @@ class StepPlan {
   const RuleInterface& rule_;
   const Kernels kernels_;
   const int emulated_devices_;
+  const plan::Precision precision_;
   plan::Groups groups_;
   plan::Rows rows_;
   plan::States states_;

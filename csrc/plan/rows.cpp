@@ -23,6 +23,7 @@ void Rows::clear() {
   table.clear();
   hot.clear();
   cold.clear();
+  carried.clear();
 }
 
 void Rows::add(PyObject* param, uint32_t group, uint32_t index) {
@@ -33,6 +34,12 @@ void Rows::add(PyObject* param, uint32_t group, uint32_t index) {
   hot.push_back(row);
   cold.emplace_back();
   table.push_back({});
+  if (precision_.carries()) {
+    const auto stream = static_cast<uint32_t>(carried.size());
+    carried.emplace_back();
+    carried.back().carried.chance = {precision_.seed(), 0, nullptr, stream, precision_.by_chance()};
+    table.back().carried = &carried.back().carried;
+  }
   describe(size() - 1);
 }
 
@@ -189,6 +196,9 @@ Held Rows::hold() const {
     hold(hot[r].grad.impl);
     hold(hot[r].step.impl);
     for (const KnownTensor& column : hot[r].state) hold(column.impl);
+    if (carried.empty()) continue;
+    hold(carried[r].master.impl);
+    hold(carried[r].average.impl);
   }
   return held;
 }

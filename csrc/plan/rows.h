@@ -3,11 +3,13 @@
 #include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/utils/pybind.h>
 
+#include <deque>
 #include <utility>
 #include <vector>
 
 #include "columns.h"
 #include "fingerprint.h"
+#include "precision.h"
 #include "target.h"
 
 namespace fusedopt::plan {
@@ -38,6 +40,13 @@ struct ColdRow {
   OwnedLayout param_layout, grad_layout, state_layout[kMaxStates];
 };
 
+// What a row carries beside what its rule knows of; there are none where all is as torch has it.
+struct CarriedRow {
+  Carried carried;  // which the row's TensorRow points to
+  KnownTensor master, average;
+  OwnedLayout master_layout, average_layout, numbers;
+};
+
 // What takes part in one step: the parameters that have a gradient.
 struct Participants {
   int64_t elements = 0;
@@ -55,7 +64,7 @@ struct Held {
 // All rows, in the order of the groups. `table`, `hot` and `cold` have one entry for each.
 class Rows {
  public:
-  explicit Rows(const Target& target) : target_(target) {}
+  Rows(const Target& target, const Precision& precision) : target_(target), precision_(precision) {}
 
   size_t size() const { return table.size(); }
   void clear();
@@ -78,6 +87,7 @@ class Rows {
   std::vector<uint32_t> domains;  // see Note [A step in two halves]
   std::vector<HotRow> hot;
   std::vector<ColdRow> cold;
+  std::deque<CarriedRow> carried;  // of each row, or none; never moved
   std::vector<Chunk> chunks;
   Participants participants;  // of this step
   bool overlaps = false;      // rows share memory: the update takes one after the other
@@ -90,6 +100,7 @@ class Rows {
   void find_overlaps();
 
   const Target target_;
+  const Precision& precision_;
   bool news_ = false;
 };
 

@@ -17,7 +17,7 @@ constexpr size_t kStateBytes = 88;
 }  // namespace
 
 bool States::Keys::operator==(const Keys& other) const {
-  for (int i = 0; i <= kMaxStates; ++i) {
+  for (int i = 0; i <= kKeys; ++i) {
     if (name[i].ptr() != other.name[i].ptr() || position[i] != other.position[i]) return false;
   }
   return true;
@@ -79,6 +79,12 @@ bool States::follow(PyObject* state, PyObject* counts, Rows& rows) {
       columns.state[c].data = data_of(impl);
       if (!columns.state[c].data && columns.numel) return false;
     }
+    if (!rows.carried.empty()) [[unlikely]] {
+      for (int c = kMasterKey; c < kKeys; ++c) {
+        if (keys.name[1 + c] && !tensor(1 + c)) return false;
+      }
+      if (!follow_carried(entry, rows.carried[entry.row])) return false;
+    }
     if (!counts) {
       impl = tensor(0);
     } else {
@@ -95,6 +101,18 @@ bool States::follow(PyObject* state, PyObject* counts, Rows& rows) {
   return true;
 }
 
+// Takes what the row carries, whose objects the entry has.
+bool States::follow_carried(const Entry& entry, CarriedRow& row) const {
+  auto follow = [&](int key, KnownTensor& known, Column& column) {
+    if (!keys_[entry.keys].name[1 + key]) return true;
+    c10::TensorImpl* const impl = local_of(entry.objects[1 + key]).unsafeGetTensorImpl();
+    if (!known.renew(impl)) return false;
+    column.data = data_of(impl);
+    return column.data || !impl->numel();
+  };
+  return follow(kMasterKey, row.master, row.carried.master) && follow(kAverageKey, row.average, row.carried.average);
+}
+
 // Takes the hidden count of this step. Returns false when it is no longer there, or counts another tensor's steps.
 bool States::follow_count(PyObject* counts, Entry& entry, PyObject* param, bool same_counts) const {
   if (!same_counts) {
@@ -103,7 +121,7 @@ bool States::follow_count(PyObject* counts, Entry& entry, PyObject* param, bool 
     entry.objects[0] = PyTuple_GET_ITEM(pair, 0);
     entry.counted = PyTuple_GET_ITEM(pair, 1);
   }
-  return referent(entry.counted) == entry.objects[1];
+  return referent(entry.counted) == entry.objects[1 + keys_[entry.keys].first];
 }
 
 // The tensors of a state dict that the rule needs, by their names.
@@ -121,10 +139,11 @@ States::Found States::look_into(PyObject* dict, unsigned columns, bool has_step)
       found.keys.position[i] = position - 1;
     };
     if (has_step) take("step", 0, found.step);
-    for (int c = 0; c < rule_.state_count; ++c) {
-      if (columns >> c & 1) take(rule_.states[c], 1 + c, found.columns[c]);
+    for (int c = 0; c < kKeys; ++c) {
+      if (columns >> c & 1) take(precision_.key(c).c_str(), 1 + c, found.columns[c]);
     }
   }
+  while (found.keys.first < kAverageKey && !found.objects[1 + found.keys.first]) ++found.keys.first;
   return found;
 }
 
@@ -136,7 +155,7 @@ const char* States::find_hidden_count(const HiddenCounts& counts, PyObject* para
   entry.count_position = position;
   found.step = THPVariable_Unpack(PyTuple_GET_ITEM(pair, 0));
   // A count of another tensor says nothing about this one.
-  PyObject* const first = found.objects[1];
+  PyObject* const first = found.objects[1 + found.keys.first];
   return first && referent(PyTuple_GET_ITEM(pair, 1)) == first ? nullptr : kNoState;
 }
 
@@ -157,24 +176,59 @@ const char* States::take_count(const at::Tensor& step, size_t r, Rows& rows) con
   return data_of(impl) ? nullptr : "has a step count without memory (its storage was freed?)";
 }
 
-// Why the columns cannot be used, or null. Sets those of the row.
-const char* States::take_columns(const Found& found, unsigned columns, size_t r, Rows& rows) const {
+// Why a column cannot be used, or null. Sets that of the row.
+const char* States::take_column(const Found& found, int c, size_t r, Rows& rows) const {
+  constexpr const char* kUnusable = "has a state tensor whose shape, dtype, device or memory layout cannot be used";
+  const at::Tensor& tensor = found.columns[c];
+  if (!tensor.defined()) return kNoState;
   TensorRow& row = rows.table[r];
   ColdRow& cold = rows.cold[r];
-  for (int c = 0; c < rule_.state_count; ++c) {
+  c10::TensorImpl* impl = tensor.unsafeGetTensorImpl();
+  if (row.numel && (unreachable(impl, target_.type) || !data_of(impl))) {
+    return "has a state tensor without memory (its storage was freed?)";
+  }
+  const bool rules_own = c < rule_.state_count;
+  if (rules_own && precision_.form(c) == Form::kCoded) {
+    if (unreachable(impl, target_.type) || tensor.scalar_type() != at::kByte || !impl->is_contiguous() ||
+        tensor.device() != cold.order.device() || tensor.dim() != 1 || tensor.numel() != coded_bytes(row.numel)) {
+      return "has codes of a state that are not those of its elements";
+    }
+    row.state[c] = {nullptr, nullptr, rule_.roots >> c & 1 ? DType::kRoot8 : DType::kSigned8};
+    return nullptr;
+  }
+  PyObject* const object = found.objects[1 + c];
+  const bool dealt_out = rows.hot[r].dtensor || !THPVariable_Unpack(object).is_same(tensor);
+  if (dealt_out && !dealt_out_alike(rows.hot[r].object, object))
+    return "has a state tensor that is dealt out in another way";
+  CarriedRow* const carried = rules_own ? nullptr : &rows.carried[r];
+  Column& column = rules_own ? row.state[c] : c == kMasterKey ? carried->carried.master : carried->carried.average;
+  OwnedLayout& layout = rules_own         ? cold.state_layout[c]
+                        : c == kMasterKey ? carried->master_layout
+                                          : carried->average_layout;
+  // The rest of a parameter's bits are no numbers, and its dtype is the master's kind.
+  const auto type = tensor.scalar_type();
+  const bool pieces = c == kMasterKey && (type == at::kShort || type == at::kByte);
+  if (pieces) {
+    if (row.param.dtype != DType::kBFloat16) return kUnusable;
+    const at::Tensor stand_in = type == at::kShort ? tensor.view(at::kHalf) : tensor.to(at::kHalf);
+    if (cold.order.describe(stand_in, column, layout, true)) return kUnusable;
+    column.dtype = type == at::kShort ? DType::kLow16 : DType::kLow8;
+    return nullptr;
+  }
+  if (cold.order.describe(tensor, column, layout, true)) return kUnusable;
+  if (c == kMasterKey && column.dtype != DType::kFloat32) return kUnusable;
+  if (rules_own && precision_.form(c) == Form::kRoot) {
+    if (column.dtype != DType::kFloat16) return kUnusable;
+    column.dtype = DType::kRoot16;
+  }
+  return nullptr;
+}
+
+// Why the columns cannot be used, or null. Sets those of the row.
+const char* States::take_columns(const Found& found, unsigned columns, size_t r, Rows& rows) const {
+  for (int c = 0; c < kKeys; ++c) {
     if (!(columns >> c & 1)) continue;
-    const at::Tensor& tensor = found.columns[c];
-    if (!tensor.defined()) return kNoState;
-    PyObject* const object = found.objects[1 + c];
-    const bool dealt_out = rows.hot[r].dtensor || !THPVariable_Unpack(object).is_same(tensor);
-    if (dealt_out && !dealt_out_alike(rows.hot[r].object, object))
-      return "has a state tensor that is dealt out in another way";
-    if (cold.order.describe(tensor, row.state[c], cold.state_layout[c], true)) {
-      return "has a state tensor whose shape, dtype, device or memory layout cannot be used";
-    }
-    if (row.numel && !data_of(tensor.unsafeGetTensorImpl())) {
-      return "has a state tensor without memory (its storage was freed?)";
-    }
+    if (const char* problem = take_column(found, c, r, rows)) return problem;
   }
   return nullptr;
 }
@@ -189,12 +243,21 @@ const char* States::find_row(Entry& entry, unsigned columns, const HiddenCounts*
   if (const char* problem = take_count(found.step, entry.row, rows)) return problem;
   if (const char* problem = take_columns(found, columns, entry.row, rows)) return problem;
   row.step.take(found.step.unsafeGetTensorImpl());
-  for (int c = 0; c < rule_.state_count; ++c) {
-    if (columns >> c & 1) row.state[c].take(found.columns[c].unsafeGetTensorImpl());
+  for (int c = 0; c < kKeys; ++c) {
+    if (!(columns >> c & 1)) continue;
+    KnownTensor& known = c < kMaxStates    ? row.state[c]
+                         : c == kMasterKey ? rows.carried[entry.row].master
+                                           : rows.carried[entry.row].average;
+    known.take(found.columns[c].unsafeGetTensorImpl());
   }
   if (keys_.empty() || !(keys_.back() == found.keys)) keys_.push_back(std::move(found.keys));
   entry.keys = static_cast<uint32_t>(keys_.size() - 1);
   return nullptr;
+}
+
+// What the state dict of a row has to have, as bits.
+unsigned States::needed(const Groups& groups, const Rows& rows, size_t r) const {
+  return groups.columns(rows.hot[r].group) | precision_.carried(rows.table[r].param.dtype);
 }
 
 // Looks up the states of all rows, by name.
@@ -213,7 +276,12 @@ void States::find(PyObject* state, PyObject* counts, const Groups& groups, Rows&
       row.state[c] = {};
       rows.table[r].state[c] = {};
     }
-    row.state_problem = groups.columns(row.group) && !row.problem ? kNoState : nullptr;
+    if (!rows.carried.empty()) {
+      CarriedRow& carried = rows.carried[r];
+      carried.master = carried.average = {};
+      carried.carried.master = carried.carried.average = {};
+    }
+    row.state_problem = !row.problem && needed(groups, rows, r) ? kNoState : nullptr;
   }
   state_version_ = counts_version_ = 0;
   entries_.clear();
@@ -229,7 +297,7 @@ void States::find(PyObject* state, PyObject* counts, const Groups& groups, Rows&
     entry.row = found->second;
     entry.dict = value;
     entry.dict_entries = entries_of(value);
-    row.state_problem = find_row(entry, groups.columns(row.group), counts ? &hidden : nullptr, rows);
+    row.state_problem = find_row(entry, needed(groups, rows, entry.row), counts ? &hidden : nullptr, rows);
     if (!row.state_problem) entries_.push_back(entry);
   }
   incomplete_ = std::any_of(rows.hot.begin(), rows.hot.end(), [](const HotRow& row) { return row.state_problem; });

@@ -8,6 +8,7 @@
 
 #include "../rule_interface.h"
 #include "groups.h"
+#include "precision.h"
 #include "rows.h"
 #include "target.h"
 
@@ -21,7 +22,8 @@ inline constexpr char kNoState[] = "has no state yet";
 // that dict, or null.
 class States {
  public:
-  States(const RuleInterface& rule, const Target& target) : rule_(rule), target_(target) {}
+  States(const RuleInterface& rule, const Target& target, const Precision& precision)
+      : rule_(rule), target_(target), precision_(precision) {}
 
   // Nothing is known any more of where the states are.
   void forget() { known_ = false; }
@@ -31,8 +33,9 @@ class States {
  private:
   // Names of the step count and of the columns in a state dict, null for one that is not there, and their positions.
   struct Keys {
-    py::object name[1 + kMaxStates];
-    Py_ssize_t position[1 + kMaxStates];
+    py::object name[1 + kKeys];
+    Py_ssize_t position[1 + kKeys];
+    int first;  // of the columns that are there, which a hidden count counts the steps of
 
     bool operator==(const Keys& other) const;
   };
@@ -42,7 +45,7 @@ class States {
     uint32_t row, keys;  // row of the plan, row of keys_
     PyObject* dict;
     uint64_t version;  // of the dict, when its objects were last read
-    PyObject* objects[1 + kMaxStates];
+    PyObject* objects[1 + kKeys];
     const void* dict_entries;   // for prefetching only
     Py_ssize_t count_position;  // in the dict of hidden counts
     PyObject* counted;          // the weak reference there
@@ -50,14 +53,16 @@ class States {
   // What a state dict has for one row.
   struct Found {
     Keys keys{};
-    PyObject* objects[1 + kMaxStates] = {};  // the step count and the columns
-    at::Tensor step, columns[kMaxStates];
+    PyObject* objects[1 + kKeys] = {};  // the step count and the columns
+    at::Tensor step, columns[kKeys];
   };
   // By parameter: the position in the dict of hidden counts, and the pair there.
   using HiddenCounts = std::unordered_map<PyObject*, std::pair<Py_ssize_t, PyObject*>>;
 
   void prefetch_entry(const Entry& entry, const Rows& rows) const;
   bool follow(PyObject* state, PyObject* counts, Rows& rows);
+  unsigned needed(const Groups& groups, const Rows& rows, size_t r) const;
+  bool follow_carried(const Entry& entry, CarriedRow& row) const;
   bool follow_count(PyObject* counts, Entry& entry, PyObject* param, bool same_counts) const;
   void find(PyObject* state, PyObject* counts, const Groups& groups, Rows& rows);
   const char* find_row(Entry& entry, unsigned columns, const HiddenCounts* counts, Rows& rows);
@@ -65,9 +70,11 @@ class States {
   const char* find_hidden_count(const HiddenCounts& counts, PyObject* param, Entry& entry, Found& found) const;
   const char* take_count(const at::Tensor& step, size_t r, Rows& rows) const;
   const char* take_columns(const Found& found, unsigned columns, size_t r, Rows& rows) const;
+  const char* take_column(const Found& found, int c, size_t r, Rows& rows) const;
 
   const RuleInterface& rule_;
   const Target target_;
+  const Precision& precision_;
   std::vector<Entry> entries_;
   std::vector<Keys> keys_;                           // one per distinct layout of a state dict
   uint64_t state_version_ = 0, counts_version_ = 0;  // of the two dicts, when last read

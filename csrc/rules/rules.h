@@ -1,5 +1,7 @@
 // Every rule, in one list. CONTRIBUTING.md says how to add one.
 #pragma once
+#include <stdint.h>
+
 #include "adam.h"
 #include "sgd.h"
 
@@ -25,6 +27,14 @@ constexpr bool fits_hyper_slots(const HyperKey (&keys)[kCount]) {
 // Room for any rule's Scalars<double>.
 struct alignas(8) ScalarsStorage {
   unsigned char bytes[80];
+};
+
+// The rule's constants of one row in one step, and what else depends on which step it is.
+struct RowScalars {
+  ScalarsStorage values;
+  double average_weight;  // of the new value in the average of the weights
+  uint32_t variant;
+  uint32_t step;  // its number, from 1, as it goes into random bits
 };
 
 #define FUSEDOPT_CHECK_RULE(Rule)                                         \

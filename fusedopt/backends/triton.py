@@ -191,7 +191,7 @@ class Launcher:
         tuning = self.tuning_for(device, dtypes)
         settings = {
             "UPDATE": self._mine.update,
-            **dict(zip(("PARAM", "GRAD", "A", "B", "C"), dtypes, strict=True)),
+            **dict(zip(("PARAM", "GRAD", "A", "B", "C"), dtypes, strict=False)),
             "REVERSE": a.reverse,
             "WRITE_BACK": a.write_back,
             "BLOCK": tuning.block,
@@ -303,7 +303,7 @@ def scratch_step(
 ) -> Callable[..., None]:
     """A step of one parameter of its own with these dtypes of columns; ``clip=True`` makes it one with all passes."""
     rule = launcher.rule
-    states = [code for code in dtypes[2:] if code != ABSENT]
+    states = [code for code in dtypes[2:5] if code != ABSENT]
     settings = next(trial for trial in rule.trial_settings() if len(rule.needed_columns(trial)) == len(states))
     param = torch.nn.Parameter(torch.zeros(elements, dtype=DTYPES[dtypes[0]], device=device))
     if dtypes[1] != dtypes[0]:

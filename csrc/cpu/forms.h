@@ -1,0 +1,212 @@
+// A column during a chunk, whatever form its elements have: codes, roots, pieces, or plain numbers.
+//
+// Included once into each instruction set's translation unit, inside an anonymous namespace. Blocks begin at multiples
+// of kBlock in a row, so that they are whole blocks of codes.
+
+FUSEDOPT_HD uint16_t* scales_of(const Column& column, int64_t numel, int64_t offset) {
+  return reinterpret_cast<uint16_t*>(static_cast<char*>(column.data) + scales_at(numel)) + offset / kCodeBlock;
+}
+
+// Calls visit(begin, count) for the blocks of codes of n elements.
+template <class Visit>
+FUSEDOPT_HD void for_each_code_block(int64_t n, Visit&& visit) {
+  int64_t begin = 0;
+  for (; begin + kCodeBlock <= n; begin += kCodeBlock) visit(begin, kCodeBlock);
+  if (begin < n) visit(begin, n - begin);
+}
+
+template <class T>
+void load_coded(const Column& column, int64_t numel, int64_t offset, int64_t n, T* __restrict out) {
+  const uint8_t* codes = static_cast<const uint8_t*>(column.data) + offset;
+  const uint16_t* scales = scales_of(column, numel, offset);
+  const bool root = column.dtype == DType::kRoot8;
+  for_each_code_block(n, [&](int64_t begin, int64_t count) {
+    const float scale = bf16_to_float(scales[begin / kCodeBlock]);
+    if (root) {
+      for (int64_t i = begin; i < begin + count; ++i) {
+        const float value = decode_root(codes[i], scale);
+        out[i] = T(value * value);
+      }
+    } else {
+      for (int64_t i = begin; i < begin + count; ++i) out[i] = T(decode_signed(codes[i], scale));
+    }
+  });
+}
+
+// The largest magnitude; NaN where one is NaN. As integers, floats without a sign have the order of their bits.
+inline float largest_magnitude(const float* x, int64_t n) {
+  uint32_t most = 0;
+  for (int64_t i = 0; i < n; ++i) {
+    const uint32_t bits = float_to_bits(x[i]) & 0x7fffffffu;
+    most = bits > most ? bits : most;
+  }
+  return bits_to_float(most);
+}
+
+template <class T>
+void store_coded(const Column& column, int64_t numel, int64_t offset, int64_t n, const T* __restrict in,
+                 const uint16_t* random) {
+  uint8_t* codes = static_cast<uint8_t*>(column.data) + offset;
+  uint16_t* scales = scales_of(column, numel, offset);
+  const bool root = column.dtype == DType::kRoot8;
+  float values[kBlock];
+  if (root) {
+    for (int64_t i = 0; i < n; ++i) values[i] = square_root(float(in[i]));
+  } else {
+    for (int64_t i = 0; i < n; ++i) values[i] = float(in[i]);
+  }
+  for_each_code_block(n, [&](int64_t begin, int64_t count) {
+    const float largest = largest_magnitude(values + begin, count);
+    const uint16_t scale = root ? scale_of<RootCode>(largest) : scale_of<SignedCode>(largest);
+    const float inverse = inverse_scale(scale);
+    scales[begin / kCodeBlock] = scale;
+    const int64_t end = begin + count;
+    if (root && random) {
+      for (int64_t i = begin; i < end; ++i) {
+        codes[i] = encode_root(values[i], inverse, code_rounding<RootCode>(random[i]));
+      }
+    } else if (root) {
+      for (int64_t i = begin; i < end; ++i) codes[i] = encode_root(values[i], inverse, code_rounding<RootCode>());
+    } else if (random) {
+      for (int64_t i = begin; i < end; ++i) {
+        codes[i] = encode_signed(values[i], inverse, code_rounding<SignedCode>(random[i]));
+      }
+    } else {
+      for (int64_t i = begin; i < end; ++i) codes[i] = encode_signed(values[i], inverse, code_rounding<SignedCode>());
+    }
+  });
+}
+
+// Whether a store of this form rounds, so that chance can have a say.
+FUSEDOPT_HD bool rounds(DType dtype) {
+  return dtype == DType::kBFloat16 || dtype == DType::kFloat16 || dtype == DType::kRoot16 || is_coded(dtype);
+}
+
+// What blocks of a row need to know to be rounded by chance.
+struct Rounding {
+  const Chance* chance;  // null: to nearest
+  uint32_t step;
+  uint16_t bits[kBlock];
+
+  // The random bits of a column's elements, or null.
+  const uint16_t* of(uint32_t column, int64_t offset, int64_t n) {
+    if (!chance) return nullptr;
+    random_block(*chance, column, step, offset, n, bits);
+    return bits;
+  }
+};
+
+// A column during a chunk: used in place when it is flat and already of type T, else through a block buffer.
+template <class T>
+struct Window {
+  Column column;
+  int64_t numel;
+  bool direct;
+  T block[kBlock];
+
+  void open(const TensorRow& row, const Column& c, DType native) {
+    column = c;
+    numel = row.numel;
+    direct = !c.layout && c.dtype == native;
+  }
+  T* load_at(int64_t offset, int64_t n) {
+    if (direct) return static_cast<T*>(column.data) + offset;
+    if (is_coded(column.dtype)) {
+      load_coded(column, numel, offset, n, block);
+    } else {
+      load(column, offset, n, block);
+    }
+    return block;
+  }
+  void store_at(int64_t offset, int64_t n, Rounding& rounding, uint32_t number) {
+    if (direct) return;
+    const uint16_t* random = rounds(column.dtype) ? rounding.of(number, offset, n) : nullptr;
+    if (is_coded(column.dtype)) return store_coded(column, numel, offset, n, block, random);
+    store(column, offset, n, block, random);
+  }
+};
+
+// The parameter of a row with a master: together they are a float32.
+struct Mastered {
+  Column param, master;
+  float block[kBlock], shown[kBlock];
+
+  void open(const TensorRow& row) {
+    param = row.param;
+    master = row.carried->master;
+  }
+
+  // Calls visit(position, run, first piece, stride) for the pieces of [offset, offset + n), in their own type.
+  template <class Piece, class Visit>
+  void for_each_piece(int64_t offset, int64_t n, Visit&& visit) {
+    Piece* pieces = static_cast<Piece*>(master.data);
+    if (!master.layout) return visit(int64_t(0), n, pieces + offset, int64_t(1));
+    for_each_run(*master.layout, offset, n, [&](int64_t position, int64_t at, int64_t run, int64_t stride) {
+      visit(position, run, pieces + at, stride);
+    });
+  }
+
+  float* load_at(int64_t offset, int64_t n) {
+    load(param, offset, n, shown);
+    if (master.dtype == DType::kLow16) {
+      for_each_piece<uint16_t>(offset, n, [&](int64_t position, int64_t run, const uint16_t* piece, int64_t stride) {
+        for (int64_t i = 0; i < run; ++i) {
+          const uint32_t rest = uint32_t(int32_t(int16_t(piece[i * stride])));
+          block[position + i] = bits_to_float(float_to_bits(shown[position + i]) + rest);
+        }
+      });
+    } else if (master.dtype == DType::kLow8) {
+      for_each_piece<uint8_t>(offset, n, [&](int64_t position, int64_t run, const uint8_t* piece, int64_t stride) {
+        for (int64_t i = 0; i < run; ++i) {
+          const uint32_t rest = uint32_t(int32_t(int8_t(piece[i * stride])) * 256);
+          block[position + i] = bits_to_float(float_to_bits(shown[position + i]) + rest);
+        }
+      });
+    } else {
+      // Where the parameter is not the master's rounding, somebody has changed it, and it is what counts.
+      load(master, offset, n, block);
+      uint16_t halves[kBlock];
+      float rounded[kBlock];
+      store_flat<float>(halves, param.dtype, 0, n, block, nullptr);
+      load_flat(halves, param.dtype, 0, n, rounded);
+      for (int64_t i = 0; i < n; ++i) {
+        block[i] = float_to_bits(rounded[i]) == float_to_bits(shown[i]) ? block[i] : shown[i];
+      }
+    }
+    return block;
+  }
+
+  void store_at(int64_t offset, int64_t n, Rounding& rounding) {
+    if (master.dtype == DType::kFloat32) {
+      store(param, offset, n, block);
+      return store(master, offset, n, block);
+    }
+    if (master.dtype == DType::kLow8) {
+      if (const uint16_t* random = rounding.of(0, offset, n)) {
+        for (int64_t i = 0; i < n; ++i) block[i] = bits_to_float(round_to_24(plain_bits(block[i]), random[i]));
+      } else {
+        for (int64_t i = 0; i < n; ++i) block[i] = bits_to_float(round_to_24(plain_bits(block[i])));
+      }
+      for_each_piece<uint8_t>(offset, n, [&](int64_t position, int64_t run, uint8_t* piece, int64_t stride) {
+        for (int64_t i = 0; i < run; ++i) piece[i * stride] = uint8_t(plain_bits(block[position + i]) >> 8);
+      });
+    } else {
+      for_each_piece<uint16_t>(offset, n, [&](int64_t position, int64_t run, uint16_t* piece, int64_t stride) {
+        for (int64_t i = 0; i < run; ++i) piece[i * stride] = uint16_t(plain_bits(block[position + i]));
+      });
+    }
+    for (int64_t i = 0; i < n; ++i) {
+      shown[i] = bits_to_float(uint32_t(high_piece(plain_bits(block[i]))) << 16);
+    }
+    store(param, offset, n, shown);
+  }
+};
+
+// Takes a block of what the weights are now into their average.
+template <class T>
+void average_block(const Column& column, int64_t offset, int64_t n, const T* values, T weight) {
+  T block[kBlock];
+  load(column, offset, n, block);
+  for (int64_t i = 0; i < n; ++i) block[i] = averaged(block[i], values[i], weight);
+  store(column, offset, n, block);
+}
