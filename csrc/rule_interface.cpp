@@ -15,7 +15,7 @@ RuleInterface interface_of(RuleId id) {
           static_cast<int>(std::size(Rule::kKeys)),
           Rule::kStates,
           static_cast<int>(std::size(Rule::kStates)),
-          Rule::kRoots,
+          Rule::kSquares,
           [](const double* hyper, double step) { return Rule::variant(hyper, step); },
           [](unsigned variant) { return Rule::columns(variant); },
           [](const double* hyper, double step, ScalarsStorage* out) {

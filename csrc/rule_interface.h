@@ -14,7 +14,7 @@ struct RuleInterface {
   int key_count;
   const char* const* states;
   int state_count;
-  unsigned roots;  // the states of which the square root is stored where bits are few
+  unsigned squares;  // the states that are means of squares
   unsigned (*variant)(const double* hyper, double step);
   unsigned (*columns)(unsigned variant);
   void (*derive)(const double* hyper, double step, ScalarsStorage* out);

@@ -11,16 +11,17 @@
 // the whole parameter, where this process has a shard), the parameter's number in its optimizer, the column and the
 // step. A counter gives 8 such pieces, for 8 neighbouring elements, in the order of its words, low halves first.
 //
-// Note [Stored roots]
-// A second moment spans twice the orders of magnitude that a gradient does. In float16 and in 8 bits, which have few,
-// its square root is stored. One that is not zero is never stored as zero: a first moment divided by it would be a step
-// of any size.
+// Note [Means of squares]
+// A second moment spans twice the orders of magnitude that a gradient does. In float16, which has few, its square root
+// is stored. One that is not zero is never stored as zero: a first moment divided by it would be a step of any size. It
+// changes by a thousandth in a step, so where it is rounded to nearest in few bits it does not fall: its 8-bit codes
+// are always rounded by chance.
 //
 // Note [Codes]
 // In 8 bits, kCodeBlock neighbours in canonical order share a scale, a bfloat16. A magnitude x is coded by the leading
-// bits of the float 1 + x / scale: linear near zero, and ever coarser towards the block's largest. Decoded values have
-// few enough bits that the scale found from them is the one they were decoded with, so to decode and to code again
-// changes nothing. A block with a number that is not finite has the scale NaN, and is all NaN from then on.
+// bits of the float 1 + x / scale: linear near zero, and ever coarser towards the block's largest. The scale has so
+// few bits that the largest decoded magnitude is exact, and gives the same scale again: to decode and to code again, to
+// nearest, changes nothing. A block with a number that is not finite has the scale NaN, and is all NaN from then on.
 #pragma once
 #include "convert.h"
 #include "tables.h"
@@ -98,8 +99,8 @@ FUSEDOPT_HD uint32_t round_to_24(uint32_t bits, uint32_t random) { return (bits 
 struct SignedCode {
   static constexpr uint32_t kMantissa = 4, kMost = 127;
 };
-struct RootCode {
-  static constexpr uint32_t kMantissa = 5, kMost = 255;
+struct UnsignedCode {
+  static constexpr uint32_t kMantissa = 4, kMost = 255;
 };
 
 template <class Code>
@@ -149,13 +150,13 @@ FUSEDOPT_HD float decode_signed(uint8_t code, float scale) {
   return code & 0x80u ? -magnitude : magnitude;
 }
 
-// Of a root, which is not negative.
-FUSEDOPT_HD uint8_t encode_root(float root, float inverse, uint32_t rounding) {
-  const uint32_t code = code_of<RootCode>(root, inverse, rounding);
-  return uint8_t(code == 0 && root > 0 && inverse > 0 ? 1u : code);
+// See Note [Means of squares].
+FUSEDOPT_HD uint8_t encode_unsigned(float value, float inverse, uint32_t rounding) {
+  const uint32_t code = code_of<UnsignedCode>(value, inverse, rounding);
+  return uint8_t(code == 0 && value > 0 && inverse > 0 ? 1u : code);
 }
 
-FUSEDOPT_HD float decode_root(uint8_t code, float scale) { return magnitude_of<RootCode>(code) * scale; }
+FUSEDOPT_HD float decode_unsigned(uint8_t code, float scale) { return magnitude_of<UnsignedCode>(code) * scale; }
 
 // A root in float16 that is not zero unless it is.
 FUSEDOPT_HD uint16_t root_to_fp16(float root) {

@@ -12,20 +12,20 @@ enum class DType : uint8_t {
   kFloat64,
   kBFloat16,
   kFloat16,
-  kRoot16,   // the square root, as a float16
-  kSigned8,  // codes in blocks that share a scale
-  kRoot8,    // the same of the square root
-  kLow16,    // what makes a bfloat16 parameter a float32, in 16 bits
-  kLow8,     // or in 8
+  kRoot16,     // the square root, as a float16
+  kSigned8,    // codes in blocks that share a scale
+  kUnsigned8,  // the same of numbers that are never negative
+  kLow16,      // what makes a bfloat16 parameter a float32, in 16 bits
+  kLow8,       // or in 8
 };
 
 FUSEDOPT_HD int64_t element_size(DType dtype) {
   if (dtype == DType::kFloat64) return 8;
   if (dtype == DType::kFloat32) return 4;
-  return dtype == DType::kSigned8 || dtype == DType::kRoot8 || dtype == DType::kLow8 ? 1 : 2;
+  return dtype == DType::kSigned8 || dtype == DType::kUnsigned8 || dtype == DType::kLow8 ? 1 : 2;
 }
 
-FUSEDOPT_HD bool is_coded(DType dtype) { return dtype == DType::kSigned8 || dtype == DType::kRoot8; }
+FUSEDOPT_HD bool is_coded(DType dtype) { return dtype == DType::kSigned8 || dtype == DType::kUnsigned8; }
 
 // A coded column is one run of bytes in canonical order: a code for each element, filled up to a multiple of 16, and
 // the blocks' scales, a bfloat16 each.

@@ -19,14 +19,11 @@ template <class T>
 void load_coded(const Column& column, int64_t numel, int64_t offset, int64_t n, T* __restrict out) {
   const uint8_t* codes = static_cast<const uint8_t*>(column.data) + offset;
   const uint16_t* scales = scales_of(column, numel, offset);
-  const bool root = column.dtype == DType::kRoot8;
+  const bool is_unsigned = column.dtype == DType::kUnsigned8;
   for_each_code_block(n, [&](int64_t begin, int64_t count) {
     const float scale = bf16_to_float(scales[begin / kCodeBlock]);
-    if (root) {
-      for (int64_t i = begin; i < begin + count; ++i) {
-        const float value = decode_root(codes[i], scale);
-        out[i] = T(value * value);
-      }
+    if (is_unsigned) {
+      for (int64_t i = begin; i < begin + count; ++i) out[i] = T(decode_unsigned(codes[i], scale));
     } else {
       for (int64_t i = begin; i < begin + count; ++i) out[i] = T(decode_signed(codes[i], scale));
     }
@@ -48,25 +45,19 @@ void store_coded(const Column& column, int64_t numel, int64_t offset, int64_t n,
                  const uint16_t* random) {
   uint8_t* codes = static_cast<uint8_t*>(column.data) + offset;
   uint16_t* scales = scales_of(column, numel, offset);
-  const bool root = column.dtype == DType::kRoot8;
+  const bool is_unsigned = column.dtype == DType::kUnsigned8;
   float values[kBlock];
-  if (root) {
-    for (int64_t i = 0; i < n; ++i) values[i] = square_root(float(in[i]));
-  } else {
-    for (int64_t i = 0; i < n; ++i) values[i] = float(in[i]);
-  }
+  for (int64_t i = 0; i < n; ++i) values[i] = float(in[i]);
   for_each_code_block(n, [&](int64_t begin, int64_t count) {
     const float largest = largest_magnitude(values + begin, count);
-    const uint16_t scale = root ? scale_of<RootCode>(largest) : scale_of<SignedCode>(largest);
+    const uint16_t scale = is_unsigned ? scale_of<UnsignedCode>(largest) : scale_of<SignedCode>(largest);
     const float inverse = inverse_scale(scale);
     scales[begin / kCodeBlock] = scale;
     const int64_t end = begin + count;
-    if (root && random) {
+    if (is_unsigned) {
       for (int64_t i = begin; i < end; ++i) {
-        codes[i] = encode_root(values[i], inverse, code_rounding<RootCode>(random[i]));
+        codes[i] = encode_unsigned(values[i], inverse, code_rounding<UnsignedCode>(random[i]));
       }
-    } else if (root) {
-      for (int64_t i = begin; i < end; ++i) codes[i] = encode_root(values[i], inverse, code_rounding<RootCode>());
     } else if (random) {
       for (int64_t i = begin; i < end; ++i) {
         codes[i] = encode_signed(values[i], inverse, code_rounding<SignedCode>(random[i]));
@@ -77,20 +68,23 @@ void store_coded(const Column& column, int64_t numel, int64_t offset, int64_t n,
   });
 }
 
-// Whether a store of this form rounds, so that chance can have a say.
-FUSEDOPT_HD bool rounds(DType dtype) {
-  return dtype == DType::kBFloat16 || dtype == DType::kFloat16 || dtype == DType::kRoot16 || is_coded(dtype);
+// Whether a store of this form is rounded by chance, in a row of which that is asked or not.
+FUSEDOPT_HD bool by_chance(DType dtype, bool asked) {
+  if (dtype == DType::kUnsigned8) return true;
+  return asked &&
+         (dtype == DType::kBFloat16 || dtype == DType::kFloat16 || dtype == DType::kRoot16 || dtype == DType::kSigned8);
 }
 
 // What blocks of a row need to know to be rounded by chance.
 struct Rounding {
-  const Chance* chance;  // null: to nearest
+  const Chance* chance;  // null where nothing is
   uint32_t step;
   uint16_t bits[kBlock];
 
-  // The random bits of a column's elements, or null.
+  bool asked() const { return chance && chance->rounds; }
+
+  // The random bits of a column's elements.
   const uint16_t* of(uint32_t column, int64_t offset, int64_t n) {
-    if (!chance) return nullptr;
     random_block(*chance, column, step, offset, n, bits);
     return bits;
   }
@@ -120,7 +114,7 @@ struct Window {
   }
   void store_at(int64_t offset, int64_t n, Rounding& rounding, uint32_t number) {
     if (direct) return;
-    const uint16_t* random = rounds(column.dtype) ? rounding.of(number, offset, n) : nullptr;
+    const uint16_t* random = by_chance(column.dtype, rounding.asked()) ? rounding.of(number, offset, n) : nullptr;
     if (is_coded(column.dtype)) return store_coded(column, numel, offset, n, block, random);
     store(column, offset, n, block, random);
   }
@@ -182,7 +176,8 @@ struct Mastered {
       return store(master, offset, n, block);
     }
     if (master.dtype == DType::kLow8) {
-      if (const uint16_t* random = rounding.of(0, offset, n)) {
+      if (rounding.asked()) {
+        const uint16_t* random = rounding.of(0, offset, n);
         for (int64_t i = 0; i < n; ++i) block[i] = bits_to_float(round_to_24(plain_bits(block[i]), random[i]));
       } else {
         for (int64_t i = 0; i < n; ++i) block[i] = bits_to_float(round_to_24(plain_bits(block[i])));

@@ -226,7 +226,7 @@ void update_chunk(const TensorRow& row, const RowScalars& constants, const Updat
   }
 
   Rounding rounding;
-  rounding.chance = carried && carried->chance.rounds ? &carried->chance : nullptr;
+  rounding.chance = carried ? &carried->chance : nullptr;
   rounding.step = constants.step;
   const T weight = carried && carried->average.data ? T(constants.average_weight) : T(0);
   Window<T> param, grad, state[kMaxStates];

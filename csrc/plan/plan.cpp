@@ -77,7 +77,7 @@ void StepPlan::refresh(PyObject* groups, PyObject* state, PyObject* counts, bool
   if (rows_.take_news()) domains_known_ = false;
   if (!domains_known_) {
     find_domains(groups);
-    if (precision_.by_chance()) find_numbers(groups);
+    if (precision_.draws()) find_numbers(groups);
   }
   states_.refresh(state, counts, groups_, rows_, problems);
 }

@@ -23,11 +23,13 @@ Precision::Precision(const RuleInterface& rule, const py::object& settings) : ke
   for (size_t c = 0; c < keys.size(); ++c) {
     keys_[c] = keys[c];
     forms_[c] = ends_with(keys[c], "_codes") ? Form::kCoded : ends_with(keys[c], "_root") ? Form::kRoot : Form::kPlain;
+    coded_ |= forms_[c] == Form::kCoded;
   }
   masters_ = !master.is_none();
   if (masters_) keys_[kMasterKey] = master.cast<std::string>();
-  by_chance_ = !seed.is_none();
-  if (by_chance_) seed_ = seed.cast<uint64_t>();
+  const auto [chosen, number] = seed.cast<std::pair<bool, uint64_t>>();
+  by_chance_ = chosen;
+  seed_ = number;
   averages_ = !average.is_none();
   if (averages_) {
     std::tie(average_.momentum, average_.gamma, average_.begin, average_.interval) =

@@ -21,13 +21,15 @@ constexpr int kMasterKey = kMaxStates, kAverageKey = kMaxStates + 1, kKeys = kAv
 // Fixed when the plan is made.
 class Precision {
  public:
-  // `settings` is None, where all is as torch has it, or a tuple (the rule's state keys, the master's key or None, the
-  // seed of rounding by chance or None, (momentum, gamma, begin, interval) of the average or None, a function of the
-  // groups that tells the numbers of elements, see StepPlan::find_numbers).
+  // `settings` is None, where all is as torch has it, or a tuple (the rule's state keys, the master's key or None,
+  // (whether all is rounded by chance, the seed), (momentum, gamma, begin, interval) of the average or None, a function
+  // of the groups that tells the numbers of elements, see StepPlan::find_numbers).
   Precision(const RuleInterface& rule, const py::object& settings);
 
   // Whether rows carry anything that their rule does not know of.
-  bool carries() const { return masters_ || averages_ || by_chance_; }
+  bool carries() const { return masters_ || averages_ || draws(); }
+  // Whether some number is rounded by chance: where that is asked, and codes of means of squares always.
+  bool draws() const { return by_chance_ || coded_; }
   bool by_chance() const { return by_chance_; }
   uint64_t seed() const { return seed_; }
   const AverageSettings& average() const { return average_; }
@@ -44,7 +46,7 @@ class Precision {
  private:
   std::vector<std::string> keys_;
   Form forms_[kMaxStates] = {};
-  bool masters_ = false, averages_ = false, by_chance_ = false;
+  bool masters_ = false, averages_ = false, by_chance_ = false, coded_ = false;
   uint64_t seed_ = 0;
   AverageSettings average_;
   py::object numbers_ = py::none();

@@ -193,7 +193,7 @@ const char* States::take_column(const Found& found, int c, size_t r, Rows& rows)
         tensor.device() != cold.order.device() || tensor.dim() != 1 || tensor.numel() != coded_bytes(row.numel)) {
       return "has codes of a state that are not those of its elements";
     }
-    row.state[c] = {nullptr, nullptr, rule_.roots >> c & 1 ? DType::kRoot8 : DType::kSigned8};
+    row.state[c] = {nullptr, nullptr, rule_.squares >> c & 1 ? DType::kUnsigned8 : DType::kSigned8};
     return nullptr;
   }
   PyObject* const object = found.objects[1 + c];

@@ -16,7 +16,7 @@ struct Adam {
                                        {"maximize", kMaximize, HyperKey::kFlag},
                                        {"decoupled_weight_decay", kDecoupled, HyperKey::kFlag}};
   static constexpr const char* kStates[] = {"exp_avg", "exp_avg_sq", "max_exp_avg_sq"};
-  static constexpr unsigned kRoots = 0b110;  // see Note [Stored roots] in csrc/storage.h
+  static constexpr unsigned kSquares = 0b110;  // see Note [Means of squares] in csrc/storage.h
 
   // What differs per instantiation, so that no pass pays for an option that is off.
   static constexpr unsigned kCoupledDecay = 1, kWithMax = 2, kVariants = 4;

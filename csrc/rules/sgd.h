@@ -15,7 +15,7 @@ struct Sgd {
                                        {"nesterov", kNesterov, HyperKey::kFlag},
                                        {"maximize", kMaximize, HyperKey::kFlag}};
   static constexpr const char* kStates[] = {"momentum_buffer"};
-  static constexpr unsigned kRoots = 0;
+  static constexpr unsigned kSquares = 0;
 
   static constexpr unsigned kDecay = 1, kWithMomentum = 2, kFirst = 4, kWithNesterov = 8, kVariants = 16;
 
