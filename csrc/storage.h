@@ -72,11 +72,12 @@ FUSEDOPT_HD uint16_t float_to_bf16(float value, uint32_t random) {
 FUSEDOPT_HD uint16_t float_to_fp16(float value, uint32_t random) {
   const uint32_t bits = float_to_bits(value), sign = (bits >> 16) & 0x8000u, rest = bits & 0x7fffffffu;
   const uint32_t normal = (rest + (random >> 3) + 0xc8000000u) >> 13;
-  // Below 2^-14 fp16 has a fixed point, here with 16 further bits. (A float that is too large gives another result.)
-  const float fixed = bits_to_float(rest < 0x38800000u ? rest : 0u) * 0x1p40f;
+  // Below 2^-14 fp16 has a fixed point, here with 16 further bits.
+  const float fixed = bits_to_float(rest < 0x38800000u ? rest : 0x38800000u) * 0x1p40f;
   const uint32_t small = (uint32_t(int32_t(fixed)) + random) >> 16;
-  uint32_t magnitude = rest < 0x38800000u ? small : normal;
-  magnitude = rest >= 0x47800000u ? 0x7c00u : magnitude;
+  const uint32_t is_small = 0u - uint32_t(rest < 0x38800000u);  // (g++ 12 makes no vector code of `?:` here)
+  uint32_t magnitude = (small & is_small) | (normal & ~is_small);
+  magnitude = rest < 0x47800000u ? magnitude : 0x7c00u;
   magnitude = rest > 0x7f800000u ? 0x7e00u : magnitude;
   return uint16_t(sign | magnitude);
 }

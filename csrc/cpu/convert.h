@@ -4,18 +4,24 @@
 //
 // Included once into each instruction set's translation unit, inside an anonymous namespace.
 
+// Calls visit(begin, count) for 8 elements at a time, a constant for the compiler, and for those left over.
+template <class Visit>
+FUSEDOPT_HD void for_each_eight(int64_t n, Visit&& visit) {
+  int64_t i = 0;
+  for (; i + 8 <= n; i += 8) visit(i, 8);
+  if (i < n) visit(i, static_cast<int>(n - i));
+}
+
 template <class T>
 void load_fp16(const uint16_t* in, int64_t n, T* out) {
 #if defined(FUSEDOPT_HAS_F16C)
-  int64_t i = 0;
-  float block[8];
-  for (; i < n; i += 8) {
+  for_each_eight(n, [&](int64_t i, int count) __attribute__((always_inline)) {
     uint16_t piece[8] = {};
-    int64_t count = n - i < 8 ? n - i : 8;
-    __builtin_memcpy(piece, in + i, count == 8 ? 16 : size_t(count) * 2);
+    float block[8];
+    __builtin_memcpy(piece, in + i, static_cast<size_t>(count) * 2);
     _mm256_storeu_ps(block, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(piece))));
-    for (int64_t k = 0; k < count; ++k) out[i + k] = T(block[k]);
-  }
+    for (int k = 0; k < count; ++k) out[i + k] = T(block[k]);
+  });
 #else
   for (int64_t i = 0; i < n; ++i) out[i] = T(fp16_to_float(in[i]));
 #endif
@@ -25,15 +31,14 @@ void load_fp16(const uint16_t* in, int64_t n, T* out) {
 template <class T, class Of>
 void store_fp16(uint16_t* out, int64_t n, const T* in, const Of& of) {
 #if defined(FUSEDOPT_HAS_F16C)
-  for (int64_t i = 0; i < n; i += 8) {
+  for_each_eight(n, [&](int64_t i, int count) __attribute__((always_inline)) {
     float block[8] = {};
     uint16_t piece[8];
-    int64_t count = n - i < 8 ? n - i : 8;
-    for (int64_t k = 0; k < count; ++k) block[k] = narrow(of(in[i + k]));
+    for (int k = 0; k < count; ++k) block[k] = narrow(of(in[i + k]));
     __m128i half = _mm256_cvtps_ph(_mm256_loadu_ps(block), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
     _mm_storeu_si128(reinterpret_cast<__m128i*>(piece), half);
-    __builtin_memcpy(out + i, piece, count == 8 ? 16 : size_t(count) * 2);
-  }
+    __builtin_memcpy(out + i, piece, static_cast<size_t>(count) * 2);
+  });
 #else
   for (int64_t i = 0; i < n; ++i) out[i] = float_to_fp16(narrow(of(in[i])));
 #endif

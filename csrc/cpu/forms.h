@@ -20,7 +20,7 @@ void load_coded(const Column& column, int64_t numel, int64_t offset, int64_t n, 
   const uint8_t* codes = static_cast<const uint8_t*>(column.data) + offset;
   const uint16_t* scales = scales_of(column, numel, offset);
   const bool is_unsigned = column.dtype == DType::kUnsigned8;
-  for_each_code_block(n, [&](int64_t begin, int64_t count) {
+  for_each_code_block(n, [&](int64_t begin, int64_t count) __attribute__((always_inline)) {
     const float scale = bf16_to_float(scales[begin / kCodeBlock]);
     if (is_unsigned) {
       for (int64_t i = begin; i < begin + count; ++i) out[i] = T(decode_unsigned(codes[i], scale));
@@ -46,24 +46,38 @@ void store_coded(const Column& column, int64_t numel, int64_t offset, int64_t n,
   uint8_t* codes = static_cast<uint8_t*>(column.data) + offset;
   uint16_t* scales = scales_of(column, numel, offset);
   const bool is_unsigned = column.dtype == DType::kUnsigned8;
-  float values[kBlock];
-  for (int64_t i = 0; i < n; ++i) values[i] = float(in[i]);
-  for_each_code_block(n, [&](int64_t begin, int64_t count) {
-    const float largest = largest_magnitude(values + begin, count);
-    const uint16_t scale = is_unsigned ? scale_of<UnsignedCode>(largest) : scale_of<SignedCode>(largest);
-    const float inverse = inverse_scale(scale);
-    scales[begin / kCodeBlock] = scale;
+  float narrowed[sizeof(T) == 4 ? 1 : kBlock];
+  const float* values = narrowed;
+  if constexpr (sizeof(T) == 4) {
+    values = in;
+  } else {
+    for (int64_t i = 0; i < n; ++i) narrowed[i] = float(in[i]);
+  }
+  // All scales before the first code: each takes a chain of operations that wait for one another.
+  constexpr int64_t kBlocks = kBlock / kCodeBlock;
+  float largest[kBlocks] = {}, inverse[kBlocks];
+  uint16_t found[kBlocks];
+  for_each_code_block(n, [&](int64_t begin, int64_t count) __attribute__((always_inline)) {
+    largest[begin / kCodeBlock] = largest_magnitude(values + begin, count);
+  });
+  for (int64_t b = 0; b < kBlocks; ++b) {
+    found[b] = is_unsigned ? scale_of<UnsignedCode>(largest[b]) : scale_of<SignedCode>(largest[b]);
+  }
+  for (int64_t b = 0; b < kBlocks; ++b) inverse[b] = inverse_scale(found[b]);
+  __builtin_memcpy(scales, found, static_cast<size_t>((n + kCodeBlock - 1) / kCodeBlock) * 2);
+  for_each_code_block(n, [&](int64_t begin, int64_t count) __attribute__((always_inline)) {
+    const float by = inverse[begin / kCodeBlock];
     const int64_t end = begin + count;
     if (is_unsigned) {
       for (int64_t i = begin; i < end; ++i) {
-        codes[i] = encode_unsigned(values[i], inverse, code_rounding<UnsignedCode>(random[i]));
+        codes[i] = encode_unsigned(values[i], by, code_rounding<UnsignedCode>(random[i]));
       }
     } else if (random) {
       for (int64_t i = begin; i < end; ++i) {
-        codes[i] = encode_signed(values[i], inverse, code_rounding<SignedCode>(random[i]));
+        codes[i] = encode_signed(values[i], by, code_rounding<SignedCode>(random[i]));
       }
     } else {
-      for (int64_t i = begin; i < end; ++i) codes[i] = encode_signed(values[i], inverse, code_rounding<SignedCode>());
+      for (int64_t i = begin; i < end; ++i) codes[i] = encode_signed(values[i], by, code_rounding<SignedCode>());
     }
   });
 }
@@ -158,14 +172,19 @@ struct Mastered {
       });
     } else {
       // Where the parameter is not the master's rounding, somebody has changed it, and it is what counts.
-      load(master, offset, n, block);
-      uint16_t halves[kBlock];
-      float rounded[kBlock];
-      store_flat<float>(halves, param.dtype, 0, n, block, nullptr);
-      load_flat(halves, param.dtype, 0, n, rounded);
-      for (int64_t i = 0; i < n; ++i) {
-        block[i] = float_to_bits(rounded[i]) == float_to_bits(shown[i]) ? block[i] : shown[i];
+      const float* full = static_cast<const float*>(master.data) + offset;
+      if (master.layout) {
+        load(master, offset, n, block);
+        full = block;
       }
+      uint16_t halves[kBlock], copied[kBlock];
+      store_flat<float>(halves, param.dtype, 0, n, full, nullptr);
+      const uint16_t* found = static_cast<const uint16_t*>(param.data) + offset;
+      if (param.layout) {
+        store_flat<float>(copied, param.dtype, 0, n, shown, nullptr);
+        found = copied;
+      }
+      for (int64_t i = 0; i < n; ++i) block[i] = halves[i] == found[i] ? full[i] : shown[i];
     }
     return block;
   }
@@ -190,12 +209,22 @@ struct Mastered {
         for (int64_t i = 0; i < run; ++i) piece[i * stride] = uint16_t(plain_bits(block[position + i]));
       });
     }
-    for (int64_t i = 0; i < n; ++i) {
-      shown[i] = bits_to_float(uint32_t(high_piece(plain_bits(block[i]))) << 16);
+    if (!param.layout) {
+      uint16_t* high = static_cast<uint16_t*>(param.data) + offset;
+      for (int64_t i = 0; i < n; ++i) high[i] = high_piece(plain_bits(block[i]));
+      return;
     }
+    for (int64_t i = 0; i < n; ++i) shown[i] = bits_to_float(uint32_t(high_piece(plain_bits(block[i]))) << 16);
     store(param, offset, n, shown);
   }
 };
+
+[[gnu::always_inline]] inline void prefetch(const Column& column, int64_t offset, int64_t n) {
+  if (column.layout) return;
+  const int64_t size = element_size(column.dtype);
+  const char* data = static_cast<const char*>(column.data) + offset * size;
+  for (int64_t byte = 0; byte < n * size; byte += 64) __builtin_prefetch(data + byte);
+}
 
 // Takes a block of what the weights are now into their average.
 template <class T>

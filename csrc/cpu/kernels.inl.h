@@ -241,6 +241,18 @@ void update_chunk(const TensorRow& row, const RowScalars& constants, const Updat
   }
   for (int64_t done = 0; done < length; done += kBlock) {
     const int64_t at = offset + done, n = length - done < kBlock ? length - done : kBlock;
+    // While this block is calculated with, the next is on its way: what works on one block at a time asks the memory
+    // for nothing in between.
+    if (done + kBlock < length) {
+      const int64_t left = length - done - kBlock, ahead = left < kBlock ? left : kBlock;
+      prefetch(row.grad, at + kBlock, ahead);
+      prefetch(row.param, at + kBlock, ahead);
+      for (int c = 0; c < kMaxStates; ++c) {
+        if (columns >> c & 1) prefetch(row.state[c], at + kBlock, ahead);
+      }
+      if (has_master) prefetch(carried->master, at + kBlock, ahead);
+      if (weight != T(0)) prefetch(carried->average, at + kBlock, ahead);
+    }
     T* s[kMaxStates] = {};
     for (int c = 0; c < kMaxStates; ++c) {
       if (columns >> c & 1) s[c] = state[c].load_at(at, n);

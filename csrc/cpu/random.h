@@ -25,12 +25,21 @@ FUSEDOPT_HD CounterLanes product(CounterLanes a, CounterLanes b) {
 #endif
 }
 
+// 0, 1, 2, ...; and the lanes of two vectors in turns.
+constexpr uint64_t kCount[] = {0, 1, 2, 3, 4, 5, 6, 7};
+constexpr uint64_t kInterleaved[] = {0, kCounters, 1, kCounters + 1, 2, kCounters + 2, 3, kCounters + 3};
+
+FUSEDOPT_HD CounterLanes lanes_of(const uint64_t* from) {
+  CounterLanes lanes;
+  __builtin_memcpy(&lanes, from, sizeof(lanes));
+  return lanes;
+}
+
 // The same as philox(), for counters `eight`, `eight` + 1, ... that differ in their first word only.
-FUSEDOPT_HD void random_lanes(const Chance& chance, uint32_t column, uint32_t step, uint64_t eight, uint64_t* out) {
-  CounterLanes c0;
-  for (int lane = 0; lane < kCounters; ++lane) c0[lane] = eight + static_cast<uint64_t>(lane);
+FUSEDOPT_HD void random_lanes(const Chance& chance, uint32_t column, uint32_t step, uint64_t eight, uint16_t* out) {
   const CounterLanes zeros = {};
-  CounterLanes c1 = c0 >> 32, c2 = zeros + step, c3 = zeros + (chance.stream * kRandomColumns + column);
+  CounterLanes c0 = lanes_of(kCount) + eight, c1 = c0 >> 32, c2 = zeros + step;
+  CounterLanes c3 = zeros + (chance.stream * kRandomColumns + column);
   uint32_t key0 = uint32_t(chance.seed), key1 = uint32_t(chance.seed >> 32);
   for (int round = 0; round < kRandomRounds; ++round) {
     const CounterLanes product0 = product(c0, zeros + kRandomFactor0), product1 = product(c2, zeros + kRandomFactor1);
@@ -42,24 +51,31 @@ FUSEDOPT_HD void random_lanes(const Chance& chance, uint32_t column, uint32_t st
     key1 += kRandomKey1;
   }
   const CounterLanes words01 = (c0 & 0xffffffffu) | c1 << 32, words23 = (c2 & 0xffffffffu) | c3 << 32;
-  for (int lane = 0; lane < kCounters; ++lane) {
-    out[2 * lane] = words01[lane];
-    out[2 * lane + 1] = words23[lane];
-  }
+  const CounterLanes first = lanes_of(kInterleaved);  // in which order they are in memory
+  const CounterLanes words[2] = {__builtin_shuffle(words01, words23, first),
+                                 __builtin_shuffle(words01, words23, first + kCounters / 2)};
+  __builtin_memcpy(out, words, sizeof(words));
 }
 
 // The bits of `n` elements with consecutive numbers from `number`.
 inline void random_run(const Chance& chance, uint32_t column, uint32_t step, uint64_t number, int64_t n,
                        uint16_t* out) {
-  uint64_t words[2 * kCounters];
-  for (int64_t done = 0; done < n;) {
-    const int64_t skipped = static_cast<int64_t>((number + static_cast<uint64_t>(done)) % 8);
-    random_lanes(chance, column, step, (number + static_cast<uint64_t>(done)) / 8, words);
-    int64_t count = 8 * kCounters - skipped;
-    if (count > n - done) count = n - done;
-    __builtin_memcpy(out + done, reinterpret_cast<const char*>(words) + 2 * skipped, static_cast<size_t>(count) * 2);
-    done += count;
+  constexpr int64_t kAtOnce = 8 * kCounters;
+  // Some of the elements that a call is for.
+  auto some = [&](int64_t done) {
+    const uint64_t at = number + static_cast<uint64_t>(done);
+    const auto skipped = static_cast<int64_t>(at % 8);
+    uint16_t bits[kAtOnce];
+    random_lanes(chance, column, step, at / 8, bits);
+    const int64_t count = kAtOnce - skipped < n - done ? kAtOnce - skipped : n - done;
+    __builtin_memcpy(out + done, bits + skipped, static_cast<size_t>(count) * 2);
+    return done + count;
+  };
+  int64_t done = number % 8 == 0 ? 0 : some(0);
+  for (; done + kAtOnce <= n; done += kAtOnce) {
+    random_lanes(chance, column, step, (number + static_cast<uint64_t>(done)) / 8, out + done);
   }
+  while (done < n) done = some(done);
 }
 
 // The bits of elements [offset, offset + n) of a row.
