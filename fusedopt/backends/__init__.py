@@ -10,7 +10,7 @@ from collections.abc import Iterable
 import torch
 
 from ..messages import did_you_mean
-from ..rules import Rule
+from ..rules import PLAIN, Precision, Rule
 from . import selftest
 from .base import Backend, BackendUnavailable, StepReport, StepRequest
 from .native import NativeBackend
@@ -72,6 +72,7 @@ def create_backend(
     devices: Iterable[torch.device],
     dtypes: Iterable[torch.dtype] = (),
     present: Backend | None = None,
+    precision: Precision = PLAIN,
 ) -> Backend:
     """The backend called ``name`` for parameters on ``devices``; 'auto' takes the first that can serve them all.
 
@@ -84,6 +85,7 @@ def create_backend(
         devices: where its parameters are.
         dtypes: of its parameters.
         present: the backend it has; it is returned where there is no reason for another.
+        precision: in what form it keeps its state.
 
     Raises:
         BackendUnavailable: the named backend cannot serve; the message says why.
@@ -111,7 +113,7 @@ def create_backend(
                     whose.setdefault(why, []).append(who)
                 told = (f"{' and '.join(who)}: {why}" for why, who in whose.items())
                 _note_fallback(candidate.name, "; ".join(told))
-            chosen = present if type(present) is candidate else candidate(rule, devices)
+            chosen = present if type(present) is candidate else candidate(rule, devices, precision)
             assert chosen is not None
             chosen.unproved = postponed
             if any(candidate.must_prove_itself(device) for device in devices):

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from ..rules import HiddenCounts, NormClip, Rule, ValueClip
+from ..rules import PLAIN, HiddenCounts, NormClip, Precision, Rule, ValueClip
 from ..shards import Shards
 
 __all__ = ["Backend", "BackendUnavailable", "StepReport", "StepRequest", "device_of", "report_dtype"]
@@ -112,6 +112,7 @@ class Backend(abc.ABC):
         rule: the optimizer's maths.
         devices: where its parameters are; ``unavailable``, ``unavailable_together`` and ``unavailable_for`` had nothing
             against them.
+        precision: in what form the optimizer keeps its state.
     """
 
     name: ClassVar[str]
@@ -121,8 +122,9 @@ class Backend(abc.ABC):
     #: Whether some of its self-test is still to be made.
     unproved = False
 
-    def __init__(self, rule: Rule, devices: Iterable[torch.device] = ()):
+    def __init__(self, rule: Rule, devices: Iterable[torch.device] = (), precision: Precision = PLAIN):
         self.rule = rule
+        self.precision = precision
         self.shards = Shards()
 
     @classmethod

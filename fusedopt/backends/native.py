@@ -51,7 +51,8 @@ class NativeBackend(PlanBackend):
 
     def _make_plan(self) -> Any:
         assert _module is not None
-        return _module.StepPlan(self.rule.name, self._device_type, shards=self.shards)
+        kept = self._how_state_is_kept()
+        return _module.StepPlan(self.rule.name, self._device_type, shards=self.shards, **kept)
 
     @classmethod
     def unavailable(cls, device: torch.device) -> str | None:

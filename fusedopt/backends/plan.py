@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from ..messages import check_gradient, check_parameter, check_state_kinds, parameter_name, plain_groups
-from ..rules import HiddenCounts, NormClip, Rule, ValueClip
-from ..shards import settle_gradient
+from ..rules import PLAIN, HiddenCounts, NormClip, Precision, Rule, ValueClip
+from ..shards import numbers_of, settle_gradient
 from .base import Backend, BackendUnavailable, StepReport, StepRequest, device_of, report_dtype
 from .conclusions import conclude
 
@@ -22,8 +22,8 @@ __all__ = ["PlanBackend"]
 class PlanBackend(Backend):
     """Asks the plan for each step, and attends to what it cannot serve as it is."""
 
-    def __init__(self, rule: Rule, devices: Iterable[torch.device] = ()):
-        super().__init__(rule, devices)
+    def __init__(self, rule: Rule, devices: Iterable[torch.device] = (), precision: Precision = PLAIN):
+        super().__init__(rule, devices, precision)
         self._device_type = next((device.type for device in devices), "cpu")
         self._half: Any = None  # between the halves of a step: the groups, the request, whether the plan has begun
         self._plan = self._make_plan()
@@ -31,6 +31,14 @@ class PlanBackend(Backend):
     @abc.abstractmethod
     def _make_plan(self) -> Any:
         """A StepPlan for tensors on ``self._device_type``."""
+
+    def _how_state_is_kept(self) -> dict[str, Any]:
+        """What a StepPlan is told of the precision, as its arguments."""
+        if self.precision.is_plain:
+            return {}
+        average = self.precision.average
+        settings = average and (average.smallest_weight, average.gamma or 0.0, average.begin, average.interval)
+        return {"precision": (self.precision.master, self.precision.seed, settings, numbers_of)}
 
     @classmethod
     def unavailable_together(cls, devices: Iterable[torch.device]) -> str | None:
@@ -161,9 +169,9 @@ class PlanBackend(Backend):
             check_gradient(name, param, param.grad)
             if not state_missing and not settled:
                 raise RuntimeError(f"{name} {reason}")
-            problem = self.rule.problem(group, param, name, state, counts, integers=integers)
+            problem = self.rule.problem(group, param, name, state, counts, integers=integers, precision=self.precision)
             if problem is not None:
                 raise RuntimeError(problem)
         for g, i, _, _ in attention:
             group = param_groups[g]
-            self.rule.init_state(group, group["params"][i], state, counts, integers=integers)
+            self.rule.init_state(group, group["params"][i], state, counts, integers=integers, precision=self.precision)

@@ -13,17 +13,27 @@ from torch import Tensor
 
 from ..messages import check_gradient, check_parameter, check_state_kinds, local_of, parameter_name, plain_groups
 from ..rules import HiddenCounts, ValueClip, compute_dtype, total_of
-from ..shards import settle_gradient
+from ..shards import numbers_of, settle_gradient
 from .base import Backend, StepReport, StepRequest, device_of, report_dtype
 from .conclusions import conclude
+from .stored import Chance, Stored
 
 __all__ = ["ReferenceBackend"]
+
+
+class _Row(NamedTuple):
+    """A parameter that takes part."""
+
+    group: dict[str, Any]
+    param: Tensor
+    stream: int  # its number in the optimizer
+    numbers: tuple[int, tuple[int, ...], tuple[int, ...]] | None  # of its elements, see fusedopt/shards/numbers.py
 
 
 class _Half(NamedTuple):
     """What a step remembers between its halves."""
 
-    rows: list[tuple[dict[str, Any], Tensor]]  # group and parameter
+    rows: list[_Row]
     param_groups: list[dict[str, Any]]
     state: dict[Tensor, dict[str, Any]]
     request: StepRequest
@@ -92,20 +102,27 @@ class ReferenceBackend(Backend):
         counts: HiddenCounts | None,
     ) -> _Half:
         """The parameters that take part, when all that could be wrong with them is not."""
-        rows = []
+        rows: list[_Row] = []
+        stream = -1
         for group_index, group in enumerate(param_groups):
             for index, param in enumerate(group["params"]):
+                stream += 1
                 if param.grad is not None:
                     name = parameter_name(group, group_index, index)
                     settle_gradient(param)
                     check_parameter(name, param)
                     check_gradient(name, param, param.grad)
                     check_state_kinds(name, state.get(param, {}))
-                    if (problem := self.rule.problem(group, param, name, state, counts)) is not None:
+                    problem = self.rule.problem(group, param, name, state, counts, precision=self.precision)
+                    if problem is not None:
                         raise RuntimeError(problem)
-                    rows.append((group, param))
+                    try:
+                        numbers = None if self.precision.seed is None else numbers_of(param)
+                    except ValueError as error:
+                        raise ValueError(f"{name} {error}") from None
+                    rows.append(_Row(group, param, stream, numbers))
         self.shards.refresh(param_groups)
-        device = rows[0][1].device if rows else device_of(param_groups)
+        device = rows[0].param.device if rows else device_of(param_groups)
         return _Half(rows, param_groups, state, request, counts, device)
 
     def _found(self, half: _Half) -> Tensor | None:
@@ -116,9 +133,9 @@ class ReferenceBackend(Backend):
         if not half.request.finds:
             return torch.zeros((1, self.shards.count, 2), dtype=torch.float64, device=half.device)
         by_domain: list[list[Tensor]] = [[] for _ in range(self.shards.count)]
-        for _, param in half.rows:
-            assert param.grad is not None
-            by_domain[self.shards.domain_of(param)].append(local_of(param.grad))
+        for row in half.rows:
+            assert row.param.grad is not None
+            by_domain[self.shards.domain_of(row.param)].append(local_of(row.param.grad))
         return torch.stack([total_of(grads, norm_type, half.device) for grads in by_domain])[None]
 
     def _finish(self, half: _Half, pairs: Tensor | None) -> StepReport:
@@ -128,24 +145,21 @@ class ReferenceBackend(Backend):
         if conclusions.coefficient is not None:
             multiplier *= float(conclusions.coefficient)
         if not conclusions.skips():
-            for group, param in half.rows:
-                mine, count = self.rule.init_state(group, param, half.state, half.counts)
+            for row in half.rows:
+                mine, count = self.rule.init_state(
+                    row.group, row.param, half.state, half.counts, precision=self.precision
+                )
                 local = {name: local_of(value) for name, value in mine.items() if isinstance(value, Tensor)}
-                self._update(group, param, local, count, multiplier, request)
+                self._update(row, local, count, multiplier, request)
         plain_groups(half.param_groups)
         return conclusions.report(report_dtype(half.param_groups))
 
     def _update(
-        self,
-        group: dict[str, Any],
-        whole: Tensor,
-        state: dict[str, Any],
-        count: Tensor | None,
-        multiplier: float,
-        request: StepRequest,
+        self, row: _Row, state: dict[str, Tensor], count: Tensor | None, multiplier: float, request: StepRequest
     ) -> None:
-        assert whole.grad is not None
-        param, grad = local_of(whole), local_of(whole.grad)
+        group, rule, precision = row.group, self.rule, self.precision
+        assert row.param.grad is not None
+        param, grad = local_of(row.param), local_of(row.param.grad)
         dtype = compute_dtype(param)
         g = grad.to(dtype) * multiplier
         if isinstance(request.clip, ValueClip):
@@ -154,10 +168,15 @@ class ReferenceBackend(Backend):
         if request.write_back_grads:
             grad.copy_(g)
         step = 1 if count is None else int(count.add_(1))
-        columns = {column.name: state[column.name] for column in self.rule.columns if column.needed(group)}
-        work = {name: tensor.to(dtype) for name, tensor in columns.items()}
-        p = param.to(dtype)
-        self.rule.update(group, p, g, work, step)
-        for target, result in ((param, p), *((columns[name], work[name]) for name in columns)):
-            if result is not target:
-                target.copy_(result)
+        chance = None if precision.seed is None else Chance(precision.seed, row.stream, step, row.numbers)
+        stored = Stored(param, precision, state, chance)
+        columns = [(number, column) for number, column in enumerate(rule.columns, 1) if column.needed(group)]
+        keys = {column.name: precision.key_of(rule, column.name) for _, column in columns}
+        work = {column.name: stored.column(column, keys[column.name]) for _, column in columns}
+        p = stored.weights()
+        rule.update(group, p, g, work, step)
+        for number, column in columns:
+            stored.put_column(column, keys[column.name], work[column.name], number)
+        stored.put_weights(p)
+        if precision.average is not None:
+            stored.put_average(precision.average.weight(step))

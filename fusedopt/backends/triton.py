@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ..rules import Rule
+from ..rules import PLAIN, Precision, Rule
 from ..shards import Shards
 from .base import BackendUnavailable
 from .native import compiled_module
@@ -322,11 +322,11 @@ def scratch_step(
     return step
 
 
-def _make_plan(launcher: Launcher, shards: Shards | None = None) -> Any:
+def _make_plan(launcher: Launcher, shards: Shards | None = None, **kept: Any) -> Any:
     module, reason = compiled_module()
     if module is None:
         raise BackendUnavailable(str(reason))
-    return module.StepPlan(launcher.rule.name, launcher.device_type, launcher=launcher, shards=shards)
+    return module.StepPlan(launcher.rule.name, launcher.device_type, launcher=launcher, shards=shards, **kept)
 
 
 class TritonBackend(PlanBackend):
@@ -339,9 +339,11 @@ class TritonBackend(PlanBackend):
 
     name = "triton"
 
-    def __init__(self, rule: Rule, devices: Iterable[torch.device] = (), may_measure: bool = True):
+    def __init__(
+        self, rule: Rule, devices: Iterable[torch.device] = (), precision: Precision = PLAIN, may_measure: bool = True
+    ):
         self._may_measure = may_measure
-        super().__init__(rule, devices)
+        super().__init__(rule, devices, precision)
 
     @classmethod
     def for_trial(cls, rule: Rule, device: torch.device) -> TritonBackend:
@@ -350,7 +352,7 @@ class TritonBackend(PlanBackend):
     def _make_plan(self) -> Any:
         launcher = Launcher(self.rule, self._device_type)
         launcher.may_measure = self._may_measure
-        return _make_plan(launcher, self.shards)
+        return _make_plan(launcher, self.shards, **self._how_state_is_kept())
 
     @classmethod
     def unavailable(cls, device: torch.device) -> str | None:

@@ -16,7 +16,7 @@ from torch.optim.optimizer import ParamsT
 from ..backends import Backend, BackendUnavailable, StepReport, StepRequest, check_backend_name, create_backend
 from ..backends.base import device_of
 from ..messages import check_flag, check_no_model, plain, plain_groups
-from ..rules import HiddenCounts, Hyperparameters, NormClip, Rule, ValueClip, parse_clip_grad
+from ..rules import HiddenCounts, Hyperparameters, NormClip, Precision, Rule, ValueClip, counted_key, parse_clip_grad
 from ..shards import (
     Shards,
     agree_on_parameters,
@@ -32,9 +32,11 @@ from ..undo import parameter_groups, unchanged_on_error
 from .backward import refuse_part_of_a_norm
 from .given_norm import with_given_norm
 from .ignored import note_ignored_flags
-from .loading import read_state_dict, shallow_copy, take_steps_out
+from .kept import check_kept, setting_of_precision
+from .loading import read_state_dict, shallow_copy
 from .new_group import check_new_group
 from .outside import outside_of_graphs
+from .pickling import own_settings, own_state, take_state
 from .saving import leave_out_unreal_state, make_settings_plain
 from .shared import Shared, handed_over, reach_through_accelerate
 
@@ -54,6 +56,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         write_back_grads: leave the unscaled, clipped gradients in ``.grad`` after a step that was not skipped.
         backend: ``'auto'`` (the first that can serve the parameters' devices), ``'native'``, ``'triton'`` or
             ``'reference'``. In place of 'auto', ``FUSEDOPT_BACKEND`` in the environment may name one.
+        state_dtype, master, stochastic_rounding, ema: in what form state is kept, see :class:`FusedAdam`.
 
     Attributes:
         rule: the maths.
@@ -66,6 +69,11 @@ class FusedOptimizer(torch.optim.Optimizer):
     grad_scale = handed_over("grad_scale")
     found_inf = handed_over("found_inf")
 
+    state_dtype = setting_of_precision("state_dtype")
+    master = setting_of_precision("master")
+    stochastic_rounding = setting_of_precision("stochastic_rounding")
+    ema = setting_of_precision("ema")
+
     def __init__(
         self,
         params: ParamsT,
@@ -74,7 +82,12 @@ class FusedOptimizer(torch.optim.Optimizer):
         clip_grad: Mapping[str, Any] | None = None,
         write_back_grads: bool = False,
         backend: str = "auto",
+        state_dtype: str | torch.dtype | Mapping[str, Any] | None = None,
+        master: str | None = None,
+        stochastic_rounding: bool | Mapping[str, int] = False,
+        ema: Mapping[str, Any] | None = None,
     ):
+        self._precision = Precision.parse(self.rule, state_dtype, master, stochastic_rounding, ema)
         self._shared = Shared(parse_clip_grad(clip_grad), plain(write_back_grads))
         self._shared.share_of = share_being_made()
         check_backend_name(backend)
@@ -90,6 +103,7 @@ class FusedOptimizer(torch.optim.Optimizer):
                 )
         with unchanged_on_error(*parameter_groups(params)):  # see Note [What fails changes nothing]
             super().__init__(params, settings.as_defaults())
+            self._precision.check(self.rule, self.param_groups)
             self._settle()
             self.backend_in_use  # noqa: B018  raises now, not in the first step, when the backend cannot serve
             note_ignored_flags(self.defaults)
@@ -163,7 +177,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         if backend is None or backend.unproved:
             params = [param for group in self.param_groups for param in group["params"]]
             devices, dtypes = {param.device for param in params}, {param.dtype for param in params}
-            backend = self._backend = create_backend(self.backend, self.rule, devices, dtypes, backend)
+            backend = self._backend = create_backend(self.backend, self.rule, devices, dtypes, backend, self._precision)
             backend.shards.share_of = self._shared.share_of
         return backend
 
@@ -181,6 +195,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         with unchanged_on_error(self.param_groups, *parameter_groups([param_group])):
             super().add_param_group(param_group)
             plain_groups(self.param_groups[-1:])
+            check_kept(self.rule, self._precision, self.param_groups[-1], len(self.param_groups) - 1)
             if isinstance(self._shared.clip, NormClip):
                 refuse_what_cannot_be_added_up(self.param_groups)
             self._backend, self._introduced = None, False
@@ -308,6 +323,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         shards(self.param_groups)
         if shards.domains is not None:
             settings = {"class": type(self).__name__, "clip_grad": self.clip_grad}
+            settings |= {} if self._precision.is_plain else self._precision.settings(self.rule)
             agree_on_parameters(shards.domains, self.param_groups, settings, shares=shards.share_of is not None)
         refuse_what_was_left_behind(self.param_groups)
         self._introduced = True
@@ -355,46 +371,16 @@ class FusedOptimizer(torch.optim.Optimizer):
         if self._counts is not None:
             self._counts.clear()
             for param, count in counts.items():
-                self._counts.put(param, self.state[param][self.rule.columns[0].name], count)
+                key = counted_key(self.rule, self.state[param])
+                assert key is not None
+                self._counts.put(param, self.state[param][key], count)
 
     def __repr__(self) -> str:
-        try:
-            backend = self.backend_in_use
-        except BackendUnavailable:
-            backend = f"{self.backend}, which cannot serve"
-        own = {"clip_grad": self.clip_grad, "write_back_grads": self.write_back_grads, "backend": backend}
-        lines = "".join(f"    {name}: {value}\n" for name, value in own.items())
+        lines = "".join(f"    {name}: {value}\n" for name, value in own_settings(self).items())
         return f"{super().__repr__().removesuffix(')')}Over all groups\n{lines})"
 
     def __getstate__(self) -> dict[str, Any]:
-        return {
-            **super().__getstate__(),
-            "_clip": self._shared.clip,
-            "write_back_grads": self._shared.write_back_grads,
-            "takes_scale": self._shared.takes_scale,
-            "share_of": self._shared.share_of,  # not to be pickled: better an error than a share that knows no others
-            "backend": self.backend,
-            "counts": None if self._counts is None else self._counts.known(self.state, self.rule.columns[0].name),
-        }
+        return {**super().__getstate__(), **own_state(self)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        fresh = "_optimizer_state_dict_post_hooks" not in self.__dict__
-        state = {**state}
-        counts = state.pop("counts", None)
-        if fresh:
-            own = state.pop("_clip", None), state.pop("write_back_grads", False), state.pop("takes_scale", None)
-            self._shared = Shared(*own)
-            self._shared.share_of = state.pop("share_of", None)
-        super().__setstate__(state)
-        self._backend = None
-        if fresh:
-            self._settle()
-            if self._counts is not None:
-                # Without counts it is from a version that kept them in the state.
-                self._take_counts(take_steps_out(self.rule, self.state) if counts is None else counts)
-        plain_groups(self.param_groups)
-        defaults = self.rule.hyperparameters().as_defaults()
-        for group in self.param_groups:
-            for key in self.rule.hyperparameters.filled_in:
-                if key in defaults:
-                    group.setdefault(key, defaults[key])
+        take_state(self, state, super().__setstate__)

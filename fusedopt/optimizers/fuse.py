@@ -25,6 +25,10 @@ def fuse(
     clip_grad: Mapping[str, Any] | None = None,
     write_back_grads: bool = False,
     backend: str = "auto",
+    state_dtype: str | torch.dtype | Mapping[str, Any] | None = None,
+    master: str | None = None,
+    stochastic_rounding: bool | Mapping[str, int] = False,
+    ema: Mapping[str, Any] | None = None,
 ) -> FusedOptimizer:
     """Return the fused twin of a ``torch.optim`` optimizer: of an SGD, Adam or AdamW.
 
@@ -36,6 +40,7 @@ def fuse(
         clip_grad: see :class:`FusedAdam`.
         write_back_grads: see :class:`FusedAdam`.
         backend: see :class:`FusedAdam`.
+        state_dtype, master, stochastic_rounding, ema: see :class:`FusedAdam`.
 
     Raises:
         TypeError: another class, a subclass included (its ``step`` may do something else).
@@ -58,6 +63,10 @@ def fuse(
             clip_grad=clip_grad,
             write_back_grads=write_back_grads,
             backend=backend,
+            state_dtype=state_dtype,
+            master=master,
+            stochastic_rounding=stochastic_rounding,
+            ema=ema,
         )
         for group, params in layout:
             group["params"] = params

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..messages import local_of, plain_groups
+from ..rules import CARRIED, keys_of
 
 if TYPE_CHECKING:
     from .base import FusedOptimizer
@@ -39,13 +40,17 @@ def leave_out_unreal_state(optimizer: torch.optim.Optimizer, state_dict: dict[st
 
 def is_unreal(optimizer: FusedOptimizer, param: Tensor, state: dict[str, Any]) -> bool:
     """Whether no step has touched this state of a parameter, so that to leave it out is the same."""
-    columns = [column.name for column in optimizer.rule.columns]
+    columns = [key for column in optimizer.rule.columns for key in keys_of(column.name)]
     counts = optimizer._counts
-    count = state.get("step") if counts is None else counts.of(param, state.get(columns[0]))
-    if not isinstance(count, Tensor) or not state.keys() <= {*columns, "step"}:
+    count = state.get("step") if counts is None else counts.of_entry(param, state)
+    if not isinstance(count, Tensor) or not state.keys() <= {*columns, *CARRIED, "step"}:
         return False
-    tensors = [count, *(state[name] for name in columns if name in state)]
-    return all(isinstance(tensor, Tensor) and not bool(local_of(tensor).any()) for tensor in tensors)
+    tensors = [count, *(state[key] for key in (*columns, "master_low") if key in state)]
+    if not all(isinstance(tensor, Tensor) and not bool(local_of(tensor).any()) for tensor in tensors):
+        return False
+    # An average begins anew with the first step, whatever it is; a master may be more than its parameter.
+    master = state.get("master")
+    return master is None or bool((local_of(master) == local_of(param)).all())
 
 
 def _asked_for_all() -> bool:

@@ -33,6 +33,16 @@ class FusedSGD(FusedOptimizer):
             ``dict(type='value', clip_value=…)``; applied inside the step, to all groups together.
         write_back_grads: leave the unscaled, clipped gradients in ``.grad``.
         backend: ``'auto'``, ``'native'``, ``'triton'`` or ``'reference'``.
+        state_dtype: in what the momentum buffer is kept: ``'float32'``, ``'bfloat16'``, ``'float16'`` or ``'int8'``
+            (codes in blocks of 64 that share a scale), or ``dict(momentum_buffer=…)``. None keeps it as torch does, in
+            the parameter's dtype.
+        master: what makes 16-bit parameters of the optimizer exact: ``'float32'`` (a copy in the state), ``'split'``
+            (of bfloat16 ones, the 16 bits that they lack) or ``'split8'`` (8 of these). None leaves them as they are.
+        stochastic_rounding: round to 16 and 8 bits by chance, without a bias: True, or ``dict(seed=…)``. The random
+            bits are a function of the seed, the step and the element alone.
+        ema: keep an average of the weights in the same pass: ``dict(decay=0.9998)``, or ``momentum`` for 1 - decay;
+            with ``begin`` (steps before it starts), ``interval`` (steps between its updates) and ``gamma`` (larger
+            weights at the start, ``gamma / (gamma + updates)``).
 
     Raises:
         ValueError: a setting is out of range or the parameter list is empty.
@@ -60,6 +70,10 @@ class FusedSGD(FusedOptimizer):
         clip_grad: Mapping[str, Any] | None = None,
         write_back_grads: bool = False,
         backend: str = "auto",
+        state_dtype: str | torch.dtype | Mapping[str, Any] | None = None,
+        master: str | None = None,
+        stochastic_rounding: bool | Mapping[str, int] = False,
+        ema: Mapping[str, Any] | None = None,
     ):
         settings = SGDHyperparameters(
             lr=lr,
@@ -72,4 +86,14 @@ class FusedSGD(FusedOptimizer):
             differentiable=differentiable,
             fused=fused,
         )
-        super().__init__(params, settings, clip_grad=clip_grad, write_back_grads=write_back_grads, backend=backend)
+        super().__init__(
+            params,
+            settings,
+            clip_grad=clip_grad,
+            write_back_grads=write_back_grads,
+            backend=backend,
+            state_dtype=state_dtype,
+            master=master,
+            stochastic_rounding=stochastic_rounding,
+            ema=ema,
+        )

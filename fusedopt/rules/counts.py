@@ -93,8 +93,9 @@ class HiddenCounts(dict[Tensor, tuple[Tensor, "weakref.ref[Tensor]"]]):
     Note [Hidden counts]: SGD has to know of each parameter whether its momentum buffer is real yet, on the device,
     where a step may have been skipped. Whoever walks ``optimizer.state`` expects torch's keys there
     (``torch.distributed.checkpoint`` loads no others), so the count is kept apart. It is the count of one tensor, the
-    rule's first column, which a weak reference names: when that was replaced, the count is made up anew, and when its
-    parameter has left the optimizer's state, it goes as well, and with it the last reference to the parameter.
+    rule's first column, in whatever form it is kept, or the first that is carried where the rule has none (a master,
+    an average), which a weak reference names: when that was replaced, the count is made up anew, and when its parameter
+    has left the optimizer's state, it goes as well, and with it the last reference to the parameter.
 
     Args:
         optimizer: whose counts they are; its ``state`` is looked at.
@@ -124,11 +125,12 @@ class HiddenCounts(dict[Tensor, tuple[Tensor, "weakref.ref[Tensor]"]]):
         entry = self.get(param)
         return entry[0] if entry is not None and column is not None and entry[1]() is column else None
 
-    def settle(self, param: Tensor, column: Tensor, *, created: bool) -> Tensor:
+    def settle(self, param: Tensor, column: Tensor, *, created: bool, begins_as_zeros: bool = True) -> Tensor:
         """The count of ``column``, made up where it has none.
 
         A column that was just created has taken no step. One that comes from elsewhere is real; but zeros that took the
-        place of a column without a step are that column, moved to another device, say.
+        place of a column without a step are that column, moved to another device, say. What does not begin as zeros
+        cannot tell, and keeps the count of what was there before.
         """
         count = None if created else self.of(param, column)
         if count is None or count.device != param.device:
@@ -136,13 +138,18 @@ class HiddenCounts(dict[Tensor, tuple[Tensor, "weakref.ref[Tensor]"]]):
             if not created:
                 before = self.get(param)
                 value = 1.0 if before is None else float(before[0])
-                if value == 0 and bool(local_of(column).any()):
+                if value == 0 and begins_as_zeros and bool(local_of(column).any()):
                     value = 1.0
             count = new_count(value, param.device)
             self.put(param, column, count)
         return count
 
-    def known(self, state: Mapping[Tensor, Mapping[str, Any]], column: str) -> dict[Tensor, Tensor]:
-        """Counts by parameter, in the form that is pickled; ``column`` is the name of the first."""
-        pairs = ((param, self.of(param, state.get(param, {}).get(column))) for param in self)
+    def of_entry(self, param: Tensor, entry: Mapping[str, Any]) -> Tensor | None:
+        """The count of whichever of a parameter's states has it, or None."""
+        found = (self.of(param, value) for value in entry.values() if isinstance(value, Tensor))
+        return next((count for count in found if count is not None), None)
+
+    def known(self, state: Mapping[Tensor, Mapping[str, Any]]) -> dict[Tensor, Tensor]:
+        """Counts by parameter, in the form that is pickled."""
+        pairs = ((param, self.of_entry(param, state.get(param, {}))) for param in self)
         return {param: count for param, count in pairs if count is not None}

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..messages import plain_settings
 from .counts import HiddenCounts, fit_count, fit_problem, new_count
+from .precision import CARRIED, PLAIN, Precision
 from .state import state_problem
 
 __all__ = ["Hyperparameters", "Rule", "StateColumn", "compute_dtype", "scalar"]
@@ -73,11 +74,13 @@ class StateColumn:
         name: torch's state name, such as ``exp_avg``.
         needed: tells from a param group whether its parameters carry this column.
         may_start_late: it is right as zeros, too, when its group asks for it only after some steps.
+        root: in few bits its square root is stored, see Note [Stored roots] in csrc/storage.h; it is never negative.
     """
 
     name: str
     needed: Callable[[Mapping[str, Any]], bool] = lambda group: True
     may_start_late: bool = False
+    root: bool = False
 
 
 class Rule(abc.ABC):
@@ -103,6 +106,11 @@ class Rule(abc.ABC):
     def needed_columns(self, group: Mapping[str, Any]) -> list[str]:
         """Names of the columns that parameters of a group carry."""
         return [column.name for column in self.columns if column.needed(group)]
+
+    def needed_keys(self, group: Mapping[str, Any], param: Tensor, precision: Precision = PLAIN) -> list[str]:
+        """The keys of the state of a parameter, but for its step count: those of its columns, then what is carried."""
+        columns = [precision.key_of(self, column) for column in self.needed_columns(group)]
+        return [*columns, *precision.carried_keys(param)]
 
     def trial_settings(self) -> Iterator[dict[str, Any]]:
         """The settings of :attr:`trials`, complete; the first are the usual ones."""
@@ -131,6 +139,7 @@ class Rule(abc.ABC):
         counts: HiddenCounts | None = None,
         *,
         integers: bool = True,
+        precision: Precision = PLAIN,
     ) -> str | None:
         """Why :meth:`init_state` cannot complete ``state[param]``, in a sentence, or None.
 
@@ -141,9 +150,12 @@ class Rule(abc.ABC):
             state: the optimizer's state.
             counts: where the step counts are when they are not in ``state``.
             integers: whether the backend counts in int64, too.
+            precision: in what form the optimizer keeps its state.
         """
+        if (refused := precision.refusal(self, group, param)) is not None:
+            return f"{name} {refused}"
         entry = state.get(param)
-        reason = state_problem(self, group, param, name, entry, hidden_step=counts is not None)
+        reason = state_problem(self, group, param, name, entry, hidden_step=counts is not None, precision=precision)
         step = entry.get("step") if reason is None and entry and counts is None else None
         if isinstance(step, Tensor):
             reason = fit_problem(step, param.device, integers=integers)
@@ -158,12 +170,13 @@ class Rule(abc.ABC):
         counts: HiddenCounts | None = None,
         *,
         integers: bool = True,
+        precision: Precision = PLAIN,
     ) -> tuple[dict[str, Any], Tensor | None]:
         """Complete ``state[param]``, the optimizer's state of one parameter; return it and the parameter's step count.
 
-        Missing columns are created as zeros and the step count as a 0-dim tensor; a column that is there keeps its
-        dtype, and so does a step count that the backend can keep, see Note [Counts are not copied]. Nothing is created
-        for a rule without state.
+        Missing columns are created as zeros, masters and averages from the parameter, and the step count as a 0-dim
+        tensor; a column that is there keeps its dtype, and so does a step count that the backend can keep, see Note
+        [Counts are not copied]. Nothing is created for a parameter without state.
 
         Args:
             group: the parameter's group.
@@ -171,9 +184,10 @@ class Rule(abc.ABC):
             state: the optimizer's state.
             counts: where the step counts are when they are not in ``state``.
             integers: whether the backend counts in int64, too.
+            precision: in what form the optimizer keeps its state.
         """
-        columns = self.needed_columns(group)
-        if not columns:
+        keys = self.needed_keys(group, param, precision)
+        if not keys:
             return {}, None
         mine = state.get(param)
         if mine is None:
@@ -185,10 +199,10 @@ class Rule(abc.ABC):
                 fit_count(count, param.device, integers=integers)
             else:
                 count = mine["step"] = new_count(count or 0, param.device)
-        created = not isinstance(mine.get(columns[0]), Tensor)
-        for name in columns:
-            if not isinstance(mine.get(name), Tensor):
-                mine[name] = torch.zeros_like(param, memory_format=torch.preserve_format, requires_grad=False)
+        created = not isinstance(mine.get(keys[0]), Tensor)
+        for key in keys:
+            if not isinstance(mine.get(key), Tensor):
+                mine[key] = precision.new_state(self, param, key)
         if counts is not None:
-            count = counts.settle(param, mine[columns[0]], created=created)
+            count = counts.settle(param, mine[keys[0]], created=created, begins_as_zeros=keys[0] not in CARRIED)
         return mine, count

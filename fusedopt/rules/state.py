@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from ..messages.dtensors import dealt_out, dealt_out_alike
+from ..messages.dtensors import dealt_out, dealt_out_alike, is_dtensor
 from ..messages.tensors import unsupported_kind
 from .counts import count_problem
+from .precision import CARRIED, PLAIN, Precision, keys_of
 
 if TYPE_CHECKING:
     from .rule import Rule
@@ -20,8 +21,24 @@ __all__ = ["state_problem"]
 def _columns_of_others(rule: Rule) -> set[str]:
     from . import RULES  # which is complete when this module has been imported
 
-    columns = {column.name for each in RULES.values() for column in each.columns}
-    return columns - {column.name for column in rule.columns}
+    def keys(rule: Rule) -> set[str]:
+        return {key for column in rule.columns for key in keys_of(column.name)}
+
+    return {key for each in RULES.values() for key in keys(each)} - keys(rule)
+
+
+def _in_another_form(wanted: str, there: Mapping[str, Any], names: Iterable[str]) -> str | None:
+    """The key of what is there in place of a key that is wanted and not there: the same in another form."""
+    alike = [keys_of(name) for name in names] + [CARRIED[:2]]
+    for keys in alike:
+        if wanted in keys:
+            return next((key for key in keys if key in there), None)
+    return None
+
+
+def _lies_as(param: Tensor, key: str, value: Any) -> bool:
+    """Whether a state lies in the processes as its parameter does. Codes are those of the part in this one."""
+    return not is_dtensor(value) if key.endswith("_codes") else dealt_out_alike(param, value)
 
 
 def _listed(keys: Iterable[Any]) -> str:
@@ -38,13 +55,15 @@ def state_problem(
     *,
     hidden_step: bool,
     loading: bool = False,
+    precision: Precision = PLAIN,
 ) -> str | None:
     """Why ``entry`` is not the state of a parameter, in a sentence, or None.
 
     Note [Half a state]: no entry, or an empty one, says that the parameter has not stepped. An entry with something in
     it was written by steps, and what is missing there is missing: zeros in its place would be other moments without an
     error. Only what a group may switch on between steps (amsgrad) starts when it is first needed, and when loading not
-    even that.
+    even that. A state in another form than the optimizer keeps it in is not what a step can use, either; it is
+    converted when it is loaded.
 
     Args:
         rule: the optimizer's.
@@ -54,6 +73,7 @@ def state_problem(
         entry: its state; entries that are None count as absent.
         hidden_step: whether the step count is elsewhere.
         loading: also read the step count, and the kinds and shapes of columns, which a step looks at itself.
+        precision: in what form the optimizer keeps its state.
     """
     if entry is None:
         return None
@@ -61,19 +81,27 @@ def state_problem(
     if not isinstance(entry, Mapping if loading else dict):
         return f"{what} of {name} is a {type(entry).__name__}; expected a dict"
     there = {key: value for key, value in entry.items() if value is not None}
-    own = [column.name for column in rule.columns]
-    needed = [column for column in rule.columns if column.needed(group)]
-    wanted = [column.name for column in needed]
-    if needed and not hidden_step:
-        wanted.insert(0, "step")
-    if not needed or not there or (hidden_step and not loading and not any(name in there for name in own)):
+    names = [column.name for column in rule.columns]
+    carried = precision.carried_keys(param)
+    own = [*(precision.key_of(rule, column) for column in names), *carried]
+    needed = rule.needed_keys(group, param, precision)
+    wanted = ["step", *needed] if needed and not hidden_step else list(needed)
+    ours = {key for column in names for key in keys_of(column)}.union(CARRIED if carried else ())
+    if not needed or not there or (hidden_step and not loading and ours.isdisjoint(there)):
         others = [key for key in there if key in _columns_of_others(rule)]
         if others:
             return f"{what} of {name} has {_listed(others)}, which is state of another optimizer"
         wanted = []
-    late = () if loading else [column.name for column in needed if column.may_start_late]
+    late = [] if loading else [precision.key_of(rule, each.name) for each in rule.columns if each.may_start_late]
     for key in wanted:
-        if key not in there and key not in late:
+        if key in there:
+            continue
+        if (instead := _in_another_form(key, there, names)) is not None:
+            return (
+                f"{what} of {name} has {instead!r} where this optimizer keeps {key!r}, by its state_dtype and master; "
+                "expected a state dict to load_state_dict, which converts"
+            )
+        if key not in late:
             return (
                 f"{what} of {name} has no {key!r}; there is {_listed(there)}, and a parameter that has stepped has "
                 f"{_listed(wanted)} (one that has not has no entry)"
@@ -86,11 +114,13 @@ def state_problem(
             problem = count_problem(value, read=loading)
         elif not isinstance(value, Tensor):
             problem = f"is {value!s:.80}; expected a tensor"
-        elif loading:
+        elif loading and key in names:
             problem = unsupported_kind(value)
             if value.shape != param.shape:
                 problem = f"has shape {tuple(value.shape)}, expected {tuple(param.shape)}"
-        if problem is None and not loading and key in own and not dealt_out_alike(param, value):
+        else:
+            problem = precision.problem_at(param, key, value)
+        if problem is None and not loading and key in own and not _lies_as(param, key, value):
             problem = f"is {dealt_out(value)} but the parameter is {dealt_out(param)}"
         if problem is not None:
             return f"{what} {key!r} of {name} {problem}"

@@ -5,6 +5,7 @@ from .domains import Domains, Shards, refuse_what_cannot_be_added_up
 from .flat import is_flat_shard, refuse_norm_of_flat_shards
 from .gradients import settle_gradient
 from .left_behind import refuse_what_was_left_behind
+from .numbers import numbers_of
 from .reduction import add_up, combined
 from .scalers import refuse_scaling_by_shares, refuse_scaling_of_flat_shards, tell_calling_scaler
 from .shares import share_being_made
@@ -17,6 +18,7 @@ __all__ = [
     "agree_on_parameters",
     "combined",
     "is_flat_shard",
+    "numbers_of",
     "refuse_norm_of_flat_shards",
     "refuse_scaling_by_shares",
     "refuse_scaling_of_flat_shards",
