@@ -19,6 +19,18 @@ from .conclusions import conclude
 __all__ = ["PlanBackend"]
 
 
+def _numbers(param_groups: list[dict[str, Any]]) -> list[Any]:
+    """The numbers of each parameter's elements, see fusedopt/shards/numbers.py."""
+    found = []
+    for g, group in enumerate(param_groups):
+        for i, param in enumerate(group["params"]):
+            try:
+                found.append(numbers_of(param))
+            except ValueError as error:
+                raise ValueError(f"{parameter_name(group, g, i)} {error}") from None
+    return found
+
+
 class PlanBackend(Backend):
     """Asks the plan for each step, and attends to what it cannot serve as it is."""
 
@@ -38,7 +50,9 @@ class PlanBackend(Backend):
             return {}
         average = self.precision.average
         settings = average and (average.smallest_weight, average.gamma or 0.0, average.begin, average.interval)
-        return {"precision": (self.precision.master, self.precision.seed, settings, numbers_of)}
+        keys = [self.precision.key_of(self.rule, column.name) for column in self.rule.columns]
+        chance = self.precision.seed is not None, self.precision.seed or 0
+        return {"precision": (keys, self.precision.master_key, chance, settings, _numbers)}
 
     @classmethod
     def unavailable_together(cls, devices: Iterable[torch.device]) -> str | None:

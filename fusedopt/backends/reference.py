@@ -117,7 +117,7 @@ class ReferenceBackend(Backend):
                     if problem is not None:
                         raise RuntimeError(problem)
                     try:
-                        numbers = None if self.precision.seed is None else numbers_of(param)
+                        numbers = numbers_of(param) if self.precision.draws(self.rule) else None
                     except ValueError as error:
                         raise ValueError(f"{name} {error}") from None
                     rows.append(_Row(group, param, stream, numbers))
@@ -168,7 +168,7 @@ class ReferenceBackend(Backend):
         if request.write_back_grads:
             grad.copy_(g)
         step = 1 if count is None else int(count.add_(1))
-        chance = None if precision.seed is None else Chance(precision.seed, row.stream, step, row.numbers)
+        chance = Chance(precision.seed or 0, row.stream, step, row.numbers)
         stored = Stored(param, precision, state, chance)
         columns = [(number, column) for number, column in enumerate(rule.columns, 1) if column.needed(group)]
         keys = {column.name: precision.key_of(rule, column.name) for _, column in columns}

@@ -42,13 +42,14 @@ class Stored:
         param: the local tensor.
         precision: in what form its state is kept.
         state: its state, local tensors.
-        chance: of rounding by chance; None rounds to nearest.
+        chance: of what is rounded by chance.
     """
 
-    def __init__(self, param: Tensor, precision: Precision, state: Mapping[str, Tensor], chance: Chance | None):
+    def __init__(self, param: Tensor, precision: Precision, state: Mapping[str, Tensor], chance: Chance):
         self._param = param
         self._state = state
         self._chance = chance
+        self._by_chance = precision.seed is not None
         self._order = canonical_order(param)
         self._dtype = compute_dtype(param)
         self._master = precision.master if precision.masters(param) else None
@@ -69,9 +70,10 @@ class Stored:
         stored, form = self._state[key], _form(column, key)
         if stored is values:
             return
-        if form in ("int8", "int8_root"):
+        if form in ("int8", "int8_unsigned"):
             flat = flattened(values, self._order).float()
-            stored.copy_(encode(flat, form, self._halves(number)))
+            by_chance = form == "int8_unsigned" or self._by_chance
+            stored.copy_(encode(flat, form, self._chance.halves(number, self._param) if by_chance else None))
         else:
             self._round_into(stored, values, number, form)
 
@@ -116,7 +118,7 @@ class Stored:
             average.copy_(value - (value - average) * (1 - of_value))
 
     def _halves(self, column: int) -> Tensor | None:
-        return None if self._chance is None else self._chance.halves(column, self._param)
+        return self._chance.halves(column, self._param) if self._by_chance else None
 
     def _round_into(self, stored: Tensor, values: Tensor, column: int, form: str | None) -> None:
         """Round values to the dtype in which they are stored, once, to nearest or by chance."""
@@ -131,5 +133,5 @@ class Stored:
 def _form(column: StateColumn, key: str) -> str | None:
     """The form of what stands at a key of the state; None for plain floating point."""
     if key.endswith("_codes"):
-        return "int8_root" if column.root else "int8"
+        return "int8_unsigned" if column.squares else "int8"
     return "float16_root" if key.endswith("_root") else None

@@ -36,7 +36,7 @@ class FusedAdamW(FusedAdam):
         state_dtype: in what the two moments are kept: ``'float32'``, ``'bfloat16'``, ``'float16'`` or ``'int8'``
             (codes in blocks of 64 that share a scale), or a dict of these by state, such as ``dict(exp_avg='int8',
             exp_avg_sq='bfloat16')``. None keeps them as torch does, in the parameter's dtype. Of the second moment,
-            ``'float16'`` and ``'int8'`` store the square root.
+            ``'float16'`` stores the square root, and ``'int8'`` is always rounded by chance.
         master: what makes 16-bit parameters of the optimizer exact: ``'float32'`` (a copy in the state), ``'split'``
             (of bfloat16 ones, the 16 bits that they lack) or ``'split8'`` (8 of these). None leaves them as they are.
         stochastic_rounding: round to 16 and 8 bits by chance, without a bias: True, or ``dict(seed=…)``. The random

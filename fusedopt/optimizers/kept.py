@@ -34,7 +34,7 @@ def check_kept(rule: Rule, precision: Precision, group: Mapping[str, Any], numbe
         ValueError: a parameter cannot be kept so; or is dealt out such that nobody knows the numbers of its elements.
     """
     precision.check_group(rule, group, number)
-    for index, param in enumerate(group["params"] if precision.seed is not None else ()):
+    for index, param in enumerate(group["params"] if precision.draws(rule) else ()):
         if is_dtensor(param):
             try:
                 numbers_of(param)

@@ -59,8 +59,8 @@ class Adam(Rule):
     hyperparameters = AdamHyperparameters
     columns = (
         StateColumn("exp_avg"),
-        StateColumn("exp_avg_sq", root=True),
-        StateColumn("max_exp_avg_sq", needed=lambda group: bool(group["amsgrad"]), may_start_late=True, root=True),
+        StateColumn("exp_avg_sq", squares=True),
+        StateColumn("max_exp_avg_sq", needed=lambda group: bool(group["amsgrad"]), may_start_late=True, squares=True),
     )
     trials = (
         {"lr": 0.1, "weight_decay": 0.1},

@@ -1,6 +1,6 @@
 """How elements are kept in fewer bits than they are calculated in: csrc/storage.h once more, in plain tensors.
 
-The notes on random bits, stored roots and codes are there. Everything here is of one run of elements in canonical
+The notes on random bits, means of squares and codes are there. Everything here is of one run of elements in canonical
 order, and gives the bits that the kernels give. Unsigned numbers of 32 bits are int64 here.
 """
 
@@ -58,7 +58,7 @@ class Code(NamedTuple):
 
 
 _SIGNED = Code(4, 127)
-_ROOT = Code(5, 255)
+_UNSIGNED = Code(4, 255)
 
 #: The forms of :func:`encode`, with the dtype of what is stored.
 FORMS: dict[str, torch.dtype] = {
@@ -67,7 +67,7 @@ FORMS: dict[str, torch.dtype] = {
     "float16": torch.float16,
     "float16_root": torch.float16,
     "int8": torch.uint8,
-    "int8_root": torch.uint8,
+    "int8_unsigned": torch.uint8,
 }
 
 
@@ -263,17 +263,13 @@ def encode(values: Tensor, form: str, random: Tensor | None = None) -> Tensor:
         return _to_float16(values, random)
     if form == "float16_root":
         return _root_to_float16(values.sqrt(), random)
-    if form == "int8":
-        return _encode_codes(values, _SIGNED, random)
-    return _encode_codes(values.sqrt(), _ROOT, random)
+    return _encode_codes(values, _SIGNED if form == "int8" else _UNSIGNED, random)
 
 
 def decode(stored: Tensor, form: str, numel: int) -> Tensor:
     """The float32 values of ``numel`` elements that are stored in a form; the inverse of :func:`encode`."""
-    if form == "int8":
-        return _decode_codes(stored, _SIGNED, numel)
-    if form == "int8_root":
-        return _decode_codes(stored, _ROOT, numel).square()
+    if form in ("int8", "int8_unsigned"):
+        return _decode_codes(stored, _SIGNED if form == "int8" else _UNSIGNED, numel)
     values = stored.float()
     return values.square() if form == "float16_root" else values
 

@@ -161,22 +161,32 @@ class Precision:
     def form_of(self, rule: Rule, column: str) -> str | None:
         """The form of a state of the rule, one of :data:`fusedopt.rules.codes.FORMS`; None for that of torch."""
         asked = dict(self.state_dtype).get(column)
-        is_root = any(each.root for each in rule.columns if each.name == column)
-        return f"{asked}_root" if is_root and asked in ("float16", "int8") else asked
+        if any(each.squares for each in rule.columns if each.name == column):
+            return {"float16": "float16_root", "int8": "int8_unsigned"}.get(asked or "", asked)
+        return asked
 
     def key_of(self, rule: Rule, column: str) -> str:
         """The key in ``optimizer.state[param]`` of a state of the rule."""
         form = self.form_of(rule, column)
         plain_key, root, codes = keys_of(column)
-        return codes if form in ("int8", "int8_root") else root if form == "float16_root" else plain_key
+        return codes if form in ("int8", "int8_unsigned") else root if form == "float16_root" else plain_key
+
+    def draws(self, rule: Rule) -> bool:
+        """Whether something is rounded by chance: where that was asked for, and codes of means of squares always."""
+        return self.seed is not None or any(self.form_of(rule, name) == "int8_unsigned" for name, _ in self.state_dtype)
 
     def masters(self, param: Tensor) -> bool:
         """Whether this parameter has more bits than its own dtype has."""
         return self.master is not None and param.dtype in _16_BITS
 
+    @property
+    def master_key(self) -> str | None:
+        """The key in ``optimizer.state[param]`` of what makes a 16-bit parameter a float32, or None."""
+        return {None: None, "float32": "master"}.get(self.master, "master_low")
+
     def carried_keys(self, param: Tensor) -> list[str]:
         """The keys in ``optimizer.state[param]`` beside those of the rule's states."""
-        keys = [("master" if self.master == "float32" else "master_low")] if self.masters(param) else []
+        keys = [self.master_key] if self.master_key is not None and self.masters(param) else []
         return keys if self.average is None else [*keys, "ema"]
 
     def new_state(self, rule: Rule, param: Tensor, key: str) -> Tensor:

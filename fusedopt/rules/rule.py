@@ -74,13 +74,14 @@ class StateColumn:
         name: torch's state name, such as ``exp_avg``.
         needed: tells from a param group whether its parameters carry this column.
         may_start_late: it is right as zeros, too, when its group asks for it only after some steps.
-        root: in few bits its square root is stored, see Note [Stored roots] in csrc/storage.h; it is never negative.
+        squares: it is a mean of squares, which a few bits hold in their own way: Note [Means of squares] in
+            csrc/storage.h.
     """
 
     name: str
     needed: Callable[[Mapping[str, Any]], bool] = lambda group: True
     may_start_late: bool = False
-    root: bool = False
+    squares: bool = False
 
 
 class Rule(abc.ABC):
