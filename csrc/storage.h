@@ -142,13 +142,12 @@ FUSEDOPT_HD float magnitude_of(uint32_t code) {
 }
 
 FUSEDOPT_HD uint8_t encode_signed(float value, float inverse, uint32_t rounding) {
-  const uint32_t code = code_of<SignedCode>(value < 0 ? -value : value, inverse, rounding);
+  const uint32_t code = code_of<SignedCode>(bits_to_float(float_to_bits(value) & 0x7fffffffu), inverse, rounding);
   return uint8_t(value < 0 ? code | 0x80u : code);
 }
 
 FUSEDOPT_HD float decode_signed(uint8_t code, float scale) {
-  const float magnitude = magnitude_of<SignedCode>(code & 0x7fu) * scale;
-  return code & 0x80u ? -magnitude : magnitude;
+  return magnitude_of<SignedCode>(code & 0x7fu) * (code & 0x80u ? -scale : scale);
 }
 
 // See Note [Means of squares].

@@ -60,10 +60,8 @@ def decoded(key: str, stored: torch.Tensor, param: torch.Tensor) -> np.ndarray:
         values = stored.detach().cpu().double().numpy().copy()
         return values**2 if key.endswith("_root") else values
     codes, scales = codes_and_scales(stored, param.numel())
-    if "_sq" in key:
-        flat = UNSIGNED[codes] * scales
-    else:
-        flat = np.where(codes & 0x80, -1.0, 1.0) * SIGNED[codes & 0x7F] * scales
+    signed = np.where(codes & 0x80, -1.0, 1.0) * SIGNED[codes & 0x7F]
+    flat = (UNSIGNED[codes] if "_sq" in key else signed) * scales
     order = order_of(param)
     inverse = np.argsort(order) if order else []
     return flat.reshape([param.shape[d] for d in order]).transpose(inverse)
