@@ -36,7 +36,8 @@ class EmulatedBackend(NativeBackend):
     devices = 1
 
     def _make_plan(self) -> Any:
-        return module.StepPlan(self.rule.name, "emulated", self.devices, shards=self.shards)
+        kept = self._how_state_is_kept()
+        return module.StepPlan(self.rule.name, "emulated", self.devices, shards=self.shards, **kept)
 
 
 class EmulatedPair(EmulatedBackend):
