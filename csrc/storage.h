@@ -132,7 +132,8 @@ FUSEDOPT_HD uint32_t code_rounding(uint32_t random) {
 
 template <class Code>
 FUSEDOPT_HD uint32_t code_of(float magnitude, float inverse, uint32_t rounding) {
-  const uint32_t code = (float_to_bits(magnitude * inverse + 1.0f) - 0x3f800000u + rounding) >> (23 - Code::kMantissa);
+  constexpr uint32_t kShift = 23 - Code::kMantissa;
+  const uint32_t code = ((float_to_bits(magnitude * inverse + 1.0f) + rounding) >> kShift) - (0x3f800000u >> kShift);
   return code < Code::kMost ? code : Code::kMost;
 }
 
@@ -153,7 +154,9 @@ FUSEDOPT_HD float decode_signed(uint8_t code, float scale) {
 // See Note [Means of squares].
 FUSEDOPT_HD uint8_t encode_unsigned(float value, float inverse, uint32_t rounding) {
   const uint32_t code = code_of<UnsignedCode>(value, inverse, rounding);
-  return uint8_t(code == 0 && value > 0 && inverse > 0 ? 1u : code);
+  const float zero = inverse > 0 ? 0.0f : __builtin_inff();  // without a scale all is zero
+  const uint32_t least = value > zero ? 1u : 0u;
+  return uint8_t(code < least ? least : code);
 }
 
 FUSEDOPT_HD float decode_unsigned(uint8_t code, float scale) { return magnitude_of<UnsignedCode>(code) * scale; }

@@ -1,6 +1,7 @@
 // Loads and stores of columns in any dtype and layout, to and from float or double blocks.
 //
-// A store rounds to nearest even, or by chance where it is given random bits; see csrc/storage.h.
+// A store rounds to nearest even, or by chance where it is given random bits; see csrc/storage.h. A count of elements
+// is a number, or `Whole`, which the compiler knows: kBlock.
 //
 // Included once into each instruction set's translation unit, inside an anonymous namespace.
 

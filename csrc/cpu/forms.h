@@ -2,36 +2,49 @@
 //
 // Included once into each instruction set's translation unit, inside an anonymous namespace. Blocks begin at multiples
 // of kBlock in a row, so that they are whole blocks of codes.
+static_assert(kBlock % kCodeBlock == 0);
 
-FUSEDOPT_HD uint16_t* scales_of(const Column& column, int64_t numel, int64_t offset) {
+// What the compiler knows: a count of elements, and whether something is so.
+struct WholeCodeBlock {
+  constexpr operator int64_t() const { return kCodeBlock; }
+};
+template <bool kValue>
+struct Truth {
+  static constexpr bool value = kValue;
+};
+
+// The scale of the block that begins at an element.
+FUSEDOPT_HD uint16_t* scale_at(const Column& column, int64_t numel, int64_t offset) {
   return reinterpret_cast<uint16_t*>(static_cast<char*>(column.data) + scales_at(numel)) + offset / kCodeBlock;
 }
 
 // Calls visit(begin, count) for the blocks of codes of n elements.
 template <class Visit>
-FUSEDOPT_HD void for_each_code_block(int64_t n, Visit&& visit) {
+FUSEDOPT_HD void for_each_code_block(int64_t n, const Visit& visit) {
   int64_t begin = 0;
-  for (; begin + kCodeBlock <= n; begin += kCodeBlock) visit(begin, kCodeBlock);
+  for (; begin + kCodeBlock <= n; begin += kCodeBlock) visit(begin, WholeCodeBlock());
   if (begin < n) visit(begin, n - begin);
 }
 
 template <class T>
 void load_coded(const Column& column, int64_t numel, int64_t offset, int64_t n, T* __restrict out) {
   const uint8_t* codes = static_cast<const uint8_t*>(column.data) + offset;
-  const uint16_t* scales = scales_of(column, numel, offset);
   const bool is_unsigned = column.dtype == DType::kUnsigned8;
-  for_each_code_block(n, [&](int64_t begin, int64_t count) __attribute__((always_inline)) {
-    const float scale = bf16_to_float(scales[begin / kCodeBlock]);
+  for_each_code_block(n, [&](int64_t begin, auto count) __attribute__((always_inline)) {
+    const float scale = bf16_to_float(*scale_at(column, numel, offset + begin));
+    const uint8_t* from = codes + begin;
+    T* to = out + begin;
     if (is_unsigned) {
-      for (int64_t i = begin; i < begin + count; ++i) out[i] = T(decode_unsigned(codes[i], scale));
+      for (int64_t i = 0; i < count; ++i) to[i] = T(decode_unsigned(from[i], scale));
     } else {
-      for (int64_t i = begin; i < begin + count; ++i) out[i] = T(decode_signed(codes[i], scale));
+      for (int64_t i = 0; i < count; ++i) to[i] = T(decode_signed(from[i], scale));
     }
   });
 }
 
 // The largest magnitude; NaN where one is NaN. As integers, floats without a sign have the order of their bits.
-inline float largest_magnitude(const float* x, int64_t n) {
+template <class Count>
+FUSEDOPT_HD float largest_magnitude(const float* x, Count n) {
   uint32_t most = 0;
   for (int64_t i = 0; i < n; ++i) {
     const uint32_t bits = float_to_bits(x[i]) & 0x7fffffffu;
@@ -42,9 +55,8 @@ inline float largest_magnitude(const float* x, int64_t n) {
 
 template <class T>
 void store_coded(const Column& column, int64_t numel, int64_t offset, int64_t n, const T* __restrict in,
-                 const uint16_t* random) {
+                 const uint16_t* __restrict random) {
   uint8_t* codes = static_cast<uint8_t*>(column.data) + offset;
-  uint16_t* scales = scales_of(column, numel, offset);
   const bool is_unsigned = column.dtype == DType::kUnsigned8;
   float narrowed[sizeof(T) == 4 ? 1 : kBlock];
   const float* values = narrowed;
@@ -56,28 +68,28 @@ void store_coded(const Column& column, int64_t numel, int64_t offset, int64_t n,
   // All scales before the first code: each takes a chain of operations that wait for one another.
   constexpr int64_t kBlocks = kBlock / kCodeBlock;
   float largest[kBlocks] = {}, inverse[kBlocks];
-  uint16_t found[kBlocks];
-  for_each_code_block(n, [&](int64_t begin, int64_t count) __attribute__((always_inline)) {
+  uint16_t scale[kBlocks];
+  for_each_code_block(n, [&](int64_t begin, auto count) __attribute__((always_inline)) {
     largest[begin / kCodeBlock] = largest_magnitude(values + begin, count);
   });
   for (int64_t b = 0; b < kBlocks; ++b) {
-    found[b] = is_unsigned ? scale_of<UnsignedCode>(largest[b]) : scale_of<SignedCode>(largest[b]);
+    scale[b] = is_unsigned ? scale_of<UnsignedCode>(largest[b]) : scale_of<SignedCode>(largest[b]);
   }
-  for (int64_t b = 0; b < kBlocks; ++b) inverse[b] = inverse_scale(found[b]);
-  __builtin_memcpy(scales, found, static_cast<size_t>((n + kCodeBlock - 1) / kCodeBlock) * 2);
-  for_each_code_block(n, [&](int64_t begin, int64_t count) __attribute__((always_inline)) {
-    const float by = inverse[begin / kCodeBlock];
-    const int64_t end = begin + count;
+  for (int64_t b = 0; b < kBlocks; ++b) inverse[b] = inverse_scale(scale[b]);
+  __builtin_memcpy(scale_at(column, numel, offset), scale, static_cast<size_t>((n + kCodeBlock - 1) / kCodeBlock) * 2);
+  for_each_code_block(n, [&](int64_t begin, auto count) __attribute__((always_inline)) {
+    const float by = inverse[begin / kCodeBlock], *from = values + begin;
+    uint8_t* to = codes + begin;
     if (is_unsigned) {
-      for (int64_t i = begin; i < end; ++i) {
-        codes[i] = encode_unsigned(values[i], by, code_rounding<UnsignedCode>(random[i]));
+      for (int64_t i = 0; i < count; ++i) {
+        to[i] = encode_unsigned(from[i], by, code_rounding<UnsignedCode>(random[begin + i]));
       }
     } else if (random) {
-      for (int64_t i = begin; i < end; ++i) {
-        codes[i] = encode_signed(values[i], by, code_rounding<SignedCode>(random[i]));
+      for (int64_t i = 0; i < count; ++i) {
+        to[i] = encode_signed(from[i], by, code_rounding<SignedCode>(random[begin + i]));
       }
     } else {
-      for (int64_t i = begin; i < end; ++i) codes[i] = encode_signed(values[i], by, code_rounding<SignedCode>());
+      for (int64_t i = 0; i < count; ++i) to[i] = encode_signed(from[i], by, code_rounding<SignedCode>());
     }
   });
 }
@@ -146,7 +158,7 @@ struct Mastered {
 
   // Calls visit(position, run, first piece, stride) for the pieces of [offset, offset + n), in their own type.
   template <class Piece, class Visit>
-  void for_each_piece(int64_t offset, int64_t n, Visit&& visit) {
+  void for_each_piece(int64_t offset, int64_t n, const Visit& visit) {
     Piece* pieces = static_cast<Piece*>(master.data);
     if (!master.layout) return visit(int64_t(0), n, pieces + offset, int64_t(1));
     for_each_run(*master.layout, offset, n, [&](int64_t position, int64_t at, int64_t run, int64_t stride) {
@@ -219,8 +231,9 @@ struct Mastered {
   }
 };
 
+// Fetches what a later block needs of a column.
 [[gnu::always_inline]] inline void prefetch(const Column& column, int64_t offset, int64_t n) {
-  if (column.layout) return;
+  if (!column.data || column.layout) return;
   const int64_t size = element_size(column.dtype);
   const char* data = static_cast<const char*>(column.data) + offset * size;
   for (int64_t byte = 0; byte < n * size; byte += 64) __builtin_prefetch(data + byte);
