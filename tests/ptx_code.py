@@ -19,7 +19,7 @@ from fusedopt.backends.native import compiled_module
 
 ROOT = Path(__file__).parents[1]
 CUDA = ROOT / "csrc" / "cuda"
-SOURCES = ("statistics", "update", "upload")
+SOURCES = ("statistics", "update", "carried", "upload")
 # Those of CMakeLists.txt.
 FLAGS = ("-std=c++17", "-O3", "-DNDEBUG", "--fmad=false")
 NVCC = shutil.which(os.environ.get("CUDACXX", "nvcc"))

@@ -153,9 +153,10 @@ class TestKernels:
         rest = Counter(name.partition("<")[0] for name in names - expected)
         assert rest["upload_kernel"] == 2
         if module is not None:
-            rules = {f"update_kernel<{rule.title()}>" for rule in module.rule_names()}
-            assert {name for name in names if name.startswith("update_kernel")} == rules
-        assert set(rest) == {"upload_kernel", "update_kernel"}, "and no others"
+            for kernel in ("update_kernel", "carried_kernel"):
+                rules = {f"{kernel}<{rule.title()}>" for rule in module.rule_names()}
+                assert {name for name in names if name.startswith(kernel)} == rules
+        assert set(rest) == {"upload_kernel", "update_kernel", "carried_kernel"}, "and no others"
 
     @each_architecture([*ARCHITECTURES, *RELATIVES])
     def test_registers_suffice_without_spills(self, compiled: Compiled, arch: str) -> None:
@@ -167,7 +168,10 @@ class TestKernels:
     def test_streams_move_in_16_bytes_of_global_memory(self, compiled: Compiled, arch: str) -> None:
         """An access to what might be shared memory as well is slower, and a sign that the compiler was not told."""
         reports(compiled, arch)
-        updates, statistics = (entries(compiled[source, arch].ptx) for source in ("update", "statistics"))
+        plain, carried, statistics = (
+            entries(compiled[source, arch].ptx) for source in ("update", "carried", "statistics")
+        )
+        updates = {**plain, **carried}
         for name, body in updates.items():
             assert re.search(r"\bld\.global(\.nc)?\.v4\.[ufb]32", body), name
             assert re.search(r"\bst\.global\.v4\.[ufb]32", body), name
@@ -181,8 +185,9 @@ class TestKernels:
     def test_the_update_can_start_early_from_sm_90_on(self, compiled: Compiled, arch: str) -> None:
         reports(compiled, arch)
         early = int(arch) >= 90
-        for name, body in entries(compiled["update", arch].ptx).items():
-            assert ("griddepcontrol.wait" in body) == early, name
+        for source in ("update", "carried"):
+            for name, body in entries(compiled[source, arch].ptx).items():
+                assert ("griddepcontrol.wait" in body) == early, name
         for name, body in entries(compiled["statistics", arch].ptx).items():
             assert ("griddepcontrol.launch_dependents" in body) == (early and name.startswith("statistics")), name
 
@@ -190,8 +195,9 @@ class TestKernels:
     def test_nothing_is_contracted(self, compiled: Compiled, arch: str) -> None:
         """See Note [Same bits everywhere]: fma appears where it was asked for, and never in float."""
         reports(compiled, arch)
-        for body in entries(compiled["update", arch].ptx).values():
-            assert "fma.rn.f32" not in body
+        for source in ("update", "carried"):
+            for body in entries(compiled[source, arch].ptx).values():
+                assert "fma.rn.f32" not in body
 
     @pytest.mark.skipif(sass.disassembler() is None, reason="cuobjdump is not here")
     def test_instructions_per_element(self, compiled: Compiled) -> None:

@@ -10,6 +10,7 @@
 #include <memory>
 #include <string>
 
+#include "../../csrc/cuda/carried.cu"
 #include "../../csrc/cuda/statistics.cu"
 #include "../../csrc/cuda/update.cu"
 #include "../../csrc/cuda/upload.cu"

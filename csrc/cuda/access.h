@@ -122,7 +122,23 @@ __device__ __forceinline__ void store_element(char* data, int64_t index, DType d
   }
 }
 
-// Where the element with canonical number `index` lies, in elements; see Note [Canonical order].
+// A quotient bit by bit, in few registers.
+__device__ __forceinline__ int64_t long_quotient(int64_t dividend, int64_t divisor) {
+  uint64_t rest = 0, bits = static_cast<uint64_t>(dividend);
+#pragma unroll 1
+  for (int i = 0; i < 64; ++i) {
+    rest = rest << 1 | bits >> 63;
+    bits <<= 1;
+    if (rest < static_cast<uint64_t>(divisor)) continue;
+    rest -= static_cast<uint64_t>(divisor);
+    bits |= 1;
+  }
+  return static_cast<int64_t>(bits);
+}
+
+// Where the element with canonical number `index` lies, in elements; see Note [Canonical order]. With kFewRegisters
+// those beyond 2^32 take long, but nothing is called.
+template <bool kFewRegisters = false>
 __device__ __forceinline__ int64_t place_of(const Layout* layout, int64_t index) {
   if (!layout) return index;
   int64_t at = 0;
@@ -133,7 +149,7 @@ __device__ __forceinline__ int64_t place_of(const Layout* layout, int64_t index)
     if (((index | size) >> 32) == 0) {  // a 64-bit division takes several times as long
       rest = static_cast<uint32_t>(index) / static_cast<uint32_t>(size);
     } else {
-      rest = index / size;
+      rest = kFewRegisters ? long_quotient(index, size) : index / size;
     }
     at += (index - rest * size) * layout->stride[d];
     index = rest;

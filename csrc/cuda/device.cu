@@ -8,6 +8,7 @@
 namespace fusedopt::cuda {
 namespace gpu {
 
+void load_carried();
 void load_statistics();
 void load_update();
 void load_upload();
@@ -23,6 +24,7 @@ void load(int device) {
   use(device);
   load_statistics();
   load_update();
+  load_carried();
   load_upload();
 }
 

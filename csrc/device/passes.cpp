@@ -57,6 +57,7 @@ void DevicePasses::for_each_update(const Work& work, const StepSettings& s, cons
   a.reverse = finds && !work.overlaps;
   a.write_back = s.write_back;
   a.has_found_inf = s.has_found_inf;
+  a.carries = resident_.carries();
   a.clip_value = s.clip_value;
   if (!a.after_statistics) {
     a.scale = numbers_.operand(s.scale);

@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <iterator>
 #include <stdexcept>
 #include <type_traits>
 #include <utility>
@@ -29,6 +30,13 @@ size_t section(size_t& size, size_t count) {
 template <class T>
 T* at_offset(void* base, size_t offset) {
   return reinterpret_cast<T*>(static_cast<char*>(base) + offset);
+}
+
+// Whether a row has more than its rule knows of, or forms that are no dtype of torch's.
+bool carries_more(const TensorRow& row) {
+  if (row.carried && (row.carried->master.data || row.carried->average.data || row.carried->chance.rounds)) return true;
+  return std::any_of(std::begin(row.state), std::end(row.state),
+                     [](const Column& state) { return state.data && state.dtype > DType::kFloat16; });
 }
 
 // What the rows of one update have in common under `per_dtypes`, as a number; 0 for one that takes no part.
@@ -115,10 +123,12 @@ void ResidentTables::extend_runs(const Work& work, uint64_t kind, uint32_t first
 void ResidentTables::lay_out_rows(const Work& work, size_t rows, size_t grads) {
   layouts_.clear();
   runs_.clear();
+  carries_ = false;
   uint64_t chunk = 0;
   for (size_t i = 0; i < mine_.size(); ++i) {
     const TensorRow& from = work.rows[mine_[i]];
     const size_t at = rows + i * sizeof(Row);
+    carries_ |= carries_more(from);
     *at_offset<void*>(host_.data(), grads + i * sizeof(void*)) = from.grad.data;
     Row& row = *at_offset<Row>(host_.data(), at);
     auto number_of = [&](const Layout* layout) {

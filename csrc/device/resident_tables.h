@@ -46,6 +46,8 @@ class ResidentTables {
   // Of the last prepare():
   const Tables& tables() const { return tables_; }
   const std::vector<Run>& runs() const { return runs_; }
+  // Whether a row needs more than its rule; see UpdateArguments.
+  bool carries() const { return carries_; }
   const Row& like(const Run& run) const { return *reinterpret_cast<const Row*>(host_.data() + run.like); }
 
  private:
@@ -65,6 +67,7 @@ class ResidentTables {
   std::vector<char> host_, known_;  // the uploaded part of the tables: now, and as it is on the device
   std::vector<int64_t> structure_;  // numbers of elements, for which the chunk map was made
   std::vector<Run> runs_;
+  bool carries_ = false;
   std::vector<Layout> layouts_;       // of columns that are not flat
   at::Tensor memory_;                 // has the tables
   void* memory_stream_ = nullptr;     // for which it was allocated

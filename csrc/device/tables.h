@@ -145,6 +145,7 @@ struct UpdateArguments {
   uint64_t seed;                      // of random bits
   uint32_t first_chunk, chunk_count;  // of this launch
   uint32_t tickets;                   // blocks of all the launches of this pass
+  bool carries;                       // a row has more than its rule knows of, or a form that is no dtype of torch's
 };
 
 }  // namespace fusedopt::device

@@ -89,12 +89,6 @@ uint64_t permuted(uint64_t a, uint64_t b, uint64_t choice) {
   return result;
 }
 
-uint64_t extracted(uint64_t value, uint64_t position, uint64_t length) {
-  position &= 0xff, length &= 0xff;
-  if (position > 31) return 0;
-  return length >= 32 ? value >> position : value >> position & ((1ull << length) - 1);
-}
-
 uint64_t shifted(uint64_t value, uint64_t by, Type type, bool left) {
   const uint64_t bits = 8ull * type.bytes, distance = std::min<uint64_t>(low_bits(by, 4), bits);
   if (left) return distance == bits ? 0 : cut(value << distance, type);
@@ -133,11 +127,18 @@ bool convert(const Instruction& instruction, uint64_t a, uint64_t& to) {
   if (instruction.truncates && type.is_float(8)) {
     to = bits_of(trunc(value));
   } else if (instruction.truncates) {
-    if (type.kind != Kind::kSigned || type.bytes != 8) return false;
-    constexpr double kEnd = 9223372036854775808.0;
-    to = value != value || value < -kEnd ? 1ull << 63
-         : value >= kEnd                 ? ~0ull >> 1
-                                         : static_cast<uint64_t>(static_cast<int64_t>(value));
+    if (!type.is_integer() || type.bytes < 4) return false;
+    const int bits = 8 * type.bytes - (type.kind == Kind::kSigned ? 1 : 0);
+    const double end = ldexp(1, bits), first = type.kind == Kind::kSigned ? -end : 0, whole = trunc(value);
+    if (value != value) {
+      to = from.bytes == 8 || type.bytes == 8 ? 1ull << (8 * type.bytes - 1) : 0;
+    } else if (whole >= end) {
+      to = bits == 64 ? ~0ull : (1ull << bits) - 1;
+    } else if (type.kind == Kind::kSigned) {
+      to = cut(static_cast<uint64_t>(static_cast<int64_t>(std::max(whole, first))), type);
+    } else {
+      to = static_cast<uint64_t>(std::max(whole, first));
+    }
   } else if (type.is_float(8)) {
     to = bits_of(value);
   } else if (type.is_float(4)) {
@@ -271,12 +272,14 @@ bool Block::calculate(Warp& warp, const Instruction& instruction, uint32_t lanes
         each([](uint64_t x, uint64_t y, uint64_t z) { return bits_of(fma(as_double(x), as_double(y), as_double(z))); });
       }
       return true;
+    case Opcode::kRemainder:
     case Opcode::kDivide:
       if (type.is_integer()) {
         for (int lane = 0; lane < kLanes; ++lane) {
           if (lanes >> lane & 1 && cut(b[lane], type) == 0) fail(instruction, warp, lane, "division by zero");
         }
-        with_integers(type, each, [](auto x, auto y, auto) { return x / y; });
+        const bool divides = instruction.opcode == Opcode::kDivide;
+        with_integers(type, each, [=](auto x, auto y, auto) { return divides ? x / y : x % y; });
       } else {
         with_numbers(type, each, [](auto x, auto y, auto) { return x / y; });
       }
@@ -349,6 +352,13 @@ bool Block::calculate(Warp& warp, const Instruction& instruction, uint32_t lanes
     case Opcode::kExtractBits:
       each([](uint64_t x, uint64_t y, uint64_t z) { return extracted(low_bits(x, 4), y, z); });
       return true;
+    case Opcode::kInsertBits: {  // bits of a into b, from place c on, as many as the last operand says
+      const uint64_t* const lengths = warp.lanes_of(instruction.with[3]);
+      for (int lane = 0; lane < kLanes; ++lane) {
+        if (lanes >> lane & 1) to[lane] = cut(inserted(a[lane], b[lane], c[lane], lengths[lane]), type);
+      }
+      return true;
+    }
     case Opcode::kPermuteBytes:
       each(permuted);
       return true;

@@ -42,6 +42,7 @@ enum class Opcode : uint8_t {
   kMultiplyAddWide,  // integers
   kFusedMultiplyAdd,
   kDivide,
+  kRemainder,  // integers
   kReciprocal,
   kApproximateReciprocal,
   kSquareRoot,
@@ -57,6 +58,7 @@ enum class Opcode : uint8_t {
   kShiftLeft,
   kShiftRight,
   kExtractBits,
+  kInsertBits,
   kPermuteBytes,
   kSelect,
   kCompare,

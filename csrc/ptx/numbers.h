@@ -56,4 +56,17 @@ inline float approximately(double exact, uint64_t operand) {
   return mixed < 10 ? nextafterf(nearest, copysignf(INFINITY, nearest)) : nearest;
 }
 
+inline uint64_t inserted(uint64_t value, uint64_t into, uint64_t place, uint64_t length) {
+  place &= 0xff, length &= 0xff;
+  if (place >= 64 || length == 0) return into;
+  const uint64_t mask = (length >= 64 ? ~0ull : (1ull << length) - 1) << place;
+  return (into & ~mask) | (value << place & mask);
+}
+
+inline uint64_t extracted(uint64_t value, uint64_t position, uint64_t length) {
+  position &= 0xff, length &= 0xff;
+  if (position > 31) return 0;
+  return length >= 32 ? value >> position : value >> position & ((1ull << length) - 1);
+}
+
 }  // namespace fusedopt::ptx

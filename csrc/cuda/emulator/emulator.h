@@ -60,6 +60,9 @@ inline double __shfl_down_sync(unsigned, double value, int distance) {
   memcpy(&value, &values[from < 32 ? from : lane], 8);
   return value;
 }
+inline uint32_t __shfl_xor_sync(unsigned, uint32_t value, int distance) {
+  return static_cast<uint32_t>(meet_warp(value)[threadIdx.x % 32 ^ static_cast<uint32_t>(distance)]);
+}
 inline unsigned __reduce_or_sync(unsigned, unsigned value) {
   const uint64_t* values = meet_warp(value);
   for (int lane = 0; lane < 32; ++lane) value |= static_cast<unsigned>(values[lane]);

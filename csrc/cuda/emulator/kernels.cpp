@@ -1,6 +1,7 @@
 // The kernels, as host code.
 #include <map>
 
+#include "../carried.cu"
 #include "../statistics.cu"
 #include "../update.cu"
 #include "../upload.cu"
@@ -21,9 +22,11 @@ std::string ptx_name(void* kernel) {
         {reinterpret_cast<void*>(&upload_kernel<kSmallUpload>), "13upload_kernelILm3840E"},
         {reinterpret_cast<void*>(&upload_kernel<kLargeUpload>), "13upload_kernelILm32000E"},
     };
-#define FUSEDOPT_NAME_UPDATE(Rule)                     \
-  all[reinterpret_cast<void*>(&update_kernel<Rule>)] = \
-      "13update_kernelINS_" + std::to_string(sizeof(#Rule) - 1) + #Rule "E";
+#define FUSEDOPT_NAME_UPDATE(Rule)                                           \
+  all[reinterpret_cast<void*>(&update_kernel<Rule>)] =                       \
+      "13update_kernelINS_" + std::to_string(sizeof(#Rule) - 1) + #Rule "E"; \
+  all[reinterpret_cast<void*>(&carried_kernel<Rule>)] =                      \
+      "14carried_kernelINS_" + std::to_string(sizeof(#Rule) - 1) + #Rule "E";
     FUSEDOPT_FOR_EACH_RULE(FUSEDOPT_NAME_UPDATE)
 #undef FUSEDOPT_NAME_UPDATE
     return all;
