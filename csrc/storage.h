@@ -82,6 +82,13 @@ FUSEDOPT_HD uint16_t float_to_fp16(float value, uint32_t random) {
   return uint16_t(sign | magnitude);
 }
 
+// Whether a store of this form is rounded by chance, in a row of which that is asked or not.
+FUSEDOPT_HD bool rounds_by_chance(DType dtype, bool asked) {
+  if (dtype == DType::kUnsigned8) return true;
+  return asked &&
+         (dtype == DType::kBFloat16 || dtype == DType::kFloat16 || dtype == DType::kRoot16 || dtype == DType::kSigned8);
+}
+
 // A float32 in two pieces: the bfloat16 nearest to it, and the difference in units of its last place. A number halfway
 // between two goes away from zero: both differences would not fit. NaN is the usual one.
 FUSEDOPT_HD uint32_t plain_bits(float value) { return value != value ? 0x7fc00000u : float_to_bits(value); }

@@ -94,13 +94,6 @@ void store_coded(const Column& column, int64_t numel, int64_t offset, int64_t n,
   });
 }
 
-// Whether a store of this form is rounded by chance, in a row of which that is asked or not.
-FUSEDOPT_HD bool by_chance(DType dtype, bool asked) {
-  if (dtype == DType::kUnsigned8) return true;
-  return asked &&
-         (dtype == DType::kBFloat16 || dtype == DType::kFloat16 || dtype == DType::kRoot16 || dtype == DType::kSigned8);
-}
-
 // What blocks of a row need to know to be rounded by chance.
 struct Rounding {
   const Chance* chance;  // null where nothing is
@@ -140,7 +133,8 @@ struct Window {
   }
   void store_at(int64_t offset, int64_t n, Rounding& rounding, uint32_t number) {
     if (direct) return;
-    const uint16_t* random = by_chance(column.dtype, rounding.asked()) ? rounding.of(number, offset, n) : nullptr;
+    const uint16_t* random =
+        rounds_by_chance(column.dtype, rounding.asked()) ? rounding.of(number, offset, n) : nullptr;
     if (is_coded(column.dtype)) return store_coded(column, numel, offset, n, block, random);
     store(column, offset, n, block, random);
   }

@@ -228,8 +228,9 @@ template <class Rule, unsigned V, class T, class Count, class P, class G, class 
 FUSEDOPT_HD void update_run(const typename Rule::template Scalars<T>& s, T multiplier, T bound, Count n, P p, G g,
                             S0 s0, S1 s1, S2 s2) {
   constexpr unsigned columns = Rule::columns(V);
+  const int64_t count = n;
 #pragma GCC ivdep
-  for (int64_t i = 0; i < n; ++i) {
+  for (int64_t i = 0; i < count; ++i) {
     T param = p.get(i), x0{}, x1{}, x2{};
     if constexpr (columns & 1) x0 = s0.get(i);
     if constexpr (columns & 2) x1 = s1.get(i);

@@ -39,11 +39,6 @@ struct CarriedShared : UpdateShared {
   Carry carry;
 };
 
-// Whether a store of this form rounds, so that chance can have a say.
-__device__ __forceinline__ bool rounds(DType dtype) {
-  return dtype == DType::kBFloat16 || dtype == DType::kFloat16 || dtype == DType::kRoot16 || is_coded(dtype);
-}
-
 // The random bits of a thread's elements in a column.
 template <bool kWhole>
 __device__ __forceinline__ void find_random(uint32_t (&random)[2], const Carry& carry, uint32_t column,
@@ -137,7 +132,7 @@ __device__ __forceinline__ void update_neighbours(const Job<Rule, T>& job, const
     for (int c = kState; c < kMaster; ++c) {
       if (!uses<kStates>(c)) continue;
       const DType dtype = carry.dtype(c);
-      const bool by_chance = carry.chance.rounds && rounds(dtype);
+      const bool by_chance = rounds_by_chance(dtype, carry.chance.rounds);
       uint32_t bits[kWords] = {};
       uint32_t random[2] = {0x80008000u, 0x80008000u};
       if (by_chance) find_random<kWhole>(random, carry, static_cast<uint32_t>(c - kState + 1), span);
@@ -145,7 +140,7 @@ __device__ __forceinline__ void update_neighbours(const Job<Rule, T>& job, const
         if (dtype == DType::kSigned8) {
           encode_codes<SignedCode>(bits, x[c], random, span.left);
         } else {
-          encode_codes<RootCode>(bits, x[c], random, span.left);
+          encode_codes<UnsignedCode>(bits, x[c], random, span.left);
         }
         if (first % kCodeBlock == 0 && span.left > 0) *scale_at(c) = static_cast<uint16_t>(bits[kWords - 1]);
       } else if (dtype == DType::kRoot16) {
@@ -179,7 +174,7 @@ __device__ __forceinline__ void update_neighbours(const Job<Rule, T>& job, const
     }
     if (!mastered) {
       const DType dtype = carry.dtype(kParam);
-      if (carry.chance.rounds && rounds(dtype)) {
+      if (rounds_by_chance(dtype, carry.chance.rounds)) {
         uint32_t random[2];
         find_random<kWhole>(random, carry, 0, span);
         encode_by_chance(param, x[kParam], dtype, random);
@@ -213,7 +208,7 @@ struct AnyColumns {
     const bool doubles = row.dtype[kParam] == DType::kFloat64;
     const bool averages = doubles ? scalars.average_weight != 0 : static_cast<float>(scalars.average_weight) != 0;
     const int c = threadIdx.x % kWarp;
-    unsigned form = 0, shift = 0, there = 0, single = 0;
+    unsigned form = 0, shift = 0, there = 0, single = 0, draws = row.by_chance;
     if (c < kColumns) {
       const DType dtype = row.dtype[c];
       const int64_t size = element_size(dtype);
@@ -224,6 +219,7 @@ struct AnyColumns {
       shift = (size == 1 ? 0u : size == 2 ? 1u : 2u) << 2 * c;
       there = has ? 1u << c : 0u;
       single = has && (row.layout[c] >= 0 || size == 8 || alignment_of(data + offset * size) < 4 * size);
+      if (rule && dtype == DType::kUnsigned8) draws = 1;
       if (c >= kState && c < kMaster) {
         shared.carry.scales[c - kState] =
             static_cast<char*>(row.data[c]) + scales_at(row.numel) + offset / kCodeBlock * 2;
@@ -233,6 +229,7 @@ struct AnyColumns {
     shift = __reduce_or_sync(0xffffffffu, shift);
     there = __reduce_or_sync(0xffffffffu, there);
     single = __reduce_or_sync(0xffffffffu, single);
+    draws = __reduce_or_sync(0xffffffffu, draws);
     if (c != 0) return;
     const Layout* numbers = row.numbers < 0 ? nullptr : a.tables.layouts + row.numbers;
     const uint64_t first = row.first_number + (numbers ? 0 : static_cast<uint64_t>(offset));
@@ -241,7 +238,7 @@ struct AnyColumns {
     shared.carry.float_weight = static_cast<float>(scalars.average_weight);
     shared.carry.step = scalars.step;
     shared.carry.forms = form, shared.carry.shifts = shift, shared.carry.there = there;
-    shared.carry.whole = !single && !doubles && (!row.by_chance || (!numbers && first % 4 == 0));
+    shared.carry.whole = !single && !doubles && (!draws || (!numbers && first % 4 == 0));
   }
 
   template <class Rule, class T, unsigned kStates>

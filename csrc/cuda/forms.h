@@ -268,10 +268,7 @@ __device__ __forceinline__ void decode_state(T (&x)[kCount], const uint32_t (&ra
       for (int k = 0; k < kCount; ++k) x[k] = decode_signed(static_cast<uint8_t>(byte_of(raw[0], k)), scale);
     } else {
 #pragma unroll
-      for (int k = 0; k < kCount; ++k) {
-        const float root = decode_root(static_cast<uint8_t>(byte_of(raw[0], k)), scale);
-        x[k] = root * root;
-      }
+      for (int k = 0; k < kCount; ++k) x[k] = decode_unsigned(static_cast<uint8_t>(byte_of(raw[0], k)), scale);
     }
   } else if (dtype == DType::kRoot16) {
     decode_plain(x, raw, DType::kFloat16);
@@ -294,18 +291,17 @@ __device__ __forceinline__ void encode_root16(uint32_t (&raw)[kWords], const T (
   put_halves(raw, half);
 }
 
-// The codes of magnitudes or of roots, and what they are scaled by. Called by all threads of a warp, of which
+// Codes, and what they are scaled by. Called by all threads of a warp, of which
 // kCodeThreads neighbours share a block. Rounding to nearest is by chance with half of what is random.
 template <class Code, class T, int kWords, int kCount>
 __device__ __forceinline__ void encode_codes(uint32_t (&raw)[kWords], const T (&x)[kCount], const uint32_t (&random)[2],
                                              int left) {
-  constexpr bool kIsRoot = Code::kMost == RootCode::kMost;
+  constexpr bool kIsSigned = Code::kMost == SignedCode::kMost;
   float value[kCount];
   uint32_t most = 0;
 #pragma unroll
   for (int k = 0; k < kCount; ++k) {
     value[k] = static_cast<float>(x[k]);
-    if (kIsRoot) value[k] = square_root(value[k]);
     // As integers, floats without a sign have the order of their bits. Nothing is the largest beyond the end.
     const uint32_t bits = k < left ? float_to_bits(value[k]) & 0x7fffffffu : 0u;
     most = bits > most ? bits : most;
@@ -322,7 +318,7 @@ __device__ __forceinline__ void encode_codes(uint32_t (&raw)[kWords], const T (&
   for (int k = 0; k < kCount; ++k) {
     const uint32_t rounding = code_rounding<Code>(half_of(random, k));
     const uint32_t code =
-        kIsRoot ? encode_root(value[k], inverse, rounding) : encode_signed(value[k], inverse, rounding);
+        kIsSigned ? encode_signed(value[k], inverse, rounding) : encode_unsigned(value[k], inverse, rounding);
     raw[0] |= code << 8 * k;
   }
   raw[kWords - 1] = scale;
