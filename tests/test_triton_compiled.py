@@ -30,7 +30,8 @@ TARGETS = {("cuda", "80", "32"): False, ("cuda", "90", "32"): True, ("hip", "gfx
 MOST_SPILLED = 16
 #: Its exponential and logarithm are the device library's, with fused operations in them.
 P_NORM = memory.P.value
-SIZES = {-1: 0, 0: 4, 1: 8, 2: 2, 3: 2}
+SIZES = {-1: 0, 0: 4, 1: 8, 2: 2, 3: 2, 4: 2, 5: 1, 6: 1, 7: 2, 8: 1}
+COLUMNS = ("PARAM", "GRAD", "A", "B", "C", "MASTER", "AVERAGE")
 
 
 @functools.cache
@@ -62,12 +63,12 @@ class TestCompiled:
             constants = result["constants"]
             if result["name"].startswith("update"):
                 threads = int(target[2]) * result["warps"]
-                columns = [
-                    SIZES[constants[name]] * constants["BLOCK"] // threads // 16
-                    for name in ("PARAM", "GRAD", "A", "B", "C")
-                ]
+                columns = [SIZES[constants[name]] * constants["BLOCK"] // threads // 16 for name in COLUMNS]
                 assert result["vector_loads"] == sum(columns), result["name"]
                 kept = 0 if constants["WRITE_BACK"] else columns[1]
                 assert result["vector_stores"] == sum(columns) - kept, result["name"]
+                if target[0] == "cuda" and constants["BLOCK"] == 8 * threads:
+                    bytewise = sum(SIZES[constants[name]] == 1 for name in COLUMNS)
+                    assert result["half_loads"] == bytewise, result["name"]
             elif result["name"].startswith("statistics"):
                 assert result["vector_loads"] > 0, result["name"]

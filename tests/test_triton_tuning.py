@@ -247,7 +247,7 @@ def test_nothing_is_measured_in_a_capture(device: Device) -> None:
     ("rule", "dtypes"),
     [(rule, dtypes) for rule in RULES for dtypes in dtypes_of_columns(RULES[rule])],
 )
-def test_what_is_tuned_is_a_step_of_those_dtypes(rule: str, dtypes: tuple[int, ...]) -> None:
+def test_what_is_tuned_is_a_step_of_those_forms(rule: str, dtypes: tuple[int, ...]) -> None:
     class Recorder(backend._Recorder, Watched):
         pass
 
@@ -256,7 +256,8 @@ def test_what_is_tuned_is_a_step_of_those_dtypes(rule: str, dtypes: tuple[int, .
         step = backend.scratch_step(launcher, torch.device("cpu"), dtypes, 40)
         assert launches_of(step) == ["map", *BARE]
         (settings,) = settings_of("update")
-        assert tuple(settings[name] for name in ("PARAM", "GRAD", "A", "B", "C")) == dtypes
+        assert tuple(settings[name] for name in backend._COLUMNS) == dtypes[:7]
+        assert settings["CHANCE"] == backend.rounds(dtypes)
         assert settings["BLOCK"] == tuning.block
         assert launches_of(launcher.update_again) == ["update"], "which is what is timed"
         assert settings_of("update") == [settings]

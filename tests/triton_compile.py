@@ -24,8 +24,9 @@ from triton.compiler import ASTSource
 from triton_columns import ABSENT, BF16, F32, dtypes_of_columns
 
 from fusedopt.backends import triton_kernels as kernels
-from fusedopt.backends.triton import _TUNINGS
+from fusedopt.backends.triton import _COLUMNS, _TUNINGS
 from fusedopt.backends.triton_kernels.rules import has_kernels, kernels_of
+from fusedopt.backends.triton_scratch import rounds
 from fusedopt.rules import RULES
 
 #: How PTX ends the name of an access of 16 bytes.
@@ -49,6 +50,7 @@ def variants() -> Iterator[tuple[Any, dict[str, Any], int, str]]:
             "HAS_FOUND_INF": not flag,
             "REFUSE_NONFINITE": flag and kind != 0,
             "REPORT_DOUBLE": flag,
+            "AVERAGE": flag,
             "BLOCK": 128,
         }
         yield kernels.prepare_kernel, constants, 4, f"prepare-{name}-{kind}-{flag}"
@@ -56,7 +58,8 @@ def variants() -> Iterator[tuple[Any, dict[str, Any], int, str]]:
         for tuning in _TUNINGS if set(mix) - {ABSENT} == {F32} and mix[2] != ABSENT else _TUNINGS[:1]:
             constants = {
                 "UPDATE": kernels_of(name).update,
-                **dict(zip(("PARAM", "GRAD", "A", "B", "C"), mix, strict=True)),
+                **dict(zip(_COLUMNS, mix, strict=False)),
+                "CHANCE": rounds(mix),
                 "REVERSE": mix[2] != ABSENT,
                 "WRITE_BACK": mix[2] == ABSENT or mix[1] == BF16,
                 "BLOCK": tuning.block,
@@ -100,6 +103,7 @@ def compiled(target: GPUTarget, kernel: Any, constants: dict[str, Any], warps: i
         "spilled": stack + local,
         "vector_loads": len(re.findall(r"ld\.global\S*" + WHOLE_VECTOR, ptx)),
         "vector_stores": len(re.findall(r"st\.global\S*" + WHOLE_VECTOR, ptx)),
+        "half_loads": len(re.findall(r"ld\.global\S*\.v2\.\w32\b", ptx)),
         "fused": len(re.findall(r"\bfma\.", ptx)),
         "approximate": len(re.findall(r"\b(?:sqrt\.approx|div\.full|div\.approx)", ptx)),
     }

@@ -7,10 +7,12 @@ from collections.abc import Callable, Iterator
 
 import pytest
 from cases import PTX, bits, parameters, set_gradients
+from triton_kept import CASES, Twin, compare, values
 from triton_ptx import TritonPtxBackend, driver
 
 import fusedopt
-from fusedopt.backends.triton import _TUNINGS, Tuning
+from fusedopt.backends.triton import _TUNINGS, Launcher, Tuning
+from fusedopt.rules import RULES
 
 assert PTX == "triton", "run by test_ptx.py, in a process of its own"
 SHAPES = [(7,), (2, 2051)]
@@ -49,6 +51,18 @@ def half_a_mask(text: str) -> str:
 def test_as_compiled_with_every_tuning(tuning: Tuning, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(TritonPtxBackend, "tuning", tuning)
     assert steps(TritonPtxBackend.name) == steps("native")
+
+
+@pytest.mark.parametrize("tuning", [_TUNINGS[0], _TUNINGS[1], _TUNINGS[-1]], ids=str)
+@pytest.mark.parametrize("case", ["split8 by chance", "codes and roots, amsgrad", "float16 and roots by chance"])
+def test_columns_in_few_bits_have_the_bits_of_the_cpu_kernels(case: str, tuning: Tuning) -> None:
+    kept = CASES[case]
+    launchers = (None, Launcher(RULES[kept.rule], "cpu", tuning))
+    twins = [Twin(kept, values([(7,), (2048 + 333,)]), launcher) for launcher in launchers]
+    for step in range(2):
+        for twin in twins:
+            twin.step(step)
+        compare(twins)
 
 
 @pytest.mark.parametrize("clip", [None, {"max_norm": 0.5}], ids=["bare", "norm"])

@@ -17,14 +17,14 @@ from ..shards import Shards
 from .base import BackendUnavailable
 from .native import compiled_module
 from .plan import PlanBackend
+from .triton_scratch import ABSENT, DTYPES, rounds, scratch_parameter
 
 __all__ = ["ABSENT", "DTYPES", "Launcher", "TritonBackend", "Tuning", "scratch_step"]
 
 _LEAST_TRITON = (3, 6)
-#: By number, as DType of csrc/tables.h.
-DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-ABSENT = -1
 _PREPARE_ROWS = 128
+#: What the update kernel calls the forms of columns, in the order in which the plan tells them.
+_COLUMNS = ("PARAM", "GRAD", "A", "B", "C", "MASTER", "AVERAGE")
 
 
 @functools.cache
@@ -169,17 +169,20 @@ class Launcher:
         numbers = [
             x for number in (a.scale, a.found_inf, a.max_norm) for x in (number.value, number.live, number.dtype)
         ]
+        average = a.average
         self.launch(
             self._kernels.prepare_kernel,
             -(-t.row_count // _PREPARE_ROWS),
             *(t.grads, t.rows, t.groups, t.scalars, t.control, t.row_count),
             *(found, found_count, a.p, *numbers, a.report.scalars, a.report.found_inf),
+            *(average.momentum, average.gamma, average.begin, average.interval),
             CONSTANTS=self._mine.constants,
             KIND=a.kind,
             CHECK=a.check,
             HAS_FOUND_INF=a.has_found_inf,
             REFUSE_NONFINITE=a.refuse_nonfinite,
             REPORT_DOUBLE=a.report.scalars_are_double,
+            AVERAGE=average.momentum > 0,
             BLOCK=_PREPARE_ROWS,
         )
 
@@ -191,7 +194,8 @@ class Launcher:
         tuning = self.tuning_for(device, dtypes)
         settings = {
             "UPDATE": self._mine.update,
-            **dict(zip(("PARAM", "GRAD", "A", "B", "C"), dtypes, strict=False)),
+            **dict(zip(_COLUMNS, dtypes, strict=False)),
+            "CHANCE": rounds(dtypes),
             "REVERSE": a.reverse,
             "WRITE_BACK": a.write_back,
             "BLOCK": tuning.block,
@@ -210,7 +214,7 @@ class Launcher:
     def _arguments(self, a: Any) -> tuple[Any, ...]:
         t = a.tables
         addresses = (t.grads, t.rows, t.layouts, t.chunks, t.scalars, t.control)
-        return *addresses, t.chunk_elements, a.first_chunk, a.clip_value
+        return *addresses, t.chunk_elements, a.first_chunk, a.clip_value, a.seed
 
     def slow_double(self, device: int) -> bool:
         """Whether float64 arithmetic is so slow that a norm is first added up, in short runs, in float32."""
@@ -301,19 +305,9 @@ class _Recorder(Launcher):
 def scratch_step(
     launcher: Launcher, device: torch.device, dtypes: tuple[int, ...], elements: int
 ) -> Callable[..., None]:
-    """A step of one parameter of its own with these dtypes of columns; ``clip=True`` makes it one with all passes."""
-    rule = launcher.rule
-    states = [code for code in dtypes[2:5] if code != ABSENT]
-    settings = next(trial for trial in rule.trial_settings() if len(rule.needed_columns(trial)) == len(states))
-    param = torch.nn.Parameter(torch.zeros(elements, dtype=DTYPES[dtypes[0]], device=device))
-    if dtypes[1] != dtypes[0]:
-        param.grad_dtype = None
-    param.grad = torch.ones(elements, dtype=DTYPES[dtypes[1]], device=device)
-    state: dict[Any, dict[str, Any]] = {param: {"step": torch.zeros((), device=device)}}
-    for name, code in zip(rule.needed_columns(settings), states, strict=True):
-        state[param][name] = torch.zeros(elements, dtype=DTYPES[code], device=device)
-    groups = [{"params": [param], **settings}]
-    plan = _make_plan(launcher)
+    """A step of one parameter of its own with these forms of columns; ``clip=True`` makes it one with all passes."""
+    groups, state, precision = scratch_parameter(launcher.rule, dtypes, elements, device)
+    plan = _make_plan(launcher, precision=precision)
 
     def step(clip: bool = False) -> None:
         norm_type, max_norm = (2.0, 1.0) if clip else (0.0, 0.0)

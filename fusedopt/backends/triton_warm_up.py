@@ -32,7 +32,7 @@ def warm_up(device: torch.device) -> list[WarmUp]:
         states = len(rule.needed_columns(next(rule.trial_settings())))
         for dtype in (torch.float32, torch.bfloat16):
             code = DTYPES.index(dtype)
-            dtypes = (code,) * (2 + states) + (ABSENT,) * (3 - states)
+            dtypes = (code,) * (2 + states) + (ABSENT,) * (3 - states + 2) + (0,)
             begin = time.perf_counter()
             launcher = Launcher(rule, device.type)
             step = scratch_step(launcher, device, dtypes, 1)

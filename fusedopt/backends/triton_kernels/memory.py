@@ -35,9 +35,15 @@ ROW_DATA, ROW_STEP, ROW_NUMEL = _field("Row.data", 8), _field("Row.step", 8), _f
 ROW_LAYOUT, ROW_GROUP, ROW_FIRST_CHUNK = _field("Row.layout", 4), _field("Row.group", 4), _field("Row.first_chunk", 4)
 ROW_DOMAIN = _field("Row.domain", 4)
 ROW_DTYPE, ROW_STEP_DTYPE = _field("Row.dtype"), _field("Row.step_dtype")
+ROW_STREAM, ROW_NUMBERS, ROW_FIRST_NUMBER = (
+    _field("Row.stream", 4),
+    _field("Row.numbers", 4),
+    _field("Row.first_number", 8),
+)
 CHUNK_SIZE = _field("ChunkEntry", 4)
 SCALARS_SIZE = _field("RowScalars")
 SCALARS_VALUES, SCALARS_VARIANT = _field("RowScalars.values", 8), _field("RowScalars.variant", 4)
+SCALARS_WEIGHT, SCALARS_STEP = _field("RowScalars.average_weight", 8), _field("RowScalars.step", 4)
 CONTROL_MULTIPLIER, CONTROL_SKIP = _field("Control.multiplier", 8), _field("Control.skip", 4)
 LAYOUT_SIZE = _field("Layout")
 LAYOUT_DIMS = _field("Layout.dims", 4)
@@ -45,6 +51,7 @@ LAYOUT_SIZES, LAYOUT_STRIDES = _field("Layout.size", 8), _field("Layout.stride",
 
 # DType of csrc/tables.h, and a column that is not there.
 ABSENT, F32, F64, BF16, F16 = (tl.constexpr(code) for code in (-1, 0, 1, 2, 3))
+ROOT16, SIGNED8, ROOT8, LOW16, LOW8 = (tl.constexpr(code) for code in (4, 5, 6, 7, 8))
 # NormKind of csrc/tables.h.
 NONE, ONE, TWO, INF, P = (tl.constexpr(code) for code in range(5))
 
@@ -118,7 +125,10 @@ def place_of(layout, i):
 @triton.jit
 def element(first, offset, DTYPE: tl.constexpr):
     """The address of element number ``offset`` of a flat column."""
-    return first + offset * (8 if DTYPE == F64 else (4 if DTYPE == F32 else 2))
+    if DTYPE == SIGNED8 or DTYPE == ROOT8 or DTYPE == LOW8:  # noqa: SIM109
+        return first + offset
+    else:
+        return first + offset * (8 if DTYPE == F64 else (4 if DTYPE == F32 else 2))
 
 
 @triton.jit

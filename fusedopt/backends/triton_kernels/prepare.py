@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import triton
 import triton.language as tl
 
 from .memory import (
@@ -16,8 +17,10 @@ from .memory import (
     ROW_STEP,
     ROW_STEP_DTYPE,
     SCALARS_SIZE,
+    SCALARS_STEP,
     SCALARS_VALUES,
     SCALARS_VARIANT,
+    SCALARS_WEIGHT,
     TWO,
     P,
     launched,
@@ -30,6 +33,19 @@ from .statistics import add_up
 # Added to the norm before dividing by it; the clipping rule of fusedopt/rules/clipping.py.
 CLIP_EPS = tl.constexpr(1e-6)
 LARGEST_DOUBLE = tl.constexpr(1.7976931348623157e308)
+
+
+@triton.jit
+def average_weight(momentum, gamma, begin, interval, step):
+    """The weight of the new value in the average of the weights, as csrc/tables.h."""
+    updates = step.to(tl.int64) - 1 - begin
+    gamma = tl.full((), 0, tl.float64) + gamma
+    annealed = tl.where(gamma > 0, gamma / (gamma + updates.to(tl.float64)), 0.0)
+    weight = tl.where(annealed > momentum, annealed, momentum)
+    # (A quotient that comes out even is exact. Whole numbers have no division on a GPU.)
+    turns = (updates.to(tl.float64) / (tl.full((), 0, tl.int64) + interval).to(tl.float64)).to(tl.int64)
+    weight = tl.where(turns * interval != updates, 0.0, weight)
+    return tl.where(updates <= 0, 1.0, weight)
 
 
 @launched
@@ -54,18 +70,23 @@ def prepare_kernel(
     max_norm_dtype: tl.int32,
     report_scalars: tl.int64,
     report_found_inf: tl.int64,
+    momentum: tl.float64,
+    gamma: tl.float64,
+    average_begin: tl.int64,
+    average_interval: tl.int64,
     CONSTANTS: tl.constexpr,
     KIND: tl.constexpr,
     CHECK: tl.constexpr,
     HAS_FOUND_INF: tl.constexpr,
     REFUSE_NONFINITE: tl.constexpr,
     REPORT_DOUBLE: tl.constexpr,
+    AVERAGE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Draw the conclusions: norm, clip coefficient and whether to skip; then constants and step counts of the rows.
 
     Every program does the first part for itself, which waits for nobody, and the second for ``BLOCK`` rows. A bare step
-    (no norm, no check) has nothing to add up.
+    (no norm, no check) has nothing to add up. ``AVERAGE``: there is an average of the weights.
     """
     inverse_scale = 1.0 / operand(scale, scale_live, scale_dtype)
     coefficient = tl.full((), 1.0, tl.float64)
@@ -117,6 +138,10 @@ def prepare_kernel(
         variant, constants = CONSTANTS(groups + group.to(tl.int64) * GROUP_SIZE, step, mask)
         out = scalars + r.to(tl.int64) * SCALARS_SIZE
         tl.store(out.to(tl.pointer_type(tl.int32)) + SCALARS_VARIANT, variant, mask=mask)
+        tl.store(out.to(tl.pointer_type(tl.uint32)) + SCALARS_STEP, step.to(tl.int64).to(tl.uint32), mask=mask)
+        if AVERAGE:
+            weight = average_weight(momentum, gamma, average_begin, average_interval, step)
+            tl.store(out.to(tl.pointer_type(tl.float64)) + SCALARS_WEIGHT, weight, mask=mask)
         count: tl.constexpr = len(constants)
         for i in tl.static_range(count):
             tl.store(out.to(tl.pointer_type(tl.float64)) + (SCALARS_VALUES + i), constants[i], mask=mask)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .forms import add_to_average, read, read_master, scales_of, write, write_master
 from .memory import (
     ABSENT,
     CHUNK_SIZE,
@@ -13,12 +14,17 @@ from .memory import (
     F64,
     LAYOUT_SIZE,
     ROW_DATA,
+    ROW_FIRST_NUMBER,
     ROW_LAYOUT,
+    ROW_NUMBERS,
     ROW_NUMEL,
     ROW_SIZE,
+    ROW_STREAM,
     SCALARS_SIZE,
+    SCALARS_STEP,
     SCALARS_VALUES,
     SCALARS_VARIANT,
+    SCALARS_WEIGHT,
     element,
     launched,
     load,
@@ -40,32 +46,44 @@ def column(row, c: tl.constexpr, layouts, DTYPE: tl.constexpr):
 
 @triton.jit
 def update_block(
-    p_data, g_data, a_data, b_data, c_data,
-    p_at, g_at, a_at, b_at, c_at, mask,
-    constants, variant, multiplier, bound,
+    data, scales, at, place, chance, constants, variant, multiplier, bound, weight,
     UPDATE: tl.constexpr, PARAM: tl.constexpr, GRAD: tl.constexpr, A: tl.constexpr, B: tl.constexpr, C: tl.constexpr,
-    WRITE_BACK: tl.constexpr,
+    MASTER: tl.constexpr, AVERAGE: tl.constexpr, CHANCE: tl.constexpr, WRITE_BACK: tl.constexpr,
 ):  # fmt: skip
-    """Unscale, clip and apply the rule to a block of elements: parameter, gradient and states ``a``, ``b``, ``c``."""
+    """Unscale, clip and apply the rule to a block of elements: parameter, gradient, states ``a``, ``b``, ``c``, master
+    and average."""
     T: tl.constexpr = tl.float64 if PARAM == F64 else tl.float32
-    p = load(p_data, p_at, mask, PARAM, T)
+    p_data, g_data, a_data, b_data, c_data, m_data, e_data = data
+    p_at, g_at, a_at, b_at, c_at, m_at, e_at = at
+    a_scales, b_scales, c_scales = scales
+    _, _, mask = place
+    if MASTER == ABSENT:
+        p = load(p_data, p_at, mask, PARAM, T)
+    else:
+        p = read_master(p_data, m_data, p_at, m_at, mask, PARAM, MASTER)
     g = load(g_data, g_at, mask, GRAD, T)
-    a = load(a_data, a_at, mask, A, T) if A != ABSENT else p
-    b = load(b_data, b_at, mask, B, T) if B != ABSENT else p
-    c = load(c_data, c_at, mask, C, T) if C != ABSENT else p
+    a = read(a_data, a_scales, a_at, place, A, T) if A != ABSENT else p
+    b = read(b_data, b_scales, b_at, place, B, T) if B != ABSENT else p
+    c = read(c_data, c_scales, c_at, place, C, T) if C != ABSENT else p
     g = g * multiplier
     g = tl.where(-bound > g, -bound, g)  # NaN stays NaN
     g = tl.where(bound < g, bound, g)
     if WRITE_BACK:
         store(g_data, g_at, mask, g, GRAD)
     p, a, b, c = UPDATE(constants, variant, p, g, a, b, c, A != ABSENT, C != ABSENT)
-    store(p_data, p_at, mask, p, PARAM)
+    if MASTER == ABSENT:
+        p = write(p_data, 0, p_at, place, p, chance, PARAM, 0, CHANCE, AVERAGE != ABSENT)
+    else:
+        p = write_master(p_data, m_data, p_at, m_at, mask, p, chance, PARAM, MASTER, CHANCE)
     if A != ABSENT:
-        store(a_data, a_at, mask, a, A)
+        write(a_data, a_scales, a_at, place, a, chance, A, 1, CHANCE)
     if B != ABSENT:
-        store(b_data, b_at, mask, b, B)
+        write(b_data, b_scales, b_at, place, b, chance, B, 2, CHANCE)
     if C != ABSENT:
-        store(c_data, c_at, mask, c, C)
+        write(c_data, c_scales, c_at, place, c, chance, C, 3, CHANCE)
+    if AVERAGE != ABSENT:
+        if weight != 0:
+            add_to_average(e_data, e_at, mask, p, weight, AVERAGE)
 
 
 @launched
@@ -79,19 +97,24 @@ def update_kernel(
     chunk_elements: tl.int64,
     first_chunk: tl.int64,
     clip_value: tl.float64,
+    seed: tl.int64,
     UPDATE: tl.constexpr,
     PARAM: tl.constexpr,
     GRAD: tl.constexpr,
     A: tl.constexpr,
     B: tl.constexpr,
     C: tl.constexpr,
+    MASTER: tl.constexpr,
+    AVERAGE: tl.constexpr,
+    CHANCE: tl.constexpr,
     REVERSE: tl.constexpr,
     WRITE_BACK: tl.constexpr,
     BLOCK: tl.constexpr,
     RAGGED: tl.constexpr,
 ):
-    """Update a chunk of a row whose columns have these dtypes: ``BLOCK`` elements at a time in whole vectors, or
-    ``RAGGED`` where columns are not aligned, or not flat, or end. ``REVERSE``: the last chunk first."""
+    """Update a chunk of a row whose columns have these forms: ``BLOCK`` elements at a time in whole vectors, or
+    ``RAGGED`` where columns are not aligned, or not flat, or end. ``REVERSE``: the last chunk first. ``CHANCE``:
+    something is rounded by chance."""
     if tl.load(control.to(tl.pointer_type(tl.int32)) + CONTROL_SKIP) != 0:
         return
     chunk = first_chunk + (tl.num_programs(0) - 1 - tl.program_id(0) if REVERSE else tl.program_id(0))
@@ -122,6 +145,9 @@ def update_kernel(
     )
     multiplier = tl.load(control.to(tl.pointer_type(tl.float64)) + CONTROL_MULTIPLIER).to(T)
     bound = (tl.full((), 0, tl.float64) + clip_value).to(T)
+    weight = tl.full((), 0, T)
+    if AVERAGE != ABSENT:
+        weight = tl.load(known.to(tl.pointer_type(tl.float64)) + SCALARS_WEIGHT).to(T)
 
     p_data, p_layout = column(row, 0, layouts, PARAM)
     g_layout = tl.load(row.to(tl.pointer_type(tl.int32)) + (ROW_LAYOUT + 1)).to(tl.int64)
@@ -129,25 +155,54 @@ def update_kernel(
     a_data, a_layout = column(row, 2, layouts, A)
     b_data, b_layout = column(row, 3, layouts, B)
     c_data, c_layout = column(row, 4, layouts, C)
+    m_data, m_layout = column(row, 5, layouts, MASTER)
+    e_data, e_layout = column(row, 6, layouts, AVERAGE)
+    scales = (
+        scales_of(a_data, numel, offset, A),
+        scales_of(b_data, numel, offset, B),
+        scales_of(c_data, numel, offset, C),
+    )
+
+    flat = (p_layout | g_layout | a_layout | b_layout | c_layout | m_layout | e_layout) == 0
+    if CHANCE:
+        words = row.to(tl.pointer_type(tl.uint32))
+        step = tl.load(known.to(tl.pointer_type(tl.uint32)) + SCALARS_STEP)
+        stream = tl.load(words + ROW_STREAM)
+        keys = (tl.full((), 0, tl.int64) + seed).to(tl.uint64)
+        key0, key1 = keys.to(tl.uint32), (keys >> 32).to(tl.uint32)
+        numbers = tl.load(row.to(tl.pointer_type(tl.int32)) + ROW_NUMBERS).to(tl.int64)
+        numbers = tl.where(numbers < 0, 0, layouts + numbers * LAYOUT_SIZE)
+        number = tl.load(row.to(tl.pointer_type(tl.int64)) + ROW_FIRST_NUMBER)
+        flat = flat & (numbers == 0) & ((number + offset) % 8 == 0)
 
     lane = tl.arange(0, BLOCK)
     done = 0
-    flat = (p_layout | g_layout | a_layout | b_layout | c_layout) == 0
-    if flat & ((p_data | g_data | a_data | b_data | c_data) % 16 == 0):
+    if flat & ((p_data | g_data | a_data | b_data | c_data | m_data | e_data) % 16 == 0):
         done = length // BLOCK * BLOCK
-        p_start, g_start = element(p_data, offset, PARAM), element(g_data, offset, GRAD)
-        a_start, b_start = element(a_data, offset, A), element(b_data, offset, B)
-        c_start = element(c_data, offset, C)
+        starts = (
+            element(p_data, offset, PARAM),
+            element(g_data, offset, GRAD),
+            element(a_data, offset, A),
+            element(b_data, offset, B),
+            element(c_data, offset, C),
+            element(m_data, offset, MASTER),
+            element(e_data, offset, AVERAGE),
+        )
         for begin in range(0, done, BLOCK):
             at = begin + lane
+            if CHANCE:
+                chance = (key0, key1, step, stream, ((number + offset + begin) >> 3) + tl.arange(0, BLOCK // 8), None)
+            else:
+                chance = None
             update_block(
-                p_start, g_start, a_start, b_start, c_start, at, at, at, at, at, None,
-                constants, variant, multiplier, bound, UPDATE, PARAM, GRAD, A, B, C, WRITE_BACK,
+                starts, scales, (at, at, at, at, at, at, at), (begin, length, None), chance,
+                constants, variant, multiplier, bound, weight,
+                UPDATE, PARAM, GRAD, A, B, C, MASTER, AVERAGE, CHANCE, WRITE_BACK,
             )  # fmt: skip
     lane = tl.arange(0, RAGGED)
     for begin in range(done, length, RAGGED):
         at = offset + begin + lane
-        p_at, g_at, a_at, b_at, c_at = at, at, at, at, at
+        p_at, g_at, a_at, b_at, c_at, m_at, e_at = at, at, at, at, at, at, at
         if p_layout != 0:
             p_at = place_of(p_layout, at)
         if g_layout != 0:
@@ -158,7 +213,21 @@ def update_kernel(
             b_at = place_of(b_layout, at)
         if c_layout != 0:
             c_at = place_of(c_layout, at)
+        if m_layout != 0:
+            m_at = place_of(m_layout, at)
+        if e_layout != 0:
+            e_at = place_of(e_layout, at)
+        if CHANCE:
+            n = at
+            if numbers != 0:
+                n = place_of(numbers, at)
+            n += number
+            chance = (key0, key1, step, stream, n >> 3, n & 7)
+        else:
+            chance = None
         update_block(
-            p_data, g_data, a_data, b_data, c_data, p_at, g_at, a_at, b_at, c_at, begin + lane < length,
-            constants, variant, multiplier, bound, UPDATE, PARAM, GRAD, A, B, C, WRITE_BACK,
+            (p_data, g_data, a_data, b_data, c_data, m_data, e_data), scales,
+            (p_at, g_at, a_at, b_at, c_at, m_at, e_at), (begin, length, begin + lane < length), chance,
+            constants, variant, multiplier, bound, weight,
+            UPDATE, PARAM, GRAD, A, B, C, MASTER, AVERAGE, CHANCE, WRITE_BACK,
         )  # fmt: skip
