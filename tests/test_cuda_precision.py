@@ -135,7 +135,13 @@ class Run:
                 mine["ema"] = laid_out(value.to(wide), self.layouts[2])
             self.state[param] = mine
         master = {None: None, "master": "master"}.get(s.master, "master_low")
-        precision = (list(keys), master, (s.seed is not None, s.seed or 0), s.average, lambda _: [s.numbers for _ in self.params])
+        precision = (
+            list(keys),
+            master,
+            (s.seed is not None, s.seed or 0),
+            s.average,
+            lambda _: [s.numbers for _ in self.params],
+        )
         count = (self.devices,) if self.device == "emulated" else ()
         assert module is not None
         self.plan = module.StepPlan(self.rule, self.device, *count, precision=precision)

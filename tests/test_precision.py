@@ -20,7 +20,8 @@ import fusedopt
 from fusedopt.rules import RULES, Precision, codes, keys_of
 from fusedopt.shards import numbers_of
 
-#: Every way a step can run that keeps state in other forms than torch's.
+#: Where what is stored is compared with the formulas. The kernels of other devices have the bits of the CPU's: see
+#: test_cuda_precision.py and test_triton_precision.py.
 KEPT = [name for name in BACKENDS if name.startswith("native-") or name == "reference"]
 each_kept = pytest.mark.parametrize("backend", KEPT)
 

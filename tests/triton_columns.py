@@ -5,19 +5,19 @@ from __future__ import annotations
 from fusedopt.backends import TritonBackend
 from fusedopt.rules import Rule
 
-F32, F64, BF16, F16, ROOT16, SIGNED8, ROOT8, LOW16, LOW8, ABSENT = 0, 1, 2, 3, 4, 5, 6, 7, 8, -1
+F32, F64, BF16, F16, ROOT16, SIGNED8, UNSIGNED8, LOW16, LOW8, ABSENT = 0, 1, 2, 3, 4, 5, 6, 7, 8, -1
 #: Of parameter, gradient and three states; a rule takes as many as it has.
 MIXED = [(BF16, BF16, F32, F32, F32), (F32, F16, F32, BF16, F32), (F64, BF16, F16, BF16, F16)]
 
 #: Of parameter, gradient, states (the first is no root), master and average, and whether chance rounds.
 KEPT = [
-    (F32, F32, SIGNED8, ROOT8, ROOT8, ABSENT, ABSENT, 0),
+    (F32, F32, SIGNED8, UNSIGNED8, UNSIGNED8, ABSENT, ABSENT, 0),
     (F32, F32, F16, ROOT16, ROOT16, ABSENT, F32, 1),
     (BF16, BF16, BF16, BF16, BF16, ABSENT, ABSENT, 1),
     (BF16, BF16, F32, F32, F32, LOW16, ABSENT, 1),
-    (BF16, BF16, SIGNED8, ROOT8, ROOT8, LOW8, F32, 1),
+    (BF16, BF16, SIGNED8, UNSIGNED8, UNSIGNED8, LOW8, F32, 1),
     (F16, F32, BF16, BF16, BF16, F32, ABSENT, 0),
-    (F64, F64, SIGNED8, ROOT8, ABSENT, ABSENT, F64, 1),
+    (F64, F64, SIGNED8, UNSIGNED8, ABSENT, ABSENT, F64, 1),
 ]
 
 

@@ -93,7 +93,8 @@ def parameters_of(
             mine["ema"] = param.detach().to(F64 if kept.param == F64 else F32)
         params.append(param)
         state[param] = mine
-    return params, state, (keys, master, kept.seed, kept.average)
+    chance = kept.seed is not None, kept.seed or 0
+    return params, state, (keys, master, chance, kept.average)
 
 
 class Twin:

@@ -12,11 +12,11 @@ __all__ = ["ABSENT", "DTYPES", "Scratch", "rounds", "scratch_parameter"]
 
 #: By number, as DType of csrc/tables.h: torch's, and what tensors of the further forms are.
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-_ROOT16, _SIGNED8, _ROOT8, _LOW16, _LOW8 = range(len(DTYPES), len(DTYPES) + 5)
+_ROOT16, _SIGNED8, _UNSIGNED8, _LOW16, _LOW8 = range(len(DTYPES), len(DTYPES) + 5)
 _STORED = (*DTYPES, torch.float16, torch.uint8, torch.uint8, torch.int16, torch.uint8)
 ABSENT = -1
 #: The end of the key under which a state of a form is kept.
-_ENDS = {_ROOT16: "_root", _SIGNED8: "_codes", _ROOT8: "_codes"}
+_ENDS = {_ROOT16: "_root", _SIGNED8: "_codes", _UNSIGNED8: "_codes"}
 _STATES, _MASTER, _AVERAGE, _CHANCE = slice(2, 5), 5, 6, 7
 
 
@@ -48,7 +48,7 @@ def scratch_parameter(rule: Rule, dtypes: tuple[int, ...], elements: int, device
     param.grad = torch.ones(elements, dtype=DTYPES[dtypes[1]], device=device)
 
     def column(code: int) -> torch.Tensor:
-        coded = code in (_SIGNED8, _ROOT8)
+        coded = code in (_SIGNED8, _UNSIGNED8)
         size = (elements + 15) // 16 * 16 + 2 * ((elements + 63) // 64) if coded else elements
         return torch.zeros(size, dtype=_STORED[code], device=device)
 
@@ -66,7 +66,7 @@ def scratch_parameter(rule: Rule, dtypes: tuple[int, ...], elements: int, device
     precision = None
     if mine.keys() - {"step", *rule.needed_columns(settings)} or dtypes[_CHANCE]:
         weights = None if average == ABSENT else (0.1, 0.0, 0, 1)
-        precision = (list(keys.values()), master_key, 0 if dtypes[_CHANCE] else None, weights, _numbers)
+        precision = (list(keys.values()), master_key, (bool(dtypes[_CHANCE]), 0), weights, _numbers)
     return Scratch([{"params": [param], **settings}], {param: mine}, precision)
 
 

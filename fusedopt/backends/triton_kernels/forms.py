@@ -7,17 +7,17 @@ import triton.language as tl
 
 from .arithmetic import square_root
 from .chance import random_bits
-from .memory import BF16, F16, F32, LOW8, LOW16, ROOT8, ROOT16, SIGNED8, load, pointer, round_to_odd, store
+from .memory import BF16, F16, F32, LOW8, LOW16, ROOT16, SIGNED8, UNSIGNED8, load, pointer, round_to_odd, store
 
 CODE_BLOCK = tl.constexpr(64)
 SIGNED_MANTISSA, SIGNED_MOST = tl.constexpr(4), tl.constexpr(127)
-ROOT_MANTISSA, ROOT_MOST = tl.constexpr(5), tl.constexpr(255)
+UNSIGNED_MANTISSA, UNSIGNED_MOST = tl.constexpr(4), tl.constexpr(255)
 
 
 @triton.jit
 def scales_of(data, numel, offset, DTYPE: tl.constexpr):
     """The address of the scales of codes from element ``offset`` on, or 0 for a column that has none."""
-    if DTYPE == SIGNED8 or DTYPE == ROOT8:  # noqa: SIM109
+    if DTYPE == SIGNED8 or DTYPE == UNSIGNED8:  # noqa: SIM109
         return data + (numel + 15) // 16 * 16 + offset // CODE_BLOCK * 2
     else:
         return tl.full((), 0, tl.int64)
@@ -88,15 +88,14 @@ def read(address, scales, at, place, DTYPE: tl.constexpr, T: tl.constexpr):
     """Elements number ``at`` of a column, whatever its form, as type ``T``. ``place`` is (begin, length, mask): of the
     first element and of the end in the chunk, and None where all elements are inside and aligned."""
     _, _, mask = place
-    if DTYPE == SIGNED8 or DTYPE == ROOT8:  # noqa: SIM109
+    if DTYPE == SIGNED8 or DTYPE == UNSIGNED8:  # noqa: SIM109
         N: tl.constexpr = at.shape[0]
         code = tl.load(pointer(address, mask, tl.uint8) + at, mask=mask).to(tl.uint32)
         EACH: tl.constexpr = 8 if mask is None else 1
         block, inside, _ = holders(place, N, EACH)
         scale = spread(load(scales, block, inside, BF16, tl.float32), EACH)
-        if DTYPE == ROOT8:
-            root = magnitude_of(code, ROOT_MANTISSA) * scale
-            x = root * root
+        if DTYPE == UNSIGNED8:
+            x = magnitude_of(code, UNSIGNED_MANTISSA) * scale
         else:
             bits = (magnitude_of(code & 0x7F, SIGNED_MANTISSA) * scale).to(tl.uint32, bitcast=True)
             x = (bits ^ ((code & 0x80) << 24)).to(tl.float32, bitcast=True)
@@ -110,11 +109,11 @@ def read(address, scales, at, place, DTYPE: tl.constexpr, T: tl.constexpr):
 
 @triton.jit
 def write_codes(address, scales, at, place, values, random, DTYPE: tl.constexpr, CHANCE: tl.constexpr):
-    """Code float32 numbers (or roots), each block by its own scale."""
+    """Code float32 numbers, each block by its own scale."""
     _, _, mask = place
     N: tl.constexpr = at.shape[0]
-    MANTISSA: tl.constexpr = ROOT_MANTISSA if DTYPE == ROOT8 else SIGNED_MANTISSA
-    MOST: tl.constexpr = ROOT_MOST if DTYPE == ROOT8 else SIGNED_MOST
+    MANTISSA: tl.constexpr = UNSIGNED_MANTISSA if DTYPE == UNSIGNED8 else SIGNED_MANTISSA
+    MOST: tl.constexpr = UNSIGNED_MOST if DTYPE == UNSIGNED8 else SIGNED_MOST
     # As integers, floats without a sign have the order of their bits, and NaN is the largest.
     bits = (values.to(tl.uint32, bitcast=True) & 0x7FFFFFFF).to(tl.int32)
     if mask is not None:
@@ -127,7 +126,7 @@ def write_codes(address, scales, at, place, values, random, DTYPE: tl.constexpr,
     tl.store(pointer(scales, mask, tl.uint16) + block, scale.to(tl.uint16), mask=first)
     inverse = spread(inverse, EACH)
     code = code_of(tl.abs(values), inverse, random, MANTISSA, MOST, CHANCE)
-    if DTYPE == ROOT8:
+    if DTYPE == UNSIGNED8:
         code = tl.where((code == 0) & (values > 0) & (inverse > 0), 1, code)
     else:
         code = tl.where(values < 0, code | 0x80, code)
@@ -178,16 +177,14 @@ def write(
     """Store elements number ``at`` of column ``COLUMN`` in its form, to nearest or by chance. With ``REREAD`` it
     returns them as they would be read again."""
     _, _, mask = place
-    EIGHT: tl.constexpr = (DTYPE == SIGNED8) | (DTYPE == ROOT8)
+    EIGHT: tl.constexpr = (DTYPE == SIGNED8) | (DTYPE == UNSIGNED8)
     HALF: tl.constexpr = (DTYPE == BF16) | (DTYPE == F16) | (DTYPE == ROOT16)
     random = 0
-    if CHANCE and (EIGHT or HALF):
+    BY_CHANCE: tl.constexpr = DTYPE == UNSIGNED8 or (CHANCE and (EIGHT or HALF))
+    if BY_CHANCE:
         random = random_bits(chance, COLUMN)
     if EIGHT:
-        values = x.to(tl.float32)
-        if DTYPE == ROOT8:
-            values = square_root(values)
-        write_codes(address, scales, at, place, values, random, DTYPE, CHANCE)
+        write_codes(address, scales, at, place, x.to(tl.float32), random, DTYPE, BY_CHANCE)
     elif DTYPE == ROOT16:
         if x.dtype == tl.float64:
             root = tl.sqrt(x)

@@ -51,7 +51,7 @@ LAYOUT_SIZES, LAYOUT_STRIDES = _field("Layout.size", 8), _field("Layout.stride",
 
 # DType of csrc/tables.h, and a column that is not there.
 ABSENT, F32, F64, BF16, F16 = (tl.constexpr(code) for code in (-1, 0, 1, 2, 3))
-ROOT16, SIGNED8, ROOT8, LOW16, LOW8 = (tl.constexpr(code) for code in (4, 5, 6, 7, 8))
+ROOT16, SIGNED8, UNSIGNED8, LOW16, LOW8 = (tl.constexpr(code) for code in (4, 5, 6, 7, 8))
 # NormKind of csrc/tables.h.
 NONE, ONE, TWO, INF, P = (tl.constexpr(code) for code in range(5))
 
@@ -125,7 +125,7 @@ def place_of(layout, i):
 @triton.jit
 def element(first, offset, DTYPE: tl.constexpr):
     """The address of element number ``offset`` of a flat column."""
-    if DTYPE == SIGNED8 or DTYPE == ROOT8 or DTYPE == LOW8:  # noqa: SIM109
+    if DTYPE == SIGNED8 or DTYPE == UNSIGNED8 or DTYPE == LOW8:  # noqa: SIM109
         return first + offset
     else:
         return first + offset * (8 if DTYPE == F64 else (4 if DTYPE == F32 else 2))

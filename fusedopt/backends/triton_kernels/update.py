@@ -25,6 +25,7 @@ from .memory import (
     SCALARS_VALUES,
     SCALARS_VARIANT,
     SCALARS_WEIGHT,
+    UNSIGNED8,
     element,
     launched,
     load,
@@ -114,7 +115,7 @@ def update_kernel(
 ):
     """Update a chunk of a row whose columns have these forms: ``BLOCK`` elements at a time in whole vectors, or
     ``RAGGED`` where columns are not aligned, or not flat, or end. ``REVERSE``: the last chunk first. ``CHANCE``:
-    something is rounded by chance."""
+    all that is rounded is rounded by chance."""
     if tl.load(control.to(tl.pointer_type(tl.int32)) + CONTROL_SKIP) != 0:
         return
     chunk = first_chunk + (tl.num_programs(0) - 1 - tl.program_id(0) if REVERSE else tl.program_id(0))
@@ -164,7 +165,8 @@ def update_kernel(
     )
 
     flat = (p_layout | g_layout | a_layout | b_layout | c_layout | m_layout | e_layout) == 0
-    if CHANCE:
+    DRAWS: tl.constexpr = CHANCE or A == UNSIGNED8 or B == UNSIGNED8 or C == UNSIGNED8
+    if DRAWS:
         words = row.to(tl.pointer_type(tl.uint32))
         step = tl.load(known.to(tl.pointer_type(tl.uint32)) + SCALARS_STEP)
         stream = tl.load(words + ROW_STREAM)
@@ -190,7 +192,7 @@ def update_kernel(
         )
         for begin in range(0, done, BLOCK):
             at = begin + lane
-            if CHANCE:
+            if DRAWS:
                 chance = (key0, key1, step, stream, ((number + offset + begin) >> 3) + tl.arange(0, BLOCK // 8), None)
             else:
                 chance = None
@@ -217,7 +219,7 @@ def update_kernel(
             m_at = place_of(m_layout, at)
         if e_layout != 0:
             e_at = place_of(e_layout, at)
-        if CHANCE:
+        if DRAWS:
             n = at
             if numbers != 0:
                 n = place_of(numbers, at)
