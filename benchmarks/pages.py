@@ -23,7 +23,7 @@ from fusedopt.bench.tables import markdown, times
 from fusedopt.compare.comparison import Comparison
 from fusedopt.compare.figure import save_figure
 
-from . import averaging, case_words, host, report, sharded, trainers
+from . import averaging, case_words, host, precision, precision_figures, report, sharded, trainers
 
 ROOT = Path(__file__).parents[1]
 #: The machine whose figures the pages show; what its files are named after.
@@ -192,6 +192,16 @@ def under_trainers(results: Results) -> str:
     return f"{_on(content['environment'])}; one thread, {content['rounds']} rounds:\n\n{trainers.table(content)}"
 
 
+def precisions(results: Results) -> str:
+    """Final losses in each precision."""
+    content = results.content("precision")
+    if content is None:
+        return missing(results, "precision")
+    parts = [f"{_on(content['environment'])}; one thread."]
+    parts += [f"{precision.title(task)}:\n\n{precision.table(task)}" for task in content["tasks"]]
+    return "\n\n".join(parts)
+
+
 SECTIONS: dict[str, Callable[[Results], str]] = {
     "demo": picture,
     "steps": steps,
@@ -201,6 +211,7 @@ SECTIONS: dict[str, Callable[[Results], str]] = {
     "averaging": averages,
     "sharded": sharded_steps,
     "trainers": under_trainers,
+    "precision": precisions,
 }
 
 
@@ -239,6 +250,9 @@ def notes(results: Results, root: Path = ROOT) -> dict[Path, str]:
             found[results.folder / name] = results.note()
     if results.demo is not None:
         found[root / "docs" / "demo.png"] = results.note("demo")
+    if results.content("precision") is not None:
+        for name in precision_figures.PICTURES:
+            found[root / "docs" / name] = results.note("precision")
     return found
 
 
@@ -263,6 +277,9 @@ def write(results: Results, root: Path = ROOT) -> None:
         report.draw(results.suite, results.folder, results.machine, results.note())
     if results.demo is not None:
         save_figure(results.demo, root / "docs" / "demo.png", results.note("demo"))
+    trained = results.content("precision")
+    if trained is not None:
+        precision_figures.draw(trained, root / "docs", results.note("precision"))
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -7,10 +7,10 @@ There are two references, since a forward pass in bfloat16 is another calculatio
 - for bfloat16 parameters, a run whose optimizer has float32 parameters of its own: after each step they are rounded
   into a bfloat16 model, which makes the gradients. Nothing of the optimizer's own precision settings is used.
 
-The noise of a reference is how far its final loss moves when one weight is moved by one ulp of its dtype before the first
-step: the root mean square over seeds and weights. Differences are those from the reference of the same seed, and are
-given in units of that noise. Where every difference is noise alone, the mean of n seeds is beyond 2 / sqrt(n) units in
-about one of 20 cases. A short run may hardly amplify an ulp, and then this noise is far below any difference that
+The noise of a reference is how far its final loss moves when one weight is moved by one ulp of its dtype before the
+first step: the root mean square over seeds and weights. Differences are those from the reference of the same seed, and
+are given in units of that noise. Where every difference is noise alone, the mean of n seeds is beyond 2 / sqrt(n) units
+in about one of 20 cases. A short run may hardly amplify an ulp, and then this noise is far below any difference that
 somebody could see; so differences are given in units of the spread of seeds too: the standard deviation of the
 reference's final loss over first weights and batches.
 """
@@ -18,6 +18,7 @@ reference's final loss over first weights and batches.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import itertools
 import json
 import math
@@ -191,15 +192,20 @@ def in_units(values: Sequence[float], unit: float) -> list[float]:
     return [value / unit if unit else math.copysign(math.inf, value) if value else 0.0 for value in values]
 
 
+def _short(value: float) -> str:
+    """A number of units with its sign and two digits, or all of a large one."""
+    return f"{value:+,.0f}" if 100 <= abs(value) < math.inf else f"{value:+.2g}" if value else "0"
+
+
 def _row(content: Mapping[str, Any], variant: str) -> list[str]:
     half = HALF[variant]
-    row = [variant, f"{statistics.fmean(of(content, variant, 'final')):.4f}"]
+    row = [variant, f"{statistics.fmean(of(content, variant, 'final')):#.4g}"]
     if variant in REFERENCES.values():
         units = f"noise: {noise(content, half):.2g}; seeds: {spread(content, half):.2g}"
         return [*row, "", "", "", "", units]
     apart = of(content, variant, "difference")
     mean = statistics.fmean(apart)
-    row += [f"{mean:+.2g}"]
+    row += [f"{mean:+.2g}" if mean else "0"]
     if variant.endswith(", moved"):
         return [*row, "", "", "", ""]
     units = in_units(apart, noise(content, half))
@@ -207,7 +213,7 @@ def _row(content: Mapping[str, Any], variant: str) -> list[str]:
     verdict = "within the noise" if abs(middle) <= 2 / math.sqrt(len(units)) else "higher" if mean > 0 else "lower"
     if not any(apart):
         verdict = "the same"
-    return [*row, f"{middle:+.2g}", " ".join(f"{each:+.2g}" for each in units), f"{of_seeds:+.2g}", verdict]
+    return [*row, _short(middle), " ".join(map(_short, units)), _short(of_seeds), verdict]
 
 
 def table(content: Mapping[str, Any]) -> str:
@@ -245,7 +251,8 @@ def main() -> None:
     if args.plot:
         from .precision_figures import draw
 
-        draw(content, args.plot, args.out)
+        digest = hashlib.sha256(args.out.read_bytes()).hexdigest()
+        draw(content, args.plot, f"{args.out.name} sha256:{digest}")
         return
     torch.set_num_threads(1)
     content["environment"] = environment()

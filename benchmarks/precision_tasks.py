@@ -6,7 +6,6 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
-from pydoc_data.topics import topics
 from typing import Any
 
 import torch
@@ -67,6 +66,8 @@ class CharGPT(nn.Module):
 @cache
 def _text() -> tuple[Tensor, int]:
     """The help texts that ``help('if')`` shows, as numbers of characters, and how many characters there are."""
+    from pydoc_data.topics import topics
+
     text = "".join(topics[name] for name in sorted(topics))
     alphabet = {character: number for number, character in enumerate(sorted(set(text)))}
     return torch.tensor([alphabet[character] for character in text]), len(alphabet)
