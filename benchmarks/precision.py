@@ -161,8 +161,10 @@ def measure(name: str, seeds: int, steps: int | None = None) -> dict[str, Any]:
             final = final_loss(losses)
             if variant.name in REFERENCES.values():
                 reference[variant.half] = final
-            run = {"variant": variant.name, "seed": seed, "final": final}
-            run |= {"difference": final - reference[variant.half], "curve": curve(losses)}
+            run: dict[str, Any] = {"variant": variant.name, "seed": seed, "final": final}
+            run["difference"] = final - reference[variant.half]
+            if variant.moved is None:
+                run["curve"] = curve(losses)
             content["runs"].append(run)
             took = time.perf_counter() - start
             print(
@@ -199,7 +201,7 @@ def _short(value: float) -> str:
 
 def _row(content: Mapping[str, Any], variant: str) -> list[str]:
     half = HALF[variant]
-    row = [variant, f"{statistics.fmean(of(content, variant, 'final')):#.4g}"]
+    row = [variant, f"{statistics.fmean(of(content, variant, 'final')):#.5g}"]
     if variant in REFERENCES.values():
         units = f"noise: {noise(content, half):.2g}; seeds: {spread(content, half):.2g}"
         return [*row, "", "", "", "", units]
@@ -225,7 +227,8 @@ def table(content: Mapping[str, Any]) -> str:
 
 def title(content: Mapping[str, Any]) -> str:
     """What a task is, in a line."""
-    settings = ", ".join(f"{key}={value}" for key, value in content["settings"].items())
+    plain = {key: tuple(value) if isinstance(value, list) else value for key, value in content["settings"].items()}
+    settings = ", ".join(f"{key}={value}" for key, value in plain.items())
     return (
         f"{content['about']}: {content['optimizer']}({settings}), {content['parameters']} parameters, "
         f"{content['steps']} steps of {content['batch']}"
@@ -255,7 +258,7 @@ def main() -> None:
         draw(content, args.plot, f"{args.out.name} sha256:{digest}")
         return
     torch.set_num_threads(1)
-    content["environment"] = environment()
+    content = {"environment": environment(), "tasks": content["tasks"]}
     for name in args.task:
         measured = measure(name, args.seeds, args.steps)
         others = [task for task in content["tasks"] if task["task"] != name]

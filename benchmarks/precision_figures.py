@@ -42,7 +42,8 @@ def _draw_curves(axes: Axes, content: Mapping[str, Any]) -> None:
 
 
 def _draw_differences(axes: Axes, content: Mapping[str, Any], names: list[str]) -> None:
-    """Dots, one for each seed, in per cent of the reference's final loss; what one ulp does in grey."""
+    """Dots, one for each seed, in per cent of the reference's final loss; twice the noise in grey."""
+    axes.set_xscale("symlog", linthresh=0.1)
     for row, name in enumerate(names):
         reference = REFERENCES[HALF[name]]
         scale = 100 / statistics.fmean(of(content, reference, "final")) if of(content, reference, "final") else math.nan
@@ -52,11 +53,11 @@ def _draw_differences(axes: Axes, content: Mapping[str, Any], names: list[str]) 
             axes.barh(row, 2 * width, left=-width, height=0.8, color="#e3e5e8")
         axes.plot(apart, [row] * len(apart), "o", color=BAD if "no master, nearest" in name else GOOD, markersize=4)
     axes.axvline(0, color="#8a8f98", linewidth=0.8)
-    axes.set_xscale("symlog", linthresh=0.1)
+    axes.margins(x=0.08)
     low, high = axes.get_xlim()
     ticks = [tick for tick in (-100, -10, -1, 0, 1, 10, 100) if low <= tick <= high]
     axes.set_xticks(ticks, [f"{tick:+d}" if tick else "0" for tick in ticks])
-    axes.set(title=f"{content['about']}\n{content['optimizer']}", xlabel="% of the final loss")
+    axes.set(title=f"{content['about']}\n{content['optimizer']}", xlabel="% of the final loss, linear within 0.1")
     axes.set_yticks(range(len(names)), names, fontsize="small")
     axes.set_ylim(len(names) - 0.5, -0.5)
 
@@ -89,6 +90,8 @@ def draw(content: Mapping[str, Any], folder: Path, note: str) -> None:
     handles, labels = panels_of_curves[0].get_legend_handles_labels()
     curves.legend(handles, labels, loc="outside lower center", ncols=2, frameon=False, fontsize="small")
     curves.suptitle("bfloat16 parameters", fontweight="bold", fontsize="medium")
-    differences.suptitle("Final loss minus float32's of the same seed; grey: what one ulp does", fontsize="medium")
+    differences.suptitle(
+        "Final loss minus float32's of the same seed; grey: up to twice what one ulp does", fontsize="medium"
+    )
     for name, figure in zip(PICTURES, (curves, differences), strict=True):
         figure.savefig(folder / name, dpi=110, metadata={"Source": note})
