@@ -15,6 +15,7 @@
 #include "probe.h"
 #include "python_launcher.h"
 #include "scaler.h"
+#include "storage.h"
 
 namespace fusedopt {
 namespace {
@@ -143,5 +144,8 @@ PYBIND11_MODULE(_C, m) {
 #endif
   m.attr("TENSOR_OBJECT_BYTES") = tensor_object_bytes();
   m.attr("CLIP_EPS") = kClipEps;
+  m.attr("RANDOM") = py::make_tuple(kRandomRounds, kRandomColumns);
+  m.attr("CODES") = py::make_tuple(kCodeBlock, py::make_tuple(SignedCode::kMantissa, SignedCode::kMost),
+                                   py::make_tuple(UnsignedCode::kMantissa, UnsignedCode::kMost));
   m.attr("CPU_CHUNK_ELEMENTS") = cpu::kChunkElements;
 }

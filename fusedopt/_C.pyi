@@ -6,6 +6,8 @@ from typing import Any, TypedDict
 from torch import Tensor
 
 CLIP_EPS: float
+CODES: tuple[int, tuple[int, int], tuple[int, int]]
+RANDOM: tuple[int, int]
 CPU_CHUNK_ELEMENTS: int
 TENSOR_OBJECT_BYTES: int
 
@@ -19,6 +21,7 @@ class StepPlan:
         emulated_devices: int = 1,
         launcher: object = None,
         shards: Callable[[Any], tuple[list[int], int] | None] | None = None,
+        precision: tuple[Any, ...] | None = None,
     ) -> None: ...
     # (scalars, found_inf), or what is not ready: (group, index in group, reason, whether only the state is missing); of
     # a first half, what was found; False where the processes have to agree on found_inf first.
@@ -119,6 +122,16 @@ class launching:
         @property
         def scalars_are_double(self) -> bool: ...
 
+    class AverageSettings:
+        @property
+        def momentum(self) -> float: ...
+        @property
+        def gamma(self) -> float: ...
+        @property
+        def begin(self) -> int: ...
+        @property
+        def interval(self) -> int: ...
+
     class StatisticsArguments:
         @property
         def tables(self) -> launching.Tables: ...
@@ -141,6 +154,8 @@ class launching:
         @property
         def report(self) -> launching.Report: ...
         @property
+        def average(self) -> launching.AverageSettings: ...
+        @property
         def domains(self) -> int: ...
         @property
         def totals(self) -> int: ...
@@ -154,6 +169,8 @@ class launching:
         def write_back(self) -> bool: ...
         @property
         def clip_value(self) -> float: ...
+        @property
+        def seed(self) -> int: ...
         @property
         def first_chunk(self) -> int: ...
         @property

@@ -22,7 +22,7 @@ from cases import HAS_EMULATOR, module
 import fusedopt
 from fusedopt.backends import BACKENDS, native
 from fusedopt.cli import info
-from fusedopt.rules import CLIP_EPS, RULES
+from fusedopt.rules import CLIP_EPS, RULES, codes
 
 ROOT = Path(fusedopt.__file__).resolve().parent
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -214,6 +214,8 @@ class TestCompiledModule:
 
     def test_constants_written_in_both_languages_are_equal(self) -> None:
         assert module.CLIP_EPS == CLIP_EPS
+        assert module.RANDOM == (codes.RANDOM_ROUNDS, codes.RANDOM_COLUMNS)
+        assert module.CODES == (codes.CODE_BLOCK, tuple(codes.SIGNED), tuple(codes.UNSIGNED))
 
     def test_its_stub_has_its_names_and_parameters(self) -> None:
         stub = names_in_stub(ast.parse((ROOT / "_C.pyi").read_text()).body)

@@ -16,6 +16,8 @@ __all__ = [
     "FORMS",
     "RANDOM_COLUMNS",
     "RANDOM_ROUNDS",
+    "SIGNED",
+    "UNSIGNED",
     "Code",
     "canonical_order",
     "coded_bytes",
@@ -57,8 +59,9 @@ class Code(NamedTuple):
         return (1 + (self.most % 2**self.mantissa) / 2**self.mantissa) * 2.0 ** (self.most >> self.mantissa) - 1
 
 
-_SIGNED = Code(4, 127)
-_UNSIGNED = Code(4, 255)
+#: The code of what has a sign, and that of means of squares.
+SIGNED = Code(4, 127)
+UNSIGNED = Code(4, 255)
 
 #: The forms of :func:`encode`, with the dtype of what is stored.
 FORMS: dict[str, torch.dtype] = {
@@ -226,7 +229,7 @@ def _encode_codes(values: Tensor, code: Code, random: Tensor | None) -> Tensor:
     rounding: int | Tensor = 1 << (code.shift - 1) if random is None else random << (7 - code.mantissa)
     codes = ((_bits(magnitudes[:numel] * inverse + 1.0) - 0x3F800000 + rounding) & _WORD) >> code.shift
     codes = codes.clamp(max=code.most)
-    if code is _SIGNED:
+    if code is SIGNED:
         codes = torch.where(values < 0, codes | 0x80, codes)
     else:
         codes = torch.where((codes == 0) & (values > 0) & (inverse > 0), 1, codes)
@@ -239,9 +242,9 @@ def _decode_codes(stored: Tensor, code: Code, numel: int) -> Tensor:
     codes = stored[:numel].long()
     scale_bits = stored[scales_at(numel) :].clone().view(torch.int16).long() & 0xFFFF
     scales = _floats(scale_bits << 16).repeat_interleave(CODE_BLOCK)[:numel]
-    magnitude = codes & 0x7F if code is _SIGNED else codes
+    magnitude = codes & 0x7F if code is SIGNED else codes
     values = (_floats((magnitude << code.shift) + 0x3F800000) - 1.0) * scales
-    return torch.where(codes >= 0x80, -values, values) if code is _SIGNED else values
+    return torch.where(codes >= 0x80, -values, values) if code is SIGNED else values
 
 
 # All of them
@@ -263,13 +266,13 @@ def encode(values: Tensor, form: str, random: Tensor | None = None) -> Tensor:
         return _to_float16(values, random)
     if form == "float16_root":
         return _root_to_float16(values.sqrt(), random)
-    return _encode_codes(values, _SIGNED if form == "int8" else _UNSIGNED, random)
+    return _encode_codes(values, SIGNED if form == "int8" else UNSIGNED, random)
 
 
 def decode(stored: Tensor, form: str, numel: int) -> Tensor:
     """The float32 values of ``numel`` elements that are stored in a form; the inverse of :func:`encode`."""
     if form in ("int8", "int8_unsigned"):
-        return _decode_codes(stored, _SIGNED if form == "int8" else _UNSIGNED, numel)
+        return _decode_codes(stored, SIGNED if form == "int8" else UNSIGNED, numel)
     values = stored.float()
     return values.square() if form == "float16_root" else values
 
