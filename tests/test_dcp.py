@@ -287,3 +287,60 @@ def test_names_in_the_nested_form_do_not_sort_what_is_sorted_already() -> None:
     unnamed = fusedopt.FusedSGD([param for _, param in turned], lr=0.1, momentum=0.9)
     state_dict.set_optimizer_state_dict(other, unnamed, saved)
     assert "param_names" not in unnamed.param_groups[0]
+
+
+#: Ways to keep state in fewer bits, of bfloat16 parameters.
+KEPT: dict[str, dict[str, Any]] = {
+    "int8-split": dict(state_dtype="int8", master="split", ema={"decay": 0.9}),
+    "int8-split8": dict(state_dtype="int8", master="split8", stochastic_rounding={"seed": 1}, ema={"decay": 0.9}),
+    "float16-master": dict(state_dtype="float16", master="float32", ema={"decay": 0.9}),
+}
+
+
+def kept_with(kind: str, kept: dict[str, Any], seed: int) -> tuple[Model, Any]:
+    fused, _, settings = KINDS[kind]
+    model = Model(seed).to(torch.bfloat16)
+    return model, fused(model.parameters(), **settings, **kept)
+
+
+@each_way[0]
+@each_way[1]
+@pytest.mark.parametrize("kind", ["sgd-momentum", "adamw-amsgrad"])
+@pytest.mark.parametrize("kept", KEPT)
+def test_state_in_fewer_bits_comes_back_as_it_was(
+    kept: str, kind: str, functions: str, flat: bool, tmp_path: Path
+) -> None:
+    ours = kept_with(kind, KEPT[kept], 0)
+    for seed in range(3):
+        step(*ours, seed)
+    resumed = kept_with(kind, KEPT[kept], 1)
+    saved = through_a_file(tmp_path, functions, flat, ours, resumed)
+    names = {name.rpartition(".")[2] for name in tensors(saved["optim"])}
+    assert names <= {"step", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer", "master", "ema"}
+    for seed in range(3, 6):
+        for param, twin in zip(ours[0].trainable(), resumed[0].trainable(), strict=True):
+            assert bits([twin]) == bits([param])
+            # A master waits in its own form for the step that needs it.
+            forms = {"master", "master_low"}
+            mine, its = (whole_state(each[1], p) for each, p in ((ours, param), (resumed, twin)))
+            for key in (mine.keys() | its.keys()) - (forms if seed == 3 else set()):
+                assert bits([its[key]]) == bits([mine[key]]), key
+        step(*ours, seed)
+        step(*resumed, seed)
+
+
+@each_way[0]
+@pytest.mark.filterwarnings("ignore:fusedopt. loaded:UserWarning")
+@pytest.mark.parametrize("after", KEPT)
+@pytest.mark.parametrize("before", KEPT)
+def test_any_form_goes_through_a_file_into_any_other(before: str, after: str, flat: bool, tmp_path: Path) -> None:
+    ours = kept_with("adam", KEPT[before], 0)
+    for seed in range(3):
+        step(*ours, seed)
+    other = kept_with("adam", KEPT[after], 1)
+    through_a_file(tmp_path, "state_dict", flat, ours, other)
+    exact, again = ours[1].master_weights(), other[1].master_weights()
+    for param, twin in zip(ours[0].trainable(), other[0].trainable(), strict=True):
+        torch.testing.assert_close(again[twin], exact[param], rtol=2**-15 if "split8" in after else 0, atol=0)
+        assert torch.equal(other[1].averages()[twin], ours[1].averages()[param])
+    step(*other, 3)

@@ -17,6 +17,7 @@ from ..messages import aligned
 from ..rules import RULES
 from ..version import __version__
 from .arguments import common, examples
+from .recipes import recipes
 
 __all__ = ["add", "info", "run", "self_test", "warm_up"]
 
@@ -135,6 +136,7 @@ def add(commands: Any) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Run the command; return its exit code."""
     print(info())
+    print(f"\n{recipes()}")
     if arguments.warmup:
         print(f"\n{warm_up()}")
     if arguments.selftest:

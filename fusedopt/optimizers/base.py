@@ -30,6 +30,7 @@ from ..shards import (
 )
 from ..undo import parameter_groups, unchanged_on_error
 from .backward import refuse_part_of_a_norm
+from .contents import Contents
 from .given_norm import with_given_norm
 from .ignored import note_ignored_flags
 from .kept import check_kept, setting_of_precision
@@ -37,13 +38,13 @@ from .loading import read_state_dict, shallow_copy
 from .new_group import check_new_group
 from .outside import outside_of_graphs
 from .pickling import own_settings, own_state, take_state
-from .saving import leave_out_unreal_state, make_settings_plain
+from .saving import leave_out_unreal_state, make_settings_plain, make_state_portable
 from .shared import Shared, handed_over, reach_through_accelerate
 
 __all__ = ["FusedOptimizer"]
 
 
-class FusedOptimizer(torch.optim.Optimizer):
+class FusedOptimizer(Contents, torch.optim.Optimizer):
     """Base of the fused optimizers; not for direct use.
 
     A step reads the gradients at most twice and does not write them: once to find their norm or non-finite values,
@@ -113,6 +114,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         reach_through_accelerate()
         self._introduced = False  # see _introduce()
         self._counts = HiddenCounts(self) if self.rule.hides_step else None
+        self.register_state_dict_post_hook(make_state_portable, prepend=True)
         self.register_state_dict_post_hook(leave_out_unreal_state, prepend=True)
         self.register_state_dict_post_hook(make_settings_plain, prepend=True)
 
@@ -264,11 +266,12 @@ class FusedOptimizer(torch.optim.Optimizer):
         found_inf: Tensor | None = None,
         grad_norm: Tensor | float | None = None,
     ) -> float | Tensor | None:
-        loss = None
+        loss, shared = None, self._shared
+        if shared.averaged:
+            self._refuse_while_averaged("step()")
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        shared = self._shared
         clip, asked = shared.clip, shared.next
         if asked is not None and not asked.check_gradients():
             asked = shared.next = None
@@ -341,7 +344,9 @@ class FusedOptimizer(torch.optim.Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state dict of this optimizer or of torch's optimizer of the same name.
 
-        State tensors keep their dtype (torch casts them to the parameter's) and move to the parameter's device. What
+        State is converted to this optimizer's ``state_dtype``, ``master`` and ``ema``, which one warning says. Without
+        a ``state_dtype``, state tensors keep their dtype (torch casts them to the parameter's). Load the model first:
+        a master or an average that is not in the dict begins as the parameter. State moves to its device. What
         torch fills in, because it has added it to its layout over time, is filled in. A parameter without an entry has
         not stepped. A ``step`` in the group, where apex, Transformer Engine and DeepSpeed keep it, is the count of
         parameters whose moments are there. Where both sides have names of parameters, state goes by them.
@@ -354,13 +359,14 @@ class FusedOptimizer(torch.optim.Optimizer):
             KeyError, TypeError: ``state_dict`` is no optimizer state dict.
         """
         reach_through_accelerate()
+        self._refuse_while_averaged("load_state_dict()")
         # torch casts in a static method that a subclass cannot replace, hence this own load path.
         state_dict = shallow_copy(state_dict)
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
             replaced = pre_hook(self, state_dict)
             if replaced is not None:
                 state_dict = replaced
-        loaded = read_state_dict(self.rule, self.param_groups, state_dict, type(self).__name__)
+        loaded = read_state_dict(self.rule, self.param_groups, state_dict, type(self).__name__, self._precision)
         self.__setstate__({"state": defaultdict(dict, loaded.state), "param_groups": loaded.param_groups})
         self._take_counts(loaded.counts)
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():

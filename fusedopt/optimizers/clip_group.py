@@ -234,6 +234,7 @@ class ClipGroup:
         try:
             found = []
             for optimizer in self.optimizers:
+                optimizer._refuse_while_averaged("step()")
                 totals = optimizer._served("begin", _of(optimizer, request))
                 begun.append(optimizer)
                 found.append(optimizer._shards.here(totals, optimizer._device, request.norm_type).to(self._device))

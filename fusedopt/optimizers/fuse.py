@@ -11,7 +11,7 @@ import torch
 from ..undo import unchanged_on_error
 from .adamw import FusedAdamW
 from .base import FusedOptimizer
-from .loading import check_state, take_steps_out
+from .loading import check_state, converted_state, take_steps_out
 
 __all__ = ["FUSED_TWINS", "follow", "fuse"]
 
@@ -33,7 +33,8 @@ def fuse(
     """Return the fused twin of a ``torch.optim`` optimizer: of an SGD, Adam or AdamW.
 
     The twin takes over the state, the step hooks and the very group dicts, so schedulers that were attached to
-    ``optimizer`` drive the twin. Do not step ``optimizer`` afterwards.
+    ``optimizer`` drive the twin. State is converted to the form in which the twin keeps it. Do not step
+    ``optimizer`` afterwards.
 
     Args:
         optimizer: exactly of one of the classes in ``FUSED_TWINS``, at any point of its training.
@@ -70,7 +71,9 @@ def fuse(
         )
         for group, params in layout:
             group["params"] = params
+        state = converted_state(twin.rule, twin._precision, optimizer.param_groups, optimizer.state)
         twin.param_groups = optimizer.param_groups
+        optimizer.state.update(state)
         twin.state = optimizer.state
         if twin_class.rule.hides_step:
             twin._take_counts(take_steps_out(twin_class.rule, twin.state))

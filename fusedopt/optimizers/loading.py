@@ -22,11 +22,14 @@ from ..messages import (
     is_number,
     local_of,
     parameter_name,
+    warn_caller,
 )
-from ..rules import Rule, count_problem, new_count, state_problem
+from ..rules import CARRIED, PLAIN, Precision, Rule, count_problem, counted_key, keys_of, new_count, state_problem
+from ..shards import flat_state_being_loaded
+from .conversion import Conversion
 from .names import in_the_order_of
 
-__all__ = ["Loaded", "check_state", "read_state_dict", "shallow_copy", "take_steps_out"]
+__all__ = ["Loaded", "check_state", "converted_state", "read_state_dict", "shallow_copy", "take_steps_out"]
 
 _NAMES = ("param_names", "param_name")
 
@@ -53,7 +56,11 @@ def shallow_copy(state_dict: Any) -> Any:
 
 
 def read_state_dict(
-    rule: Rule, param_groups: Sequence[dict[str, Any]], state_dict: Mapping[str, Any], who: str
+    rule: Rule,
+    param_groups: Sequence[dict[str, Any]],
+    state_dict: Mapping[str, Any],
+    who: str,
+    precision: Precision = PLAIN,
 ) -> Loaded:
     """Read what ``load_state_dict`` was given for an optimizer with these groups; neither is changed.
 
@@ -62,6 +69,7 @@ def read_state_dict(
         param_groups: the optimizer's.
         state_dict: of this optimizer, or of another with torch's layout.
         who: the optimizer's class, for messages.
+        precision: the optimizer's. State in another form is converted, which one warning says.
 
     Raises:
         ValueError: it does not fit, or something is missing; see :meth:`FusedOptimizer.load_state_dict`.
@@ -114,7 +122,9 @@ def read_state_dict(
     saved_state = state_dict["state"]
     if not isinstance(saved_state, Mapping):
         raise ValueError(f"loaded 'state' is a {type(saved_state).__name__}; expected a dict")
-    columns = {column.name for column in rule.columns}
+    columns = {key for column in rule.columns for key in keys_of(column.name)}
+    saved_state = _with_other_forms(rule, saved_state)
+    conversion = Conversion(rule, precision, saved_state.values())
     for key, value in saved_state.items():
         if key not in owners:
             if isinstance(value, Mapping) and columns & value.keys():
@@ -136,7 +146,12 @@ def read_state_dict(
         if isinstance(entry, Mapping):
             check_state_kinds(name, entry)
         hidden = rule.hides_step
-        problem = state_problem(rule, groups[g], param, name, entry, hidden_step=hidden, loading=True)
+        entry = conversion.converted(param, name, entry)
+        problem = state_problem(
+            rule, groups[g], param, name, entry, hidden_step=hidden, loading=True, precision=precision
+        )
+        if problem is None and hidden and precision.average is not None and "ema" in value and "step" not in value:
+            problem = f"loaded state of {name} has 'ema' and no 'step', the number of steps that its average goes by"
         if problem is not None:
             raise ValueError(problem)
         if entry:
@@ -147,11 +162,35 @@ def read_state_dict(
         del groups[g]["step"]  # counted in the state from here on
     for group, saved in zip(param_groups, groups, strict=True):
         saved["params"] = group["params"]
+    if (remark := conversion.remark()) is not None:
+        warn_caller(remark)
     return Loaded(state, groups, counts)
 
 
+def _with_other_forms(rule: Rule, saved: Mapping[Any, Any]) -> Mapping[Any, Any]:
+    """The entries, with what torch.distributed.checkpoint has left behind of them.
+
+    It reads its flattened form with the keys that the optimizer's state has, and puts an empty dict where the form has
+    none: a state in another form, as the one that codes are decoded to, has another key.
+    """
+    flat = flat_state_being_loaded()
+    if flat is None:
+        return saved
+    states = [*(keys_of(column.name) for column in rule.columns), CARRIED[:2], CARRIED[2:], ("step",)]
+    completed = {}
+    for name, entry in saved.items():
+        completed[name] = dict(entry) if isinstance(entry, Mapping) else {}
+        for keys in states:
+            found = {key: flat[f"state.{name}.{key}"] for key in keys if f"state.{name}.{key}" in flat}
+            if found:
+                for key in keys:
+                    completed[name].pop(key, None)
+                completed[name].update(found)
+    return completed
+
+
 def check_state(rule: Rule, param_groups: Sequence[Mapping[str, Any]], state: Mapping[Any, Any]) -> None:
-    """Raise ValueError where the state of another optimizer, which is to be taken over as it is, is half there."""
+    """Raise ValueError where the state of another optimizer, which is to be taken over, is half there."""
     for g, group in enumerate(param_groups):
         for i, param in enumerate(group["params"]):
             entry = {key: value for key, value in (state.get(param) or {}).items() if value is not None}
@@ -159,6 +198,24 @@ def check_state(rule: Rule, param_groups: Sequence[Mapping[str, Any]], state: Ma
             problem = state_problem(rule, group, param, name, entry, hidden_step=hidden, loading=True)
             if problem is not None:
                 raise ValueError(problem)
+
+
+def converted_state(
+    rule: Rule, precision: Precision, param_groups: Sequence[Mapping[str, Any]], state: Mapping[Any, Any]
+) -> dict[Any, dict[Any, Any]]:
+    """The state of another optimizer, which passed :func:`check_state`, in the form in which one keeps it.
+
+    Entries that are kept so already are not in the result.
+    """
+    if precision.is_plain:
+        return {}
+    conversion, converted = Conversion(rule, precision, state.values(), "state"), {}
+    for g, group in enumerate(param_groups):
+        for i, param in enumerate(group["params"]):
+            entry = {key: value for key, value in (state.get(param) or {}).items() if value is not None}
+            if entry:
+                converted[param] = conversion.converted(param, parameter_name(group, g, i), entry)
+    return converted
 
 
 def _complete_group(rule: Rule, group: dict[str, Any], name: str, who: str) -> None:
@@ -208,7 +265,8 @@ def _copied(entry: Mapping[Any, Any], param: Tensor, name: str) -> dict[Any, Any
             copied[key] = new_count(float(value), param.device, dtype)
         elif isinstance(value, Tensor):
             copied[key] = value.detach().to(device=param.device, copy=True)
-            if value.shape == param.shape and not dealt_out_alike(param, value):
+            is_coded = isinstance(key, str) and key.endswith("_codes")
+            if value.shape == param.shape and not is_coded and not dealt_out_alike(param, value):
                 try:
                     copied[key] = deal_out_as(param, copied[key])
                 except Exception as error:  # torch cannot cut some uneven shards, and says so in many ways
@@ -233,8 +291,8 @@ def take_steps_out(rule: Rule, state: Mapping[Tensor, dict[str, Any]]) -> dict[T
 def _hide_step(rule: Rule, entry: dict[Any, Any], param: Tensor, counts: dict[Tensor, Tensor]) -> None:
     """Take the count of a rule that hides it out of a parameter's state: a column that was saved is real."""
     count = entry.pop("step", None)
-    column = entry.get(rule.columns[0].name)
-    if isinstance(column, Tensor):
-        if count is None or (not bool(count) and bool(local_of(column).any())):
+    key = counted_key(rule, entry)
+    if key is not None:
+        if count is None or (not bool(count) and key not in CARRIED and bool(local_of(entry[key]).any())):
             count = 1
         counts[param] = count if isinstance(count, Tensor) else new_count(count, param.device)

@@ -8,13 +8,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..messages import local_of, plain_groups
+from ..messages import is_dtensor, local_of, plain_groups
 from ..rules import CARRIED, keys_of
+from ..rules.masters import master_of
+from ..shards import is_flat_shard
+from .conversion import CODES_ORDER, order_of_codes, plain_values
 
 if TYPE_CHECKING:
     from .base import FusedOptimizer
 
-__all__ = ["is_unreal", "leave_out_unreal_state", "make_settings_plain"]
+__all__ = ["as_torch_has_it", "is_unreal", "leave_out_unreal_state", "make_settings_plain", "make_state_portable"]
 
 
 def make_settings_plain(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:
@@ -36,6 +39,68 @@ def leave_out_unreal_state(optimizer: torch.optim.Optimizer, state_dict: dict[st
         ours = isinstance(key, int) and key < len(params) and own.state.get(params[key]) is state
         if ours and is_unreal(own, params[key], state) and not _asked_for_all():
             del state_dict["state"][key]
+
+
+def make_state_portable(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:
+    """State-dict post hook: what another process, or another optimizer, needs to read the state.
+
+    Note [State dicts]: the state dict of a whole model has the optimizer's tensors as they are, so that a training goes
+    on with the same bits. Where parameters are dealt out, and for torch.distributed.checkpoint, which may deal them out
+    in another way when it loads, codes and roots are decoded, and a master is a float32 copy. What is decoded is
+    encoded to the same codes again, see :func:`fusedopt.rules.codes.encode_again`. A rule that hides its step count
+    has it in the state dict where the count matters: for random bits, and for the average.
+    """
+    own: FusedOptimizer = optimizer  # type: ignore[assignment]
+    states: Any = state_dict.get("state")
+    if own._precision.is_plain or not isinstance(states, dict):
+        return
+    params = [param for group in own.param_groups for param in group["params"]]
+    for_all = _asked_for_all()
+    for key, state in list(states.items()):
+        ours = isinstance(key, int) and key < len(params) and own.state.get(params[key]) is state
+        if not ours:
+            continue  # another hook has made something else of it
+        param, entry = params[key], dict(state)
+        if for_all or is_dtensor(param) or is_flat_shard(param):
+            entry = _portable(own, param, entry)
+        elif any(isinstance(name, str) and name.endswith("_codes") for name in entry):
+            order = order_of_codes(param)
+            if order != sorted(order):
+                entry[CODES_ORDER] = order
+        if "ema" in entry and entry["ema"] is None:
+            entry["ema"] = master_of(param, state)  # the next step begins with it
+        counts = own._counts
+        if counts is not None and (own._precision.average is not None or own._precision.draws(own.rule)):
+            count = counts.of_entry(param, state)
+            if count is not None:
+                entry["step"] = count
+        states[key] = entry
+
+
+@torch.no_grad()
+def _portable(optimizer: FusedOptimizer, param: Tensor, entry: dict[Any, Any]) -> dict[Any, Any]:
+    """A state with values in plain floating point under torch's keys, and the whole master."""
+    for column in optimizer.rule.columns:
+        for key in keys_of(column.name)[1:]:
+            if isinstance(entry.get(key), Tensor):
+                entry[column.name] = plain_values(column, param, key, entry.pop(key))
+    if isinstance(entry.get("master_low"), Tensor):
+        entry["master"] = master_of(param, entry)
+        del entry["master_low"]
+    return entry
+
+
+@torch.no_grad()
+def as_torch_has_it(optimizer: FusedOptimizer, param: Tensor, state: dict[Any, Any]) -> dict[Any, Any]:
+    """The state of a parameter with the keys that torch's optimizer has, in float32 or float64."""
+    entry = _portable(optimizer, param, dict(state))
+    for key in (*CARRIED, CODES_ORDER, *(("step",) if optimizer.rule.hides_step else ())):
+        entry.pop(key, None)
+    for column in optimizer.rule.columns:
+        value = entry.get(column.name)
+        if isinstance(value, Tensor) and value.dtype != torch.float64:
+            entry[column.name] = value.to(torch.float32)
+    return entry
 
 
 def is_unreal(optimizer: FusedOptimizer, param: Tensor, state: dict[str, Any]) -> bool:

@@ -37,9 +37,11 @@ class Shared:
         scale: that of a :class:`fusedopt.amp.GradScaler` while it steps.
         share_of: the process group whose processes each step a share of the parameters; None without.
         last_step: the report of the last step.
+        averaged: whether the parameters have the values of their averages now.
     """
 
     __slots__ = (
+        "averaged",
         "clip",
         "found_inf",
         "grad_scale",
@@ -66,6 +68,7 @@ class Shared:
         self.scale: Tensor | None = None
         self.share_of: Any = None
         self.last_step: StepReport | None = None
+        self.averaged = False
 
     def request(self, grad_scale: Tensor | float | None, found_inf: Tensor | None) -> StepRequest:
         """What a step with these arguments asks of a backend."""

@@ -9,9 +9,10 @@ from torch import Tensor
 
 from ..messages import local_of
 from ..undo import unchanged_on_error
+from .averages import refuse_while_averaged
 from .base import FusedOptimizer
 from .fuse import FUSED_TWINS, follow
-from .saving import is_unreal
+from .saving import as_torch_has_it, is_unreal
 
 __all__ = ["unfuse"]
 
@@ -21,7 +22,9 @@ def unfuse(optimizer: FusedOptimizer) -> torch.optim.Optimizer:
 
     The twin takes over the state, the step hooks and the group dicts themselves, so schedulers that were attached to
     ``optimizer`` drive the twin. Do not step ``optimizer`` afterwards. ``write_back_grads`` has no meaning for the
-    twin, which steps with the gradients as they are.
+    twin, which steps with the gradients as they are. Moments are decoded, and kept in the parameter's dtype, with which
+    alone torch steps. What torch has no place for is lost: a ``master``, so that 16-bit parameters go on as they
+    are (see :meth:`FusedOptimizer.master_weights`), and the average (:meth:`FusedOptimizer.averages`).
 
     Args:
         optimizer: exactly a FusedSGD, FusedAdam or FusedAdamW, at any point of its training. If a trainer has told it
@@ -44,6 +47,7 @@ def unfuse(optimizer: FusedOptimizer) -> torch.optim.Optimizer:
         )
     if shared.grad_scale is not None:
         raise ValueError(f"torch.optim.{stock.__name__} would ignore the grad_scale of this {type(optimizer).__name__}")
+    refuse_while_averaged(optimizer, "unfuse()")
     groups = optimizer.param_groups
     state = {param: _stock_state(optimizer, group, param) for group in groups for param in group["params"]}
     layout = [(group, group["params"]) for group in groups]
@@ -77,6 +81,8 @@ def _stock_state(optimizer: FusedOptimizer, group: dict[str, Any], param: Tensor
     state = dict(optimizer.state.get(param, {}))
     if not state or is_unreal(optimizer, param, state):
         return {}
+    if not optimizer._precision.is_plain:
+        state = as_torch_has_it(optimizer, param, state)
     for column in optimizer.rule.columns:
         value = state.get(column.name)
         if isinstance(value, Tensor):

@@ -23,6 +23,7 @@ __all__ = [
     "coded_bytes",
     "decode",
     "encode",
+    "encode_again",
     "flattened",
     "join",
     "narrow",
@@ -275,6 +276,46 @@ def decode(stored: Tensor, form: str, numel: int) -> Tensor:
         return _decode_codes(stored, SIGNED if form == "int8" else UNSIGNED, numel)
     values = stored.float()
     return values.square() if form == "float16_root" else values
+
+
+def encode_again(values: Tensor, form: str) -> Tensor:
+    """Values in the form in which they are stored, rounded to nearest; what :func:`decode` gave is stored as it was.
+
+    The largest of a block that was rounded by chance may have the second largest code. Then its scale, as
+    :func:`encode` chooses it, would be a smaller one, and others would be rounded a second time.
+
+    Args:
+        values: float32, 1-D, in canonical order.
+        form: one of :data:`FORMS`.
+    """
+    stored = encode(values, form)
+    if form not in ("int8", "int8_unsigned") or not values.numel():
+        return stored
+    code, numel = (_SIGNED if form == "int8" else _UNSIGNED), values.numel()
+    blocks = -(-numel // CODE_BLOCK)
+    padded = torch.zeros(blocks * CODE_BLOCK, device=values.device)
+    padded[:numel] = values
+    most = padded.abs().view(blocks, CODE_BLOCK).amax(1)
+    second = Code(code.mantissa, code.most - 1).largest
+    scales = (most / torch.full_like(most, second)).to(torch.bfloat16)
+    spread = scales.float().repeat_interleave(CODE_BLOCK)
+    inverse = torch.where(spread > 0, 1 / spread, 0)
+    codes = (_bits(padded.abs() * inverse + 1.0) - 0x3F800000 + (1 << (code.shift - 1)) >> code.shift).clamp(
+        0, code.most
+    )
+    exact = (_floats((codes << code.shift) + 0x3F800000) - 1.0) * spread == padded.abs()
+    known = decode(stored, form, numel) == values
+    known = torch.nn.functional.pad(known, (0, len(padded) - numel), value=True).view(blocks, CODE_BLOCK).all(1)
+    again = exact.view(blocks, CODE_BLOCK).all(1) & ~known
+    if code is _SIGNED:
+        codes = torch.where(padded.signbit(), codes | 0x80, codes)
+    of_codes = again.repeat_interleave(CODE_BLOCK)[:numel]
+    stored[:numel] = torch.where(of_codes, codes[:numel].to(torch.uint8), stored[:numel])
+    if code is _SIGNED:  # a negative zero is what a small negative number was rounded to
+        stored[:numel] = torch.where((values == 0) & values.signbit(), 0x80, stored[:numel].long()).to(torch.uint8)
+    place = stored[scales_at(numel) :].view(blocks, 2)
+    place.copy_(torch.where(again[:, None], scales.view(torch.uint8).view(blocks, 2), place))
+    return stored
 
 
 def split(values: Tensor, bits: int, random: Tensor | None = None) -> tuple[Tensor, Tensor]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..messages import check_flag, check_number, check_whole_number, did_you_mean, local_of, parameter_name, plain
 from .codes import FORMS, coded_bytes
+from .masters import low_of, master_of
 
 if TYPE_CHECKING:
     from .rule import Rule
@@ -25,6 +26,8 @@ _MASTERS = ("float32", "split", "split8")
 CARRIED = ("master", "master_low", "ema")
 
 _16_BITS = (torch.bfloat16, torch.float16)
+
+_NOTHING: Mapping[str, Any] = {}
 
 
 def keys_of(column: str) -> tuple[str, str, str]:
@@ -140,6 +143,10 @@ class Precision:
             raise ValueError(f"Invalid master: {master!r}; {did_you_mean(master, _MASTERS)}")
         return cls(_parse_state_dtype(rule, state_dtype), master, _parse_seed(stochastic_rounding), _parse_average(ema))
 
+    def with_average(self, average: Average | None) -> Precision:
+        """The same, with this average."""
+        return replace(self, average=average)
+
     @property
     def is_plain(self) -> bool:
         """Whether everything is as torch keeps it."""
@@ -189,15 +196,26 @@ class Precision:
         keys = [self.master_key] if self.master_key is not None and self.masters(param) else []
         return keys if self.average is None else [*keys, "ema"]
 
-    def new_state(self, rule: Rule, param: Tensor, key: str) -> Tensor:
-        """What stands at a key of the state of a parameter that has not stepped."""
+    def new_state(self, rule: Rule, param: Tensor, key: str, entry: Mapping[str, Any] = _NOTHING) -> Tensor:
+        """What stands at a key of the state of a parameter that has not stepped.
+
+        Args:
+            rule: the optimizer's.
+            param: the parameter.
+            key: one of those that :meth:`Rule.needed_keys` gives.
+            entry: what is in its state already.
+        """
         param = param.detach()
         if key == "master":
-            return param.to(torch.float32, copy=True)
+            return master_of(param, entry)
         if key == "master_low":
-            return torch.zeros_like(param, dtype=torch.int16 if self.master == "split" else torch.uint8)
+            stored = torch.zeros_like(param, dtype=torch.int16 if self.master == "split" else torch.uint8)
+            if isinstance(master := entry.get("master"), Tensor):
+                low = low_of(local_of(param), "master", local_of(master), stored.dtype)
+                local_of(stored).copy_(torch.zeros_like(local_of(stored)) if low is None else low)
+            return stored
         if key == "ema":
-            return param.to(torch.float64 if param.dtype == torch.float64 else torch.float32, copy=True)
+            return master_of(param, entry)
         column = next(each.name for each in rule.columns if key in keys_of(each.name))
         form = self.form_of(rule, column)
         if key.endswith("_codes"):

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
-from ..messages.dtensors import dealt_out, dealt_out_alike, is_dtensor
+from ..messages.dtensors import dealt_out, dealt_out_alike, is_dtensor, local_of
 from ..messages.tensors import unsupported_kind
 from .counts import count_problem
+from .masters import low_of
 from .precision import CARRIED, PLAIN, Precision, keys_of
 
 if TYPE_CHECKING:
@@ -41,6 +43,18 @@ def _lies_as(param: Tensor, key: str, value: Any) -> bool:
     return not is_dtensor(value) if key.endswith("_codes") else dealt_out_alike(param, value)
 
 
+def _problem_of_master(param: Tensor, wanted: str, key: str, stored: Tensor) -> str | None:
+    """Why a master in another form cannot be kept as is wanted, as the end of a sentence, or None."""
+    if stored.shape != param.shape or not dealt_out_alike(param, stored) or stored.device != param.device:
+        return f"is {stored.dtype} of shape {tuple(stored.shape)} on {stored.device}; expected the parameter's"
+    if wanted == "master" or low_of(local_of(param), key, local_of(stored), torch.int16) is not None:
+        return None
+    return (
+        "rounds to other values than the parameter has, and master='split' or 'split8', whose bits lie in both, cannot "
+        "hold it; expected the weights of the same checkpoint in the model"
+    )
+
+
 def _listed(keys: Iterable[Any]) -> str:
     quoted = [repr(key) for key in keys]
     return " and ".join([", ".join(quoted[:-1]), quoted[-1]] if len(quoted) > 1 else quoted) or "nothing"
@@ -62,8 +76,9 @@ def state_problem(
     Note [Half a state]: no entry, or an empty one, says that the parameter has not stepped. An entry with something in
     it was written by steps, and what is missing there is missing: zeros in its place would be other moments without an
     error. Only what a group may switch on between steps (amsgrad) starts when it is first needed, and when loading not
-    even that. A state in another form than the optimizer keeps it in is not what a step can use, either; it is
-    converted when it is loaded.
+    even that. An average that is None begins with the next step: nothing of what was loaded had one. A state in another
+    form than the optimizer keeps it in is not what a step can use, either; it is converted when it is loaded, but for
+    a master, which is when the weights are there.
 
     Args:
         rule: the optimizer's.
@@ -93,10 +108,18 @@ def state_problem(
             return f"{what} of {name} has {_listed(others)}, which is state of another optimizer"
         wanted = []
     late = [] if loading else [precision.key_of(rule, each.name) for each in rule.columns if each.may_start_late]
+    if "ema" in entry and entry["ema"] is None:
+        late.append("ema")
     for key in wanted:
         if key in there:
             continue
         if (instead := _in_another_form(key, there, names)) is not None:
+            if key in CARRIED and loading:
+                continue  # converted at the first step, when the weights are there
+            if key in CARRIED and isinstance(there[instead], Tensor):
+                if (problem := _problem_of_master(param, key, instead, there[instead])) is not None:
+                    return f"{what} {instead!r} of {name} {problem}"
+                continue
             return (
                 f"{what} of {name} has {instead!r} where this optimizer keeps {key!r}, by its state_dtype and master; "
                 "expected a state dict to load_state_dict, which converts"

@@ -9,7 +9,7 @@ from .numbers import numbers_of
 from .reduction import add_up, combined
 from .scalers import refuse_scaling_by_shares, refuse_scaling_of_flat_shards, tell_calling_scaler
 from .shares import share_being_made
-from .state_dicts import state_is_being_made
+from .state_dicts import flat_state_being_loaded, state_is_being_made
 
 __all__ = [
     "Domains",
@@ -17,6 +17,7 @@ __all__ = [
     "add_up",
     "agree_on_parameters",
     "combined",
+    "flat_state_being_loaded",
     "is_flat_shard",
     "numbers_of",
     "refuse_norm_of_flat_shards",

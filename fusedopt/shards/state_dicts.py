@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from .callers import locals_of_caller
 
-__all__ = ["state_is_being_made"]
+__all__ = ["flat_state_being_loaded", "state_is_being_made"]
 
 
 def state_is_being_made() -> bool:
@@ -14,3 +16,9 @@ def state_is_being_made() -> bool:
     may be asked of them.
     """
     return bool(locals_of_caller("torch.distributed.checkpoint.state_dict", "_init_optim_state"))
+
+
+def flat_state_being_loaded() -> dict[str, Any] | None:
+    """What ``set_state_dict`` was given, in the flattened form, where it calls ``load_state_dict``; else None."""
+    given = locals_of_caller("torch.distributed.checkpoint.state_dict", "_load_optim_state_dict").get("state_dict")
+    return given if isinstance(given, dict) and "state" not in given else None

@@ -172,7 +172,8 @@ class ZeroRedundancyOptimizer(_ZeroRedundancyOptimizer):
             self.optim.load_state_dict(self.optim.state_dict())
             return
         # All shares are read, so that either all processes reject the dict or none. torch loads the parts itself.
-        loaded = read_state_dict(self.optim.rule, self.param_groups, state_dict, type(self.optim).__name__)
+        own = self.optim
+        loaded = read_state_dict(own.rule, self.param_groups, state_dict, type(own).__name__, own._precision)
         params = (param for group in self.param_groups for param in group["params"])
         indices = {param: index for index, param in enumerate(params)}
         groups = [{**group, "params": [indices[param] for param in group["params"]]} for group in loaded.param_groups]

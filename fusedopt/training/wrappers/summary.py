@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from ...messages import aligned, group_names
+from ...optimizers.base import FusedOptimizer
 from ..unwrapping import named_parameters
 
 __all__ = ["parameter_table", "settings_summary"]
@@ -72,7 +73,7 @@ def _sizes(rows: Sequence[_Row]) -> str:
 
 
 def parameter_table(optimizers: Mapping[str, torch.optim.Optimizer], model: nn.Module | None = None) -> str:
-    """A line for each parameter: name, shape, learning rate, weight decay, group.
+    """A line for each parameter: name, shape, learning rate, weight decay, group; and the bytes that they take.
 
     Args:
         optimizers: the optimizers by name; the name is put before the number of a group.
@@ -89,7 +90,14 @@ def parameter_table(optimizers: Mapping[str, torch.optim.Optimizer], model: nn.M
     for name, param in named_parameters(model) if model is not None else ():
         if id(param) not in known:
             lines.append((name, _shape(param), "-", "-", "in no group" if param.requires_grad else "frozen"))
-    return aligned(lines)
+    return "\n".join([aligned(lines), *_bytes_taken(optimizers)])
+
+
+def _bytes_taken(optimizers: Mapping[str, torch.optim.Optimizer]) -> Iterator[str]:
+    """A line for each fused optimizer, of the bytes that it takes for each element of its parameters."""
+    for label, optimizer in optimizers.items():
+        if isinstance(optimizer, FusedOptimizer):
+            yield f"{label}{': ' * bool(label)}{optimizer.bytes_per_parameter()}"
 
 
 def _shape(param: Tensor) -> str:

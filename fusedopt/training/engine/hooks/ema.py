@@ -19,15 +19,13 @@ from ...unwrapping import bare_state_dict, fitted_state_dict
 from ..checkpoint import CheckpointError
 from ..data import moved
 from ..weights import check_fit
+from .fused_average import PREFIX, FusedAverage
 from .hook import Hook
 
 if TYPE_CHECKING:
     from ..runner import Runner
 
 __all__ = ["EMAHook"]
-
-#: Prefix of the names of the model's weights in the average's state dict.
-_PREFIX = "module."
 
 
 @HOOKS.register_module()
@@ -44,12 +42,17 @@ class EMAHook(Hook):
         begin_iter: number of the first iteration, counted from 1, that updates the average.
         begin_epoch: number of the first epoch, counted from 1, whose iterations do. Only one of the two may be set.
         start_iters: another name of ``begin_iter``.
+        fused: use the average that a fused optimizer keeps in the pass of its steps (its ``ema``) instead of a model
+            of its own. The hook gives the optimizer the setting. The average is in float32; it, ``interval`` and
+            ``begin_iter`` go by steps: iterations that only accumulate gradients, and skipped steps, leave it alone.
+            Buffers are the model's. ``ema_type`` is ExponentialMovingAverage or MomentumAnnealingEMA then, and
+            ``device``, ``update_buffers`` and another ``dtype`` are refused.
         kwargs: arguments of the averaged model: ``momentum``, ``interval``, ``update_buffers``, ``device``, ``dtype``,
             and others that it has.
 
     Attributes:
-        ema_model: the average; None before it is first needed.
-        src_model: the averaged model; None before it is first needed.
+        ema_model: the average; None before it is first needed, and with ``fused``.
+        src_model: the averaged model; None before it is first needed, and with ``fused``.
 
     Raises:
         KeyError: an unknown ``ema_type``.
@@ -65,6 +68,7 @@ class EMAHook(Hook):
         begin_iter: int = 0,
         begin_epoch: int = 0,
         start_iters: int | None = None,
+        fused: bool = False,
         **kwargs: Any,
     ):
         begins = {"begin_iter": begin_iter, "begin_epoch": begin_epoch, "start_iters": start_iters or 0}
@@ -83,10 +87,13 @@ class EMAHook(Hook):
         self.begin_iter = begins["begin_iter"] or begins["start_iters"]
         self.begin_epoch = begins["begin_epoch"]
         self.ema_cfg: dict[str, Any] = {"type": ema_type, **kwargs}
+        if not isinstance(fused, bool):
+            raise TypeError(f"fused must be True or False, got {fused!r}")
         self._check_config()
+        self._fused = FusedAverage(self.ema_cfg, self.begin_iter, self.begin_epoch) if fused else None
         self.ema_model: BaseAveragedModel | None = None
         self.src_model: nn.Module | None = None
-        self._applied: AbstractContextManager[nn.Module] | None = None
+        self._applied: AbstractContextManager[Any] | None = None
 
     def _check_config(self) -> None:
         """Raise the errors of building the average that can be found without the model."""
@@ -96,7 +103,8 @@ class EMAHook(Hook):
         accepted = accepted_arguments(kind)
         for key in self.ema_cfg:
             if accepted is not None and key not in {*accepted, "type"} - {"model"}:
-                known = {*accepted, "ema_type", "strict_load", "begin_iter", "begin_epoch", "start_iters"} - {"model"}
+                known = {*accepted, "ema_type", "strict_load", "begin_iter", "begin_epoch", "start_iters", "fused"}
+                known -= {"model"}
                 raise TypeError(f"EMAHook has no argument {key!r}; {did_you_mean(key, known)}")
         # Other classes may need more than an empty model.
         if kind in (ExponentialMovingAverage, MomentumAnnealingEMA, StochasticWeightAverage):
@@ -105,8 +113,11 @@ class EMAHook(Hook):
                 MODELS.build(self.ema_cfg, model=nn.Module())
 
     def before_run(self, runner: Runner) -> None:
-        """Create the average, unless an earlier run with this model has."""
-        self._models(runner)
+        """Create the average, unless an earlier run with this model has; or have the optimizer keep it."""
+        if self._fused is not None:
+            self._fused.settle(runner)
+        else:
+            self._models(runner)
 
     def before_train(self, runner: Runner) -> None:
         """Warn if the run ends before the average begins."""
@@ -127,6 +138,8 @@ class EMAHook(Hook):
         self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: dict[str, Any] | None = None
     ) -> None:
         """Update the average."""
+        if self._fused is not None:
+            return  # the step has
         if runner.iter + 1 >= self.begin_iter and runner.epoch + 1 >= self.begin_epoch:
             average, model = self._models(runner)
             average.update_parameters(model)
@@ -162,15 +175,18 @@ class EMAHook(Hook):
                 "EMAHook: the model has the average's weights while it is evaluated, so no checkpoint can be saved; "
                 f"save in a hook that acts after this one, whose priority is {self.priority}"
             )
+        if self._fused is not None:
+            self._fused.save(runner, checkpoint)
+            return
         average = self._refreshed(runner)
         own = checkpoint["state_dict"]
         # Copies and updates, because state dicts carry the modules' versions as an attribute.
         state = copy(average.state_dict())
         state.update(moved(dict(state), "cpu"))
-        names = [name for name in own if _PREFIX + name in state]
+        names = [name for name in own if PREFIX + name in state]
         checkpoint["state_dict"] = averaged = copy(own)
-        averaged.update({name: state[_PREFIX + name] for name in names})
-        state.update({_PREFIX + name: own[name] for name in names})
+        averaged.update({name: state[PREFIX + name] for name in names})
+        state.update({PREFIX + name: own[name] for name in names})
         checkpoint["ema_state_dict"] = state
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict[str, Any]) -> None:
@@ -180,6 +196,9 @@ class EMAHook(Hook):
             CheckpointError: ``ema_state_dict`` lacks weights of the model or, with ``strict_load``, the checkpoint does
                 not fit the average exactly.
         """
+        if self._fused is not None:
+            self._load_fused(runner, self._fused, checkpoint)
+            return
         average, model = self._models(runner)
         weights = checkpoint["state_dict"]
         if not runner.resumes or "ema_state_dict" not in checkpoint:
@@ -192,14 +211,33 @@ class EMAHook(Hook):
         state: Any = fitted_state_dict(checkpoint.pop("ema_state_dict"), average.state_dict())
         own = copy(weights)
         own.clear()
-        own.update({name.removeprefix(_PREFIX): value for name, value in state.items() if name.startswith(_PREFIX)})
+        own.update({name.removeprefix(PREFIX): value for name, value in state.items() if name.startswith(PREFIX)})
         self._check_fit(runner, "ema_state_dict", own, model, True)
         state = copy(state)
-        state.update({_PREFIX + name: value for name, value in weights.items()})
+        state.update({PREFIX + name: value for name, value in weights.items()})
         self._check_fit(runner, "ema_state_dict", state, average, self.strict_load)
         known = average.state_dict()
         state.update({name: as_before(value, known.get(name)) for name, value in state.items()})
         average.load_state_dict(sharded_as(state, known), strict=False)
+        checkpoint["state_dict"] = own
+
+    def _load_fused(self, runner: Runner, fused: FusedAverage, checkpoint: dict[str, Any]) -> None:
+        model, weights = runner.bare_model, checkpoint["state_dict"]
+        if not runner.resumes or "ema_state_dict" not in checkpoint:
+            if runner.resumes:
+                runner.logger.warning("EMAHook: the checkpoint has no ema_state_dict; its weights are taken for both")
+            else:
+                fused.begin_again(runner)
+            if self.strict_load:
+                self._check_fit(runner, "state_dict", weights, model, True)
+            return
+        state: Any = checkpoint.pop("ema_state_dict")
+        own = copy(weights)
+        own.clear()
+        own.update({name.removeprefix(PREFIX): value for name, value in state.items() if name.startswith(PREFIX)})
+        own = fitted_state_dict(own, bare_state_dict(model))
+        self._check_fit(runner, "ema_state_dict", own, model, True)
+        fused.take(runner, fitted_state_dict(weights, bare_state_dict(model)), state.get("steps"))
         checkpoint["state_dict"] = own
 
     def _models(self, runner: Runner) -> tuple[BaseAveragedModel, nn.Module]:
@@ -228,7 +266,10 @@ class EMAHook(Hook):
 
     def _apply(self, runner: Runner) -> None:
         self._restore()
-        self._applied = self._refreshed(runner).applied_to(runner.bare_model)
+        if self._fused is not None:
+            self._applied = self._fused.applied_to(runner)
+        else:
+            self._applied = self._refreshed(runner).applied_to(runner.bare_model)
         self._applied.__enter__()
 
     def _restore(self) -> None:
