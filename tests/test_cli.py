@@ -91,14 +91,15 @@ class TestHelp:
 
 def test_info_prints_what_info_returns(capsys, monkeypatch):
     monkeypatch.setattr("fusedopt.cli.info.info", lambda: "all about it")
+    monkeypatch.setattr("fusedopt.cli.info.recipes", lambda: "what it takes")
     monkeypatch.setattr("fusedopt.cli.info.warm_up", lambda: "how long it took")
     monkeypatch.setattr("fusedopt.cli.info.self_test", lambda: ("what differs", False))
     assert main(["info"]) == 0
-    assert capsys.readouterr().out == "all about it\n"
+    assert capsys.readouterr().out == "all about it\n\nwhat it takes\n"
     assert main(["info", "--warmup"]) == 0
-    assert capsys.readouterr().out == "all about it\n\nhow long it took\n"
+    assert capsys.readouterr().out == "all about it\n\nwhat it takes\n\nhow long it took\n"
     assert main(["info", "--selftest"]) == 1
-    assert capsys.readouterr().out == "all about it\n\nwhat differs\n"
+    assert capsys.readouterr().out == "all about it\n\nwhat it takes\n\nwhat differs\n"
     monkeypatch.setattr("fusedopt.cli.info.self_test", lambda: ("nothing differs", True))
     assert main(["info", "--selftest"]) == 0
 

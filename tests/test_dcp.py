@@ -330,7 +330,7 @@ def test_state_in_fewer_bits_comes_back_as_it_was(
 
 
 @each_way[0]
-@pytest.mark.filterwarnings("ignore:fusedopt. loaded:UserWarning")
+@pytest.mark.filterwarnings("ignore:fusedopt.+kept as:UserWarning")
 @pytest.mark.parametrize("after", KEPT)
 @pytest.mark.parametrize("before", KEPT)
 def test_any_form_goes_through_a_file_into_any_other(before: str, after: str, flat: bool, tmp_path: Path) -> None:

@@ -248,10 +248,7 @@ class TestTorchs:
         back = getattr(fusedopt, f"Fused{cls}")(twin(params), **settings, **kept)
         with remarks() as said:
             back.load_state_dict(saved)
-        assert len(said) == 1
-        assert "(float32)" in said[0]
-        assert "kept as int8 here" in said[0]
-        assert "the average begins with the weights" in said[0]
+        assert said == ["fusedopt: the loaded state has no ema: the average begins with the weights"]
         assert [{key: each for key, each in entry.items() if "codes" in key} for entry in contents(back)] == [
             {key: each for key, each in entry.items() if "codes" in key} for entry in contents(ours)
         ]
@@ -318,7 +315,7 @@ class TestConversion:
         step(params, source, 0, 1, 2)
         again = twin(params) if weights_first else made(BF16, seed=9)
         target, said = loaded(again, source.state_dict(), master=after)
-        assert (said == []) == (before == after)
+        assert (said == []) == (before == after or (before, after) == ("float32", "split"))
         with torch.no_grad():
             for mine, given in zip(again, params, strict=True):
                 mine.copy_(given)

@@ -3,7 +3,7 @@
 Note [Conversion]: a state dict may be of an optimizer with another precision, or of torch's. What is in another form is
 rounded to nearest once and kept so from there on. What no entry has begins anew: a master as its parameter, and an
 average as the weights. What some entries have and one lacks is missing there, and an error: see Note [Half a state].
-What is left out or converted is said in one warning.
+What is left out or converted is said in one warning, unless it is what a state dict decodes, and nothing is lost.
 
 Nothing of it depends on the weights, which may be loaded into the model before or after. So an average that begins is
 None until the first step, and a master in another form stays in it until then.
@@ -88,6 +88,12 @@ def _in_form(param: Tensor, values: Tensor, form: str | None) -> Tensor:
     else:
         mine.copy_(narrow(given) if mine.dtype in (torch.bfloat16, torch.float16) else given)
     return stored
+
+
+def _says_the_same(column: StateColumn, param: Tensor, key: str, kept: Tensor, values: Tensor) -> bool:
+    """Whether values have lost nothing in the form in which they are kept: those that were decoded for a state dict."""
+    again = local_of(plain_values(column, param, key, kept))
+    return bool(torch.equal(again, local_of(values).to(again.dtype)))
 
 
 class Conversion:
@@ -210,10 +216,10 @@ class Conversion:
         entry[wanted] = kept
         before = "int8" if is_coded else str(stored.dtype).removeprefix("torch.")
         after = dict(precision.state_dtype).get(column.name) or str(param.dtype).removeprefix("torch.")
-        if key != wanted or stored.dtype != kept.dtype:
-            self._columns.setdefault(column.name, (before, after))
-        else:
+        if key == wanted and stored.dtype == kept.dtype:
             self._remarks["codes are made anew for another memory format"] = None
+        elif key != column.name or wanted == key or not _says_the_same(column, param, wanted, kept, values):
+            self._columns.setdefault(column.name, (before, after))
 
     def _check_range(self, param: Tensor, name: str, key: str, values: Tensor, kept: Tensor) -> None:
         if bool((local_of(kept).isinf() & local_of(values).isfinite()).any()):
@@ -251,6 +257,8 @@ class Conversion:
             local_of(entry[key]).copy_(low)
         else:
             entry[key] = stored
+        if key == "master" and (dtype == torch.int16 or not bool((local_of(stored).view(torch.int32) & 0xFF).any())):
+            return  # nothing is lost
         was = "float32" if key == "master" else "split" if stored.dtype == torch.int16 else "split8"
         self._remarks[f"the loaded master ({was}) is kept as {precision.master!r}"] = None
 
