@@ -34,8 +34,8 @@ def test_describe_is_a_table_of_parameter_shape_lr_decay_and_group():
         "body.1.bias    4       0.001  0             4",
         "head.weight    2x4     0.01   0.05          5",
         "head.bias      2       0.01   0.05          6",
-        "bytes per parameter: 16.8 held (parameters 4, gradients 4, states 8.8), 29.6 moved in a step, 33.6 in one that "
-        "clips or checks",
+        "bytes per parameter: 16.8 held (parameters 4, gradients 4, states 8.8), 29.6 moved in a step, 33.6 in one "
+        "that clips or checks",
     ]
 
 
