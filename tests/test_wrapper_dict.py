@@ -211,5 +211,7 @@ def test_is_described_in_one_table():
         "disc.weight   1x1    0.2  0             disc 0",
         "disc.bias     1      0.2  0             disc 0",
         "extra.weight  1x1    -    -             in no group",
+        "gen: bytes per parameter: 8 held (parameters 4, gradients 4), 12 moved in a step, 16 in one "
+        "that clips or checks",
     ]
     assert "disc 0" in wrappers.describe()
