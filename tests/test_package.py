@@ -215,7 +215,7 @@ class TestCompiledModule:
     def test_constants_written_in_both_languages_are_equal(self) -> None:
         assert module.CLIP_EPS == CLIP_EPS
         assert module.RANDOM == (codes.RANDOM_ROUNDS, codes.RANDOM_COLUMNS)
-        assert module.CODES == (codes.CODE_BLOCK, tuple(codes.SIGNED), tuple(codes.UNSIGNED))
+        assert (codes.CODE_BLOCK, tuple(codes.SIGNED), tuple(codes.UNSIGNED)) == module.CODES
 
     def test_its_stub_has_its_names_and_parameters(self) -> None:
         stub = names_in_stub(ast.parse((ROOT / "_C.pyi").read_text()).body)

@@ -220,6 +220,26 @@ class TestItsOwnForm:
         with pytest.raises(ValueError, match=CODES_ORDER):
             optimizer.load_state_dict(saved)
 
+    @each_backend
+    def test_another_memory_format_is_noticed(self, backend: str) -> None:
+        params = made(shapes=[(2, 3, 8, 9)])
+        optimizer = adamw(params, state_dtype="int8", backend=backend)
+        step(params, optimizer, 0, 1)
+        codes = optimizer.state[params[0]]["exp_avg_codes"]
+        before = decode(codes, "int8", 432).view(params[0].shape)
+        for of in (optimizer, loaded(params, optimizer.state_dict(), state_dtype="int8", backend=backend)[0]):
+            params[0].data = params[0].data.contiguous(memory_format=torch.channels_last)
+            saved = of.state_dict()
+            set_gradients(params, 2)
+            with pytest.raises(RuntimeError, match="memory format was changed"):
+                of.step()
+            with remarks():
+                of.load_state_dict(saved)
+            moments = of.state_dict(as_torch=True)["state"][0]["exp_avg"]
+            torch.testing.assert_close(moments, before, atol=0.05 * float(before.abs().max()), rtol=0.1)
+            of.step()
+            params[0].data = params[0].data.contiguous()
+
 
 class TestTorchs:
     @each_backend

@@ -19,6 +19,8 @@ class CanonicalOrder {
   explicit CanonicalOrder(const c10::TensorImpl* param);
 
   c10::Device device() const { return device_; }
+  // Those longer than 1, in canonical order.
+  const std::vector<int>& dimensions() const { return dimensions_; }
 
   // Fills in the dtype and layout of a column: the parameter itself, its gradient or a state. Returns why the tensor
   // cannot be one, or null. A column that is `written` may not have elements that share memory.

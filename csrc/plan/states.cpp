@@ -1,5 +1,7 @@
 #include "states.h"
 
+#include <pybind11/stl.h>
+
 #include <algorithm>
 #include <stdexcept>
 
@@ -13,6 +15,17 @@ namespace {
 
 // Of the entries of a state dict, to prefetch.
 constexpr size_t kStateBytes = 88;
+
+// Note [The order of codes]
+// Codes are in the order that the parameter's strides made when they were written, and another memory format of the
+// parameter does not change them. So their tensor is marked with its order when it is first seen. See
+// fusedopt/rules/codes.py, which marks it for the reference.
+bool in_order(PyObject* codes, const std::vector<int>& dimensions) {
+  const py::object tensor = py::reinterpret_borrow<py::object>(codes), order = py::tuple(py::cast(dimensions));
+  constexpr const char* kMark = "_codes_order";
+  if (!py::hasattr(tensor, kMark)) py::setattr(tensor, kMark, order);
+  return order.equal(tensor.attr(kMark));
+}
 
 }  // namespace
 
@@ -192,6 +205,10 @@ const char* States::take_column(const Found& found, int c, size_t r, Rows& rows)
     if (unreachable(impl, target_.type) || tensor.scalar_type() != at::kByte || !impl->is_contiguous() ||
         tensor.device() != cold.order.device() || tensor.dim() != 1 || tensor.numel() != coded_bytes(row.numel)) {
       return "has codes of a state that are not those of its elements";
+    }
+    if (!in_order(found.objects[1 + c], cold.order.dimensions())) {
+      return "has codes of a state in the order that its strides made before its memory format was changed; change it "
+             "before the first step, or load the optimizer's state dict again";
     }
     row.state[c] = {nullptr, nullptr, rule_.squares >> c & 1 ? DType::kUnsigned8 : DType::kSigned8};
     return nullptr;

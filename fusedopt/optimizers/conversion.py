@@ -28,21 +28,17 @@ from ..rules.codes import (
     encode,
     encode_again,
     flattened,
+    marked_order,
     narrow,
+    order_of_codes,
     unflattened,
 )
 from ..rules.masters import low_of
 
-__all__ = ["CODES_ORDER", "Conversion", "order_of_codes", "plain_values"]
+__all__ = ["CODES_ORDER", "Conversion", "plain_values"]
 
 #: In a state dict: the dimensions by strides that codes are in the order of, where it is not that of the dimensions.
 CODES_ORDER = "codes_order"
-
-
-def order_of_codes(param: Tensor) -> list[int]:
-    """The dimensions of a parameter, as far as they have a place in its canonical order."""
-    local = local_of(param)
-    return [d for d in canonical_order(local) if local.shape[d] != 1]
 
 
 def _new(param: Tensor, dtype: torch.dtype) -> Any:
@@ -62,16 +58,15 @@ def plain_values(column: StateColumn, param: Tensor, key: str, stored: Any, orde
         param: whose.
         key: where it stood, which tells its form; :meth:`Precision.problem_at` had nothing against it.
         stored: the tensor, on the parameter's device.
-        order: that of codes, as :func:`order_of_codes`; by default that of the parameter.
+        order: that of codes, as :func:`fusedopt.rules.codes.order_of_codes`; by default what they are marked with.
     """
     if key == column.name:
         return deal_out_as(param, stored)
     if key.endswith("_root"):
         return deal_out_as(param, stored).float().square()
     values, local = _new(param, torch.float32), local_of(param)
-    dims = canonical_order(local)
-    if order is not None:
-        dims = [*order, *(d for d in dims if d not in order)]
+    order = marked_order(local, stored) if order is None else order
+    dims = [*order, *(d for d in canonical_order(local) if d not in order)]
     local_of(values).copy_(unflattened(decode(stored, _code_of(column), local.numel()), dims, local.shape))
     return values
 
@@ -135,7 +130,7 @@ class Conversion:
             return entry
         entry = dict(entry)
         order = entry.pop(CODES_ORDER, None)
-        natural = sorted(order_of_codes(param))
+        natural = sorted(order_of_codes(local_of(param)))
         if order is not None and sorted(order) != natural:
             raise ValueError(f"{self._what} {CODES_ORDER!r} of {name} is {order!r}; expected an order of {natural}")
         order = natural if order is None else list(order)
@@ -192,7 +187,7 @@ class Conversion:
         if key == column.name:
             is_kept = key == wanted and (form is None or not isinstance(stored, Tensor) or stored.dtype == FORMS[form])
         else:
-            is_kept = key == wanted and not (is_coded and order != order_of_codes(param))
+            is_kept = key == wanted and not (is_coded and order != order_of_codes(local_of(param)))
         if is_kept:
             return
         if is_coded:

@@ -25,6 +25,7 @@ from ..messages import (
     warn_caller,
 )
 from ..rules import CARRIED, PLAIN, Precision, Rule, count_problem, counted_key, keys_of, new_count, state_problem
+from ..rules.codes import marked_order
 from ..shards import flat_state_being_loaded
 from .conversion import Conversion
 from .names import in_the_order_of
@@ -266,6 +267,8 @@ def _copied(entry: Mapping[Any, Any], param: Tensor, name: str) -> dict[Any, Any
         elif isinstance(value, Tensor):
             copied[key] = value.detach().to(device=param.device, copy=True)
             is_coded = isinstance(key, str) and key.endswith("_codes")
+            if is_coded:
+                marked_order(local_of(param), copied[key])
             if value.shape == param.shape and not is_coded and not dealt_out_alike(param, value):
                 try:
                     copied[key] = deal_out_as(param, copied[key])

@@ -10,9 +10,10 @@ from torch import Tensor
 
 from ..messages import is_dtensor, local_of, plain_groups
 from ..rules import CARRIED, keys_of
+from ..rules.codes import marked_order
 from ..rules.masters import master_of
 from ..shards import is_flat_shard
-from .conversion import CODES_ORDER, order_of_codes, plain_values
+from .conversion import CODES_ORDER, plain_values
 
 if TYPE_CHECKING:
     from .base import FusedOptimizer
@@ -63,8 +64,8 @@ def make_state_portable(optimizer: torch.optim.Optimizer, state_dict: dict[str, 
         param, entry = params[key], dict(state)
         if for_all or is_dtensor(param) or is_flat_shard(param):
             entry = _portable(own, param, entry)
-        elif any(isinstance(name, str) and name.endswith("_codes") for name in entry):
-            order = order_of_codes(param)
+        elif coded := [stored for name, stored in entry.items() if str(name).endswith("_codes")]:
+            order = marked_order(local_of(param), coded[0])
             if order != sorted(order):
                 entry[CODES_ORDER] = order
         if "ema" in entry and entry["ema"] is None:

@@ -26,7 +26,9 @@ __all__ = [
     "encode_again",
     "flattened",
     "join",
+    "marked_order",
     "narrow",
+    "order_of_codes",
     "philox",
     "random_halves",
     "scales_at",
@@ -95,6 +97,21 @@ def canonical_order(param: Tensor) -> list[int]:
     """
     strides = param.stride()
     return sorted(range(param.dim()), key=lambda d: (param.shape[d] == 1, -strides[d]))
+
+
+def order_of_codes(param: Tensor) -> list[int]:
+    """The dimensions of a parameter's local tensor that have a place in its canonical order."""
+    return [d for d in canonical_order(param) if param.shape[d] != 1]
+
+
+def marked_order(param: Tensor, codes: Tensor) -> list[int]:
+    """The dimensions of a parameter in whose order codes are: that of its strides when they were first seen.
+
+    See Note [The order of codes] in csrc/plan/states.cpp, which reads the mark and sets it as well.
+    """
+    if not hasattr(codes, "_codes_order"):
+        codes._codes_order = tuple(order_of_codes(param))  # type: ignore[attr-defined]
+    return list(codes._codes_order)  # type: ignore[attr-defined]
 
 
 def flattened(tensor: Tensor, order: list[int]) -> Tensor:
@@ -291,7 +308,7 @@ def encode_again(values: Tensor, form: str) -> Tensor:
     stored = encode(values, form)
     if form not in ("int8", "int8_unsigned") or not values.numel():
         return stored
-    code, numel = (_SIGNED if form == "int8" else _UNSIGNED), values.numel()
+    code, numel = (SIGNED if form == "int8" else UNSIGNED), values.numel()
     blocks = -(-numel // CODE_BLOCK)
     padded = torch.zeros(blocks * CODE_BLOCK, device=values.device)
     padded[:numel] = values
@@ -307,11 +324,11 @@ def encode_again(values: Tensor, form: str) -> Tensor:
     known = decode(stored, form, numel) == values
     known = torch.nn.functional.pad(known, (0, len(padded) - numel), value=True).view(blocks, CODE_BLOCK).all(1)
     again = exact.view(blocks, CODE_BLOCK).all(1) & ~known
-    if code is _SIGNED:
+    if code is SIGNED:
         codes = torch.where(padded.signbit(), codes | 0x80, codes)
     of_codes = again.repeat_interleave(CODE_BLOCK)[:numel]
     stored[:numel] = torch.where(of_codes, codes[:numel].to(torch.uint8), stored[:numel])
-    if code is _SIGNED:  # a negative zero is what a small negative number was rounded to
+    if code is SIGNED:  # a negative zero is what a small negative number was rounded to
         stored[:numel] = torch.where((values == 0) & values.signbit(), 0x80, stored[:numel].long()).to(torch.uint8)
     place = stored[scales_at(numel) :].view(blocks, 2)
     place.copy_(torch.where(again[:, None], scales.view(torch.uint8).view(blocks, 2), place))

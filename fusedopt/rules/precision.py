@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..messages import check_flag, check_number, check_whole_number, did_you_mean, local_of, parameter_name, plain
-from .codes import FORMS, coded_bytes
+from .codes import FORMS, coded_bytes, marked_order, order_of_codes
 from .masters import low_of, master_of
 
 if TYPE_CHECKING:
@@ -233,6 +233,11 @@ class Precision:
             expected = (coded_bytes(local_of(param).numel()),)
             if stored.dtype != torch.uint8 or tuple(stored.shape) != expected or not stored.is_contiguous():
                 return f"is {stored.dtype} of shape {tuple(stored.shape)}; expected torch.uint8 of shape {expected}"
+            if marked_order(local_of(param), stored) != order_of_codes(local_of(param)):
+                return (
+                    "has codes in the order that the parameter's strides made before its memory format was changed; "
+                    "change it before the first step, or load the optimizer's state dict again"
+                )
             return None
         dtypes: tuple[torch.dtype, ...] = ()
         if key == "master":
