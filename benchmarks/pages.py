@@ -28,7 +28,7 @@ from . import averaging, case_words, host, precision, precision_figures, report,
 ROOT = Path(__file__).parents[1]
 #: The machine whose figures the pages show; what its files are named after.
 MACHINE = "epyc-2core"
-PAGES = ("README.md", "docs/averaging.md", "docs/benchmarks.md", "docs/trainers.md")
+PAGES = ("README.md", "docs/averaging.md", "docs/benchmarks.md", "docs/precision.md", "docs/trainers.md")
 END = "<!-- end of results -->"
 PART = re.compile(rf"^(<!-- results: ([\w-]+) -->\n)(?:(?!<!-- ).*\n)*?({END})$", re.MULTILINE)
 MARK = re.compile(rf"^(?:<!-- results: .*|{END})$", re.MULTILINE)
