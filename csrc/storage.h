@@ -95,8 +95,14 @@ FUSEDOPT_HD uint32_t plain_bits(float value) { return value != value ? 0x7fc0000
 
 FUSEDOPT_HD uint16_t high_piece(uint32_t bits) { return uint16_t((bits + 0x8000u) >> 16); }
 
-FUSEDOPT_HD float join_pieces(uint16_t high, uint16_t low) {
-  return bits_to_float((uint32_t(high) << 16) + uint32_t(int32_t(int16_t(low))));
+// The float32 of a bfloat16, as its bits, and the difference. Where somebody has written another bfloat16, the
+// difference may lead across zero or to NaN, where no two pieces of one number lead: then it is the bfloat16.
+FUSEDOPT_HD float join_pieces(uint32_t high, int32_t rest) {
+  const uint32_t joined = high + uint32_t(rest);
+  const uint32_t crosses = (joined ^ high) >> 31;
+  const uint32_t spoils =
+      uint32_t((joined & 0x7fffffffu) > 0x7f800000u) & uint32_t((high & 0x7fffffffu) <= 0x7f800000u);
+  return bits_to_float((crosses | spoils) != 0 ? high : joined);
 }
 
 // The same with 8 bits for the difference, of a float32 rounded to 24 bits: to nearest even, or by chance.
@@ -168,12 +174,20 @@ FUSEDOPT_HD uint8_t encode_unsigned(float value, float inverse, uint32_t roundin
 
 FUSEDOPT_HD float decode_unsigned(uint8_t code, float scale) { return magnitude_of<UnsignedCode>(code) * scale; }
 
+// A root that float16 has room for: an infinity would stay one for ever, and its weight would never move again.
+template <class T>
+FUSEDOPT_HD T within_fp16(T root) {
+  return root > T(65504) && root - root == T(0) ? T(65504) : root;
+}
+
 // A root in float16 that is not zero unless it is.
 FUSEDOPT_HD uint16_t root_to_fp16(float root) {
+  root = within_fp16(root);
   const uint16_t half = float_to_fp16(root);
   return root > 0 && half == 0 ? uint16_t(1) : half;
 }
 FUSEDOPT_HD uint16_t root_to_fp16(float root, uint32_t random) {
+  root = within_fp16(root);
   const uint16_t half = float_to_fp16(root, random);
   return root > 0 && half == 0 ? uint16_t(1) : half;
 }

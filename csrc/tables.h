@@ -127,9 +127,10 @@ FUSEDOPT_HD double average_weight(const AverageSettings& settings, double step) 
   return annealed > settings.momentum ? annealed : settings.momentum;
 }
 
-// As torch.lerp: a weight of 1 gives the value itself.
+// As torch.lerp, but that a weight of 1 gives the value itself whatever the average was.
 template <class T>
 FUSEDOPT_HD T averaged(T average, T value, T weight) {
+  if (weight == T(1)) return value;
   return weight < T(0.5) ? average + weight * (value - average) : value - (value - average) * (T(1) - weight);
 }
 

@@ -52,7 +52,7 @@ void store_root16(uint16_t* out, int64_t n, const T* in, const uint16_t* random)
     for (int64_t i = 0; i < n; ++i) out[i] = root_to_fp16(narrow(square_root(in[i])), random[i]);
     return;
   }
-  store_fp16(out, n, in, [](T x) { return square_root(x); });
+  store_fp16(out, n, in, [](T x) { return within_fp16(square_root(x)); });
   for (int64_t i = 0; i < n; ++i) out[i] = in[i] > 0 && out[i] == 0 ? uint16_t(1) : out[i];
 }
 

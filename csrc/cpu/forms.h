@@ -165,15 +165,13 @@ struct Mastered {
     if (master.dtype == DType::kLow16) {
       for_each_piece<uint16_t>(offset, n, [&](int64_t position, int64_t run, const uint16_t* piece, int64_t stride) {
         for (int64_t i = 0; i < run; ++i) {
-          const uint32_t rest = uint32_t(int32_t(int16_t(piece[i * stride])));
-          block[position + i] = bits_to_float(float_to_bits(shown[position + i]) + rest);
+          block[position + i] = join_pieces(float_to_bits(shown[position + i]), int16_t(piece[i * stride]));
         }
       });
     } else if (master.dtype == DType::kLow8) {
       for_each_piece<uint8_t>(offset, n, [&](int64_t position, int64_t run, const uint8_t* piece, int64_t stride) {
         for (int64_t i = 0; i < run; ++i) {
-          const uint32_t rest = uint32_t(int32_t(int8_t(piece[i * stride])) * 256);
-          block[position + i] = bits_to_float(float_to_bits(shown[position + i]) + rest);
+          block[position + i] = join_pieces(float_to_bits(shown[position + i]), int8_t(piece[i * stride]) * 256);
         }
       });
     } else {

@@ -80,7 +80,7 @@ __device__ void derive_scalars(const GroupRow& group, double step, const Average
   // Stored as numbers: a copy of bytes would be stored byte by byte.
   new (&out->values) typename Rule::template Scalars<double>(Rule::derive(hyper, step));
   out->variant = Rule::variant(hyper, step);
-  out->step = static_cast<uint32_t>(step);
+  out->step = static_cast<uint32_t>(static_cast<uint64_t>(step));
   out->average_weight = average_weight(average, step);
 }
 

@@ -207,13 +207,13 @@ __device__ __forceinline__ void join_master(float (&x)[kCount], const uint32_t (
 #pragma unroll
     for (int k = 0; k < kCount; ++k) {
       const int32_t rest = static_cast<int16_t>(half_of(master, k));
-      x[k] = bits_to_float(float_to_bits(x[k]) + static_cast<uint32_t>(rest));
+      x[k] = join_pieces(float_to_bits(x[k]), rest);
     }
   } else if (dtype == DType::kLow8) {
 #pragma unroll
     for (int k = 0; k < kCount; ++k) {
       const int32_t rest = static_cast<int8_t>(byte_of(master[0], k));
-      x[k] = bits_to_float(float_to_bits(x[k]) + static_cast<uint32_t>(rest * 256));
+      x[k] = join_pieces(float_to_bits(x[k]), rest * 256);
     }
   } else {
     // Where the parameter is not the master's rounding, somebody has changed it, and it is what counts.

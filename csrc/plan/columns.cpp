@@ -21,9 +21,19 @@ const char* CanonicalOrder::describe(const at::Tensor& tensor, Column& column, O
                                      bool written) const {
   const c10::TensorImpl* impl = tensor.unsafeGetTensorImpl();
   if (const char* problem = foreign(impl, device_.type())) return problem;
+  to_dtype(impl, column.dtype);
+  return lay_out(tensor, column, layout, written);
+}
+
+const char* CanonicalOrder::describe_pieces(const at::Tensor& tensor, Column& column, OwnedLayout& layout) const {
+  if (const char* problem = unreachable(tensor.unsafeGetTensorImpl(), device_.type())) return problem;
+  return lay_out(tensor, column, layout, true);
+}
+
+const char* CanonicalOrder::lay_out(const at::Tensor& tensor, Column& column, OwnedLayout& layout, bool written) const {
+  const c10::TensorImpl* impl = tensor.unsafeGetTensorImpl();
   if (impl->device() != device_) return "is on another device than its parameter";
   if (impl->sizes() != at::IntArrayRef(sizes_)) return "has another shape than its parameter";
-  to_dtype(impl, column.dtype);
   layout.reset();
   column.layout = nullptr;
   if (impl->numel() == 0) return nullptr;

@@ -25,8 +25,12 @@ class CanonicalOrder {
   // Fills in the dtype and layout of a column: the parameter itself, its gradient or a state. Returns why the tensor
   // cannot be one, or null. A column that is `written` may not have elements that share memory.
   const char* describe(const at::Tensor& tensor, Column& column, OwnedLayout& layout, bool written) const;
+  // The same but for the dtype, for a column of pieces, which are no numbers.
+  const char* describe_pieces(const at::Tensor& tensor, Column& column, OwnedLayout& layout) const;
 
  private:
+  const char* lay_out(const at::Tensor& tensor, Column& column, OwnedLayout& layout, bool written) const;
+
   c10::Device device_ = at::kCPU;
   std::vector<int64_t> sizes_;
   std::vector<int> dimensions_;  // longer than 1, in canonical order

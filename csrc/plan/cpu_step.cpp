@@ -90,7 +90,7 @@ void CpuStep::derive_scalars(const Groups& groups, Rows& rows) {
       RowScalars& derived = scalars_.back();
       rule_.derive(hyper, step, &derived.values);
       derived.variant = known.variant;
-      derived.step = static_cast<uint32_t>(step);
+      derived.step = static_cast<uint32_t>(static_cast<uint64_t>(step));
       derived.average_weight = average_weight(average_, step);
     }
     row.scalars = known.scalars;

@@ -78,6 +78,7 @@ void StepPlan::refresh(PyObject* groups, PyObject* state, PyObject* counts, bool
   if (!domains_known_) {
     find_domains(groups);
     if (precision_.draws()) find_numbers(groups);
+    domains_known_ = true;
   }
   states_.refresh(state, counts, groups_, rows_, problems);
 }
@@ -93,7 +94,6 @@ void StepPlan::find_domains(PyObject* groups) {
     if (domain >= domains_) throw std::out_of_range("a parameter is in a domain that there is not");
   }
   rows_.domains = std::move(domains);
-  domains_known_ = true;
 }
 
 // The numbers of a row's elements in the whole of its parameter, of which a process may have a part: `numbers` of the

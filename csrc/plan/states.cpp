@@ -1,7 +1,5 @@
 #include "states.h"
 
-#include <pybind11/stl.h>
-
 #include <algorithm>
 #include <stdexcept>
 
@@ -16,12 +14,19 @@ namespace {
 // Of the entries of a state dict, to prefetch.
 constexpr size_t kStateBytes = 88;
 
+// Scales of codes have two bytes.
+bool odd(const void* address) { return reinterpret_cast<uintptr_t>(address) % 2 != 0; }
+
 // Note [The order of codes]
 // Codes are in the order that the parameter's strides made when they were written, and another memory format of the
-// parameter does not change them. So their tensor is marked with its order when it is first seen. See
-// fusedopt/rules/codes.py, which marks it for the reference.
+// parameter does not change them. So their tensor is marked with its order when it is first seen: the ranks, among
+// those longer than 1, of the dimensions from the largest stride on. See fusedopt/rules/codes.py, which does the same.
 bool in_order(PyObject* codes, const std::vector<int>& dimensions) {
-  const py::object tensor = py::reinterpret_borrow<py::object>(codes), order = py::tuple(py::cast(dimensions));
+  py::tuple order(dimensions.size());
+  for (size_t i = 0; i < dimensions.size(); ++i) {
+    order[i] = std::count_if(dimensions.begin(), dimensions.end(), [&](int d) { return d < dimensions[i]; });
+  }
+  const py::object tensor = py::reinterpret_borrow<py::object>(codes);
   constexpr const char* kMark = "_codes_order";
   if (!py::hasattr(tensor, kMark)) py::setattr(tensor, kMark, order);
   return order.equal(tensor.attr(kMark));
@@ -41,16 +46,20 @@ bool States::Keys::operator==(const Keys& other) const {
   const HotRow& row = rows.hot[entry.row];
   prefetch(entry.dict, sizeof(PyDictObject));
   if (!entry.version) prefetch(entry.dict_entries, kStateBytes);
-  for (const void* object : entry.objects) __builtin_prefetch(object);
+  for (int i = 0; i <= rule_.state_count; ++i) __builtin_prefetch(entry.objects[i]);
   if (!entry.version) __builtin_prefetch(entry.counted);
   prefetch_tensor(row.step.impl, false);
   prefetch_storage(row.step.fingerprint.storage);
   __builtin_prefetch(rows.table[entry.row].step);
-  for (const KnownTensor& column : row.state) {
-    if (!column.impl) continue;
+  auto prefetch_column = [](const KnownTensor& column) __attribute__((always_inline)) {
+    if (!column.impl) return;
     prefetch_tensor(column.impl, !column.fingerprint.contiguous);
     prefetch_storage(column.fingerprint.storage);
-  }
+  };
+  for (const KnownTensor& column : row.state) prefetch_column(column);
+  if (rows.carried.empty()) return;
+  prefetch_column(rows.carried[entry.row].master);
+  prefetch_column(rows.carried[entry.row].average);
 }
 
 // Takes the states of this step from the state dicts. Returns false when they are no longer as they were found.
@@ -91,6 +100,8 @@ bool States::follow(PyObject* state, PyObject* counts, Rows& rows) {
       if (!impl || !row.state[c].renew(impl)) return false;
       columns.state[c].data = data_of(impl);
       if (!columns.state[c].data && columns.numel) return false;
+      if (is_coded(columns.state[c].dtype) && odd(columns.state[c].data)) [[unlikely]]
+        return false;
     }
     if (!rows.carried.empty()) [[unlikely]] {
       for (int c = kMasterKey; c < kKeys; ++c) {
@@ -203,7 +214,8 @@ const char* States::take_column(const Found& found, int c, size_t r, Rows& rows)
   const bool rules_own = c < rule_.state_count;
   if (rules_own && precision_.form(c) == Form::kCoded) {
     if (unreachable(impl, target_.type) || tensor.scalar_type() != at::kByte || !impl->is_contiguous() ||
-        tensor.device() != cold.order.device() || tensor.dim() != 1 || tensor.numel() != coded_bytes(row.numel)) {
+        tensor.device() != cold.order.device() || tensor.dim() != 1 || tensor.numel() != coded_bytes(row.numel) ||
+        odd(data_of(impl))) {
       return "has codes of a state that are not those of its elements";
     }
     if (!in_order(found.objects[1 + c], cold.order.dimensions())) {
@@ -227,13 +239,13 @@ const char* States::take_column(const Found& found, int c, size_t r, Rows& rows)
   const bool pieces = c == kMasterKey && (type == at::kShort || type == at::kByte);
   if (pieces) {
     if (row.param.dtype != DType::kBFloat16) return kUnusable;
-    const at::Tensor stand_in = type == at::kShort ? tensor.view(at::kHalf) : tensor.to(at::kHalf);
-    if (cold.order.describe(stand_in, column, layout, true)) return kUnusable;
+    if (cold.order.describe_pieces(tensor, column, layout)) return kUnusable;
     column.dtype = type == at::kShort ? DType::kLow16 : DType::kLow8;
     return nullptr;
   }
   if (cold.order.describe(tensor, column, layout, true)) return kUnusable;
   if (c == kMasterKey && column.dtype != DType::kFloat32) return kUnusable;
+  if (c == kAverageKey && column.dtype != DType::kFloat32 && column.dtype != DType::kFloat64) return kUnusable;
   if (rules_own && precision_.form(c) == Form::kRoot) {
     if (column.dtype != DType::kFloat16) return kUnusable;
     column.dtype = DType::kRoot16;

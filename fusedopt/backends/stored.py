@@ -112,7 +112,9 @@ class Stored:
             return
         average, value = self._state["ema"], self.weights()
         of_value = torch.tensor(weight, dtype=average.dtype, device=average.device)
-        if of_value < 0.5:
+        if weight == 1:
+            average.copy_(value)
+        elif of_value < 0.5:
             average.copy_(average + of_value * (value - average))
         else:
             average.copy_(value - (value - average) * (1 - of_value))

@@ -60,7 +60,13 @@ class Adam(Rule):
     columns = (
         StateColumn("exp_avg"),
         StateColumn("exp_avg_sq", squares=True),
-        StateColumn("max_exp_avg_sq", needed=lambda group: bool(group["amsgrad"]), may_start_late=True, squares=True),
+        StateColumn(
+            "max_exp_avg_sq",
+            needed=lambda group: bool(group["amsgrad"]),
+            may_start_late=True,
+            squares=True,
+            only_grows=True,
+        ),
     )
     trials = (
         {"lr": 0.1, "weight_decay": 0.1},

@@ -109,9 +109,11 @@ def marked_order(param: Tensor, codes: Tensor) -> list[int]:
 
     See Note [The order of codes] in csrc/plan/states.cpp, which reads the mark and sets it as well.
     """
+    order = order_of_codes(param)
+    dims = sorted(order)
     if not hasattr(codes, "_codes_order"):
-        codes._codes_order = tuple(order_of_codes(param))  # type: ignore[attr-defined]
-    return list(codes._codes_order)  # type: ignore[attr-defined]
+        codes._codes_order = tuple(map(dims.index, order))  # type: ignore[attr-defined]
+    return [dims[rank] for rank in codes._codes_order]  # type: ignore[attr-defined]
 
 
 def flattened(tensor: Tensor, order: list[int]) -> Tensor:
@@ -221,6 +223,8 @@ def _to_float16(values: Tensor, random: Tensor | None) -> Tensor:
 
 
 def _root_to_float16(roots: Tensor, random: Tensor | None) -> Tensor:
+    # An infinity would stay one for ever, and its weight would never move again.
+    roots = torch.where(roots.isfinite(), roots.clamp(max=65504.0), roots)
     half = _to_float16(roots, random)
     smallest = torch.ones_like(half, dtype=torch.int16).view(torch.float16)
     return torch.where((roots > 0) & (half == 0), smallest, half)
@@ -357,4 +361,7 @@ def join(high: Tensor, low: Tensor) -> Tensor:
     """The float32 of the two pieces that :func:`split` made."""
     upper = (high.contiguous().view(torch.int16).long() & 0xFFFF) << 16
     lower = low.long() if low.dtype == torch.int16 else _signed(low.long(), 8) << 8
-    return _floats((upper + lower) & _WORD)
+    joined = (upper + lower) & _WORD
+    # Where somebody has written another bfloat16, the rest may lead across zero or to NaN.
+    spoils = ((joined & 0x7FFFFFFF) > 0x7F800000) & ((upper & 0x7FFFFFFF) <= 0x7F800000)
+    return _floats(torch.where(((joined ^ upper) >> 31 != 0) | spoils, upper, joined))

@@ -72,6 +72,9 @@ class Average:
                 object.__setattr__(self, name, float(value))
         object.__setattr__(self, "begin", check_whole_number("ema begin", self.begin, 0))
         object.__setattr__(self, "interval", check_whole_number("ema interval", self.interval, 1))
+        for name in ("begin", "interval"):
+            if getattr(self, name) > 2**53:
+                raise ValueError(f"Invalid ema {name}: {getattr(self, name)}; expected at most 2^53 steps")
         if self.gamma is not None:
             object.__setattr__(self, "gamma", float(check_number("ema gamma", self.gamma, exclusive=True)))
 
@@ -322,6 +325,14 @@ def _parse_state_dtype(rule: Rule, state_dtype: Any) -> tuple[tuple[str, str], .
                 raise ValueError(f"state_dtype: unknown state {name!r}; {did_you_mean(str(name), columns)}")
         given = {name: value for name, value in state_dtype.items() if value is not None}
         asked = {name: _name_of(value, f"state_dtype[{name!r}]") for name, value in given.items()}
+    # What only grows never forgets what rounding has added to it.
+    coarse = {column.name for column in rule.columns if column.only_grows and asked.get(column.name) == "int8"}
+    if coarse and isinstance(state_dtype, Mapping):
+        name = min(coarse)
+        raise ValueError(
+            f"state_dtype[{name!r}]: a maximum would grow by rounding in 'int8'; expected 'bfloat16' or more"
+        )
+    asked |= dict.fromkeys(coarse, "bfloat16")
     return tuple((name, asked[name]) for name in columns if name in asked)
 
 

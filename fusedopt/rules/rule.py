@@ -76,12 +76,14 @@ class StateColumn:
         may_start_late: it is right as zeros, too, when its group asks for it only after some steps.
         squares: it is a mean of squares, which a few bits hold in their own way: Note [Means of squares] in
             csrc/storage.h.
+        only_grows: it is a maximum over steps; ``'int8'`` keeps it in bfloat16.
     """
 
     name: str
     needed: Callable[[Mapping[str, Any]], bool] = lambda group: True
     may_start_late: bool = False
     squares: bool = False
+    only_grows: bool = False
 
 
 class Rule(abc.ABC):

@@ -190,6 +190,7 @@ def write(
             root = tl.sqrt(x)
         else:
             root = square_root(x)
+        root = tl.where((root > 65504.0) & (root - root == 0), 65504.0, root)  # an infinity would stay one for ever
         half = half_of(root, random, F16, CHANCE)
         half = tl.where((root > 0) & (half == 0), 1, half).to(tl.uint16)  # not zero unless it is
         tl.store(pointer(address, mask, tl.uint16) + at, half, mask=mask)
@@ -203,16 +204,23 @@ def write(
 
 
 @triton.jit
+def joined(high, rest):
+    """The float32 of two pieces; where somebody has written another bfloat16, the rest may lead astray."""
+    both = high + rest
+    spoils = ((both & 0x7FFFFFFF) > 0x7F800000) & ((high & 0x7FFFFFFF) <= 0x7F800000)
+    return tl.where((((both ^ high) >> 31) != 0) | spoils, high, both).to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def read_master(p_data, m_data, p_at, m_at, mask, PARAM: tl.constexpr, MASTER: tl.constexpr):
     """The float32 that a parameter and its master are together."""
     shown = load(p_data, p_at, mask, PARAM, tl.float32)
     if MASTER == LOW16:
         rest = tl.load(pointer(m_data, mask, tl.int16) + m_at, mask=mask).to(tl.int32).to(tl.uint32, bitcast=True)
-        return (shown.to(tl.uint32, bitcast=True) + rest).to(tl.float32, bitcast=True)
+        return joined(shown.to(tl.uint32, bitcast=True), rest)
     elif MASTER == LOW8:
         rest = tl.load(pointer(m_data, mask, tl.int8) + m_at, mask=mask).to(tl.int32) * 256
-        rest = rest.to(tl.uint32, bitcast=True)
-        return (shown.to(tl.uint32, bitcast=True) + rest).to(tl.float32, bitcast=True)
+        return joined(shown.to(tl.uint32, bitcast=True), rest.to(tl.uint32, bitcast=True))
     else:
         # Where the parameter is not the master's rounding, somebody has changed it, and it is what counts.
         master = load(m_data, m_at, mask, MASTER, tl.float32)
@@ -252,4 +260,5 @@ def add_to_average(address, at, mask, x, weight, DTYPE: tl.constexpr):
     average = load(address, at, mask, DTYPE, T)
     small = average + weight * (x - average)
     average = tl.where(weight < 0.5, small, x - (x - average) * (1 - weight))
+    average = tl.where(weight == 1, x, average)
     store(address, at, mask, average, DTYPE)
