@@ -94,7 +94,7 @@ class TestPages:
         assert stale(results, root)
         write(results, root)
         assert stale(Results(results.folder), root) == []
-        readme, averaging, benchmarks, precision, trainers = ((root / page).read_text() for page in pages.PAGES)
+        readme, averaging, benchmarks, _precision, trainers = ((root / page).read_text() for page in pages.PAGES)
         assert "![Loss curves and step times of the demo](docs/demo.png)" in readme
         stock, other = "as fast as torch's for-loop AdamW", "as fast as torch's fused AdamW"
         assert (
