@@ -4,4 +4,4 @@
 the arguments of `fusedopt bench`.
 """
 
-from . import in_backward, peers, tricks  # noqa: F401  they add their contenders
+from . import in_backward, kept, peers, tricks  # noqa: F401  they add their contenders

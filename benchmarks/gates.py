@@ -74,7 +74,7 @@ class Gate:
             return self.known[1]
         pairs = {"ratio": (self.their_times.total, ours)} if ours else {}
         if self.bandwidth:
-            moved = self.case.parameters * self.case.bytes_per_parameter
+            moved = self.case.parameters * CONTENDERS[self.ours].bytes_moved(self.case)
             pairs["bandwidth"] = [moved / rate for rate in self.bandwidth], self.our_times.work
         if self.steps:
             pairs["host_us"] = self.steps, [1e-6] * len(self.steps)

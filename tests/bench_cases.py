@@ -12,6 +12,7 @@ from importlib.machinery import ModuleSpec
 import pytest
 import torch
 
+from benchmarks.kept import OnPrecision
 from benchmarks.peers import Peer
 from fusedopt.bench import CONTENDERS, DTYPES, GROUPINGS, OPTIMIZERS, RECIPES, Case, Contender, run
 from fusedopt.bench.contenders import OURS, RIVAL, Fused, TorchFused, initial_tensors
@@ -28,7 +29,10 @@ ELSEWHERE = ["torch-compiled", "torch-graphed"]
 HERE = [
     name
     for name in CONTENDERS
-    if name.startswith((OURS, "torch-")) and name not in ELSEWHERE and not name.endswith("-in-backward")
+    if name.startswith((OURS, "torch-"))
+    and name not in ELSEWHERE
+    and not name.endswith("-in-backward")
+    and not issubclass(CONTENDERS[name], OnPrecision)
 ]
 #: Those that compile something for each case, or at first.
 COMPILING = ["torch-compiled", "deepspeed", "torchao", "torchao-8bit"]

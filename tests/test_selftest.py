@@ -26,7 +26,7 @@ from fusedopt.backends import (
 )
 from fusedopt.backends import triton as triton_backend
 from fusedopt.cli import info, main
-from fusedopt.rules import RULES
+from fusedopt.rules import PLAIN, RULES, Precision
 
 CPU = torch.device("cpu")
 ADAM = RULES["adam"]
@@ -303,9 +303,9 @@ class Counted(EmulatedBackend):
     trials = 0
 
     @classmethod
-    def for_trial(cls, rule: Any, device: torch.device) -> Any:
+    def for_trial(cls, rule: Any, device: torch.device, precision: Any = PLAIN) -> Any:
         cls.trials += 1
-        return super().for_trial(rule, device)
+        return super().for_trial(rule, device, precision)
 
 
 @pytest.fixture
@@ -397,6 +397,170 @@ def test_another_value_is_a_mistake(value: str, monkeypatch: pytest.MonkeyPatch)
 def test_what_runs_on_a_cpu_is_not_tried(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(selftest, "try_mode", lambda *arguments: pytest.fail("tried"))
     assert fusedopt.FusedAdamW(parameters([(3,)])).backend_in_use == "native"
+
+
+# --- State in fewer bits -----------------------------------------------------------------------------------------
+
+BRAIN, FLOAT = torch.bfloat16, torch.float32
+KEPT: dict[str, tuple[torch.dtype, dict[str, Any]]] = {
+    "bfloat16 states": (FLOAT, {"state_dtype": "bfloat16"}),
+    "bfloat16 states by chance": (FLOAT, {"state_dtype": "bfloat16", "stochastic_rounding": True}),
+    "roots": (FLOAT, {"state_dtype": "float16", "ema": {"decay": 0.9}}),
+    "codes": (FLOAT, {"state_dtype": "int8"}),
+    "codes by chance of float64": (torch.float64, {"state_dtype": "int8", "stochastic_rounding": {"seed": 9}}),
+    "weights by chance": (BRAIN, {"stochastic_rounding": True, "ema": {"momentum": 0.1, "begin": 50}}),
+    "master": (torch.float16, {"master": "float32", "state_dtype": "float16"}),
+    "split": (BRAIN, {"master": "split", "state_dtype": "bfloat16", "ema": {"decay": 0.99}}),
+    "split8": (BRAIN, {"master": "split8", "state_dtype": "int8", "stochastic_rounding": True}),
+}
+
+
+def trial_of(kept: str, rule: Any = ADAM) -> tuple[torch.dtype, Precision]:
+    dtype, settings = KEPT[kept]
+    return dtype, selftest.on_trial(Precision.parse(rule, **settings))
+
+
+@each_kind
+@pytest.mark.parametrize("kept", KEPT)
+def test_right_kernels_pass_with_state_in_fewer_bits(kept: str, kind: type[Any]) -> None:
+    modes = selftest.MODES if kind is EmulatedBackend else ("full",) if kept in ("roots", "split8") else ()
+    for rule in RULES.values() if kind is EmulatedBackend else [ADAM]:
+        dtype, precision = trial_of(kept, rule)
+        for mode in modes:
+            assert selftest.try_mode(kind, rule, CPU, dtype, mode, precision) is None
+
+
+def moves(key: str, by: Callable[[torch.Tensor], None]) -> Callable[..., StepReport]:
+    """Does something to a column of the last parameter of the first group."""
+
+    def act(step: Any, groups: Any, state: Any, request: Any) -> StepReport:
+        report = step(groups, state, request)
+        param = groups[0]["params"][0]
+        by(param.detach() if key == "param" else state[param][key])
+        return report
+
+    return act
+
+
+def next_but_one(bits_of: torch.dtype, at: int = 7) -> Callable[[torch.Tensor], None]:
+    def move(column: torch.Tensor) -> None:
+        column.view(-1).view(bits_of)[at] += 2
+
+    return move
+
+
+def last_scale(column: torch.Tensor) -> None:
+    column[-2:].view(torch.int16)[0] += 2
+
+
+def padding(column: torch.Tensor) -> None:
+    column[2085] = 1
+
+
+def stays(key: str) -> Callable[..., StepReport]:
+    """Does not write a column."""
+
+    def act(step: Any, groups: Any, state: Any, request: Any) -> StepReport:
+        before = [{k: v.clone() for k, v in state.get(p, {}).items()} for g in groups for p in g["params"]]
+        report = step(groups, state, request)
+        for param, mine in zip((p for g in groups for p in g["params"]), before, strict=True):
+            state[param][key].copy_(mine.get(key, torch.zeros_like(state[param][key])))
+        return report
+
+    return act
+
+
+KEPT_FAULTS: dict[str, tuple[str, str, Callable[..., StepReport]]] = {
+    "moment": ("bfloat16 states", r"exp_avg is .*, expected", moves("exp_avg", next_but_one(torch.int16))),
+    "root": ("roots", r"exp_avg_sq_root is .*, expected", moves("exp_avg_sq_root", next_but_one(torch.int16))),
+    "code": ("codes", r"exp_avg_codes is \d+, expected \d+", moves("exp_avg_codes", next_but_one(torch.uint8))),
+    "scale": ("codes", r"exp_avg_sq_codes, a scale, is", moves("exp_avg_sq_codes", last_scale)),
+    "padding": ("codes", r"exp_avg_codes is 1 after its last code, expected 0", moves("exp_avg_codes", padding)),
+    "low bits": ("split", r"param with master_low is .*, expected", moves("master_low", lambda low: low.add_(999))),
+    "no low bits": ("split8", r"param with master_low", stays("master_low")),
+    "master": ("master", r"master is .*, expected", moves("master", lambda master: master.mul_(1 + 1e-5))),
+    "rounded master": ("master", r"param is .*, expected", moves("param", next_but_one(torch.int16))),
+    "average": ("roots", r"ema is .*, expected", stays("ema")),
+    "average of a split": ("split", r"ema is .*, expected", moves("ema", lambda average: average.mul_(1 + 1e-5))),
+    "half a skip": ("codes", r"\(step 3, which is to be skipped\)", updates_where_it_should_skip),
+}
+
+
+@needs_emulator
+@pytest.mark.parametrize("fault", KEPT_FAULTS)
+def test_a_kernel_that_keeps_state_wrongly_is_noticed_and_named(fault: str) -> None:
+    kept, expect, act = KEPT_FAULTS[fault]
+    dtype, precision = trial_of(kept)
+    faulty = Fault("check", expect, act).planted_in(EmulatedBackend)
+    found = selftest.try_mode(faulty, ADAM, CPU, dtype, "check", precision)
+    assert found is not None
+    assert found.startswith(f"rule adam, {selftest._name(dtype)}, mode check, ")
+    assert "=" in found.split(":")[0]
+    assert re.search(expect, found), found
+
+
+@needs_emulator
+@pytest.mark.parametrize(
+    "kept", ["bfloat16 states by chance", "codes", "codes by chance of float64", "weights by chance", "split8"]
+)
+def test_other_random_bits_are_noticed(kept: str) -> None:
+    class Otherwise(EmulatedBackend):
+        name = "otherwise"
+
+        def _how_state_is_kept(self) -> dict[str, Any]:
+            keys, master, (draws, seed), average, numbers = super()._how_state_is_kept()["precision"]
+            return {"precision": (keys, master, (draws, seed + 1), average, numbers)}
+
+    dtype, precision = trial_of(kept)
+    found = selftest.try_mode(Otherwise, ADAM, CPU, dtype, "full", precision)
+    assert found is not None
+    assert re.search(r"\d+ of \d+ were rounded otherwise than expected \(step 1\)", found), found
+
+
+@needs_emulator
+def test_rounding_to_nearest_in_the_place_of_chance_is_noticed() -> None:
+    class Nearest(EmulatedBackend):
+        name = "nearest"
+
+        def _how_state_is_kept(self) -> dict[str, Any]:
+            keys, master, _, average, numbers = super()._how_state_is_kept()["precision"]
+            return {"precision": (keys, master, (False, 0), average, numbers)}
+
+    for kept in ("bfloat16 states by chance", "weights by chance", "split8"):
+        dtype, precision = trial_of(kept)
+        assert "rounded otherwise" in (selftest.try_mode(Nearest, ADAM, CPU, dtype, "bare", precision) or "")
+
+
+def test_each_precision_is_proved_once_whatever_its_seed_and_average(counted: type[Counted]) -> None:
+    def make(**settings: Any) -> int:
+        fusedopt.FusedAdamW(parameters([(3,)]), **settings)
+        return counted.trials
+
+    assert make(state_dtype="int8") == 3
+    assert make(state_dtype="int8") == 3
+    assert make(state_dtype="int8", stochastic_rounding=True) == 6
+    assert make(state_dtype="int8", stochastic_rounding={"seed": 7}) == 6
+    assert make(ema={"decay": 0.9}) == 9
+    assert make(ema={"momentum": 0.2, "begin": 4}) == 9
+    assert make() == 12
+
+
+@needs_emulator
+def test_a_fault_in_the_forms_that_an_optimizer_uses_costs_that_optimizer_the_backend(
+    offer: Callable[..., None],
+) -> None:
+    def act(step: Any, groups: Any, state: Any, request: Any) -> StepReport:
+        report = step(groups, state, request)
+        for mine in state.values():
+            if "exp_avg_codes" in mine:
+                mine["exp_avg_codes"][0] += 2
+        return report
+
+    offer(Fault("bare", "", act).planted_in(EmulatedBackend))
+    assert fusedopt.FusedAdamW(parameters([(3,)])).backend_in_use == "faulty-emulated"
+    text = "rule adam, float32, mode bare, state_dtype='int8': exp_avg_codes is .*; using the slow reference backend"
+    with pytest.warns(UserWarning, match=text):
+        assert fusedopt.FusedAdamW(parameters([(3,)]), state_dtype="int8").backend_in_use == "reference"
 
 
 # --- When it has to wait -----------------------------------------------------------------------------------------
@@ -583,13 +747,16 @@ def test_it_is_a_few_launches() -> None:
 
 # --- The table ---------------------------------------------------------------------------------------------------
 
+#: Of a rule: all dtypes in all modes, and forms in fewer bits.
+ROWS = 4 * 3 + len(selftest._KEPT)
+
 
 @needs_emulator
 def test_the_table_has_every_rule_dtype_and_mode() -> None:
     text, good = info.self_test([CPU], [EmulatedBackend])
     assert good
     rows = text.splitlines()
-    assert len(rows) == len(RULES) * 4 * 3
+    assert len(rows) == len(RULES) * ROWS
     assert all(row.endswith("  ok") for row in rows)
     assert rows[0].startswith("emulated on cpu: sgd, float32, bare  ")
 
@@ -604,10 +771,10 @@ def test_a_difference_is_in_the_table_and_in_the_exit_code(
     monkeypatch.setattr(info, "info", lambda: "")
     assert main(["info", "--selftest"]) == 1
     rows = [row for row in capsys.readouterr().out.splitlines() if row.startswith("faulty-emulated on cpu: ")]
-    assert len(rows) == len(RULES) * 4 * 3
+    assert len(rows) == len(RULES) * ROWS
     wrong = [row for row in rows if not row.endswith("  ok")]
-    assert len(wrong) == len(RULES) * 4
-    assert all(re.search(r"mode full: grad_norm is [\d.]+, expected [\d.]+ \(step 1\)$", row) for row in wrong)
+    assert len(wrong) == len(RULES) * (4 + len(selftest._KEPT))
+    assert all(re.search(r"mode full.*: grad_norm is [\d.]+, expected [\d.]+ \(step 1\)$", row) for row in wrong)
 
 
 def test_a_backend_that_cannot_serve_is_listed_with_the_reason() -> None:

@@ -102,7 +102,7 @@ def create_backend(
         if not reasons and (reason := candidate.unavailable_for(rule)):
             reasons, say_why = [reason], True
         if not reasons:
-            problem, postponed = selftest.judge(candidate, rule, devices, dtypes)
+            problem, postponed = selftest.judge(candidate, rule, devices, dtypes, precision)
             if problem is not None:
                 reasons, say_why = [problem], True
         if not reasons:

@@ -148,9 +148,9 @@ class Backend(abc.ABC):
         return device.type != "cpu"
 
     @classmethod
-    def for_trial(cls, rule: Rule, device: torch.device) -> Backend:
+    def for_trial(cls, rule: Rule, device: torch.device, precision: Precision = PLAIN) -> Backend:
         """One for the steps of a self-test."""
-        return cls(rule, {device})
+        return cls(rule, {device}, precision)
 
     @abc.abstractmethod
     def step(

@@ -1,7 +1,9 @@
 """The self-test: a GPU kernel proves itself on the device before an optimizer is given to it.
 
 Each mode of a step (see Note [Three modes]) is run a few times on small tensors, once with values that a loss scaler
-skips, and all that it leaves is compared with the reference backend, which runs on the CPU in float64.
+skips, and all that it leaves is compared with the reference backend, which runs on the CPU in float64. An optimizer that
+keeps state in fewer bits is given a backend that has made these steps with its forms; there, the reference keeps them
+too: see :mod:`fusedopt.backends.selftest_kept`.
 """
 
 from __future__ import annotations
@@ -16,12 +18,24 @@ import torch
 from torch import Tensor
 
 from ..messages import SUPPORTED_DTYPES
-from ..rules import RULES, NormClip, Rule
+from ..rules import PLAIN, RULES, NormClip, Precision, Rule
 from ..rules.bounds import CLIPPED_ROUNDINGS, ROUNDINGS, error_bound
 from .base import Backend, StepReport, StepRequest
 from .reference import ReferenceBackend
+from .selftest_kept import difference, on_trial
 
-__all__ = ["MODES", "VARIABLE", "Result", "Verdict", "judge", "must_wait", "switched_on", "table", "try_mode"]
+__all__ = [
+    "MODES",
+    "VARIABLE",
+    "Result",
+    "Verdict",
+    "judge",
+    "must_wait",
+    "on_trial",
+    "switched_on",
+    "table",
+    "try_mode",
+]
 
 #: Environment variable that turns the self-test off with 0.
 VARIABLE = "FUSEDOPT_SELFTEST"
@@ -32,7 +46,19 @@ MODES = ("bare", "check", "full")
 _SHAPES = ((2085,), (5, 7))
 
 #: What was found out in this process: None, or what is wrong.
-_found: dict[tuple[type[Backend], str, torch.device, torch.dtype], str | None] = {}
+_found: dict[tuple[type[Backend], str, torch.device, torch.dtype, Precision], str | None] = {}
+
+#: Settings with which :func:`table` tries the forms in which state can be kept, and parameters of which dtype.
+_KEPT: tuple[tuple[torch.dtype, dict[str, Any]], ...] = (
+    (torch.float32, {"state_dtype": "bfloat16", "stochastic_rounding": True}),
+    (torch.float32, {"state_dtype": "float16", "ema": {"decay": 0.999}}),
+    (torch.float32, {"state_dtype": "int8"}),
+    (torch.float32, {"state_dtype": "int8", "stochastic_rounding": True}),
+    (torch.bfloat16, {"state_dtype": "bfloat16", "stochastic_rounding": True}),
+    (torch.bfloat16, {"state_dtype": "bfloat16", "master": "split"}),
+    (torch.bfloat16, {"state_dtype": "int8", "master": "split8"}),
+    (torch.float16, {"state_dtype": "float16", "master": "float32"}),
+)
 
 
 class Verdict(NamedTuple):
@@ -77,20 +103,25 @@ def must_wait(device: torch.device) -> bool:
 
 
 def judge(
-    backend: type[Backend], rule: Rule, devices: Iterable[torch.device], dtypes: Iterable[torch.dtype]
+    backend: type[Backend],
+    rule: Rule,
+    devices: Iterable[torch.device],
+    dtypes: Iterable[torch.dtype],
+    precision: Precision = PLAIN,
 ) -> Verdict:
     """Run the self-test as far as this process has not yet; what was found out stays."""
     postponed = False
-    on_trial = [device for device in devices if backend.must_prove_itself(device)]
-    for device in sorted(on_trial, key=str) if switched_on() else ():
+    precision = on_trial(precision)
+    unproved = [device for device in devices if backend.must_prove_itself(device)]
+    for device in sorted(unproved, key=str) if switched_on() else ():
         for dtype in (known for known in SUPPORTED_DTYPES if known in set(dtypes)):
-            key = (backend, rule.name, device, dtype)
+            key = (backend, rule.name, device, dtype, precision)
             if key not in _found:
                 if must_wait(device):
                     postponed = True
                     continue
                 try:
-                    problems = (try_mode(backend, rule, device, dtype, mode) for mode in MODES)
+                    problems = (try_mode(backend, rule, device, dtype, mode, precision) for mode in MODES)
                     _found[key] = next((problem for problem in problems if problem is not None), None)
                 except torch.OutOfMemoryError:  # which tells nothing of the kernels
                     postponed = True
@@ -101,7 +132,10 @@ def judge(
 
 
 def table(backend: type[Backend], device: torch.device) -> Iterator[Result]:
-    """Run all of it, whatever was found out before: each rule that the backend has, in each dtype and mode."""
+    """Run all of it, whatever was found out before: each rule that the backend has, in each dtype and mode.
+
+    Then, in the longest mode, forms that keep state in fewer bits.
+    """
     for rule in RULES.values():
         if backend.unavailable_for(rule) is not None:
             continue
@@ -109,18 +143,39 @@ def table(backend: type[Backend], device: torch.device) -> Iterator[Result]:
             for mode in MODES:
                 problem = try_mode(backend, rule, device, dtype, mode)
                 yield Result(rule.name, _name(dtype), mode, problem)
+        for dtype, settings in _KEPT:
+            precision = on_trial(Precision.parse(rule, **settings))
+            problem = try_mode(backend, rule, device, dtype, "full", precision)
+            yield Result(rule.name, _name(dtype), f"full, {_words(rule, precision)}", problem)
 
 
-def try_mode(backend: type[Backend], rule: Rule, device: torch.device, dtype: torch.dtype, mode: str) -> str | None:
+def try_mode(
+    backend: type[Backend],
+    rule: Rule,
+    device: torch.device,
+    dtype: torch.dtype,
+    mode: str,
+    precision: Precision = PLAIN,
+) -> str | None:
     """Make the steps of one mode, and tell in what they differ from the reference: None when in nothing.
+
+    Args:
+        backend: to make them.
+        rule: whose.
+        device: where.
+        dtype: of the parameters.
+        mode: one of :data:`MODES`.
+        precision: in what form state is kept, as :func:`fusedopt.backends.selftest_kept.on_trial` has it.
 
     Raises:
         torch.OutOfMemoryError: there was no memory for them.
     """
     where = f"rule {rule.name}, {_name(dtype)}, mode {mode}"
+    if not precision.is_plain:
+        where += f", {_words(rule, precision)}"
     try:
         with _undisturbed(device):
-            problem = _run(backend.for_trial(rule, device), device, dtype, mode)
+            problem = _run(backend.for_trial(rule, device, precision), device, dtype, mode)
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # of a launch, of a compiler, of a driver: each has its own
@@ -163,14 +218,16 @@ def _made_up(generator: torch.Generator, shape: tuple[int, ...]) -> Tensor:
 
 
 def _run(backend: Backend, device: torch.device, dtype: torch.dtype, mode: str) -> str | None:
-    rule = backend.rule
+    rule, precision = backend.rule, backend.precision
     generator = torch.Generator("cpu").manual_seed(0)
-    shapes = [shape for _ in rule.trials for shape in _SHAPES]
+    sample = torch.zeros((), dtype=dtype, device="cpu")
+    trials = [group for group in rule.trial_settings() if precision.refusal(rule, group, sample) is None]
+    shapes = [shape for _ in trials for shape in _SHAPES]
     # A parameter and its gradient have one sign, so that nothing cancels and the bound is simple.
     signs = [torch.where(_made_up(generator, shape) < 1, -1.0, 1.0).double() for shape in shapes]
     values = [(sign * _made_up(generator, shape)).to(dtype) for sign, shape in zip(signs, shapes, strict=True)]
     params = [torch.nn.Parameter(value.to(device)) for value in values]
-    groups = _groups(rule, params)
+    groups = _groups(trials, params)
     state: defaultdict[Tensor, dict[str, Any]] = defaultdict(dict)
     after = _contents(params, state)
 
@@ -182,15 +239,20 @@ def _run(backend: Backend, device: torch.device, dtype: torch.dtype, mode: str) 
             param.grad = grad.to(device) if grad.dim() == 1 else grad.t().contiguous().to(device).t()
         before = after
 
+        wide = torch.float64 if precision.is_plain else dtype
         twins = [
-            torch.nn.Parameter(now["param"].clone().view(shape)) for now, shape in zip(before, shapes, strict=True)
+            torch.nn.Parameter(now["param"].clone().view(shape).to(wide))
+            for now, shape in zip(before, shapes, strict=True)
         ]
         twin_state: defaultdict[Tensor, dict[str, Any]] = defaultdict(dict)
-        for twin, grad, now in zip(twins, grads, before, strict=True):
-            twin.grad = grad.double()
-            twin_state[twin] = {k: v.clone().view(() if k == "step" else twin.shape) for k, v in now.items()}
-            del twin_state[twin]["param"]
-        expected = ReferenceBackend(rule).step(_groups(rule, twins), twin_state, request)
+        for twin, grad, now, param in zip(twins, grads, before, params, strict=True):
+            twin.grad = grad.to(wide)
+            for key, value in now.items():
+                if key != "param":
+                    stored = state[param][key]
+                    of = torch.float64 if precision.is_plain else stored.dtype
+                    twin_state[twin][key] = value.clone().view(stored.shape).to(of)
+        expected = ReferenceBackend(rule, precision=precision).step(_groups(trials, twins), twin_state, request)
         report = backend.step(groups, state, request)
         after = _contents(params, state)
 
@@ -198,18 +260,22 @@ def _run(backend: Backend, device: torch.device, dtype: torch.dtype, mode: str) 
         if problem is None:
             exact = _contents(twins, twin_state)
             roundings = 0 if skipped else ROUNDINGS if request.clip is None else CLIPPED_ROUNDINGS
-            problem = _differs_in_contents(before, after, exact, dtype, roundings)
+            if precision.is_plain:
+                problem = _differs_in_contents(before, after, exact, dtype, roundings)
+            else:
+                columns = ({"param": twin, **twin_state[twin]} for twin in twins)
+                stored_in = [{name: column.dtype for name, column in of.items()} for of in columns]
+                rows = zip(before, after, exact, stored_in, strict=True)
+                differences = (difference(precision, *row, roundings) for row in rows)
+                problem = next((each for each in differences if each is not None), None)
         if problem is not None:
             return f"{problem} (step {number}{', which is to be skipped' if skipped else ''})"
     return None
 
 
-def _groups(rule: Rule, params: Sequence[Tensor]) -> list[dict[str, Any]]:
+def _groups(trials: Sequence[Mapping[str, Any]], params: Sequence[Tensor]) -> list[dict[str, Any]]:
     size = len(_SHAPES)
-    return [
-        {"params": list(params[i * size : (i + 1) * size]), **rule.hyperparameters(**settings).as_defaults()}
-        for i, settings in enumerate(rule.trials)
-    ]
+    return [{"params": list(params[i * size : (i + 1) * size]), **settings} for i, settings in enumerate(trials)]
 
 
 def _contents(params: Sequence[Tensor], state: Mapping[Tensor, dict[str, Any]]) -> list[dict[str, Tensor]]:
@@ -274,6 +340,11 @@ def _differs(name: str, found: Tensor, exact: Tensor, bound: Tensor) -> str | No
     excess = torch.where(same, -1.0, (error / bound.clamp(min=1e-300)).nan_to_num(torch.inf, torch.inf))
     worst = int(excess.argmax())
     return f"{name} is {found[worst].item():.10g}, expected {exact[worst].item():.10g}"
+
+
+def _words(rule: Rule, precision: Precision) -> str:
+    """Those settings that are not the usual ones."""
+    return ", ".join(f"{name}={value!r}" for name, value in precision.settings(rule).items() if value)
 
 
 def _name(dtype: torch.dtype) -> str:

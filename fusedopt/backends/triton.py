@@ -340,8 +340,8 @@ class TritonBackend(PlanBackend):
         super().__init__(rule, devices, precision)
 
     @classmethod
-    def for_trial(cls, rule: Rule, device: torch.device) -> TritonBackend:
-        return cls(rule, {device}, may_measure=False)
+    def for_trial(cls, rule: Rule, device: torch.device, precision: Precision = PLAIN) -> TritonBackend:
+        return cls(rule, {device}, precision, may_measure=False)
 
     def _make_plan(self) -> Any:
         launcher = Launcher(self.rule, self._device_type)

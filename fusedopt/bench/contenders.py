@@ -83,6 +83,11 @@ class Contender:
         """Why it cannot run this case, or None."""
         return None
 
+    @classmethod
+    def bytes_moved(cls, case: Case) -> float:
+        """Bytes for each parameter that two passes have to move: what its speed is compared with."""
+        return case.bytes_per_parameter
+
     def make_params(self) -> dict[str, nn.Parameter]:
         """The parameters by name, with their initial values."""
         return {name: nn.Parameter(value) for name, value, _ in initial_tensors(self.case)}

@@ -60,13 +60,18 @@ class Result:
 
     def bytes_per_second(self, name: str) -> float:
         """Bytes per second, if the contender moves exactly what two passes have to move."""
-        return self.case.parameters * self.case.bytes_per_parameter / statistics.median(self.times[name].work)
+        return self._moved(name) / statistics.median(self.times[name].work)
 
     def share_of_bandwidth(self, name: str) -> float:
         """``bytes_per_second`` divided by the memory bandwidth of the same round: the median of the rounds."""
-        moved = self.case.parameters * self.case.bytes_per_parameter
+        moved = self._moved(name)
         rounds = zip(self.times[name].work, self.bandwidth, strict=True)
         return statistics.median(moved / seconds / bandwidth for seconds, bandwidth in rounds)
+
+    def _moved(self, name: str) -> float:
+        """Bytes that two passes of a contender have to move."""
+        known = CONTENDERS.get(name, Contender)
+        return self.case.parameters * known.bytes_moved(self.case)
 
 
 def expected(case: Case) -> Iterator[tuple[str, Tensor, Tensor]]:
