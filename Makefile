@@ -130,7 +130,8 @@ bench-full: setup
 bench-gate: setup
 	python -m benchmarks.gate
 
-# All figures of README.md and docs/, as JSON; about 15 minutes on a machine that does nothing else. docs/benchmarks.md.
+# All figures of README.md and docs/, as JSON; about 25 minutes on a machine that does nothing else, and the trainings
+# in each precision. docs/benchmarks.md.
 # The demonstration is the one training run of these pages, so the suite leaves its own out.
 measure: setup $(VENV)/.trainers
 	pytest benchmarks --benchmark-enable --benchmark-quiet -q -m quick --deselect benchmarks/test_training.py \
@@ -139,6 +140,8 @@ measure: setup $(VENV)/.trainers
 	python -m benchmarks.record $(BENCH_OUT)/demo/comparison.json $(MEASURED)-demo.json
 	python -m benchmarks.averaging --json $(MEASURED)-averaging.json
 	python -m benchmarks.host --json $(MEASURED)-host.json
+	python -m benchmarks.precision --out $(MEASURED)-precision.json
+	python -m benchmarks.fewer_bytes --instructions --out $(MEASURED)-bytes.json
 	python -m benchmarks.sharded --json $(MEASURED)-sharded.json
 	$(TRAINER_ENV) python -m benchmarks.trainers --json $(MEASURED)-trainers.json
 	python -m benchmarks.gate --keep-going --json $(MEASURED)-gates.json

@@ -64,7 +64,7 @@ KEPT: dict[str, Precise] = {
     "ema": Precise("an average in the update pass", EMA),
     "chance": Precise("weights by chance", CHANCE, "bf16"),
     **{
-        f"{master}-{name}": Precise(f"master {master}, {form} states", {"master": of, "state_dtype": form}, "bf16")
+        f"{master}-{name}": Precise(f"master {of}, {form} states", {"master": of, "state_dtype": form}, "bf16")
         for master, of in (("master", "float32"), ("split", "split"), ("split8", "split8"))
         for name, form in (("fp32", "float32"), ("bf16", "bfloat16"), ("int8", "int8"))
     },

@@ -23,7 +23,7 @@ from fusedopt.bench.tables import markdown, times
 from fusedopt.compare.comparison import Comparison
 from fusedopt.compare.figure import save_figure
 
-from . import averaging, case_words, host, precision, precision_figures, report, sharded, trainers
+from . import averaging, case_words, fewer_bytes, host, precision, precision_figures, report, sharded, trainers
 
 ROOT = Path(__file__).parents[1]
 #: The machine whose figures the pages show; what its files are named after.
@@ -202,6 +202,17 @@ def precisions(results: Results) -> str:
     return "\n\n".join(parts)
 
 
+def fewer(results: Results) -> str:
+    """What steps take whose state lies in fewer bytes."""
+    content = results.content("bytes")
+    if content is None:
+        return missing(results, "bytes")
+    about = content["environment"]
+    words = f"{about['threads']} threads, {content['rounds']} rounds"
+    size = f"AdamW with AMP and clipping, {content['tensors']} tensors of {content['elements']:,} elements"
+    return f"{_on(about)}; {words}; {size}:\n\n{fewer_bytes.table(content)}"
+
+
 SECTIONS: dict[str, Callable[[Results], str]] = {
     "demo": picture,
     "steps": steps,
@@ -212,6 +223,7 @@ SECTIONS: dict[str, Callable[[Results], str]] = {
     "sharded": sharded_steps,
     "trainers": under_trainers,
     "precision": precisions,
+    "bytes": fewer,
 }
 
 

@@ -24,6 +24,7 @@ from bench_cases import (
 )
 
 from benchmarks.in_backward import IN_BACKWARD
+from benchmarks.kept import KEPT
 from benchmarks.peers import Apex
 from fusedopt.backends import NativeBackend
 from fusedopt.bench import CONTENDERS, OPTIMIZERS, RECIPES, Case, run

@@ -37,7 +37,7 @@ from fusedopt.amp import GradScaler
 from fusedopt.backends import selftest, triton
 from fusedopt.cli.info import info
 from fusedopt.optimizers.next_step import clip_next_step
-from fusedopt.rules import RULES, NormClip
+from fusedopt.rules import RULES, NormClip, Precision
 from fusedopt.training.averaging import ExponentialMovingAverage
 from fusedopt.training.schedulers import (
     CosineAnnealingLR,
@@ -693,6 +693,42 @@ def test_without_clipping_results_are_those_of_the_cpu(option: str, dtype: torch
         torch.testing.assert_close(got, states(cpu), rtol=4 * eps, atol=2 * eps)
 
 
+each_kept = pytest.mark.parametrize("kept", range(len(selftest._KEPT)), ids=lambda kept: str(selftest._KEPT[kept][1]))
+
+
+@pytest.mark.parametrize("clip_grad", [None, {"type": "value", "clip_value": 0.1}], ids=["bare", "value"])
+@each_kept
+@pytest.mark.parametrize("option", ["sgd-nesterov", "adamw"])
+def test_state_in_fewer_bits_has_those_of_the_cpu(
+    option: str, kept: int, clip_grad: dict[str, Any] | None, served_by: str
+) -> None:
+    """To the bit, but for CUDA's pow in Adam's bias correction."""
+    cls, options = OPTIONS[option]
+    dtype, settings = selftest._KEPT[kept]
+    here, there = parameters(RAGGED, dtype), on_gpu(RAGGED, dtype)
+    cpu = cls(here, **copy.deepcopy(options), **settings, clip_grad=clip_grad, backend="native")
+    gpu = cls(there, **copy.deepcopy(options), **settings, clip_grad=clip_grad)
+    assert gpu.backend_in_use == served_by
+    for step in range(2):
+        for params, optimizer in ((here, cpu), (there, gpu)):
+            set_gradients(params, step)
+            optimizer.step()
+        assert list(states(gpu)) == list(states(cpu))
+        pairs = [*zip(there, here, strict=True), *zip(states(gpu).values(), states(cpu).values(), strict=True)]
+        # What codes and low bits are, a number apart, says nothing about the distance; the self-test looks at that.
+        alike = [bits([a]) == bits([b]) for a, b in pairs]
+        if cls is fusedopt.FusedSGD or served_by == "triton":
+            assert all(alike)
+            continue
+        for (found, want), same in zip(pairs, alike, strict=True):
+            if not same and want.is_floating_point():
+                eps = torch.finfo(want.dtype).eps
+                torch.testing.assert_close(found.detach().cpu(), want.detach(), rtol=4 * eps, atol=2 * eps)
+        with torch.no_grad():  # what was rounded otherwise would drift apart
+            for a, b in pairs:
+                a.copy_(b)
+
+
 @needs_triton
 @pytest.mark.parametrize("clip_grad", [None, {"type": "value", "clip_value": 0.1}, CLIP], ids=["bare", "value", "norm"])
 @each_dtype
@@ -921,6 +957,16 @@ def test_the_kernels_pass_the_self_test(dtype: torch.dtype, rule: str, served_by
         assert found == [None, None, None]
         record_property(f"selftest_{taken}_ms", round(milliseconds, 1))
         print(f"self-test of {served_by}, {rule}, {selftest._name(dtype)}, {taken}: {milliseconds:.1f} ms")
+
+
+@pytest.mark.parametrize("rule", RULES)
+@each_kept
+def test_the_kernels_pass_the_self_test_with_state_in_fewer_bits(kept: int, rule: str, served_by: str) -> None:
+    dtype, settings = selftest._KEPT[kept]
+    precision = selftest.on_trial(Precision.parse(RULES[rule], **settings))
+    kind = backends.BACKENDS[served_by]
+    found = [selftest.try_mode(kind, RULES[rule], CUDA, dtype, mode, precision) for mode in selftest.MODES]
+    assert found == [None, None, None]
 
 
 def test_the_self_test_may_wait_and_leaves_the_device_as_it_was(

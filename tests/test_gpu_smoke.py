@@ -1,5 +1,7 @@
 """What runs first on a GPU: a few steps of each rule with each combination of dtypes, in each mode of the kernels.
 
+And with state in fewer bits, whose kernels are others, compared as the self-test does.
+
 `.ci/gpu` runs these before all else, each launch waited for, and ends when one fails. Without a GPU they run emulated.
 """
 
@@ -11,6 +13,10 @@ import pytest
 import torch
 from cases import GPU, HAS_EMULATOR, INF, OPTIONS, SHORT, backend_name, bits, global_norm, parameters, set_gradients
 from oracle import CheckedStep
+
+from fusedopt import backends
+from fusedopt.backends import selftest
+from fusedopt.rules import RULES, Precision
 
 
 def variants() -> list[str]:
@@ -86,3 +92,14 @@ def test_steps_follow_the_formula(backend: str, option: str, dtypes: str, mode: 
     assert float(optimizer.last_step.found_inf) == 1
     assert bits([*params, *(value for state in optimizer.state.values() for value in state.values())]) == before
     assert not clip or not math.isfinite(float(optimizer.last_step.grad_norm))
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("kept", range(len(selftest._KEPT)), ids=lambda kept: str(selftest._KEPT[kept][1]))
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_steps_with_state_in_fewer_bits_are_the_reference_s(backend: str, rule: str, kept: int, mode: str) -> None:
+    dtype, settings = selftest._KEPT[kept]
+    precision = selftest.on_trial(Precision.parse(RULES[rule], **settings))
+    kind, device = backends.BACKENDS[backend_name(backend)], torch.empty(()).device
+    assert selftest.try_mode(kind, RULES[rule], device, dtype, mode, precision) is None

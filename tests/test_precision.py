@@ -11,7 +11,7 @@ import numpy as np
 import precision_oracle as exactly
 import pytest
 import torch
-from cases import BACKENDS, backend_name, bits, set_gradients
+from cases import BACKENDS, backend_name, bits, on_gpu, set_gradients
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from oracle import FORMULAS, ROUNDINGS, steps_taken
@@ -20,10 +20,12 @@ import fusedopt
 from fusedopt.rules import RULES, Precision, codes, keys_of
 from fusedopt.shards import numbers_of
 
-#: Where what is stored is compared with the formulas. The kernels of other devices have the bits of the CPU's: see
-#: test_cuda_precision.py and test_triton_precision.py.
-KEPT = [name for name in BACKENDS if name.startswith("native-") or name == "reference"]
-each_kept = pytest.mark.parametrize("backend", KEPT)
+#: Where what is stored is compared with the formulas, on a GPU where there is one. The kernels of other devices, run on
+#: this one, have the bits of the CPU's: see test_cuda_precision.py and test_triton_precision.py.
+KEPT = [name for name in BACKENDS if name.startswith("native-") or name in ("reference", "triton-cuda")]
+each_kept = pytest.mark.parametrize(
+    "backend", [pytest.param(name, marks=[pytest.mark.gpu] * on_gpu(name)) for name in KEPT]
+)
 
 SHAPES: list[tuple[int, ...]] = [(), (0,), (1,), (17,), (3, 5, 7), (129,), (13, 50)]
 OPTIONS: dict[str, tuple[Any, dict[str, Any]]] = {
@@ -45,7 +47,8 @@ KEEPING: list[dict[str, Any]] = [
 def made(shapes: list[tuple[int, ...]], dtype: torch.dtype, seed: int = 0) -> list[torch.nn.Parameter]:
     """Parameters, those of several dimensions with others than the usual strides."""
     generator = torch.Generator("cpu").manual_seed(seed)
-    values = [torch.randn(shape, generator=generator).to(dtype) for shape in shapes]
+    device = torch.get_default_device()
+    values = [torch.randn(shape, generator=generator, device="cpu").to(device, dtype) for shape in shapes]
     return [torch.nn.Parameter(value.transpose(0, -1) if value.dim() > 1 else value) for value in values]
 
 
@@ -103,7 +106,7 @@ class Checked:
                     optimizer.master == "split8"
                 )
                 assert (abs(weights(optimizer, param) - want["param"].exact) <= error).all()
-                rounded = torch.as_tensor(weights(optimizer, param)).float()
+                rounded = torch.as_tensor(weights(optimizer, param), device=param.device).float()
                 unit = 2.0 ** -(7 if param.dtype == torch.bfloat16 else 10)
                 assert ((param.detach().float() - rounded).abs() <= unit / 2 * rounded.abs() + 2.0**-25).all()
 
@@ -161,7 +164,7 @@ def test_rounding_by_chance_has_no_bias(form: str, backend: str) -> None:
     param.grad = values.clone()
     optimizer.step()
     key = "momentum_buffer_codes" if form == "int8" else "momentum_buffer"
-    stored = exactly.decoded(key, optimizer.state[param][key], param)[torch.as_tensor(values == values[1]).numpy()]
+    stored = exactly.decoded(key, optimizer.state[param][key], param)[(values == values[1]).cpu().numpy()]
     exact = float(values[1])
     low, high = float(stored.min()), float(stored.max())
     assert low < exact < high
@@ -243,7 +246,7 @@ def test_random_bits_depend_on_seed_step_column_and_element_alone(backend: str) 
     assert not torch.equal(first, buffers([0, 1], seed=1)[0])
     exact = np.float32(0.3).view(np.uint32)
     halves = np.array([exactly.random_half(0, 0, 1, 1, n) for n in range(100)], dtype=np.uint32)
-    assert (first.view(torch.int16).numpy().view(np.uint16) == (exact + halves) >> 16).all()
+    assert (first.view(torch.int16).cpu().numpy().view(np.uint16) == (exact + halves) >> 16).all()
 
 
 @each_kept
@@ -263,7 +266,7 @@ def test_split_is_a_float32_training_whose_parameter_is_rounded(option: str, bac
         split.step()
         float32.step()
         for half, whole in zip(halves, wholes, strict=True):
-            assert weights(split, half).tolist() == whole.detach().double().numpy().tolist()
+            assert weights(split, half).tolist() == whole.detach().double().cpu().numpy().tolist()
             high, low = codes.split(whole.detach(), 16)
             assert torch.equal(half.detach(), high)
             assert torch.equal(split.state[half]["master_low"], low) or not half.numel()
@@ -451,7 +454,7 @@ def test_the_average_is_mmengines(ema: dict[str, Any], dtype: torch.dtype, backe
             assert average.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
             assert average.stride() == param.stride()
             tolerance = 1e-12 if dtype == torch.float64 else 1e-5
-            np.testing.assert_allclose(average.double().numpy(), want, rtol=tolerance, atol=tolerance)
+            np.testing.assert_allclose(average.double().cpu().numpy(), want, rtol=tolerance, atol=tolerance)
 
 
 @each_kept

@@ -1,9 +1,9 @@
 """The self-test: a GPU kernel proves itself on the device before an optimizer is given to it.
 
 Each mode of a step (see Note [Three modes]) is run a few times on small tensors, once with values that a loss scaler
-skips, and all that it leaves is compared with the reference backend, which runs on the CPU in float64. An optimizer that
-keeps state in fewer bits is given a backend that has made these steps with its forms; there, the reference keeps them
-too: see :mod:`fusedopt.backends.selftest_kept`.
+skips, and all that it leaves is compared with the reference backend, which runs on the CPU in float64. An optimizer
+that keeps state in fewer bits is given a backend that has made these steps with its forms; there, the reference keeps
+them too: see :mod:`fusedopt.backends.selftest_kept`.
 """
 
 from __future__ import annotations

@@ -27,7 +27,7 @@ _16_BITS = (torch.bfloat16, torch.float16)
 
 
 def on_trial(precision: Precision) -> Precision:
-    """The precision that a self-test runs with: the same forms, with a seed and an average that show much in few steps."""
+    """The precision that a self-test runs with: the same forms, a seed, and an average that shows much in few steps."""
     return replace(
         precision,
         seed=None if precision.seed is None else _SEED,
@@ -154,10 +154,7 @@ def _average_apart(
 ) -> str | None:
     """The average: of what is stored, whatever that is."""
     assert precision.average is not None
-    if "master_low" in after:
-        value = _joined(after, dtypes["master_low"])
-    else:
-        value = after.get("master", after["param"])
+    value = _joined(after, dtypes["master_low"]) if "master_low" in after else after.get("master", after["param"])
     weight = precision.average.weight(int(after["step"][0]))
     want = was["ema"] + weight * (value - was["ema"])
     return _apart("ema", after["ema"], want, _bound(was["ema"], want, compute_dtype(after["ema"].to(dtypes["ema"])), 2))
