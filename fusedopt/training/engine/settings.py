@@ -26,7 +26,17 @@ __all__ = ["config_of_text", "differing", "optimizer_settings", "scheduler_setti
 #: Arguments of optimizers that no state holds, so that the config's values are in effect.
 _EFFECTIVE = {
     *("type", "_scope_", "params", "clip_grad", "write_back_grads", "backend", "optimizer_type", "process_group"),
-    *("parameters_as_bucket_view", "foreach", "fused", "capturable", "differentiable"),
+    *(
+        "state_dtype",
+        "master",
+        "stochastic_rounding",
+        "ema",
+        "parameters_as_bucket_view",
+        "foreach",
+        "fused",
+        "capturable",
+        "differentiable",
+    ),
 }
 #: Stands for a setting that one side does not have.
 NOT_SET = "not set"
