@@ -85,6 +85,9 @@ def copy(tmp_path: Path) -> tuple[Results, Path]:
     ratio = {"median": 1.6, "low": 1.5, "high": 1.7}
     gate = {"case": "a/b/c/d", "rival": "torch-fused", "limits": {"ratio": 1.5}, "verdict": "holds", "ratio": ratio}
     save({"torch": "2", "fusedopt": "0", "device": "cpu", "gates": [gate]}, results.path("gates"))
+    row = {"name": "float32", "held": 16.0, "freed": 4.0, "moved": 32.0, "seconds": [0.04] * 3}
+    size = {"tensors": 1, "elements": 10**7, "rounds": 3, "moved_by_probe": 10**9, "probe_seconds": [0.1] * 3}
+    save({"environment": ENVIRONMENT, **size, "rows": [row], "left_out": {}}, results.path("bytes"))
     return results, tmp_path
 
 
@@ -102,6 +105,7 @@ class TestPages:
             f"step is 1.25 times {stock} and 1.12 times {other}."
         ) in readme
         assert "AdamW, bare step" in benchmarks
+        assert "The memory moves 10 GB/s." in benchmarks
         assert "| all " in benchmarks and "1535.0" in benchmarks
         assert "1.60 [1.50, 1.70]" in benchmarks
         assert "3.00 [3.00, 3.00] | 1.5, holds" in benchmarks and "62.5 ms, 25%" in benchmarks
