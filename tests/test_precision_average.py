@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -99,6 +100,31 @@ class TestAveraged:
             assert optimizer.averages()[params[0]] is optimizer.state[params[0]]["ema"]
         assert everything(params, optimizer) == before
         optimizer.step()
+
+    @pytest.mark.parametrize("call", [copy.deepcopy, pickle.dumps])
+    def test_inside_the_block_nothing_is_copied(self, call: Any) -> None:
+        params = made()
+        optimizer = fusedopt.FusedAdamW(params, lr=0.05, ema={"decay": 0.9})
+        step(params, optimizer, 0, 1)
+        with optimizer.averaged(), pytest.raises(RuntimeError, match=r"inside of `with optimizer.averaged"):
+            call(optimizer)
+        call(optimizer)
+
+    def test_a_model_that_is_cast_inside_gets_its_own_weights_back(self) -> None:
+        model = nn.Linear(4, 4, bias=False)
+        optimizer = fusedopt.FusedAdamW(model.parameters(), lr=0.1, ema={"decay": 0.9})
+        step([model.weight], optimizer, 0, 1, 2)
+        own = model.weight.detach().clone()
+        for cast, dtype in ((model.bfloat16, BF16), (model.double, torch.float64)):
+            with optimizer.averaged():
+                cast()
+            assert torch.equal(model.weight, own.to(dtype))
+            model.float()
+            with torch.no_grad():
+                model.weight.copy_(own)
+        with optimizer.averaged():
+            model.weight.data = model.weight.data.clone()
+        assert torch.equal(model.weight, own)
 
     def test_without_an_average(self) -> None:
         optimizer = fusedopt.FusedAdamW(made(), lr=0.05)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 import fusedopt
 from fusedopt.cli.recipes import memory_of_each
-from fusedopt.optimizers.conversion import CODES_ORDER
+from fusedopt.optimizers.conversion import CODES_ORDER, CODES_SHAPE
 from fusedopt.rules.codes import CODE_BLOCK, FORMS, decode, encode, encode_again
 from fusedopt.rules.masters import low_of, master_of
 
@@ -77,6 +77,12 @@ def contents(optimizer: Any) -> list[dict[str, Any]]:
         {key: bits([value]) if isinstance(value, Tensor) else value for key, value in optimizer.state[param].items()}
         for param in params
     ]
+
+
+def adamw_saved(params: list[nn.Parameter]) -> Any:
+    """The state dict of an optimizer in float32 that has stepped once."""
+    step(others := twin(params), optimizer := adamw(others), 0)
+    return optimizer.state_dict()
 
 
 def values(optimizer: Any) -> list[Tensor]:
@@ -179,6 +185,20 @@ class TestItsOwnForm:
             expected = r"loaded state 'exp_avg_sq_codes' of parameter.*\[1\].*expected"
             with pytest.raises(ValueError, match=expected):
                 adamw(twin(params), state_dtype=state_dtype).load_state_dict(saved)
+
+    @pytest.mark.parametrize("state_dtype", ["int8", "bfloat16"])
+    @pytest.mark.parametrize("shape", [(8, 4), (3, 9), (20,), (32,), (4, 8, 1)])
+    def test_codes_of_another_shape_are_an_error(self, shape: Any, state_dtype: str) -> None:
+        params = made(shapes=[(4, 8)])
+        source = adamw(params, state_dtype="int8")
+        step(params, source, 0)
+        saved = copy.deepcopy(source.state_dict())
+        others = adamw(made(shapes=[shape]), state_dtype=state_dtype)
+        with pytest.raises(ValueError, match=r"'codes_shape' of parameter.* is \[4, 8\]; expected \["):
+            others.load_state_dict(saved)
+        assert not others.state
+        del saved["state"][0][CODES_SHAPE]  # of an older version
+        loaded(twin(params), saved, state_dtype=state_dtype)
 
     def test_one_state_in_two_forms_is_an_error(self) -> None:
         params = made()
@@ -317,7 +337,7 @@ class TestConversion:
         source = adamw(params, state_dtype=before)
         step(params, source, 0, 1, 2)
         target, said = loaded(again := twin(params), source.state_dict(), state_dtype=after)
-        same = before == after or (after is None and before == "bfloat16")
+        same = before == after
         if not isinstance(before, dict) and not isinstance(after, dict):
             same = same or {before, after} == {None, "float32"}
         assert (said == []) == same
@@ -328,6 +348,19 @@ class TestConversion:
             if same:
                 assert torch.equal(mine, given)
         step(again, target, 3)
+
+    @pytest.mark.parametrize("before", ["bfloat16", "float16", "int8"])
+    def test_back_to_none_is_as_wide_as_the_parameter(self, before: str) -> None:
+        params = made()
+        source = adamw(params, state_dtype=before)
+        step(params, source, 0)
+        target, said = loaded(again := twin(params), source.state_dict())
+        assert said == [f"fusedopt: loaded exp_avg ({before}), exp_avg_sq ({before}) are kept as float32 here"]
+        assert {target.state[param][key].dtype for param in again for key in ("exp_avg", "exp_avg_sq")} == {FP32}
+        narrow = [nn.Parameter(param.detach().to(BF16)) for param in params]
+        target, said = loaded(narrow, adamw_saved(params), state_dtype=None)
+        assert said == []
+        assert target.state[narrow[0]]["exp_avg"].dtype == FP32
 
     @pytest.mark.parametrize(("before", "after"), list(itertools.product(MASTERS, MASTERS)))
     @pytest.mark.parametrize("weights_first", [True, False])

@@ -75,21 +75,22 @@ def averages_in_place(optimizer: FusedOptimizer) -> Iterator[dict[Tensor, Tensor
     refuse_while_averaged(optimizer, "averaged()")
     averages = averages_of(optimizer)
     pairs = [
-        (local_of(param.detach()), local_of(average))
+        (param, local_of(average))
         for param, average in averages.items()
         if local_of(average).data_ptr() != local_of(param).data_ptr()
     ]
-    own = [mine.clone() for mine, _ in pairs]
+    own = [local_of(param.detach()).clone() for param, _ in pairs]
     optimizer._shared.averaged = True
     try:
         with torch.no_grad():
-            for mine, average in pairs:
-                mine.copy_(average)
+            for param, average in pairs:
+                local_of(param.detach()).copy_(average)
         yield averages
     finally:
         with torch.no_grad():
-            for (mine, _), value in zip(pairs, own, strict=True):
-                mine.copy_(value)
+            # A model that was cast or moved in the block has other memory now.
+            for (param, _), value in zip(pairs, own, strict=True):
+                local_of(param.detach()).copy_(value)
         optimizer._shared.averaged = False
 
 

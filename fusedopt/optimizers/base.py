@@ -191,9 +191,9 @@ class FusedOptimizer(Contents, torch.optim.Optimizer):
         Raises:
             TypeError: a parameter is sparse, complex, a tensor subclass with its own dispatch, or not a tensor.
             ValueError: a setting is out of range, a parameter appears twice, ``params`` is a used-up generator, the
-                group has a ``clip_grad`` of its own, or no process could know the norm that is to be clipped.
+                group has a ``clip_grad`` or ``state_dtype`` of its own, or no process could know the norm that is to be clipped.
         """
-        check_new_group(self.rule, self.defaults, param_group, len(self.param_groups))
+        check_new_group(self.rule, self._precision, self.defaults, param_group, len(self.param_groups))
         with unchanged_on_error(self.param_groups, *parameter_groups([param_group])):
             super().add_param_group(param_group)
             plain_groups(self.param_groups[-1:])
@@ -345,8 +345,8 @@ class FusedOptimizer(Contents, torch.optim.Optimizer):
         """Load a state dict of this optimizer or of torch's optimizer of the same name.
 
         State is converted to this optimizer's ``state_dtype``, ``master`` and ``ema``, which one warning says. Without
-        a ``state_dtype``, state tensors keep their dtype (torch casts them to the parameter's). Load the model first:
-        a master or an average that is not in the dict begins as the parameter. State moves to its device. What
+        a ``state_dtype``, state tensors that are wider than the parameter stay so (torch casts them to its dtype). A
+        master or an average that is not in the dict begins as the parameter. State moves to its device. What
         torch fills in, because it has added it to its layout over time, is filled in. A parameter without an entry has
         not stepped. A ``step`` in the group, where apex, Transformer Engine and DeepSpeed keep it, is the count of
         parameters whose moments are there. Where both sides have names of parameters, state goes by them.

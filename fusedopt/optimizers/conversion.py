@@ -1,7 +1,8 @@
 """From one form of state to another: for loading, saving, and taking state over.
 
 Note [Conversion]: a state dict may be of an optimizer with another precision, or of torch's. What is in another form is
-rounded to nearest once and kept so from there on. What no entry has begins anew: a master as its parameter, and an
+rounded to nearest once and kept so from there on; without a state_dtype, what is narrower than the parameter is made as
+wide, since it would stay narrow for ever. What no entry has begins anew: a master as its parameter, and an
 average as the weights. What some entries have and one lacks is missing there, and an error: see Note [Half a state].
 What is left out or converted is said in one warning, unless it is what a state dict decodes, and nothing is lost.
 
@@ -35,15 +36,24 @@ from ..rules.codes import (
 )
 from ..rules.masters import low_of
 
-__all__ = ["CODES_ORDER", "Conversion", "plain_values"]
+__all__ = ["CODES_ORDER", "CODES_SHAPE", "Conversion", "plain_values"]
 
 #: In a state dict: the dimensions by strides that codes are in the order of, where it is not that of the dimensions.
 CODES_ORDER = "codes_order"
+#: In a state dict: the shape of the parameter whose codes these are, which their bytes do not tell.
+CODES_SHAPE = "codes_shape"
 
 
 def _new(param: Tensor, dtype: torch.dtype) -> Any:
     """An empty tensor as a parameter is, dealt out as it."""
     return torch.empty_like(param.detach(), dtype=dtype, requires_grad=False)
+
+
+def _other_dtype(param: Tensor, stored: Tensor, form: str | None) -> bool:
+    """Whether a plain state is in a dtype that is not kept; as torch has it, one that is wider than the parameter is."""
+    if form is not None:
+        return stored.dtype != FORMS[form]
+    return stored.is_floating_point() and stored.dtype.itemsize < param.dtype.itemsize
 
 
 def _code_of(column: StateColumn) -> str:
@@ -129,7 +139,10 @@ class Conversion:
         if not any(columns.values()) and not any(key in entry for key in CARRIED):
             return entry
         entry = dict(entry)
-        order = entry.pop(CODES_ORDER, None)
+        order, shape = entry.pop(CODES_ORDER, None), entry.pop(CODES_SHAPE, None)
+        if shape is not None and shape != list(local_of(param).shape):
+            expected = list(local_of(param).shape)
+            raise ValueError(f"{self._what} {CODES_SHAPE!r} of {name} is {shape!r:.80}; expected {expected}")
         natural = sorted(order_of_codes(local_of(param)))
         if order is not None and sorted(order) != natural:
             raise ValueError(f"{self._what} {CODES_ORDER!r} of {name} is {order!r}; expected an order of {natural}")
@@ -185,7 +198,7 @@ class Conversion:
         wanted, form = precision.key_of(rule, column.name), precision.form_of(rule, column.name)
         stored, is_coded = entry[key], key.endswith("_codes")
         if key == column.name:
-            is_kept = key == wanted and (form is None or not isinstance(stored, Tensor) or stored.dtype == FORMS[form])
+            is_kept = key == wanted and not (isinstance(stored, Tensor) and _other_dtype(param, stored, form))
         else:
             is_kept = key == wanted and not (is_coded and order != order_of_codes(local_of(param)))
         if is_kept:

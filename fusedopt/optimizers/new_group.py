@@ -10,16 +10,19 @@ from typing import Any
 from torch import Tensor
 
 from ..messages import check_no_model, check_parameter, parameter_name
-from ..rules import Rule
+from ..rules import Precision, Rule
 
 __all__ = ["check_new_group"]
 
 
-def check_new_group(rule: Rule, defaults: Mapping[str, Any], param_group: dict[str, Any], number: int) -> None:
+def check_new_group(
+    rule: Rule, precision: Precision, defaults: Mapping[str, Any], param_group: dict[str, Any], number: int
+) -> None:
     """Check the settings and parameters of a group; an iterator of parameters in it becomes a list.
 
     Args:
         rule: the optimizer's.
+        precision: the optimizer's.
         defaults: of the settings.
         param_group: the group, as it is handed to ``add_param_group``.
         number: of the group in the optimizer.
@@ -34,6 +37,12 @@ def check_new_group(rule: Rule, defaults: Mapping[str, Any], param_group: dict[s
             "ZeroRedundancyOptimizer hands it on in the groups; expected "
             "fusedopt.ZeroRedundancyOptimizer(params, optimizer_type=..., clip_grad=...))"
         )
+    for name, own in precision.settings(rule).items() if isinstance(param_group, dict) else ():
+        if name in param_group and Precision.parse(rule, **{name: param_group[name]}).settings(rule)[name] != own:
+            raise ValueError(
+                f"{name} is no setting of a parameter group: it is that of the optimizer, over all groups, here {own!r}; "
+                f"got {param_group[name]!r}"
+            )
     if isinstance(param_group, dict) and "params" in param_group:
         params = param_group["params"]
         check_no_model(params, "params of a parameter group")

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from ..backends import BackendUnavailable
 from ..messages import plain_groups
 from ..rules import PLAIN
+from .averages import refuse_while_averaged
 from .loading import take_steps_out
 from .shared import Shared
 
@@ -29,7 +30,12 @@ def own_settings(optimizer: FusedOptimizer) -> dict[str, Any]:
 
 
 def own_state(optimizer: FusedOptimizer) -> dict[str, Any]:
-    """What is pickled beside torch's own attributes."""
+    """What is pickled beside torch's own attributes.
+
+    Raises:
+        RuntimeError: the parameters have the values of their averages: the copy would train on from these.
+    """
+    refuse_while_averaged(optimizer, "a copy or pickle is made")
     shared, counts = optimizer._shared, optimizer._counts
     return {
         "_clip": shared.clip,

@@ -13,7 +13,7 @@ from ..rules import CARRIED, keys_of
 from ..rules.codes import marked_order
 from ..rules.masters import master_of
 from ..shards import is_flat_shard
-from .conversion import CODES_ORDER, plain_values
+from .conversion import CODES_ORDER, CODES_SHAPE, plain_values
 
 if TYPE_CHECKING:
     from .base import FusedOptimizer
@@ -65,6 +65,7 @@ def make_state_portable(optimizer: torch.optim.Optimizer, state_dict: dict[str, 
         if for_all or is_dtensor(param) or is_flat_shard(param):
             entry = _portable(own, param, entry)
         elif coded := [stored for name, stored in entry.items() if str(name).endswith("_codes")]:
+            entry[CODES_SHAPE] = list(local_of(param).shape)
             order = marked_order(local_of(param), coded[0])
             if order != sorted(order):
                 entry[CODES_ORDER] = order
@@ -95,7 +96,7 @@ def _portable(optimizer: FusedOptimizer, param: Tensor, entry: dict[Any, Any]) -
 def as_torch_has_it(optimizer: FusedOptimizer, param: Tensor, state: dict[Any, Any]) -> dict[Any, Any]:
     """The state of a parameter with the keys that torch's optimizer has, in float32 or float64."""
     entry = _portable(optimizer, param, dict(state))
-    for key in (*CARRIED, CODES_ORDER, *(("step",) if optimizer.rule.hides_step else ())):
+    for key in (*CARRIED, CODES_ORDER, CODES_SHAPE, *(("step",) if optimizer.rule.hides_step else ())):
         entry.pop(key, None)
     for column in optimizer.rule.columns:
         value = entry.get(column.name)
