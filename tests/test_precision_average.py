@@ -126,6 +126,30 @@ class TestAveraged:
             model.weight.data = model.weight.data.clone()
         assert torch.equal(model.weight, own)
 
+    def test_it_is_no_setting_of_a_group(self) -> None:
+        for kept in (dict(state_dtype="int8"), dict(ema={"decay": 0.9}), dict(stochastic_rounding=True)):
+            with pytest.raises(ValueError, match=f"{next(iter(kept))} is no setting of a parameter group"):
+                fusedopt.FusedAdamW([dict(params=made(), **kept)], lr=0.05)
+        fusedopt.FusedAdamW([dict(params=made(), state_dtype="int8")], lr=0.05, state_dtype="int8")
+        with pytest.raises(ValueError, match=r"ema decay: 0; expected a number in \(0, 1\)"):
+            fusedopt.FusedAdamW(made(), ema={"decay": 0})
+
+    def test_a_model_that_is_made_double_goes_on_with_its_average(self) -> None:
+        found = []
+        for backend in BACKENDS:
+            params = made()
+            optimizer = fusedopt.FusedAdamW(params, lr=0.05, ema={"decay": 0.9}, backend=backend)
+            step(params, optimizer, 0, 1)
+            for param in params:
+                param.grad = None
+                param.data = param.data.double()
+            before = optimizer.averages()[params[0]].clone()
+            step(params, optimizer, 2)
+            average = optimizer.averages()[params[0]]
+            torch.testing.assert_close(average, torch.lerp(before, params[0].detach().float(), 0.1))
+            found.append(average)
+        torch.testing.assert_close(found[0], found[-1], rtol=1e-6, atol=1e-7)
+
     def test_without_an_average(self) -> None:
         optimizer = fusedopt.FusedAdamW(made(), lr=0.05)
         for call in (optimizer.averages, optimizer.averaged().__enter__):
@@ -270,7 +294,7 @@ class TestEMAHook:
     def test_the_optimizer_must_fit(self, tmp_path: Path) -> None:
         hook = EMAHook(fused=True, momentum=0.1)
         stock = make_runner(tmp_path, hook, optim_wrapper=dict(optimizer=dict(type="torch.optim.SGD", lr=0.1)))
-        with pytest.raises(TypeError, match=r"needs a fused optimizer, whose step averages; .* is a SGD"):
+        with pytest.raises(TypeError, match=r"needs a fused optimizer, whose step averages; .* is of class SGD"):
             stock.train()
         kept = dict(type="FusedAdamW", lr=0.1, ema=dict(momentum=0.2))
         other = make_runner(tmp_path / "other", hook, optim_wrapper=dict(optimizer=kept))

@@ -540,7 +540,7 @@ class TestBytes:
         grads = counted.gradients
         assert counted.moved_full == counted.moved_check == counted.moved_bare + grads
         average = counted.average / 2 if ema else 0
-        rest = counted.parameters + counted.states + counted.carried - counted.average
+        rest = counted.parameters - counted.frozen + counted.states + counted.carried - counted.average
         assert counted.moved_bare == pytest.approx(2 * (rest + average) + grads)
         optimizer.write_back_grads = True
         assert optimizer.bytes_per_parameter().moved_bare == pytest.approx(counted.moved_bare + grads)

@@ -110,14 +110,15 @@ class Stored:
         """Average the weights as they are stored now, as torch.lerp."""
         if weight == 0:
             return
-        average, value = self._state["ema"], self.weights()
+        stored, value = self._state["ema"], self.weights()
+        average = stored.to(self._dtype)
         of_value = torch.tensor(weight, dtype=average.dtype, device=average.device)
         if weight == 1:
-            average.copy_(value)
+            stored.copy_(value)
         elif of_value < 0.5:
-            average.copy_(average + of_value * (value - average))
+            stored.copy_(average + of_value * (value - average))
         else:
-            average.copy_(value - (value - average) * (1 - of_value))
+            stored.copy_(value - (value - average) * (1 - of_value))
 
     def _halves(self, column: int) -> Tensor | None:
         return self._chance.halves(column, self._param) if self._by_chance else None

@@ -36,7 +36,9 @@ def check_number(
         raise TypeError(f"Invalid {name}: {value!r}; expected a number or a 1-element tensor")
     high_enough = value > minimum if exclusive else value >= minimum
     if not (high_enough and (below == math.inf or value < below)):
-        bounds = f"{'>' if exclusive else '>='} {minimum:g}" if below == math.inf else f"in [{minimum:g}, {below:g})"
+        bounds = f"in {'(' if exclusive else '['}{minimum:g}, {below:g})"
+        if below == math.inf:
+            bounds = f"{'>' if exclusive else '>='} {minimum:g}"
         raise ValueError(f"Invalid {name}: {value}; expected a number {bounds}")
     return value
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -101,6 +102,12 @@ def begin_again(optimizer: FusedOptimizer) -> None:
             entry["ema"] = None
 
 
+def _alike(one: Average, other: Average) -> bool:
+    """Whether two are the same but for the rounding of 1 - decay."""
+    close = math.isclose(one.smallest_weight, other.smallest_weight, rel_tol=1e-9, abs_tol=1e-15)
+    return close and (one.begin, one.interval, one.gamma) == (other.begin, other.interval, other.gamma)
+
+
 def keep_average(optimizer: FusedOptimizer, average: Average) -> None:
     """Let an optimizer that keeps no average keep one from its next step on; it begins with the weights.
 
@@ -112,7 +119,7 @@ def keep_average(optimizer: FusedOptimizer, average: Average) -> None:
         ValueError: it keeps another one, or no parameter requires grad.
     """
     precision = optimizer._precision
-    if precision.average is not None and precision.average != average:
+    if precision.average is not None and not _alike(precision.average, average):
         raise ValueError(
             f"the optimizer keeps the average {precision.average.as_dict()}; expected {average.as_dict()}, or none"
         )

@@ -50,7 +50,7 @@ def _new(param: Tensor, dtype: torch.dtype) -> Any:
 
 
 def _other_dtype(param: Tensor, stored: Tensor, form: str | None) -> bool:
-    """Whether a plain state is in a dtype that is not kept; as torch has it, one that is wider than the parameter is."""
+    """Whether a plain state is in a dtype that is not kept; as torch has it, a wider one than the parameter's is."""
     if form is not None:
         return stored.dtype != FORMS[form]
     return stored.is_floating_point() and stored.dtype.itemsize < param.dtype.itemsize

@@ -34,6 +34,7 @@ class Memory:
         written_back: whether a step writes the gradients, too.
         average_interval: steps from one update of the average to the next.
         average: of ``carried``, the average.
+        frozen: of ``parameters``, those that no step writes.
     """
 
     parameters: float
@@ -44,6 +45,7 @@ class Memory:
     written_back: bool = False
     average_interval: int = 1
     average: float = 0.0
+    frozen: float = 0.0
 
     @property
     def held(self) -> float:
@@ -59,7 +61,7 @@ class Memory:
     def moved_bare(self) -> float:
         """What a step reads and writes that finds nothing out first, on an average of steps."""
         average = self.average / self.average_interval
-        both_ways = self.parameters + self.states + self.carried - self.average + average
+        both_ways = self.parameters - self.frozen + self.states + self.carried - self.average + average
         return 2 * both_ways + self.gradients * (2 if self.written_back else 1)
 
     @property
@@ -119,7 +121,7 @@ def _bytes_of(
     """Bytes of one parameter by kind; frozen ones have neither gradients nor state."""
     count = {"elements": local_of(param).numel(), "parameters": _size(param)}
     if not param.requires_grad and param.grad is None:
-        return count
+        return {**count, "frozen": count["parameters"]}
     count["gradients"] = _size(param if param.grad is None else param.grad)
     keys = rule.needed_keys(group, param, precision)
     local = local_of(param.detach())
@@ -157,4 +159,5 @@ def _summed(counted: Iterable[Mapping[str, int]], written_back: bool, interval: 
         written_back=written_back,
         average_interval=interval,
         average=per_element("average"),
+        frozen=per_element("frozen"),
     )

@@ -40,8 +40,8 @@ def check_new_group(
     for name, own in precision.settings(rule).items() if isinstance(param_group, dict) else ():
         if name in param_group and Precision.parse(rule, **{name: param_group[name]}).settings(rule)[name] != own:
             raise ValueError(
-                f"{name} is no setting of a parameter group: it is that of the optimizer, over all groups, here {own!r}; "
-                f"got {param_group[name]!r}"
+                f"{name} is no setting of a parameter group: it is that of the optimizer, over all groups, here "
+                f"{own!r}; got {param_group[name]!r}"
             )
     if isinstance(param_group, dict) and "params" in param_group:
         params = param_group["params"]

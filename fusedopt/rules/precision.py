@@ -45,6 +45,8 @@ def counted_key(rule: Rule, entry: Mapping[str, Any]) -> str | None:
 class Average:
     """The average of the weights that a step keeps, ``average + weight * (value - average)``.
 
+    A parameter without a gradient takes no step, and its average stays as it is.
+
     Args:
         decay: what of the average stays at an update, in (0, 1); or None.
         momentum: the weight of the new value, in (0, 1); or None.
@@ -248,7 +250,7 @@ class Precision:
         elif key == "master_low":
             dtypes = (torch.int16 if self.master == "split" else torch.uint8,)
         elif key == "ema":
-            dtypes = (torch.float64,) if param.dtype == torch.float64 else (torch.float32,)
+            dtypes = (torch.float32, torch.float64)  # the other where a model was made that in training
         elif key.endswith("_root"):
             dtypes = (torch.float16,)
         if dtypes and (stored.dtype not in dtypes or stored.shape != param.shape):

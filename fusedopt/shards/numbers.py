@@ -49,8 +49,8 @@ def _of_dtensor(param: Any) -> Numbers:
     if list(sizes) != list(local.shape):
         raise ValueError(
             f"has a part of shape {tuple(local.shape)} here where its placements {tuple(param.placements)} make one of "
-            f"{tuple(sizes)}: which elements these are is not known, and stochastic_rounding needs to; expected "
-            "stochastic_rounding=False, or a DTensor as distribute_tensor makes it"
+            f"{tuple(sizes)}: which elements these are is not known, and rounding by chance needs them; expected no "
+            "stochastic_rounding and no second moments in 'int8', or a DTensor as distribute_tensor makes it"
         )
     # Of the whole, as Note [Canonical order] in csrc/tables.h has it.
     steps, step = [0] * len(shape), 1
@@ -91,9 +91,9 @@ def _place_of(param: Any) -> tuple[list[int], list[int]]:
             continue
         if type(placement) is not Shard:
             raise ValueError(
-                f"has the placement {placement} ({type(placement).__name__}), with which stochastic_rounding does not "
+                f"has the placement {placement} ({type(placement).__name__}), with which rounding by chance does not "
                 "know the numbers of its elements; expected Shard or Replicate (shard first over the outer dimension "
-                "of the mesh), or stochastic_rounding=False"
+                "of the mesh), or no stochastic_rounding and no second moments in 'int8'"
             )
         if coordinate is None:  # this process is not in the mesh, and has nothing of it
             return offsets, [0] * param.dim()
@@ -122,6 +122,6 @@ def _of_flat_shard(param: Any) -> Numbers:
                 return info.intra_param_start_idx, (param.numel(),), (1,)
     raise ValueError(
         "is a shard of a FullyShardedDataParallel model that is not found, so the numbers of its elements are not "
-        "known, and stochastic_rounding needs them; expected torch.distributed.fsdp.fully_shard, or "
-        "stochastic_rounding=False"
+        "known, and rounding by chance needs them; expected torch.distributed.fsdp.fully_shard, or no "
+        "stochastic_rounding and no second moments in 'int8'"
     )

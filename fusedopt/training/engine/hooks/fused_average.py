@@ -77,8 +77,8 @@ class FusedAverage:
             optimizer = wrapper.optimizer
             if not isinstance(optimizer, FusedOptimizer):
                 raise TypeError(
-                    f"EMAHook(fused=True) needs a fused optimizer, whose step averages; optimizer {name!r} is a "
-                    f"{type(optimizer).__name__}; expected FusedSGD, FusedAdam or FusedAdamW, or fused=False"
+                    f"EMAHook(fused=True) needs a fused optimizer, whose step averages; the "
+                    f"optimizer{name and f' {name!r}'} is of class {type(optimizer).__name__}; expected FusedSGD, FusedAdam or FusedAdamW, or fused=False"
                 )
             try:
                 keep_average(optimizer, average)
