@@ -150,6 +150,21 @@ class TestAveraged:
             found.append(average)
         torch.testing.assert_close(found[0], found[-1], rtol=1e-6, atol=1e-7)
 
+    @each_backend
+    def test_momentum_that_is_switched_on(self, backend: str) -> None:
+        params, others = made(), made()
+        ours = fusedopt.FusedSGD(params, lr=0.1, ema={"decay": 0.75, "begin": 1}, backend=backend)
+        theirs = torch.optim.SGD(others, lr=0.1)
+        for seed in range(4):
+            before = [each.clone() for each in ours.averages().values()]
+            for own, optimizer in ((params, ours), (others, theirs)):
+                optimizer.param_groups[0]["momentum"] = 0.9 if seed > 1 else 0.0
+                step(own, optimizer, seed)
+            for mine, other, old in zip(params, others, before, strict=True):
+                torch.testing.assert_close(mine, other)
+                want = mine.detach() if seed < 2 else torch.lerp(old, mine.detach(), 0.25)
+                torch.testing.assert_close(ours.averages()[mine], want)
+
     def test_without_an_average(self) -> None:
         optimizer = fusedopt.FusedAdamW(made(), lr=0.05)
         for call in (optimizer.averages, optimizer.averaged().__enter__):

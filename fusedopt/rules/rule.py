@@ -204,11 +204,15 @@ class Rule(abc.ABC):
                 count = mine["step"] = new_count(count or 0, param.device)
         forms = (keys[0], *CARRIED[:2]) if keys[0] in CARRIED[:2] else keys[:1]
         created = not any(isinstance(mine.get(key), Tensor) for key in forms)
+        counted = None if counts is None or not created else counts.of_entry(param, mine)
         for key in keys:
             if not isinstance(mine.get(key), Tensor):
                 mine[key] = precision.new_state(self, param, key, mine)
         if precision.master_key in keys:  # in another form until now
             mine.pop("master" if precision.master_key == "master_low" else "master_low", None)
         if counts is not None:
+            if counted is not None:  # momentum that starts late beside a master or an average, which have counted
+                counts.put(param, mine[keys[0]], counted)
+                created = False
             count = counts.settle(param, mine[keys[0]], created=created, begins_as_zeros=keys[0] not in CARRIED)
         return mine, count

@@ -110,6 +110,9 @@ def state_problem(
     late = [] if loading else [precision.key_of(rule, each.name) for each in rule.columns if each.may_start_late]
     if "ema" in entry and entry["ema"] is None:
         late.append("ema")
+    if hidden_step and not loading and not there.keys() & {key for name in names for key in keys_of(name)}:
+        # Momentum that a group switches on is zeros as well as absent, but for dampening, which the first step has not.
+        late += [] if group.get("dampening") else own[: len(names)]
     for key in wanted:
         if key in there:
             continue

@@ -13,7 +13,7 @@ from torch import Tensor
 from ....messages import deal_out_as, parse_dtype
 from ....optimizers.averages import begin_again, keep_average, steps_of
 from ....optimizers.base import FusedOptimizer
-from ....rules import Average
+from ....rules import Average, counted_key, new_count
 from ...averaging import ExponentialMovingAverage, MomentumAnnealingEMA
 from ...registry import MODELS
 from ...unwrapping import named_parameters
@@ -78,7 +78,8 @@ class FusedAverage:
             if not isinstance(optimizer, FusedOptimizer):
                 raise TypeError(
                     f"EMAHook(fused=True) needs a fused optimizer, whose step averages; the "
-                    f"optimizer{name and f' {name!r}'} is of class {type(optimizer).__name__}; expected FusedSGD, FusedAdam or FusedAdamW, or fused=False"
+                    f"optimizer{name and f' {name!r}'} is of class {type(optimizer).__name__}; "
+                    f"expected FusedSGD, FusedAdam or FusedAdamW, or fused=False"
                 )
             try:
                 keep_average(optimizer, average)
@@ -127,6 +128,16 @@ class FusedAverage:
                     dtype = torch.float64 if param.dtype == torch.float64 else torch.float32
                     value = weights[name].detach().to(device=param.device, dtype=dtype, copy=True)
                     entry["ema"] = deal_out_as(param, value)
+                    self._count(wrapper, param, entry, int(steps))
+
+    def _count(self, wrapper: Any, param: Tensor, entry: dict[str, Any], steps: int) -> None:
+        """Where no state dict counts the steps: let those that the average has seen be counted, or it would begin."""
+        optimizer = wrapper.optimizer
+        if optimizer._counts is not None and (key := counted_key(optimizer.rule, entry)) is not None:
+            before = optimizer._counts.of_entry(param, entry)
+            least = optimizer.ema["begin"] + max(steps // wrapper._accumulative_counts, 1)
+            count = max(least, 0 if before is None else int(before))
+            optimizer._counts.put(param, entry[key], new_count(count, param.device))
 
     def _averages(self, runner: Runner) -> tuple[dict[Tensor, Tensor], int]:
         """The averages by parameter, and how many updates they have seen."""
