@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 import fusedopt
 from fusedopt.optimizers.averages import keep_average
+from fusedopt.optimizers.conversion import CODES_SHAPE
 from fusedopt.rules import Average
 from fusedopt.training.engine import CheckpointError, EMAHook
 
@@ -238,6 +239,7 @@ class TestEMAHook:
         assert_same(resumed.bare_model.state_dict(), whole.bare_model.state_dict())
         left, right = (each.optim_wrapper.optimizer.state_dict()["state"] for each in (resumed, whole))
         for number in right:
+            assert left[number].pop(CODES_SHAPE, None) == right[number].pop(CODES_SHAPE, None)
             assert_same(left[number], right[number])
         assert again.metrics == metrics.metrics[1:]
         assert_same(checkpoint_of(tmp_path / "whole")["state_dict"], checkpoint_of(tmp_path / "resumed")["state_dict"])
@@ -256,6 +258,22 @@ class TestEMAHook:
         runner.train()
         assert probe.metrics == pytest.approx(straight.metrics[-len(probe.metrics) :], rel=1e-5)
         assert checkpoint_of(tmp_path / "then")["ema_state_dict"]["steps"] == 12
+
+    @pytest.mark.filterwarnings("ignore:fusedopt. the loaded:UserWarning")
+    @pytest.mark.parametrize("momentum", [0.0, 0.9])
+    @pytest.mark.parametrize("begin", [0, 4])
+    def test_sgd_goes_on_with_the_average_of_a_model_of_its_own(
+        self, tmp_path: Path, momentum: float, begin: int
+    ) -> None:
+        def run(name: str, fused: bool, probe: Probe, **more: Any) -> None:
+            wrapper = dict(optimizer=dict(type="FusedSGD", lr=0.05, momentum=momentum))
+            hook = EMAHook(momentum=0.1, begin_iter=begin, fused=fused)
+            make_runner(tmp_path / name, hook, probe, optim_wrapper=wrapper, **more).train()
+
+        run("straight", False, straight := Probe())
+        run("first", False, Probe(), epochs=2)
+        run("then", True, probe := Probe(), load_from=tmp_path / "first" / "epoch_2.pth", resume=True)
+        assert probe.metrics == pytest.approx(straight.metrics[-len(probe.metrics) :], rel=1e-5)
 
     @pytest.mark.filterwarnings("ignore:gradient accumulation with BatchNorm:UserWarning")
     def test_steps_that_are_skipped_or_only_accumulate_leave_it_alone(self, tmp_path: Path) -> None:

@@ -191,7 +191,8 @@ class FusedOptimizer(Contents, torch.optim.Optimizer):
         Raises:
             TypeError: a parameter is sparse, complex, a tensor subclass with its own dispatch, or not a tensor.
             ValueError: a setting is out of range, a parameter appears twice, ``params`` is a used-up generator, the
-                group has its own ``clip_grad`` or ``state_dtype``, or no process could know the norm that is to be clipped.
+                group has its own ``clip_grad`` or ``state_dtype``, or no process could know the norm
+                that is to be clipped.
         """
         check_new_group(self.rule, self._precision, self.defaults, param_group, len(self.param_groups))
         with unchanged_on_error(self.param_groups, *parameter_groups([param_group])):

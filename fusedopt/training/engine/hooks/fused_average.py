@@ -121,8 +121,18 @@ class FusedAverage:
         """
         named = dict(named_parameters(runner.bare_model, remove_duplicate=False))
         for wrapper in self._wrappers(runner).values():
-            state = wrapper.optimizer.state
+            optimizer = wrapper.optimizer
+            state = optimizer.state
+            stateless = {
+                param
+                for group in optimizer.param_groups
+                for param in group["params"]
+                if param.requires_grad and optimizer.rule.needed_keys(group, param, optimizer._precision) == ["ema"]
+            }
             for name, param in named.items():
+                # What has no state but the average may have stepped without an entry.
+                if param in stateless and not state.get(param) and steps is not None and int(steps):
+                    state[param] = {"ema": None}
                 entry = state.get(param)
                 if entry and "ema" in entry and entry["ema"] is None and steps is not None and int(steps):
                     dtype = torch.float64 if param.dtype == torch.float64 else torch.float32
