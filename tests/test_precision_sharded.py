@@ -201,5 +201,5 @@ def test_flat_shards(outcomes: Outcomes) -> None:
 
 def test_shares_of_an_optimizer(outcomes: Outcomes) -> None:
     for found in outcomes["zero"]:
-        assert found["keys"] == {"step", "exp_avg_codes", "exp_avg_sq_codes", "master_low", "ema"}
+        assert found["keys"] == {"step", "exp_avg_codes", "exp_avg_sq_codes", "codes_shape", "master_low", "ema"}
         assert found["resumed"]
