@@ -128,10 +128,14 @@ FUSEDOPT_HD double average_weight(const AverageSettings& settings, double step) 
 }
 
 // As torch.lerp, but that a weight of 1 gives the value itself whatever the average was.
+template <class T, bool kSmall>
+FUSEDOPT_HD T averaged(T average, T value, T weight) {
+  return kSmall ? average + weight * (value - average) : value - (value - average) * (T(1) - weight);
+}
 template <class T>
 FUSEDOPT_HD T averaged(T average, T value, T weight) {
   if (weight == T(1)) return value;
-  return weight < T(0.5) ? average + weight * (value - average) : value - (value - average) * (T(1) - weight);
+  return weight < T(0.5) ? averaged<T, true>(average, value, weight) : averaged<T, false>(average, value, weight);
 }
 
 struct UpdateSettings {

@@ -234,8 +234,21 @@ struct Mastered {
 // Takes a block of what the weights are now into their average.
 template <class T>
 void average_block(const Column& column, int64_t offset, int64_t n, const T* values, T weight) {
+  auto take = [&](T* __restrict averages) {
+    const T* __restrict from = values;
+    if (weight == T(1)) {
+      for (int64_t i = 0; i < n; ++i) averages[i] = from[i];
+    } else if (weight < T(0.5)) {
+      for (int64_t i = 0; i < n; ++i) averages[i] = averaged<T, true>(averages[i], from[i], weight);
+    } else {
+      for (int64_t i = 0; i < n; ++i) averages[i] = averaged<T, false>(averages[i], from[i], weight);
+    }
+  };
+  if (!column.layout && column.dtype == (sizeof(T) == 4 ? DType::kFloat32 : DType::kFloat64)) {
+    return take(static_cast<T*>(column.data) + offset);
+  }
   T block[kBlock];
   load(column, offset, n, block);
-  for (int64_t i = 0; i < n; ++i) block[i] = averaged(block[i], values[i], weight);
+  take(block);
   store(column, offset, n, block);
 }

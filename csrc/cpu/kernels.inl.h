@@ -227,6 +227,7 @@ struct Chunked {
     }
     if (!has_master && !written) param.store_at(at, n, rounding, 0);
     if (weight != T(0)) {
+      prefetch(row.carried->average, at + n, next);
       if (!has_master && !param.direct) p = param.load_at(at, n);  // as it was rounded
       average_block(row.carried->average, at, n, p, weight);
     }
