@@ -144,6 +144,14 @@ struct Chunked {
     return halves ? DType::kBFloat16 : codes ? DType::kSigned8 : kNative;
   }
 
+  // Whether the loop reads and writes all there is itself, so that it need not stop after a block.
+  bool needs_no_block() const {
+    if (states != DType::kBFloat16 || rounding.asked() || has_master || weight != T(0)) return false;
+    auto is_half = [](const Column& column) { return !column.layout && column.dtype == DType::kBFloat16; };
+    if (settings.write_back) return false;
+    return is_half(row.grad) ? param.direct || is_half(row.param) : param.direct && grad.direct;
+  }
+
   template <class P, class G, class Count>
   FUSEDOPT_HD void apply(int64_t at, Count n, P p, G g) {
     // What has been written back must not be unscaled twice; clamping twice is the same as once.
@@ -247,6 +255,7 @@ void update_chunk(const TensorRow& row, const RowScalars& constants, const Updat
                                   at(row.param), at(row.grad), state(0), state(1), state(2));
   }
   Chunk chunk(row, constants, settings);
+  if (chunk.needs_no_block()) return chunk.step(offset, length, 0);
   for (int64_t done = 0; done < length; done += kBlock) {
     const int64_t left = length - done, n = left < kBlock ? left : kBlock;
     chunk.step(offset + done, n, left - n < kBlock ? left - n : kBlock);
