@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from ..rules import Precision, StateColumn, compute_dtype
-from ..rules.codes import canonical_order, decode, encode, flattened, join, narrow, random_halves, split, unflattened
+from ..rules.codes import canonical_order, decode, encode, flattened, narrow, random_halves, split, unflattened
+from ..rules.masters import joined_with_master
 
 __all__ = ["Chance", "Stored"]
 
@@ -57,7 +58,7 @@ class Stored:
     def column(self, column: StateColumn, key: str) -> Tensor:
         """The values of a state of the rule, in the compute dtype; where it is kept in that, itself."""
         stored = self._state[key]
-        form = _form(column, key)
+        form = column.form_at(key)
         if form is None:
             return stored.to(self._dtype)
         if form == "float16_root":
@@ -67,7 +68,7 @@ class Stored:
 
     def put_column(self, column: StateColumn, key: str, values: Tensor, number: int) -> None:
         """Store the values of a state, which is the rule's ``number``-th, from 1."""
-        stored, form = self._state[key], _form(column, key)
+        stored, form = self._state[key], column.form_at(key)
         if stored is values:
             return
         if form in ("int8", "int8_unsigned"):
@@ -79,16 +80,8 @@ class Stored:
 
     def weights(self) -> Tensor:
         """The parameter's values in the compute dtype; where it is kept in that, itself."""
-        param = self._param
-        if self._master == "float32":
-            # An element that is not its master rounded was changed by somebody else since.
-            master = self._state["master"]
-            same = master.to(param.dtype).view(torch.int16) == param.view(torch.int16)
-            return torch.where(same, master, param.float())
-        if self._master is not None:
-            joined = join(flattened(param, self._order), flattened(self._state["master_low"], self._order))
-            return unflattened(joined, self._order, param.shape)
-        return param.to(self._dtype)
+        joined = None if self._master is None else joined_with_master(self._param, self._state)
+        return self._param.to(self._dtype) if joined is None else joined
 
     def put_weights(self, values: Tensor) -> None:
         """Store the parameter, and what it has of further bits."""
@@ -131,10 +124,3 @@ class Stored:
         flat = flattened(narrow(values), self._order)
         form = form or str(stored.dtype).removeprefix("torch.")
         stored.copy_(unflattened(encode(flat, form, self._halves(column)), self._order, self._param.shape))
-
-
-def _form(column: StateColumn, key: str) -> str | None:
-    """The form of what stands at a key of the state; None for plain floating point."""
-    if key.endswith("_codes"):
-        return "int8_unsigned" if column.squares else "int8"
-    return "float16_root" if key.endswith("_root") else None

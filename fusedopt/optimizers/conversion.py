@@ -56,10 +56,6 @@ def _other_dtype(param: Tensor, stored: Tensor, form: str | None) -> bool:
     return stored.is_floating_point() and stored.dtype.itemsize < param.dtype.itemsize
 
 
-def _code_of(column: StateColumn) -> str:
-    return "int8_unsigned" if column.squares else "int8"
-
-
 def plain_values(column: StateColumn, param: Tensor, key: str, stored: Any, order: Any = None) -> Tensor:
     """The values of a state of the rule in plain floating point, of the parameter's shape and dealt out as it.
 
@@ -77,7 +73,9 @@ def plain_values(column: StateColumn, param: Tensor, key: str, stored: Any, orde
     values, local = _new(param, torch.float32), local_of(param)
     order = marked_order(local, stored) if order is None else order
     dims = [*order, *(d for d in canonical_order(local) if d not in order)]
-    local_of(values).copy_(unflattened(decode(stored, _code_of(column), local.numel()), dims, local.shape))
+    form = column.form_at(key)
+    assert form is not None
+    local_of(values).copy_(unflattened(decode(stored, form, local.numel()), dims, local.shape))
     return values
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..messages import local_of
 from .codes import canonical_order, flattened, join, unflattened
 
-__all__ = ["low_of", "master_of"]
+__all__ = ["joined_with_master", "low_of", "master_of"]
 
 
 @torch.no_grad()
@@ -22,19 +22,24 @@ def master_of(param: Tensor, entry: Mapping[str, Any]) -> Tensor:
     """
     param = param.detach()
     exact = torch.empty_like(param, dtype=torch.float64 if param.dtype == torch.float64 else torch.float32)
-    mine, local = local_of(exact), local_of(param)
+    local = local_of(param)
+    joined = joined_with_master(local, entry)
+    local_of(exact).copy_(local if joined is None else joined)
+    return exact
+
+
+def joined_with_master(local: Tensor, entry: Mapping[str, Any]) -> Tensor | None:
+    """The float32 that a local 16-bit parameter and the master in its state are together; None without a master."""
     if isinstance(master := entry.get("master"), Tensor):
         # An element that is not its master rounded was changed by somebody else since.
         given = local_of(master)
         same = given.to(local.dtype).view(torch.int16) == local.view(torch.int16)
-        mine.copy_(torch.where(same, given, local.float()))
-    elif isinstance(low := entry.get("master_low"), Tensor):
+        return torch.where(same, given, local.float())
+    if isinstance(low := entry.get("master_low"), Tensor):
         order = canonical_order(local)
         joined = join(flattened(local, order), flattened(local_of(low), order))
-        mine.copy_(unflattened(joined, order, local.shape))
-    else:
-        mine.copy_(local)
-    return exact
+        return unflattened(joined, order, local.shape)
+    return None
 
 
 def low_of(high: Tensor, key: str, stored: Tensor, dtype: torch.dtype) -> Tensor | None:

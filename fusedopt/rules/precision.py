@@ -211,7 +211,7 @@ class Precision:
             entry: what is in its state already.
         """
         param = param.detach()
-        if key == "master":
+        if key in ("master", "ema"):
             return master_of(param, entry)
         if key == "master_low":
             stored = torch.zeros_like(param, dtype=torch.int16 if self.master == "split" else torch.uint8)
@@ -219,8 +219,6 @@ class Precision:
                 low = low_of(local_of(param), "master", local_of(master), stored.dtype)
                 local_of(stored).copy_(torch.zeros_like(local_of(stored)) if low is None else low)
             return stored
-        if key == "ema":
-            return master_of(param, entry)
         column = next(each.name for each in rule.columns if key in keys_of(each.name))
         form = self.form_of(rule, column)
         if key.endswith("_codes"):

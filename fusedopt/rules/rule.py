@@ -85,6 +85,12 @@ class StateColumn:
     squares: bool = False
     only_grows: bool = False
 
+    def form_at(self, key: str) -> str | None:
+        """The form, one of :data:`fusedopt.rules.codes.FORMS`, of what stands at a key; None for plain numbers."""
+        if key.endswith("_codes"):
+            return "int8_unsigned" if self.squares else "int8"
+        return "float16_root" if key.endswith("_root") else None
+
 
 class Rule(abc.ABC):
     """One optimizer's maths. Subclasses are stateless; every backend is tested against :meth:`update`.
