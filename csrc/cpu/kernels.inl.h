@@ -87,6 +87,14 @@ FUSEDOPT_HD void update_run(const typename Rule::template Scalars<T>& s, T multi
   }
 }
 
+// The constants of a row, in the type that is calculated in.
+template <class Rule, class T>
+typename Rule::template Scalars<T> scalars_of(const RowScalars& constants) {
+  typename Rule::template Scalars<double> exact;
+  __builtin_memcpy(&exact, &constants.values, sizeof(exact));
+  return exact.template as<T>();
+}
+
 // One chunk of a row.
 template <class Rule, unsigned V, class T>
 struct Chunked {
@@ -117,9 +125,7 @@ struct Chunked {
 
   Chunked(const TensorRow& row, const RowScalars& constants, const UpdateSettings& settings)
       : row(row), settings(settings), multiplier(T(settings.multiplier)), bound(T(settings.clip_value)) {
-    typename Rule::template Scalars<double> exact;
-    __builtin_memcpy(&exact, &constants.values, sizeof(exact));
-    scalars = exact.template as<T>();
+    scalars = scalars_of<Rule, T>(constants);
     const Carried* carried = row.carried;
     rounding.chance = carried ? &carried->chance : nullptr;
     rounding.step = constants.step;
@@ -247,12 +253,10 @@ void update_chunk(const TensorRow& row, const RowScalars& constants, const Updat
                   int64_t length) {
   using Chunk = Chunked<Rule, V, T>;
   if (Chunk::is_direct(row, settings)) {
-    typename Rule::template Scalars<double> exact;
-    __builtin_memcpy(&exact, &constants.values, sizeof(exact));
     auto at = [&](const Column& column) { return Numbers<T>{static_cast<T*>(column.data) + offset}; };
     auto state = [&](int c) { return Chunk::has(c) ? at(row.state[c]) : Numbers<T>{nullptr}; };
-    return update_run<Rule, V, T>(exact.template as<T>(), T(settings.multiplier), T(settings.clip_value), length,
-                                  at(row.param), at(row.grad), state(0), state(1), state(2));
+    return update_run<Rule, V, T>(scalars_of<Rule, T>(constants), T(settings.multiplier), T(settings.clip_value),
+                                  length, at(row.param), at(row.grad), state(0), state(1), state(2));
   }
   Chunk chunk(row, constants, settings);
   if (chunk.needs_no_block()) return chunk.step(offset, length, 0);
