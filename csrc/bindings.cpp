@@ -132,6 +132,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("cpu_isas", &cpu::available_isas, "CPU instruction sets of this build that this processor has, best last.");
   m.def("cpu_isa", &cpu::isa_in_use, "The CPU instruction set in use.");
   m.def("use_cpu_isa", &cpu::use_isa, py::arg("name"), "Use another CPU instruction set, for tests.");
+  m.def("know_dicts", &plan::KnownDicts::enable, py::arg("on"),
+        "Whether dicts that Python says have not changed are not looked into, for tests of the other way.");
   m.def("cuda_problem", &cuda::problem, "Why CUDA cannot be used, or None.");
   m.def("cuda_problem_on", &cuda::problem_on, py::arg("device"), "Why the kernels cannot run on this GPU, or None.");
   m.def("device_chunk_elements", &device::chunk_elements, py::arg("total"), "Elements of a chunk, of so many in all.");

@@ -78,9 +78,7 @@ struct TensorRow {
   const Carried* carried;  // null where there is nothing of it
   void* step;              // 0-dim count of steps taken, or null for a rule that keeps none here
   int64_t numel;
-  uint32_t group;    // row of the group table
-  uint32_t scalars;  // row of this step's scalars
-  uint32_t variant;  // the rule's instantiation
+  uint32_t group;  // row of the group table
   DType step_dtype;
 };
 

@@ -309,8 +309,9 @@ def test_prefetches_are_in_the_module() -> None:
     functions = re.split(r"\n\n[0-9a-f]+ <", listing)
     for name in (
         "plan::Groups::unchanged(",
-        "plan::Rows::refresh(",
-        "plan::States::follow(",
+        "plan::Rows::look(",
+        "plan::Rows::count_up(",
+        "plan::States::look(",
         "cpu::update(",
         "cpu::statistics(",
     ):

@@ -126,7 +126,7 @@ bool statistics(const Work& work, const StatisticsSettings& settings, std::vecto
   return nonfinite.load();
 }
 
-void update(const Work& work, RuleId rule, const std::vector<RowScalars>& scalars, const UpdateSettings& settings) {
+void update(const Work& work, RuleId rule, const Scalars& scalars, const UpdateSettings& settings) {
   const UpdateFn run = current().load()->update[rule];
   auto prepare = [](const TensorRow& row, int64_t elements) __attribute__((always_inline)) {
     prefetch(row.grad, elements);
@@ -136,7 +136,7 @@ void update(const Work& work, RuleId rule, const std::vector<RowScalars>& scalar
   for_each_chunk(work, prepare, [&](int64_t c) {
     const Chunk& chunk = work.chunks[c];
     const TensorRow& row = work.rows[chunk.row];
-    run(row, scalars[row.scalars], settings, chunk.offset, chunk.length);
+    run(row, scalars[chunk.row], settings, chunk.offset, chunk.length);
   });
 }
 

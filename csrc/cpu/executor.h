@@ -19,6 +19,14 @@ struct Work {
   bool in_order;     // rows share memory: one thread, first row first
 };
 
+// The constants of each row that takes part.
+struct Scalars {
+  const std::vector<RowScalars>& distinct;
+  const std::vector<uint32_t>& of_row;  // index of a row's
+
+  const RowScalars& operator[](uint32_t row) const { return distinct[of_row[row]]; }
+};
+
 // Instruction sets of this build that this processor has, best last.
 std::vector<std::string> available_isas();
 // The one in use: the best, or the one that FUSEDOPT_CPU_ISA names.
@@ -28,6 +36,6 @@ void use_isa(const std::string& name);
 
 // Leaves the total of each chunk in `partials`, and returns whether a gradient is not finite.
 bool statistics(const Work& work, const StatisticsSettings& settings, std::vector<double>& partials);
-void update(const Work& work, RuleId rule, const std::vector<RowScalars>& scalars, const UpdateSettings& settings);
+void update(const Work& work, RuleId rule, const Scalars& scalars, const UpdateSettings& settings);
 
 }  // namespace fusedopt::cpu

@@ -270,7 +270,7 @@ template <class Rule, unsigned V = 0>
 void update_variant(const TensorRow& row, const RowScalars& scalars, const UpdateSettings& settings, int64_t offset,
                     int64_t length) {
   if constexpr (V < Rule::kVariants) {
-    if (row.variant != V) return update_variant<Rule, V + 1>(row, scalars, settings, offset, length);
+    if (scalars.variant != V) return update_variant<Rule, V + 1>(row, scalars, settings, offset, length);
     if (row.param.dtype == DType::kFloat64) {
       update_chunk<Rule, V, double>(row, scalars, settings, offset, length);
     } else {

@@ -2,6 +2,7 @@
 
 #include <ATen/EmptyTensor.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <limits>
@@ -11,36 +12,10 @@
 namespace fusedopt::plan {
 namespace {
 
-// A step of fewer elements than this keeps the GIL: it is over before another thread would have got it.
-constexpr int64_t kUnlockElements = 1 << 18;
-
-// Calls `use` with the step count of a row in its own type.
-template <class Use>
-void with_count(const TensorRow& row, bool integer, Use use) {
-  if (integer) {
-    use(*static_cast<int64_t*>(row.step));
-  } else if (row.step_dtype == DType::kFloat64) {
-    use(*static_cast<double*>(row.step));
-  } else {
-    use(*static_cast<float*>(row.step));
-  }
-}
-
-// The steps taken by row `r`.
-double count_of(const Rows& rows, size_t r) {
-  double count = 0;
-  if (!rows.table[r].step) return count;
-  with_count(rows.table[r], rows.hot[r].integer_count, [&](auto steps) { count = static_cast<double>(steps); });
-  return count;
-}
-
-void count_steps(const Rows& rows) {
-  for (size_t r = 0; r < rows.size(); ++r) {
-    const TensorRow& row = rows.table[r];
-    if (!row.grad.data || !row.step) continue;
-    with_count(row, rows.hot[r].integer_count, [](auto& steps) { steps += 1; });
-  }
-}
+// A step of fewer elements than this keeps the GIL: it is over before another thread would have got it. To hold what
+// another thread might free takes as long for each row as the update of some hundred elements, so steps of many small
+// rows keep it too, unless they take longer than what Python's threads wait for each other anyway.
+constexpr int64_t kUnlockElements = 1 << 18, kUnlockElementsPerRow = 1024, kLongElements = 1 << 24;
 
 template <class T>
 at::Tensor tensor_of(at::IntArrayRef sizes, at::ScalarType dtype, std::initializer_list<double> values) {
@@ -56,7 +31,8 @@ cpu::Work work_of(const Rows& rows) { return {rows.table, rows.chunks, rows.part
 class Unlocked {
  public:
   explicit Unlocked(const Rows& rows) {
-    if (rows.participants.elements < kUnlockElements) return;
+    const int64_t each = kUnlockElementsPerRow * static_cast<int64_t>(rows.size());
+    if (rows.participants.elements < std::clamp(each, kUnlockElements, kLongElements)) return;
     held_ = rows.hold();
     released_.emplace();
   }
@@ -70,31 +46,31 @@ py::object wrapped(at::Tensor tensor) { return py::reinterpret_steal<py::object>
 
 }  // namespace
 
-void CpuStep::derive_scalars(const Groups& groups, Rows& rows) {
+void CpuStep::derive_scalars(const Groups& groups, const Rows& rows) {
   struct Memo {
     double step = std::numeric_limits<double>::quiet_NaN();
-    uint32_t scalars = 0, variant = 0;
+    uint32_t scalars = 0;
   };
   const std::vector<const HyperValues*>& table = groups.table();
   std::vector<Memo> memo(table.size());
   scalars_.clear();
+  scalars_of_row_.resize(rows.size());
   for (size_t r = 0; r < rows.size(); ++r) {
-    TensorRow& row = rows.table[r];
+    const TensorRow& row = rows.table[r];
     if (!row.grad.data) continue;
-    const double step = count_of(rows, r) + 1;
+    const double step = rows.counts[r] + 1;
     Memo& known = memo[row.group];
     if (known.step != step) {
       const double* hyper = table[row.group]->value;
-      known = {step, static_cast<uint32_t>(scalars_.size()), rule_.variant(hyper, step)};
+      known = {step, static_cast<uint32_t>(scalars_.size())};
       scalars_.emplace_back();
       RowScalars& derived = scalars_.back();
       rule_.derive(hyper, step, &derived.values);
-      derived.variant = known.variant;
+      derived.variant = rule_.variant(hyper, step);
       derived.step = static_cast<uint32_t>(static_cast<uint64_t>(step));
       derived.average_weight = average_weight(average_, step);
     }
-    row.scalars = known.scalars;
-    row.variant = known.variant;
+    scalars_of_row_[r] = known.scalars;
   }
 }
 
@@ -129,7 +105,7 @@ bool CpuStep::update(const Rows& rows, const StepSettings& s, const Outcome& out
   const bool refused = full && s.error_if_nonfinite && !outcome.skip && !std::isfinite(outcome.norm);
   if (!outcome.skip && !refused) {
     const double multiplier = 1.0 / s.scale.value * outcome.coefficient;
-    cpu::update(work_of(rows), rule_.id, scalars_, {multiplier, s.clip_value, s.write_back});
+    cpu::update(work_of(rows), rule_.id, {scalars_, scalars_of_row_}, {multiplier, s.clip_value, s.write_back});
   }
   return refused;
 }
@@ -137,11 +113,10 @@ bool CpuStep::update(const Rows& rows, const StepSettings& s, const Outcome& out
 void CpuStep::settle(const Rows& rows, const StepSettings& s, const Outcome& outcome, bool refused) const {
   if (refused) refuse_norm(outcome.norm);
   if (outcome.skip) return;
-  count_steps(rows);
-  rows.bump_versions(s.write_back);
+  rows.count_up(s.write_back, /*steps=*/true);
 }
 
-CpuStep::Outcome CpuStep::run_passes(const Groups& groups, Rows& rows, const StepSettings& s) {
+CpuStep::Outcome CpuStep::run_passes(const Groups& groups, const Rows& rows, const StepSettings& s) {
   if (!rows.participants.any) return conclude(s, nullptr, 0);
   derive_scalars(groups, rows);
   Outcome outcome;
@@ -169,7 +144,7 @@ py::object CpuStep::reported(const Rows& rows, const StepSettings& s, const Outc
   return py::make_tuple(scalars, found_inf);
 }
 
-py::object CpuStep::run(const Groups& groups, Rows& rows, const StepSettings& s) {
+py::object CpuStep::run(const Groups& groups, const Rows& rows, const StepSettings& s) {
   return reported(rows, s, run_passes(groups, rows, s));
 }
 
@@ -185,7 +160,7 @@ at::Tensor CpuStep::find(const Rows& rows, const StepSettings& s, uint32_t domai
   return pairs;
 }
 
-py::object CpuStep::finish(const Groups& groups, Rows& rows, const StepSettings& s, const at::Tensor& pairs) {
+py::object CpuStep::finish(const Groups& groups, const Rows& rows, const StepSettings& s, const at::Tensor& pairs) {
   derive_scalars(groups, rows);
   const auto* found = static_cast<const Found*>(pairs.const_data_ptr());
   const Outcome outcome = conclude(s, found, static_cast<size_t>(pairs.numel() / 2));

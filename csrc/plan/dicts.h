@@ -1,4 +1,4 @@
-// Looking into Python's dicts, lists and weak references, by position and by version.
+// Looking into Python's dicts, lists and weak references.
 #pragma once
 #include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/utils/pybind.h>
@@ -31,20 +31,6 @@ class Items {
   PyObject *found, *value;
   return PyDict_Next(dict, &position, &found, &value) && found == key ? value : nullptr;
 }
-
-// A number that no other dict has, nor this one after a change; 0 where Python does not tell. (It still has the number
-// in 3.12 and 3.13, deprecated.)
-inline uint64_t version_of(PyObject* dict) {
-#if PY_VERSION_HEX < 0x030C0000 && !defined(FUSEDOPT_NO_DICT_VERSIONS)
-  return reinterpret_cast<PyDictObject*>(dict)->ma_version_tag;
-#else
-  (void)dict;
-  return 0;
-#endif
-}
-
-// The table of a dict's entries, for prefetching only.
-inline const void* entries_of(PyObject* dict) { return reinterpret_cast<PyDictObject*>(dict)->ma_keys; }
 
 // What a weak reference refers to, for comparing only, or null.
 inline PyObject* referent(PyObject* reference) {

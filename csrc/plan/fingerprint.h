@@ -2,6 +2,10 @@
 #pragma once
 #include <ATen/core/Tensor.h>
 
+#include <cstdint>
+#include <unordered_map>
+#include <vector>
+
 namespace fusedopt::plan {
 
 // Hash of sizes and strides (FNV-1a over words).
@@ -19,50 +23,93 @@ struct Fingerprint {
   c10::DispatchKeySet keys;  // with the dtype: the kind of tensor
   caffe2::TypeMeta dtype;
   c10::Device device = at::kCPU;
-  bool contiguous;
-  int64_t numel;
-  uint64_t shape;  // hash of sizes and strides
-  const c10::StorageImpl* storage;
+  bool contiguous = false;
+  bool inference = false;  // an inference tensor, which has no version
+  int64_t numel = 0;
+  uint64_t shape = 0;  // hash of sizes and strides
 
-  void take(const c10::TensorImpl* impl) {
-    keys = impl->key_set();
-    dtype = impl->dtype();
-    device = impl->device();
-    contiguous = impl->is_contiguous();
-    numel = impl->numel();
-    shape = shape_of(impl);
-    storage = impl->unsafe_storage().unsafeGetStorageImpl();
-  }
-  bool same_kind(const c10::TensorImpl* impl) const {
+  Fingerprint() = default;
+  explicit Fingerprint(c10::TensorImpl* impl)
+      : keys(impl->key_set()),
+        dtype(impl->dtype()),
+        device(impl->device()),
+        contiguous(impl->is_contiguous()),
+        inference(impl->is_inference()),
+        numel(impl->numel()),
+        shape(shape_of(impl)) {}
+
+  [[gnu::always_inline]] bool same_kind(const c10::TensorImpl* impl) const {
     // The keys tell a CPU from a GPU, and there is one CPU.
     return impl->key_set() == keys && impl->dtype() == dtype && (device.is_cpu() || impl->device() == device);
   }
-  // Whether `impl` fits, `before` being the tensor that last did. The same contiguous one with as many elements in the
-  // same storage is not asked for its sizes: that would be one more cache line, and its elements lie as they did.
-  [[gnu::always_inline]] bool matches(const c10::TensorImpl* impl, const c10::TensorImpl* before) {
-    if (!same_kind(impl)) return false;
-    const c10::StorageImpl* now = impl->unsafe_storage().unsafeGetStorageImpl();
-    if (impl == before && now == storage && contiguous && impl->numel() == numel && impl->is_contiguous()) return true;
-    storage = now;
-    return matches_shape(impl);
+  bool operator==(const Fingerprint& other) const {
+    return keys == other.keys && dtype == other.dtype && device == other.device && contiguous == other.contiguous &&
+           inference == other.inference && numel == other.numel && shape == other.shape;
   }
-  [[gnu::noinline]] bool matches_shape(const c10::TensorImpl* impl) const { return shape == shape_of(impl); }
+};
+
+// The distinct fingerprints of a plan's tensors. Thousands of tensors have few, so what is kept of each tensor is the
+// number of its fingerprint, and the fingerprints themselves stay in the cache.
+class Fingerprints {
+ public:
+  // That of no tensor.
+  static constexpr uint32_t kNone = 0;
+
+  Fingerprints() { clear(); }
+  // The number of a tensor's fingerprint.
+  uint32_t of(c10::TensorImpl* impl) {
+    const Fingerprint print(impl);
+    auto& alike = numbers_[print.shape ^ print.keys.raw_repr()];
+    for (uint32_t number : alike) {
+      if (all_[number] == print) return number;
+    }
+    alike.push_back(static_cast<uint32_t>(all_.size()));
+    all_.push_back(print);
+    return alike.back();
+  }
+  const Fingerprint& operator[](uint32_t number) const { return all_[number]; }
+  void clear() {
+    all_.assign(1, {});
+    numbers_.clear();
+  }
+
+ private:
+  std::vector<Fingerprint> all_;
+  std::unordered_map<uint64_t, std::vector<uint32_t>> numbers_;  // by a hash
 };
 
 // A tensor and its fingerprint.
 struct KnownTensor {
-  c10::TensorImpl* impl;  // of this step
-  Fingerprint fingerprint;
+  c10::TensorImpl* impl;            // of this step
+  const c10::StorageImpl* storage;  // of it
+  uint32_t print;                   // its number
 
-  void take(c10::TensorImpl* now) {
+  void take(c10::TensorImpl* now, Fingerprints& prints) {
     impl = now;
-    fingerprint.take(now);
+    storage = now->unsafe_storage().unsafeGetStorageImpl();
+    print = prints.of(now);
   }
-  // Whether `now` is as the tensor was found; it is the tensor of this step then.
-  bool renew(c10::TensorImpl* now) {
-    const bool same = fingerprint.matches(now, impl);
+  // Makes `now` the tensor of this step. What has not changed is not written, so that its cache line need not go back
+  // to memory.
+  [[gnu::always_inline]] void move_to(c10::TensorImpl* now, const c10::StorageImpl* there) {
+    if (now == impl && there == storage) [[likely]]
+      return;
     impl = now;
-    return same;
+    storage = there;
+  }
+  // Makes `now` the tensor of this step if it is as the tensor was found, and returns whether it is. The same
+  // contiguous one with as many elements in the same storage is not asked for its sizes: that would be one more cache
+  // line, and its elements lie as they did.
+  [[gnu::always_inline]] bool renew(c10::TensorImpl* now, const Fingerprints& prints) {
+    const Fingerprint& known = prints[print];
+    if (!known.same_kind(now)) return false;
+    const c10::StorageImpl* const there = now->unsafe_storage().unsafeGetStorageImpl();
+    if (now == impl && there == storage && known.contiguous && now->numel() == known.numel && now->is_contiguous())
+        [[likely]]
+      return true;
+    if (known.shape != shape_of(now)) return false;
+    move_to(now, there);
+    return true;
   }
 };
 

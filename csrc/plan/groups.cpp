@@ -1,6 +1,8 @@
 #include "groups.h"
 
+#include <cstring>
 #include <limits>
+#include <stdexcept>
 #include <string>
 #include <string_view>
 #include <unordered_map>
@@ -13,14 +15,7 @@
 namespace fusedopt::plan {
 namespace {
 
-// Of the entries of a group's dict, to prefetch.
-constexpr size_t kGroupBytes = 256;
-
 std::string name_of(Py_ssize_t group) { return "param_groups[" + std::to_string(group) + "]"; }
-
-std::string place(Py_ssize_t group, Py_ssize_t index) {
-  return name_of(group) + "['params'][" + std::to_string(index) + "]";
-}
 
 // Numbers of Python's own never change in place; tensors, numpy arrays and lists may.
 bool fixed(PyObject* object) { return PyFloat_CheckExact(object) || PyLong_CheckExact(object); }
@@ -84,12 +79,17 @@ void Groups::read_value(Group& group, Py_ssize_t g, Entry& entry) {
   edited_ = true;
 }
 
+void Groups::forget() {
+  groups_.clear();
+  dicts_.reset(0);
+}
+
 // See Note [Prefetching].
 [[gnu::always_inline]] inline void Groups::prefetch_group(size_t g, PyObject* dict) const {
   const Group& group = groups_[g];
-  prefetch(dict, sizeof(PyDictObject));
-  if (!group.version) prefetch(group.dict_entries, kGroupBytes);
-  prefetch(group.params, sizeof(PyListObject));
+  KnownDicts::prefetch(dict);
+  prefetch_object(group.params);
+  __builtin_prefetch(&reinterpret_cast<const PyListObject*>(group.params)->ob_item);
   __builtin_prefetch(group.items);
 }
 
@@ -121,34 +121,28 @@ bool Groups::reread(Group& group, Py_ssize_t g, PyObject* dict, bool changed) {
 bool Groups::unchanged(PyObject* param_groups, const Rows& rows) {
   const Items list(param_groups, "param_groups");
   const size_t count = groups_.size();
-  const std::vector<HotRow>& hot = rows.hot;
   if (list.size() != static_cast<Py_ssize_t>(count)) return false;
   size_t row = 0;
   for (size_t g = 0; g < count; ++g) {
     if (g + kAhead < count) prefetch_group(g + kAhead, list[static_cast<Py_ssize_t>(g + kAhead)]);
     Group& group = groups_[g];
-    if (list.size() != static_cast<Py_ssize_t>(count)) return false;
     PyObject* const dict = list[static_cast<Py_ssize_t>(g)];
-    if (!PyDict_Check(dict)) return false;
-    const uint64_t version = version_of(dict);
-    const bool changed = !version || version != group.version;
-    py::object alive;  // while hyperparameters are read, which may run Python
+    const bool changed = !dicts_.same(g, dict);
     if (changed || group.live) {
-      alive = py::reinterpret_borrow<py::object>(dict);
+      // Reading hyperparameters may run Python.
+      const py::object alive = py::reinterpret_borrow<py::object>(dict);
+      if (!PyDict_Check(dict)) return false;
+      if (changed) dicts_.know(g, dict);
       if (!reread(group, static_cast<Py_ssize_t>(g), dict, changed)) return false;
-      group.version = version;
-      group.dict_entries = entries_of(dict);
+      if (list.size() != static_cast<Py_ssize_t>(count) || list[static_cast<Py_ssize_t>(g)] != dict) return false;
     }
     const Items params(group.params, "params");
-    const auto size = static_cast<size_t>(params.size());
-    if (size > hot.size() - row || (row + size < hot.size() && hot[row + size].group == g)) return false;
-    for (size_t i = 0; i < size; ++i, ++row) {
-      PyObject* const param = params[static_cast<Py_ssize_t>(i)];
-      if (hot[row].object != param || hot[row].group != g || !THPVariable_Check(param)) return false;
-    }
-    group.items = size ? params.begin() : nullptr;
+    if (static_cast<size_t>(params.size()) != group.size) return false;
+    if (std::memcmp(params.begin(), rows.objects.data() + row, group.size * sizeof(PyObject*)) != 0) return false;
+    row += group.size;
+    group.items = params.begin();
   }
-  return row == hot.size();
+  return true;
 }
 
 // Takes what a group's dict has for the rule, and where.
@@ -169,6 +163,7 @@ void Groups::read_entries(Group& group, Py_ssize_t g, PyObject* dict) {
       entry.value = py::reinterpret_borrow<py::object>(value);
       found[k] = true;
       read_value(group, g, entry);
+      group.live |= entry.live;
       group.entries.push_back(std::move(entry));
       break;
     }
@@ -179,22 +174,33 @@ void Groups::read_entries(Group& group, Py_ssize_t g, PyObject* dict) {
 }
 
 void Groups::read(PyObject* param_groups, Rows& rows) {
+  const Items list(param_groups, "param_groups");
+  const Py_ssize_t count = list.size();
   groups_.clear();
+  dicts_.reset(static_cast<size_t>(count));
   rows.clear();
   edited_ = true;
   std::unordered_set<PyObject*> known;
-  const Items list(param_groups, "param_groups");
-  for (Py_ssize_t g = 0; g < list.size(); ++g) {
-    if (!PyDict_Check(list[g])) throw py::type_error(name_of(g) + " is not a dict");
+  for (Py_ssize_t g = 0; g < count; ++g) {
+    if (list.size() != count) throw std::runtime_error("the parameter groups changed while they were read");
+    const py::object dict = py::reinterpret_borrow<py::object>(list[g]);
+    if (!PyDict_Check(dict.ptr())) throw py::type_error(name_of(g) + " is not a dict");
+    const auto number = static_cast<size_t>(g);
     Group group{};
-    read_entries(group, g, list[g]);
-    PyObject* params_value = PyDict_GetItemString(list[g], "params");
+    dicts_.know(number, dict.ptr());
+    read_entries(group, g, dict.ptr());
+    PyObject* params_value = PyDict_GetItemString(dict.ptr(), "params");
     if (!params_value) throw py::key_error(name_of(g) + " has no 'params'");
     const Items params(params_value, (name_of(g) + "['params']").c_str());
+    group.params = params_value;
+    group.size = static_cast<size_t>(params.size());
     for (Py_ssize_t i = 0; i < params.size(); ++i) {
-      if (!THPVariable_Check(params[i])) throw py::type_error(place(g, i) + " is not a tensor");
+      const auto index = static_cast<size_t>(i);
+      if (!THPVariable_Check(params[i])) throw py::type_error(place_of(number, index) + " is not a tensor");
       // Two threads would write one parameter.
-      if (!known.insert(params[i]).second) throw py::value_error(place(g, i) + " is in the optimizer already");
+      if (!known.insert(params[i]).second) {
+        throw py::value_error(place_of(number, index) + " is in the optimizer already");
+      }
       rows.add(params[i], static_cast<uint32_t>(g), static_cast<uint32_t>(i));
     }
     groups_.push_back(std::move(group));
@@ -206,15 +212,20 @@ bool Groups::number(Rows& rows) {
   std::unordered_map<std::string_view, uint32_t> numbers;
   table_.clear();
   bool same_columns = true;
+  size_t row = 0;
   for (Group& group : groups_) {
     const std::string_view bytes(reinterpret_cast<const char*>(&group.hyper), sizeof(group.hyper));
     auto [found, fresh] = numbers.emplace(bytes, static_cast<uint32_t>(table_.size()));
     if (fresh) table_.push_back(&group.hyper);
-    group.table_row = found->second;
     const unsigned before = std::exchange(group.columns, rule_.columns(rule_.variant(group.hyper.value, 0)));
     same_columns &= group.columns == before;
+    const size_t end = row + group.size;
+    if (group.table_row != found->second) {
+      group.table_row = found->second;
+      for (size_t r = row; r < end; ++r) rows.table[r].group = group.table_row;
+    }
+    row = end;
   }
-  for (size_t r = 0; r < rows.size(); ++r) rows.table[r].group = groups_[rows.hot[r].group].table_row;
   edited_ = false;
   return same_columns;
 }

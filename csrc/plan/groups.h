@@ -7,6 +7,7 @@
 
 #include "../rule_interface.h"
 #include "../step.h"
+#include "known_dicts.h"
 #include "rows.h"
 #include "target.h"
 
@@ -22,7 +23,7 @@ class Groups {
   // Reads the groups from the beginning, and makes a row of each of their parameters.
   void read(PyObject* param_groups, Rows& rows);
   // After an error nothing is known of them: the next step reads them anew.
-  void forget() { groups_.clear(); }
+  void forget();
 
   // Whether hyperparameters were read since number().
   bool edited() const { return edited_; }
@@ -51,10 +52,10 @@ class Groups {
     HyperValues hyper;
     unsigned columns;
     uint32_t table_row;
-    uint64_t version;  // of its dict, when that was last read
-    bool live;         // some entry is
+    bool live;  // some entry is
     PyObject* params;
-    const void *dict_entries, *items;  // for prefetching only
+    size_t size;        // number of parameters
+    const void* items;  // for prefetching only
   };
 
   void prefetch_group(size_t g, PyObject* dict) const;
@@ -66,6 +67,7 @@ class Groups {
   const RuleInterface& rule_;
   const Target target_;
   std::vector<Group> groups_;
+  KnownDicts dicts_;  // of each group
   std::vector<const HyperValues*> table_;
   bool edited_ = true;
   bool foreign_numbers_ = false;

@@ -1,8 +1,10 @@
 #include "plan.h"
 
 #include <algorithm>
+#include <atomic>
 #include <functional>
 #include <memory>
+#include <mutex>
 #include <optional>
 #include <stdexcept>
 #include <tuple>
@@ -11,6 +13,7 @@
 #include "../cuda/launchers.h"
 #include "../python_launcher.h"
 #include "numbers.h"
+#include "ranges.h"
 
 namespace fusedopt {
 
@@ -73,14 +76,35 @@ void StepPlan::refresh(PyObject* groups, PyObject* state, PyObject* counts, bool
     throw;
   }
   if (groups_.edited() && !groups_.number(rows_)) states_.forget();
-  if (!rows_.refresh(write_back, problems)) states_.forget();
+  const bool looked = look(state, counts, write_back, problems);
   if (rows_.take_news()) domains_known_ = false;
   if (!domains_known_) {
     find_domains(groups);
     if (precision_.draws()) find_numbers(groups);
+    if (kernels_.executor) place_rows();
     domains_known_ = true;
   }
-  states_.refresh(state, counts, groups_, rows_, problems);
+  states_.refresh(state, counts, groups_, rows_, problems, looked);
+}
+
+// Brings the rows up to date. Returns whether their states, too, have been found as they were, and are.
+bool StepPlan::look(PyObject* state, PyObject* counts, bool write_back, plan::Problems& problems) {
+  const bool states = states_.can_look(state, counts, rows_);
+  std::atomic<bool> looked{states};
+  plan::Rows::Seen all;
+  std::mutex one_at_a_time;
+  plan::for_ranges(rows_.size(), [&](size_t begin, size_t end) {
+    plan::Rows::Seen seen;
+    rows_.look(begin, end, write_back, seen);
+    if (states && !states_.look(begin, end, rows_)) looked.store(false, std::memory_order_relaxed);
+    const std::lock_guard<std::mutex> lock(one_at_a_time);
+    all.add(seen);
+  });
+  if (!rows_.attend(all, write_back, problems)) {
+    states_.forget();
+    looked = false;
+  }
+  return looked;
 }
 
 void StepPlan::find_domains(PyObject* groups) {
@@ -123,21 +147,21 @@ void StepPlan::find_numbers(PyObject* groups) {
   }
 }
 
-bool StepPlan::place_rows() {
-  const bool on_cpu = kernels_.target.type == at::kCPU;
-  bool capturing = false;
-  int last = device::kNowhere;
+void StepPlan::place_rows() {
   row_devices_.resize(rows_.size());
+  devices_.clear();
   for (size_t r = 0; r < rows_.size(); ++r) {
     int& device = row_devices_[r];
-    device = rows_.hot[r].problem ? device::kNowhere
-             : on_cpu             ? static_cast<int>(r) % emulated_devices_
-                                  : rows_.cold[r].order.device().index();
-    if (device == device::kNowhere || device == last) continue;
-    last = device;
-    capturing |= kernels_.executor->capturing(device);
+    device = rows_.hot[r].problem               ? device::kNowhere
+             : kernels_.target.type == at::kCPU ? static_cast<int>(r) % emulated_devices_
+                                                : rows_.cold[r].order.device().index();
+    if (device != device::kNowhere) devices_.insert(device);
   }
-  return capturing;
+}
+
+bool StepPlan::capturing() const {
+  return std::any_of(devices_.begin(), devices_.end(),
+                     [this](int device) { return kernels_.executor->capturing(device); });
 }
 
 // A replay runs nothing of this plan, so what a captured step leaves out is left out for good: better to say so.
@@ -145,11 +169,11 @@ plan::Problems StepPlan::refused_in_capture() const {
   plan::Problems problems;
   for (size_t r = 0; r < rows_.size(); ++r) {
     if (rows_.table[r].grad.data) {
-      if (rows_.hot[r].state_problem == plan::kNoState) {
+      if (rows_.cold[r].state_problem == plan::kNoState) {
         problems.push_back(
             {r, "has no state yet, which a captured step would make anew at each replay; step once before capturing"});
       }
-    } else if (THPVariable_Unpack(rows_.hot[r].object).requires_grad()) {
+    } else if (THPVariable_Unpack(rows_.objects[r]).requires_grad()) {
       problems.push_back(
           {r,
            "has no gradient while a CUDA graph is captured: replays would never update it. Give it one (zeros) before "
@@ -163,7 +187,7 @@ plan::Problems StepPlan::refused_in_capture() const {
 py::list StepPlan::told(const plan::Problems& problems, bool can_mend) const {
   py::list list;
   for (const plan::Problem& problem : problems) {
-    const plan::HotRow& row = rows_.hot[problem.row];
+    const plan::ColdRow& row = rows_.cold[problem.row];
     const py::object state_only = can_mend ? py::object(py::bool_(problem.text == plan::kNoState)) : py::none();
     list.append(py::make_tuple(row.group, row.index, problem.text, state_only));
   }
@@ -189,7 +213,7 @@ py::object StepPlan::on_devices(const StepSettings& s,
   // A launcher in Python may take seconds to compile, while other threads run.
   const plan::Held held = kernels_.launcher ? rows_.hold() : plan::Held();
   device::Outcome outcome = run(wait);
-  rows_.bump_versions(s.write_back);
+  rows_.count_up(s.write_back, /*steps=*/false);
   auto wrapped = [](at::Tensor& tensor) -> py::object {
     if (!tensor.defined()) return py::none();
     return py::reinterpret_steal<py::object>(THPVariable_Wrap(std::move(tensor)));
@@ -232,7 +256,7 @@ py::object StepPlan::step(const py::object& groups, const py::dict& state, const
   if (half_) throw std::runtime_error("a step of this optimizer is half done, perhaps in another thread");
   plan::Problems problems;
   refresh(groups.ptr(), state.ptr(), counts.is_none() ? nullptr : counts.ptr(), s.write_back, problems);
-  const bool capturing = kernels_.executor && place_rows();
+  const bool capturing = kernels_.executor && this->capturing();
   if (capturing) {
     const plan::Problems refused = refused_in_capture();
     if (!refused.empty()) return told(refused, false);

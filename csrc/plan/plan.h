@@ -4,6 +4,7 @@
 
 #include <memory>
 #include <optional>
+#include <set>
 #include <string>
 #include <vector>
 
@@ -24,8 +25,8 @@ namespace fusedopt {
 // at which position of a dict it found what it needs, and at each step looks there: the same key object at the same
 // position means that the value beside it is the one of that key, now.
 //
-// Where Python numbers the states of a dict (before 3.12), a dict with the number it had holds the very objects it had,
-// and is not looked at further.
+// Where Python tells that a dict has not changed, it holds the very objects it had, and is not looked into: see
+// Note [Dicts that have not changed].
 //
 // Of parameters, states and gradients it remembers addresses only, so it keeps none of them alive and forms no cycle.
 // An address that was given to another object does no harm: tensors are reached through the dicts and lists of this
@@ -96,10 +97,13 @@ class StepPlan {
   static Kernels kernels_for(const std::string& device, const py::object& launcher);
   // Brings groups, rows and states up to date.
   void refresh(PyObject* groups, PyObject* state, PyObject* counts, bool write_back, plan::Problems& problems);
+  bool look(PyObject* state, PyObject* counts, bool write_back, plan::Problems& problems);
   void find_domains(PyObject* groups);
   void find_numbers(PyObject* groups);
-  // Fills in row_devices_. Returns whether the current stream of one of them is capturing a graph.
-  bool place_rows();
+  // Fills in row_devices_ and devices_.
+  void place_rows();
+  // Whether the current stream of a device is capturing a graph.
+  bool capturing() const;
   plan::Problems refused_in_capture() const;
   py::list told(const plan::Problems& problems, bool can_mend) const;
   device::Work work(bool capturing) const;
@@ -117,6 +121,7 @@ class StepPlan {
   plan::States states_;
   plan::CpuStep cpu_step_;
   std::vector<int> row_devices_;  // for the executor
+  std::set<int> devices_;         // of rows that can take part
   bool running_ = false;          // a step is, perhaps in another thread
   std::optional<Half> half_;      // between the halves of one
   const py::object shards_;

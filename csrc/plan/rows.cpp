@@ -7,12 +7,13 @@
 #include "../tensors.h"
 #include "local.h"
 #include "prefetch.h"
+#include "ranges.h"
 
 namespace fusedopt::plan {
 namespace {
 
 // The parameter itself.
-inline c10::TensorImpl* whole_of(const HotRow& row) { return THPVariable_Unpack(row.object).unsafeGetTensorImpl(); }
+inline c10::TensorImpl* whole_of(PyObject* object) { return THPVariable_Unpack(object).unsafeGetTensorImpl(); }
 
 // Stands for the data of an empty gradient, whose own pointer is null: null means "takes no part".
 char kEmpty;
@@ -21,18 +22,24 @@ char kEmpty;
 
 void Rows::clear() {
   table.clear();
+  objects.clear();
   hot.clear();
+  states.clear();
+  counts.clear();
   cold.clear();
   carried.clear();
+  prints.clear();
+  dealt_out_ = false;
 }
 
 void Rows::add(PyObject* param, uint32_t group, uint32_t index) {
-  HotRow row{};
-  row.object = param;
-  row.group = group;
-  row.index = index;
-  hot.push_back(row);
+  objects.push_back(param);
+  hot.push_back({});
+  states.push_back({});
+  counts.push_back(0);
   cold.emplace_back();
+  cold.back().group = group;
+  cold.back().index = index;
   table.push_back({});
   if (precision_.carries()) {
     const auto stream = static_cast<uint32_t>(carried.size());
@@ -53,110 +60,190 @@ void Rows::build_chunks() {
   }
 }
 
+// Whether an object is a tensor, where that can be told without asking Python: torch's own two types, and one more.
+[[gnu::always_inline]] inline bool Rows::is_tensor(PyObject* object) const {
+  PyTypeObject* const type = Py_TYPE(object);
+  return THPVariable_CheckTypeExact(type) || reinterpret_cast<PyObject*>(type) == subclass_.ptr();
+}
+
 void Rows::describe(size_t r) {
   HotRow& row = hot[r];
-  const at::Tensor& param = local_of(row.object);
+  PyObject* const object = objects[r];
+  const at::Tensor& param = local_of(object);
   c10::TensorImpl* impl = param.unsafeGetTensorImpl();
   news_ = true;
-  cold[r].spec = py::reinterpret_borrow<py::object>(spec_of(row.object));
+  if (!is_tensor(object)) {
+    subclass_ = py::reinterpret_borrow<py::object>(reinterpret_cast<PyObject*>(Py_TYPE(object)));
+  }
+  cold[r].spec = py::reinterpret_borrow<py::object>(spec_of(object));
   row.dtensor = static_cast<bool>(cold[r].spec);
+  dealt_out_ |= row.dtensor;
   table[r].numel = 0;
-  row.problem = foreign(impl, target_.type);
-  if (row.problem) return;
-  row.param.take(impl);
-  table[r].numel = impl->numel();
-  cold[r].order = CanonicalOrder(impl);
-  row.problem = cold[r].order.describe(param, table[r].param, cold[r].param_layout, true);
+  cold[r].problem = foreign(impl, target_.type);
+  if (!cold[r].problem) {
+    row.param.take(impl, prints);
+    table[r].numel = impl->numel();
+    cold[r].order = CanonicalOrder(impl);
+    cold[r].problem = cold[r].order.describe(param, table[r].param, cold[r].param_layout, true);
+  }
+  row.problem = cold[r].problem;
 }
 
 // See Note [Prefetching].
 [[gnu::always_inline]] inline void Rows::prefetch_row(size_t r) const {
   const HotRow& row = hot[r];
-  __builtin_prefetch(row.object);
-  __builtin_prefetch(row.autograd);
+  prefetch_object(objects[r]);
+  __builtin_prefetch(static_cast<const char*>(row.autograd) + 40);
   prefetch_tensor(row.param.impl, true);
-  prefetch_storage(row.param.fingerprint.storage);
+  prefetch_storage(row.param.storage);
   prefetch_tensor(row.grad.impl, true);
-  prefetch_storage(row.grad.fingerprint.storage);
+  prefetch_storage(row.grad.storage);
 }
 
-// Returns false when the parameter is no longer what the tables say, for instance after `param.data = ...`.
-[[gnu::always_inline]] inline bool Rows::refresh_param(size_t r) {
+// Takes the parameter of this step, whose part in this process is `impl`. Returns false when it is no longer what the
+// tables say, for instance after `param.data = ...`.
+[[gnu::always_inline]] inline bool Rows::refresh_param(size_t r, c10::TensorImpl* impl) {
   HotRow& row = hot[r];
-  c10::TensorImpl* impl = whole_of(row);
-  if (row.dtensor) [[unlikely]]
-    impl = local_of(row.object).unsafeGetTensorImpl();
-  Fingerprint& known = row.param.fingerprint;
-  row.param.impl = impl;
-  known.storage = impl->unsafe_storage().unsafeGetStorageImpl();
+  row.param.move_to(impl, impl->unsafe_storage().unsafeGetStorageImpl());
+  if (row.problem) return false;
+  const Fingerprint& known = prints[row.param.print];
   // Always by its sizes: gradients and states are measured against it.
-  if (row.problem || !known.same_kind(impl) || !known.matches_shape(impl)) return false;
-  if (row.dtensor && spec_of(row.object) != cold[r].spec.ptr()) return false;
-  table[r].param.data = table[r].numel ? data_of(impl) : nullptr;
+  return known.same_kind(impl) && known.shape == shape_of(impl);
+}
+
+// Takes the gradient of this step. Returns false when it does not lie as the last one did.
+[[gnu::always_inline]] inline bool Rows::refresh_grad(size_t r, c10::TensorImpl* impl) {
+  HotRow& row = hot[r];
+  row.grad.move_to(impl, impl->unsafe_storage().unsafeGetStorageImpl());
+  const Fingerprint& known = prints[row.grad.print];
+  return known.same_kind(impl) && known.shape == shape_of(impl);
+}
+
+namespace {
+
+// What is there already is not written again, see Note [Cold caches].
+[[gnu::always_inline]] inline bool replace(void*& pointer, void* now) {
+  if (pointer == now) [[likely]]
+    return false;
+  pointer = now;
   return true;
 }
 
+}  // namespace
+
+void Rows::Seen::add(const Seen& other) {
+  participants.elements += other.participants.elements;
+  participants.any |= other.participants.any;
+  participants.any_double |= other.participants.any_double;
+  moved |= other.moved;
+  attended.insert(attended.end(), other.attended.begin(), other.attended.end());
+}
+
+// Counts in what of a row takes part.
+[[gnu::always_inline]] inline void Rows::note(size_t r, Participants& found) const {
+  const TensorRow& row = table[r];
+  found.any_double |= row.param.dtype == DType::kFloat64;
+  if (!row.grad.data) return;
+  found.elements += row.numel;
+  found.any = true;
+}
+
+void Rows::look(size_t begin, size_t end, bool write_back, Seen& seen) {
+  for (size_t r = begin; r < std::min(begin + kAhead, end); ++r) prefetch_row(r);
+  for (size_t r = begin; r < end; ++r) {
+    if (r + kAhead < end) prefetch_row(r + kAhead);
+    HotRow& row = hot[r];
+    TensorRow& columns = table[r];
+    PyObject* const object = objects[r];
+    if (!is_tensor(object) || row.dtensor) [[unlikely]] {
+      seen.attended.push_back(r);
+      continue;
+    }
+    c10::TensorImpl* const impl = THPVariable_Unpack(object).unsafeGetTensorImpl();
+    if (!refresh_param(r, impl)) [[unlikely]] {
+      seen.attended.push_back(r);
+      continue;
+    }
+    seen.moved |= replace(columns.param.data, columns.numel ? data_of(impl) : nullptr);
+    const void* const autograd = impl->autograd_meta();
+    if (row.autograd != autograd) row.autograd = autograd;
+    const at::Tensor& grad = impl->grad();
+    if (!grad.defined()) {
+      replace(columns.grad.data, nullptr);
+      note(r, seen.participants);
+      continue;
+    }
+    c10::TensorImpl* const grad_impl = grad.unsafeGetTensorImpl();
+    void* const data = columns.numel ? data_of(grad_impl) : &kEmpty;
+    if (!refresh_grad(r, grad_impl) || !data || (columns.numel && !columns.param.data) ||
+        (write_back && columns.grad.layout)) [[unlikely]] {
+      seen.attended.push_back(r);
+      continue;
+    }
+    replace(columns.grad.data, data);
+    note(r, seen.participants);
+  }
+}
+
 // Why the gradient cannot be used, or null. Sets the row's column, whose data is null without a gradient.
-[[gnu::always_inline]] inline const char* Rows::refresh_grad(size_t r, bool write_back) {
+const char* Rows::attend_grad(size_t r, bool write_back) {
   HotRow& row = hot[r];
   TensorRow& columns = table[r];
   Column& column = columns.grad;
   column.data = nullptr;
-  c10::TensorImpl* const param = row.dtensor ? whole_of(row) : row.param.impl;
+  c10::TensorImpl* const param = whole_of(objects[r]);
   row.autograd = param->autograd_meta();
   const at::Tensor& whole = param->grad();
   if (!whole.defined()) return nullptr;
-  if (row.problem) return row.problem;
+  if (row.problem) return cold[r].problem;
   PyObject* const object = row.dtensor ? object_of(whole) : nullptr;
-  if (object && !dealt_out_alike(row.object, object)) return "has a gradient that is dealt out in another way";
+  if (object && !dealt_out_alike(objects[r], object)) return "has a gradient that is dealt out in another way";
   const at::Tensor& grad = object ? local_of(object) : whole;
-  c10::TensorImpl* impl = row.grad.impl = grad.unsafeGetTensorImpl();
-  if (!row.grad.fingerprint.same_kind(impl)) {
+  c10::TensorImpl* impl = grad.unsafeGetTensorImpl();
+  if (!refresh_grad(r, impl) || (write_back && column.layout)) {
+    row.grad.print = Fingerprints::kNone;
     if (foreign(impl, target_.type) || impl->device() != cold[r].order.device()) {
       return "has a gradient that is not a plain dense tensor on its own device";
     }
-    to_dtype(impl, column.dtype);
-    row.grad.fingerprint.take(impl);
-  }
-  row.grad.fingerprint.storage = impl->unsafe_storage().unsafeGetStorageImpl();
-  if (!columns.param.layout && shape_of(impl) == row.param.fingerprint.shape) {
-    column.layout = nullptr;
-  } else if (cold[r].order.describe(grad, column, cold[r].grad_layout, write_back)) {
-    return "has a gradient whose shape or memory layout cannot be used";
+    if (cold[r].order.describe(grad, column, cold[r].grad_layout, write_back)) {
+      return "has a gradient whose shape or memory layout cannot be used";
+    }
+    row.grad.take(impl, prints);
   }
   column.data = columns.numel ? data_of(impl) : &kEmpty;
   if (!column.data) return "has a gradient without memory (its storage was freed?)";
   return columns.numel && !columns.param.data ? "has no memory (its storage was freed?)" : nullptr;
 }
 
-bool Rows::refresh(bool write_back, Problems& problems) {
-  Participants found;
-  bool resized = false, moved = false, same = true;
-  const size_t count = size();
-  for (size_t r = 0; r < std::min(kAhead, count); ++r) prefetch_row(r);
-  for (size_t r = 0; r < count; ++r) {
-    if (r + kAhead < count) prefetch_row(r + kAhead);
-    const TensorRow& row = table[r];
-    const void* data = row.param.data;
-    if (!refresh_param(r)) {
+bool Rows::attend(Seen& seen, bool write_back, Problems& problems) {
+  std::sort(seen.attended.begin(), seen.attended.end());
+  bool resized = false, same = true;
+  for (size_t r : seen.attended) {
+    PyObject* const object = objects[r];
+    if (!THPVariable_Check(object)) throw py::type_error(place_of(cold[r].group, cold[r].index) + " is not a tensor");
+    TensorRow& row = table[r];
+    auto refresh = [&] {
+      c10::TensorImpl* const impl = local_of(object).unsafeGetTensorImpl();
+      const bool as_it_was = refresh_param(r, impl) && spec_of(object) == cold[r].spec.ptr();
+      if (as_it_was) seen.moved |= replace(row.param.data, row.numel ? data_of(impl) : nullptr);
+      return as_it_was;
+    };
+    if (!refresh()) {
       const int64_t numel = row.numel;
       const bool had_problem = hot[r].problem;
       describe(r);
-      refresh_param(r);
-      moved = true;
+      refresh();
+      hot[r].grad.print = Fingerprints::kNone;  // it was measured against what the parameter was
+      seen.moved = true;
       resized |= numel != row.numel;
       same &= had_problem && hot[r].problem;
     }
-    moved |= data != row.param.data;
-    if (const char* problem = refresh_grad(r, write_back)) problems.push_back({r, problem});
-    found.any_double |= row.param.dtype == DType::kFloat64;
-    if (!row.grad.data) continue;
-    found.elements += row.numel;
-    found.any = true;
+    if (const char* problem = attend_grad(r, write_back)) problems.push_back({r, problem});
+    note(r, seen.participants);
   }
-  participants = found;
+  participants = seen.participants;
   if (resized) build_chunks();
-  if (moved) find_overlaps();
+  if (seen.moved) find_overlaps();
   return same;
 }
 
@@ -183,45 +270,58 @@ Held Rows::hold() const {
   Held held;
   held.objects.reserve(size());
   held.storages.reserve(size() * (3 + kMaxStates));
-  auto hold = [&](const c10::TensorImpl* impl) {
-    if (impl) held.storages.push_back(impl->unsafe_storage());
+  auto hold = [&](const KnownTensor& known) {
+    if (!known.impl || !known.storage) return;
+    auto* const storage = const_cast<c10::StorageImpl*>(known.storage);
+    held.storages.emplace_back(c10::intrusive_ptr<c10::StorageImpl>::reclaim_copy(storage));
   };
   for (size_t r = 0; r < size(); ++r) {
     if (!table[r].grad.data) continue;
-    held.objects.push_back(py::reinterpret_borrow<py::object>(hot[r].object));
-    if (hot[r].dtensor) {
-      held.objects.push_back(py::reinterpret_borrow<py::object>(local_slot().of(hot[r].object)));
-    }
-    hold(hot[r].param.impl);
-    hold(hot[r].grad.impl);
-    hold(hot[r].step.impl);
-    for (const KnownTensor& column : hot[r].state) hold(column.impl);
+    held.objects.push_back(py::reinterpret_borrow<py::object>(objects[r]));
+    if (hot[r].dtensor) held.objects.push_back(py::reinterpret_borrow<py::object>(local_slot().of(objects[r])));
+    hold(hot[r].param);
+    hold(hot[r].grad);
+    hold(states[r].step.tensor);
+    for (const KnownState& column : states[r].column) hold(column.tensor);
     if (carried.empty()) continue;
-    hold(carried[r].master.impl);
-    hold(carried[r].average.impl);
+    hold(carried[r].master.tensor);
+    hold(carried[r].average.tensor);
   }
   return held;
 }
 
-void Rows::bump_versions(bool write_back) const {
-  // Counting a version up is an atomic operation, which waits for its miss and everything before it: read them first.
-  uint32_t versions = 0;
-  for (size_t r = 0; r < size(); ++r) {
-    c10::TensorImpl* impl = hot[r].param.impl;
-    if (table[r].grad.data && !impl->is_inference()) versions += impl->version_counter().current_version();
-  }
-  asm volatile("" : : "r"(versions));
+void Rows::count_up(bool write_back, bool steps) const {
   auto bump = [](c10::TensorImpl* impl) {
     if (!impl->is_inference()) impl->bump_version();
   };
-  for (size_t r = 0; r < size(); ++r) {
-    if (!table[r].grad.data) continue;
-    bump(hot[r].param.impl);
-    if (hot[r].dtensor) bump(whole_of(hot[r]));
-    if (!write_back) continue;
-    const at::Tensor& grad = whole_of(hot[r])->grad();
-    if (grad.defined()) bump(grad.unsafeGetTensorImpl());
-  }
+  // Where a version is counted, once the tensor itself is in the cache. Only prefetched, so what else may lie there
+  // does no harm.
+  auto counter = [](const c10::TensorImpl* impl) {
+    return *reinterpret_cast<const char* const*>(&impl->version_counter());
+  };
+  for_ranges(size(), [&](size_t begin, size_t end) {
+    auto prefetch_tensors = [&](size_t r) __attribute__((always_inline)) {
+      __builtin_prefetch(reinterpret_cast<const char*>(hot[r].param.impl) + 40);
+      __builtin_prefetch(table[r].step);
+    };
+    for (size_t r = begin; r < std::min(begin + 2 * kAhead, end); ++r) prefetch_tensors(r);
+    for (size_t r = begin; r < end; ++r) {
+      if (r + 2 * kAhead < end) prefetch_tensors(r + 2 * kAhead);
+      if (r + kAhead < end && table[r + kAhead].grad.data) __builtin_prefetch(counter(hot[r + kAhead].param.impl) + 16);
+      const TensorRow& row = table[r];
+      if (!row.grad.data) continue;
+      if (!prints[hot[r].param.print].inference) hot[r].param.impl->bump_version();
+      if (steps && row.step) with_count(row, hot[r].integer_count, [](auto& count) { count += 1; });
+      if (hot[r].dtensor) bump(whole_of(objects[r]));
+      if (!write_back) continue;
+      const at::Tensor& grad = whole_of(objects[r])->grad();
+      if (grad.defined()) bump(grad.unsafeGetTensorImpl());
+    }
+  });
+}
+
+std::string place_of(size_t group, size_t index) {
+  return "param_groups[" + std::to_string(group) + "]['params'][" + std::to_string(index) + "]";
 }
 
 }  // namespace fusedopt::plan

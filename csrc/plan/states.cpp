@@ -11,9 +11,6 @@
 namespace fusedopt::plan {
 namespace {
 
-// Of the entries of a state dict, to prefetch.
-constexpr size_t kStateBytes = 88;
-
 // Scales of codes have two bytes.
 bool odd(const void* address) { return reinterpret_cast<uintptr_t>(address) % 2 != 0; }
 
@@ -41,111 +38,144 @@ bool States::Keys::operator==(const Keys& other) const {
   return true;
 }
 
+// The state of a row with an index as a state dict's: the step count, the rule's columns, and what rows carry.
+KnownState& state_at(Rows& rows, size_t r, int i) {
+  if (i == 0) return rows.states[r].step;
+  const int c = i - 1;
+  if (c < kMaxStates) return rows.states[r].column[c];
+  return c == kMasterKey ? rows.carried[r].master : rows.carried[r].average;
+}
+
 // See Note [Prefetching].
-[[gnu::always_inline]] inline void States::prefetch_entry(const Entry& entry, const Rows& rows) const {
-  const HotRow& row = rows.hot[entry.row];
-  prefetch(entry.dict, sizeof(PyDictObject));
-  if (!entry.version) prefetch(entry.dict_entries, kStateBytes);
-  for (int i = 0; i <= rule_.state_count; ++i) __builtin_prefetch(entry.objects[i]);
-  if (!entry.version) __builtin_prefetch(entry.counted);
-  prefetch_tensor(row.step.impl, false);
-  prefetch_storage(row.step.fingerprint.storage);
-  __builtin_prefetch(rows.table[entry.row].step);
-  auto prefetch_column = [](const KnownTensor& column) __attribute__((always_inline)) {
-    if (!column.impl) return;
-    prefetch_tensor(column.impl, !column.fingerprint.contiguous);
-    prefetch_storage(column.fingerprint.storage);
+[[gnu::always_inline]] inline void States::prefetch_states(size_t r, const Rows& rows) const {
+  if (state_dicts_[r]) KnownDicts::prefetch(state_dicts_[r]);
+  auto prefetch_state = [](const KnownState& state) __attribute__((always_inline)) {
+    if (!state.object) return;
+    prefetch_object(state.object);
+    prefetch_tensor(state.tensor.impl, false);
+    prefetch_storage(state.tensor.storage);
   };
-  for (const KnownTensor& column : row.state) prefetch_column(column);
+  prefetch_state(rows.states[r].step);
+  if (!target_.device_kernels) __builtin_prefetch(rows.table[r].step);
+  for (const KnownState& state : rows.states[r].column) prefetch_state(state);
   if (rows.carried.empty()) return;
-  prefetch_column(rows.carried[entry.row].master);
-  prefetch_column(rows.carried[entry.row].average);
+  prefetch_state(rows.carried[r].master);
+  prefetch_state(rows.carried[r].average);
+}
+
+// Takes the states of this step from the tensors that the row has. Returns false when one is no longer as it was found.
+template <class LocalOf>
+[[gnu::always_inline]] inline bool States::take_data(size_t r, Rows& rows, const LocalOf& local_of) const {
+  StateRow& states = rows.states[r];
+  TensorRow& row = rows.table[r];
+  // Where the tensor of this step has its data; `same` is false when it is not as it was found.
+  bool same = true;
+  auto data = [&](KnownState& state) __attribute__((always_inline)) -> void* {
+    c10::TensorImpl* const impl = local_of(state.object).unsafeGetTensorImpl();
+    same = state.tensor.renew(impl, rows.prints);
+    return same ? data_of(impl) : nullptr;
+  };
+  // What is there already is not written again, see Note [Cold caches].
+  auto take = [](void*& to, void* now) __attribute__((always_inline)) {
+    if (to != now) to = now;
+  };
+  for (int c = 0; c < kMaxStates; ++c) {
+    if (!states.column[c].object) continue;
+    void* const now = data(states.column[c]);
+    if (!same || (!now && row.numel)) return false;
+    if (is_coded(row.state[c].dtype) && odd(now)) [[unlikely]]
+      return false;
+    take(row.state[c].data, now);
+  }
+  if (!rows.carried.empty()) [[unlikely]] {
+    CarriedRow& carried = rows.carried[r];
+    auto follow = [&](KnownState& state, Column& column) {
+      if (!state.object) return true;
+      void* const now = data(state);
+      if (!same || (!now && row.numel)) return false;
+      take(column.data, now);
+      return true;
+    };
+    if (!follow(carried.master, carried.carried.master) || !follow(carried.average, carried.carried.average)) {
+      return false;
+    }
+  }
+  if (!states.step.object) return false;
+  void* const step = data(states.step);
+  if (!step) return false;
+  take(row.step, step);
+  if (!target_.device_kernels) {
+    with_count(row, rows.hot[r].integer_count, [&](auto count) { rows.counts[r] = static_cast<double>(count); });
+  }
+  return true;
+}
+
+bool States::can_look(PyObject* state, PyObject* counts, const Rows& rows) const {
+  if (!known_ || rows.dealt_out()) return false;
+  return dicts_.same(kState, state) && (!counts || dicts_.same(kCounts, counts));
+}
+
+bool States::look(size_t begin, size_t end, Rows& rows) const {
+  for (size_t r = begin; r < std::min(begin + kAhead, end); ++r) prefetch_states(r, rows);
+  for (size_t r = begin; r < end; ++r) {
+    if (r + kAhead < end) prefetch_states(r + kAhead, rows);
+    if (!state_dicts_[r]) continue;
+    if (!dicts_.same(kFirst + r, state_dicts_[r])) return false;
+    const bool same = take_data(r, rows, [](PyObject* object) __attribute__((always_inline)) -> const at::Tensor& {
+      return THPVariable_Unpack(object);
+    });
+    if (!same) return false;
+  }
+  return true;
+}
+
+// Takes the objects of a row from its state dict, by position, where that has changed. Returns false when they are no
+// longer as they were found.
+bool States::follow_dict(size_t r, Rows& rows) {
+  PyObject* const dict = state_dicts_[r];
+  if (dicts_.same(kFirst + r, dict)) return true;
+  dicts_.know(kFirst + r, dict);
+  const Keys& keys = keys_[entries_[r].keys];
+  for (int i = 0; i <= kKeys; ++i) {
+    if (!keys.name[i]) continue;
+    PyObject* const value = value_at(dict, keys.position[i], keys.name[i].ptr());
+    if (!value || !THPVariable_Check(value)) return false;
+    state_at(rows, r, i).object = value;
+  }
+  return true;
+}
+
+// Takes the hidden count of this step. Returns false when it is no longer there, or counts another tensor's steps.
+bool States::follow_count(PyObject* counts, size_t r, Rows& rows) {
+  Entry& entry = entries_[r];
+  PyObject* const pair = value_at(counts, entry.count_position, rows.objects[r]);
+  if (!pair || !is_hidden_count(pair)) return false;
+  rows.states[r].step.object = PyTuple_GET_ITEM(pair, 0);
+  entry.counted = PyTuple_GET_ITEM(pair, 1);
+  return true;
 }
 
 // Takes the states of this step from the state dicts. Returns false when they are no longer as they were found.
 bool States::follow(PyObject* state, PyObject* counts, Rows& rows) {
-  const size_t count = entries_.size();
-  const int state_count = rule_.state_count;
-  const uint64_t state_version = version_of(state);
-  const bool same_dicts = state_version && state_version == state_version_;
-  const uint64_t counts_version = counts ? version_of(counts) : 0;
-  const bool same_counts = counts_version && counts_version == counts_version_;
-  for (size_t e = 0; e < std::min(kAhead, count); ++e) prefetch_entry(entries_[e], rows);
-  for (size_t e = 0; e < count; ++e) {
-    if (e + kAhead < count) prefetch_entry(entries_[e + kAhead], rows);
-    Entry& entry = entries_[e];
-    const Keys& keys = keys_[entry.keys];
-    HotRow& row = rows.hot[entry.row];
-    TensorRow& columns = rows.table[entry.row];
-    if (!same_dicts) {
-      PyObject* const dict = value_at(state, entry.position, row.object);
+  const bool same_state = dicts_.same(kState, state), same_counts = !counts || dicts_.same(kCounts, counts);
+  dicts_.know(kState, state);
+  if (counts) dicts_.know(kCounts, counts);
+  for (size_t r = 0; r < rows.size(); ++r) {
+    if (!state_dicts_[r]) continue;
+    if (!same_state) {
+      PyObject* const dict = value_at(state, entries_[r].position, rows.objects[r]);
       if (!dict || !PyDict_Check(dict)) return false;
-      entry.dict = dict;
+      state_dicts_[r] = dict;
     }
-    const uint64_t version = version_of(entry.dict);
-    const bool same_objects = version && version == entry.version;
-    // The tensor beside the i-th name, or null.
-    auto tensor = [&](int i) -> c10::TensorImpl* {
-      if (!same_objects) {
-        PyObject* const value = value_at(entry.dict, keys.position[i], keys.name[i].ptr());
-        if (!value || !THPVariable_Check(value)) return nullptr;
-        entry.objects[i] = value;
-      }
-      return local_of(entry.objects[i]).unsafeGetTensorImpl();
-    };
-    c10::TensorImpl* impl;
-    for (int c = 0; c < state_count; ++c) {
-      if (!keys.name[1 + c]) continue;
-      impl = tensor(1 + c);
-      if (!impl || !row.state[c].renew(impl)) return false;
-      columns.state[c].data = data_of(impl);
-      if (!columns.state[c].data && columns.numel) return false;
-      if (is_coded(columns.state[c].dtype) && odd(columns.state[c].data)) [[unlikely]]
-        return false;
+    if (!follow_dict(r, rows)) return false;
+    if (!same_counts && !follow_count(counts, r, rows)) return false;
+    if (counts) {
+      const PyObject* const first = state_at(rows, r, 1 + keys_[entries_[r].keys].first).object;
+      if (referent(entries_[r].counted) != first) return false;
     }
-    if (!rows.carried.empty()) [[unlikely]] {
-      for (int c = kMasterKey; c < kKeys; ++c) {
-        if (keys.name[1 + c] && !tensor(1 + c)) return false;
-      }
-      if (!follow_carried(entry, rows.carried[entry.row])) return false;
-    }
-    if (!counts) {
-      impl = tensor(0);
-    } else {
-      if (!(same_counts && same_objects) && !follow_count(counts, entry, row.object, same_counts)) return false;
-      impl = THPVariable_Unpack(entry.objects[0]).unsafeGetTensorImpl();
-    }
-    if (!impl || !row.step.renew(impl)) return false;
-    columns.step = data_of(impl);
-    if (!columns.step) return false;
-    entry.version = version;
+    if (!take_data(r, rows, [](PyObject* object) -> const at::Tensor& { return local_of(object); })) return false;
   }
-  state_version_ = state_version;
-  counts_version_ = counts_version;
   return true;
-}
-
-// Takes what the row carries, whose objects the entry has.
-bool States::follow_carried(const Entry& entry, CarriedRow& row) const {
-  auto follow = [&](int key, KnownTensor& known, Column& column) {
-    if (!keys_[entry.keys].name[1 + key]) return true;
-    c10::TensorImpl* const impl = local_of(entry.objects[1 + key]).unsafeGetTensorImpl();
-    if (!known.renew(impl)) return false;
-    column.data = data_of(impl);
-    return column.data || !impl->numel();
-  };
-  return follow(kMasterKey, row.master, row.carried.master) && follow(kAverageKey, row.average, row.carried.average);
-}
-
-// Takes the hidden count of this step. Returns false when it is no longer there, or counts another tensor's steps.
-bool States::follow_count(PyObject* counts, Entry& entry, PyObject* param, bool same_counts) const {
-  if (!same_counts) {
-    PyObject* const pair = value_at(counts, entry.count_position, param);
-    if (!pair || !is_hidden_count(pair)) return false;
-    entry.objects[0] = PyTuple_GET_ITEM(pair, 0);
-    entry.counted = PyTuple_GET_ITEM(pair, 1);
-  }
-  return referent(entry.counted) == entry.objects[1 + keys_[entry.keys].first];
 }
 
 // The tensors of a state dict that the rule needs, by their names.
@@ -177,10 +207,12 @@ const char* States::find_hidden_count(const HiddenCounts& counts, PyObject* para
   const auto& [position, pair] = place->second;
   if (!is_hidden_count(pair)) return kNoState;
   entry.count_position = position;
-  found.step = THPVariable_Unpack(PyTuple_GET_ITEM(pair, 0));
+  entry.counted = PyTuple_GET_ITEM(pair, 1);
+  found.objects[0] = PyTuple_GET_ITEM(pair, 0);
+  found.step = THPVariable_Unpack(found.objects[0]);
   // A count of another tensor says nothing about this one.
   PyObject* const first = found.objects[1 + found.keys.first];
-  return first && referent(PyTuple_GET_ITEM(pair, 1)) == first ? nullptr : kNoState;
+  return first && referent(entry.counted) == first ? nullptr : kNoState;
 }
 
 // Why the step count cannot be used, or null. Sets the row's dtype of it.
@@ -227,7 +259,7 @@ const char* States::take_column(const Found& found, int c, size_t r, Rows& rows)
   }
   PyObject* const object = found.objects[1 + c];
   const bool dealt_out = rows.hot[r].dtensor || !THPVariable_Unpack(object).is_same(tensor);
-  if (dealt_out && !dealt_out_alike(rows.hot[r].object, object))
+  if (dealt_out && !dealt_out_alike(rows.objects[r], object))
     return "has a state tensor that is dealt out in another way";
   CarriedRow* const carried = rules_own ? nullptr : &rows.carried[r];
   Column& column = rules_own ? row.state[c] : c == kMasterKey ? carried->carried.master : carried->carried.average;
@@ -262,22 +294,21 @@ const char* States::take_columns(const Found& found, unsigned columns, size_t r,
   return nullptr;
 }
 
-// Why the state of the entry's row cannot be used, or null. Sets the row's columns and the entry's keys.
-const char* States::find_row(Entry& entry, unsigned columns, const HiddenCounts* counts, Rows& rows) {
-  HotRow& row = rows.hot[entry.row];
-  Found found = look_into(entry.dict, columns, !counts);
+// Why the state of a row cannot be used, or null. Sets the row's columns and where they were found.
+const char* States::find_row(size_t r, unsigned columns, const HiddenCounts* counts, Rows& rows) {
+  Entry& entry = entries_[r];
+  Found found = look_into(state_dicts_[r], columns, !counts);
   if (counts) {
-    if (const char* problem = find_hidden_count(*counts, row.object, entry, found)) return problem;
+    if (const char* problem = find_hidden_count(*counts, rows.objects[r], entry, found)) return problem;
   }
-  if (const char* problem = take_count(found.step, entry.row, rows)) return problem;
-  if (const char* problem = take_columns(found, columns, entry.row, rows)) return problem;
-  row.step.take(found.step.unsafeGetTensorImpl());
-  for (int c = 0; c < kKeys; ++c) {
-    if (!(columns >> c & 1)) continue;
-    KnownTensor& known = c < kMaxStates    ? row.state[c]
-                         : c == kMasterKey ? rows.carried[entry.row].master
-                                           : rows.carried[entry.row].average;
-    known.take(found.columns[c].unsafeGetTensorImpl());
+  if (const char* problem = take_count(found.step, r, rows)) return problem;
+  if (const char* problem = take_columns(found, columns, r, rows)) return problem;
+  for (int i = 0; i <= kKeys; ++i) {
+    const at::Tensor& tensor = i == 0 ? found.step : found.columns[i - 1];
+    if (!tensor.defined()) continue;
+    KnownState& state = state_at(rows, r, i);
+    state.object = found.objects[i];
+    state.tensor.take(tensor.unsafeGetTensorImpl(), rows.prints);
   }
   if (keys_.empty() || !(keys_.back() == found.keys)) keys_.push_back(std::move(found.keys));
   entry.keys = static_cast<uint32_t>(keys_.size() - 1);
@@ -286,62 +317,62 @@ const char* States::find_row(Entry& entry, unsigned columns, const HiddenCounts*
 
 // What the state dict of a row has to have, as bits.
 unsigned States::needed(const Groups& groups, const Rows& rows, size_t r) const {
-  return groups.columns(rows.hot[r].group) | precision_.carried(rows.table[r].param.dtype);
+  return groups.columns(rows.cold[r].group) | precision_.carried(rows.table[r].param.dtype);
 }
 
 // Looks up the states of all rows, by name.
 void States::find(PyObject* state, PyObject* counts, const Groups& groups, Rows& rows) {
-  std::unordered_map<PyObject*, uint32_t> row_of;
+  std::unordered_map<PyObject*, size_t> row_of;
   HiddenCounts hidden;
   Py_ssize_t position = 0;
   PyObject *key, *value;
+  dicts_.reset(kFirst + rows.size());
+  dicts_.know(kState, state);
+  if (counts) dicts_.know(kCounts, counts);
   while (counts && PyDict_Next(counts, &position, &key, &value)) hidden[key] = {position - 1, value};
   for (size_t r = 0; r < rows.size(); ++r) {
-    HotRow& row = rows.hot[r];
-    row_of.emplace(row.object, static_cast<uint32_t>(r));
-    row.step = {};
+    row_of.emplace(rows.objects[r], r);
+    rows.states[r] = {};
     rows.table[r].step = nullptr;
-    for (int c = 0; c < kMaxStates; ++c) {
-      row.state[c] = {};
-      rows.table[r].state[c] = {};
-    }
+    for (int c = 0; c < kMaxStates; ++c) rows.table[r].state[c] = {};
     if (!rows.carried.empty()) {
       CarriedRow& carried = rows.carried[r];
       carried.master = carried.average = {};
       carried.carried.master = carried.carried.average = {};
     }
-    row.state_problem = !row.problem && needed(groups, rows, r) ? kNoState : nullptr;
+    rows.counts[r] = 0;
+    rows.cold[r].state_problem = !rows.hot[r].problem && needed(groups, rows, r) ? kNoState : nullptr;
   }
-  state_version_ = counts_version_ = 0;
-  entries_.clear();
+  state_dicts_.assign(rows.size(), nullptr);
+  entries_.assign(rows.size(), {});
   keys_.clear();
   position = 0;
   while (PyDict_Next(state, &position, &key, &value)) {
     const auto found = row_of.find(key);
     if (found == row_of.end() || !PyDict_Check(value)) continue;
-    HotRow& row = rows.hot[found->second];
-    if (!row.state_problem) continue;
-    Entry entry{};
-    entry.position = position - 1;
-    entry.row = found->second;
-    entry.dict = value;
-    entry.dict_entries = entries_of(value);
-    row.state_problem = find_row(entry, needed(groups, rows, entry.row), counts ? &hidden : nullptr, rows);
-    if (!row.state_problem) entries_.push_back(entry);
+    const size_t r = found->second;
+    if (!rows.cold[r].state_problem) continue;
+    state_dicts_[r] = value;
+    entries_[r].position = position - 1;
+    dicts_.know(kFirst + r, value);
+    rows.cold[r].state_problem = find_row(r, needed(groups, rows, r), counts ? &hidden : nullptr, rows);
+    if (rows.cold[r].state_problem) state_dicts_[r] = nullptr;
   }
-  incomplete_ = std::any_of(rows.hot.begin(), rows.hot.end(), [](const HotRow& row) { return row.state_problem; });
-  known_ = true;
+  incomplete_ = std::any_of(rows.cold.begin(), rows.cold.end(), [](const ColdRow& row) { return row.state_problem; });
 }
 
-void States::refresh(PyObject* state, PyObject* counts, const Groups& groups, Rows& rows, Problems& problems) {
-  if (!known_ || !follow(state, counts, rows)) {
+void States::refresh(PyObject* state, PyObject* counts, const Groups& groups, Rows& rows, Problems& problems,
+                     bool looked) {
+  if (!std::exchange(known_, false) || (!looked && !follow(state, counts, rows))) {
     find(state, counts, groups, rows);
     if (!follow(state, counts, rows)) throw std::runtime_error("the optimizer's state changed while it was read");
   }
+  known_ = true;
   if (!incomplete_) return;
   for (size_t r = 0; r < rows.size(); ++r) {
-    if (!rows.table[r].grad.data || !rows.hot[r].state_problem) continue;
-    problems.push_back({r, rows.hot[r].state_problem});
+    const char* const problem = rows.cold[r].state_problem;
+    if (!rows.table[r].grad.data || !problem) continue;
+    problems.push_back({r, problem});
     known_ = false;  // whoever is told will mend it
   }
 }

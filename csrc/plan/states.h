@@ -8,6 +8,7 @@
 
 #include "../rule_interface.h"
 #include "groups.h"
+#include "known_dicts.h"
 #include "precision.h"
 #include "rows.h"
 #include "target.h"
@@ -27,8 +28,13 @@ class States {
 
   // Nothing is known any more of where the states are.
   void forget() { known_ = false; }
-  // Brings the columns of states and the step counts of all rows up to date.
-  void refresh(PyObject* state, PyObject* counts, const Groups& groups, Rows& rows, Problems& problems);
+  // Whether look() may be called: the states were found in these very dicts. `rows` may have others by now.
+  bool can_look(PyObject* state, PyObject* counts, const Rows& rows) const;
+  // Brings the state of some rows up to date, in any thread: see Note [Rows in threads]. Returns false when some state
+  // is no longer as it was found.
+  bool look(size_t begin, size_t end, Rows& rows) const;
+  // Brings the columns of states and the step counts of all rows up to date. `looked` is what look() said of all.
+  void refresh(PyObject* state, PyObject* counts, const Groups& groups, Rows& rows, Problems& problems, bool looked);
 
  private:
   // Names of the step count and of the columns in a state dict, null for one that is not there, and their positions.
@@ -42,11 +48,7 @@ class States {
   // Where the optimizer's state has the state dict of one row.
   struct Entry {
     Py_ssize_t position;
-    uint32_t row, keys;  // row of the plan, row of keys_
-    PyObject* dict;
-    uint64_t version;  // of the dict, when its objects were last read
-    PyObject* objects[1 + kKeys];
-    const void* dict_entries;   // for prefetching only
+    uint32_t keys;              // row of keys_
     Py_ssize_t count_position;  // in the dict of hidden counts
     PyObject* counted;          // the weak reference there
   };
@@ -58,14 +60,18 @@ class States {
   };
   // By parameter: the position in the dict of hidden counts, and the pair there.
   using HiddenCounts = std::unordered_map<PyObject*, std::pair<Py_ssize_t, PyObject*>>;
+  // Places in dicts_: of the optimizer's state, of hidden counts, and of the state dict of the first row.
+  static constexpr size_t kState = 0, kCounts = 1, kFirst = 2;
 
-  void prefetch_entry(const Entry& entry, const Rows& rows) const;
+  void prefetch_states(size_t r, const Rows& rows) const;
+  template <class LocalOf>
+  bool take_data(size_t r, Rows& rows, const LocalOf& local_of) const;
   bool follow(PyObject* state, PyObject* counts, Rows& rows);
+  bool follow_dict(size_t r, Rows& rows);
+  bool follow_count(PyObject* counts, size_t r, Rows& rows);
   unsigned needed(const Groups& groups, const Rows& rows, size_t r) const;
-  bool follow_carried(const Entry& entry, CarriedRow& row) const;
-  bool follow_count(PyObject* counts, Entry& entry, PyObject* param, bool same_counts) const;
   void find(PyObject* state, PyObject* counts, const Groups& groups, Rows& rows);
-  const char* find_row(Entry& entry, unsigned columns, const HiddenCounts* counts, Rows& rows);
+  const char* find_row(size_t r, unsigned columns, const HiddenCounts* counts, Rows& rows);
   Found look_into(PyObject* dict, unsigned columns, bool has_step) const;
   const char* find_hidden_count(const HiddenCounts& counts, PyObject* param, Entry& entry, Found& found) const;
   const char* take_count(const at::Tensor& step, size_t r, Rows& rows) const;
@@ -75,11 +81,12 @@ class States {
   const RuleInterface& rule_;
   const Target target_;
   const Precision& precision_;
-  std::vector<Entry> entries_;
-  std::vector<Keys> keys_;                           // one per distinct layout of a state dict
-  uint64_t state_version_ = 0, counts_version_ = 0;  // of the two dicts, when last read
-  bool known_ = false;                               // entries_ are of the parameters there are
-  bool incomplete_ = false;                          // some row has a state_problem
+  std::vector<PyObject*> state_dicts_;  // of each row, or null
+  std::vector<Entry> entries_;          // of each row
+  std::vector<Keys> keys_;              // one per distinct layout of a state dict
+  KnownDicts dicts_;
+  bool known_ = false;       // of the parameters there are
+  bool incomplete_ = false;  // some row has a state_problem
 };
 
 }  // namespace fusedopt::plan
