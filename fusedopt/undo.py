@@ -18,6 +18,12 @@ __all__ = ["parameter_groups", "unchanged_on_error"]
 # state of the arguments, one level deep, and restores it on an error.
 
 
+#: A function and its arguments: one object for each thing that is noted, since there may be many thousands.
+_Undo = tuple[Any, ...]
+#: Types of settings in which there is nothing to restore.
+_FIXED = frozenset({float, int, bool, str, type(None)})
+
+
 @contextlib.contextmanager
 def unchanged_on_error(*holders: Any, finally_undo: Callable[[], object] | None = None) -> Iterator[None]:
     """``with unchanged_on_error(optimizer):`` an error inside leaves the optimizer as it was.
@@ -27,15 +33,15 @@ def unchanged_on_error(*holders: Any, finally_undo: Callable[[], object] | None 
             lists; dicts, such as groups; other objects, with their attributes. None is ignored.
         finally_undo: called last after an error, to restore what is recorded elsewhere.
     """
-    undo: list[Callable[[], object]] = [] if finally_undo is None else [finally_undo]
+    undo: list[_Undo] = [] if finally_undo is None else [(finally_undo,)]
     seen: set[int] = set()
     for holder in holders:
         _note(holder, undo, seen)
     try:
         yield
     except BaseException:
-        for each in reversed(undo):
-            each()
+        for restore, *args in reversed(undo):
+            restore(*args)
         raise
 
 
@@ -52,7 +58,7 @@ def parameter_groups(params: Any) -> list[dict[str, Any]]:
     return groups
 
 
-def _note(holder: Any, undo: list[Callable[[], object]], seen: set[int]) -> None:
+def _note(holder: Any, undo: list[_Undo], seen: set[int]) -> None:
     if holder is None or isinstance(holder, Tensor) or id(holder) in seen:
         return
     seen.add(id(holder))
@@ -80,23 +86,20 @@ def _note(holder: Any, undo: list[Callable[[], object]], seen: set[int]) -> None
                 _note(wrapper, undo, seen)
 
 
-def _note_dict(held: dict[Any, Any], undo: list[Callable[[], object]]) -> None:
-    undo.append(_put_items_back(held))
+def _note_dict(held: dict[Any, Any], undo: list[_Undo]) -> None:
+    undo.append((_put_items_back, held, dict(held)))
     for key, value in held.items():
+        if type(value) in _FIXED:
+            continue
         if key != "params":  # a group's parameters are not settings
             for tensor in _tensors(value):
-                _note_value(tensor, undo)
+                undo.append((_put_value_back, tensor, tensor.detach().clone(), tensor._version))
         if isinstance(value, list):
             _note_list(value, undo)
 
 
-def _note_list(held: list[Any], undo: list[Callable[[], object]]) -> None:
-    before = list(held)
-
-    def put_back() -> None:
-        held[:] = before
-
-    undo.append(put_back)
+def _note_list(held: list[Any], undo: list[_Undo]) -> None:
+    undo.append((_put_entries_back, held, list(held)))
 
 
 def _tensors(value: Any) -> Iterable[Tensor]:
@@ -105,56 +108,47 @@ def _tensors(value: Any) -> Iterable[Tensor]:
     return [each for each in value if isinstance(each, Tensor)] if isinstance(value, (list, tuple)) else []
 
 
-def _note_value(tensor: Tensor, undo: list[Callable[[], object]]) -> None:
-    before, version = tensor.detach().clone(), tensor._version
-
-    def put_back() -> None:
-        if tensor._version != version:
-            with torch.no_grad():
-                tensor.copy_(before)
-
-    undo.append(put_back)
-
-
-def _note_attributes(holder: Any, undo: list[Callable[[], object]]) -> None:
+def _note_attributes(holder: Any, undo: list[_Undo]) -> None:
     own = vars(holder)
-    undo.append(_put_items_back(own))
+    undo.append((_put_items_back, own, dict(own)))
     for value in own.values():
         if isinstance(value, list):
             _note_list(value, undo)
         elif isinstance(value, dict):  # one level: hooks, defaults, a module's buffers
-            undo.append(_put_items_back(value))
+            undo.append((_put_items_back, value, dict(value)))
 
 
-def _note_slots(holder: Any, undo: list[Callable[[], object]]) -> None:
-    before = {name: getattr(holder, name) for name in holder.__slots__}
-
-    def put_back() -> None:
-        for name, value in before.items():
-            setattr(holder, name, value)
-
-    undo.append(put_back)
+def _note_slots(holder: Any, undo: list[_Undo]) -> None:
+    undo.append((_put_slots_back, holder, {name: getattr(holder, name) for name in holder.__slots__}))
 
 
-def _put_items_back(held: dict[Any, Any]) -> Callable[[], None]:
-    before = dict(held)
-
-    def put_back() -> None:
-        held.clear()
-        held.update(before)
-
-    return put_back
+def _note_parameter(param: nn.Parameter, undo: list[_Undo]) -> None:
+    if not nn.parameter.is_lazy(param):
+        undo.append((_put_parameter_back, param, param.data, param.grad, param.requires_grad))
 
 
-def _note_parameter(param: nn.Parameter, undo: list[Callable[[], object]]) -> None:
-    if nn.parameter.is_lazy(param):
-        return
-    data, grad, requires_grad = param.data, param.grad, param.requires_grad
+def _put_items_back(held: dict[Any, Any], before: dict[Any, Any]) -> None:
+    held.clear()
+    held.update(before)
 
-    def put_back() -> None:
-        if param.data.device != data.device or param.data.data_ptr() != data.data_ptr():
-            param.data = data
-        param.requires_grad_(requires_grad)
-        param.grad = grad
 
-    undo.append(put_back)
+def _put_entries_back(held: list[Any], before: list[Any]) -> None:
+    held[:] = before
+
+
+def _put_value_back(tensor: Tensor, before: Tensor, version: int) -> None:
+    if tensor._version != version:
+        with torch.no_grad():
+            tensor.copy_(before)
+
+
+def _put_slots_back(holder: Any, before: dict[str, Any]) -> None:
+    for name, value in before.items():
+        setattr(holder, name, value)
+
+
+def _put_parameter_back(param: nn.Parameter, data: Tensor, grad: Tensor | None, requires_grad: bool) -> None:
+    if param.data.device != data.device or param.data.data_ptr() != data.data_ptr():
+        param.data = data
+    param.requires_grad_(requires_grad)
+    param.grad = grad

@@ -32,7 +32,7 @@ def check_number(
             raise ValueError(f"Tensor {name} must be 1-element, got shape {tuple(value.shape)}")
         if value.is_complex() or value.layout != torch.strided:
             raise TypeError(f"Invalid {name}: {value!r}; expected a number or a dense tensor of a real one")
-    elif isinstance(value, bool) or not isinstance(value, numbers.Real):
+    elif type(value) is not float and (isinstance(value, bool) or not isinstance(value, numbers.Real)):
         raise TypeError(f"Invalid {name}: {value!r}; expected a number or a 1-element tensor")
     high_enough = value > minimum if exclusive else value >= minimum
     if not (high_enough and (below == math.inf or value < below)):

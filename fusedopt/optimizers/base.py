@@ -34,6 +34,7 @@ from .contents import Contents
 from .given_norm import with_given_norm
 from .ignored import note_ignored_flags
 from .kept import check_kept, setting_of_precision
+from .known import Known, add_group, while_constructing
 from .loading import read_state_dict, shallow_copy
 from .new_group import check_new_group
 from .outside import outside_of_graphs
@@ -66,6 +67,7 @@ class FusedOptimizer(Contents, torch.optim.Optimizer):
 
     rule: ClassVar[Rule]
     stock: ClassVar[type[torch.optim.Optimizer] | None] = None
+    _known: Known | None = None  # see Note [Groups while constructing]
 
     grad_scale = handed_over("grad_scale")
     found_inf = handed_over("found_inf")
@@ -103,7 +105,10 @@ class FusedOptimizer(Contents, torch.optim.Optimizer):
                     "parameters only once: pass list(model.parameters()) to use them twice)"
                 )
         with unchanged_on_error(*parameter_groups(params)):  # see Note [What fails changes nothing]
-            super().__init__(params, settings.as_defaults())
+            with while_constructing(self):
+                super().__init__(params, settings.as_defaults())
+            if isinstance(self._shared.clip, NormClip):
+                refuse_what_cannot_be_added_up(self.param_groups)
             self._precision.check(self.rule, self.param_groups)
             self._settle()
             self.backend_in_use  # noqa: B018  raises now, not in the first step, when the backend cannot serve
@@ -195,11 +200,13 @@ class FusedOptimizer(Contents, torch.optim.Optimizer):
                 that is to be clipped.
         """
         check_new_group(self.rule, self._precision, self.defaults, param_group, len(self.param_groups))
-        with unchanged_on_error(self.param_groups, *parameter_groups([param_group])):
-            super().add_param_group(param_group)
+        groups, count = self.param_groups, len(self.param_groups)
+        restored = parameter_groups([param_group])
+        with unchanged_on_error(*restored, finally_undo=lambda: groups.__delitem__(slice(count, None))):
+            add_group(self, super().add_param_group, param_group)
             plain_groups(self.param_groups[-1:])
             check_kept(self.rule, self._precision, self.param_groups[-1], len(self.param_groups) - 1)
-            if isinstance(self._shared.clip, NormClip):
+            if self._known is None and isinstance(self._shared.clip, NormClip):  # the constructor asks once, at its end
                 refuse_what_cannot_be_added_up(self.param_groups)
             self._backend, self._introduced = None, False
 

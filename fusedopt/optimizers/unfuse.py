@@ -12,6 +12,7 @@ from ..undo import unchanged_on_error
 from .averages import refuse_while_averaged
 from .base import FusedOptimizer
 from .fuse import FUSED_TWINS, follow
+from .known import all_fit
 from .saving import as_torch_has_it, is_unreal
 
 __all__ = ["unfuse"]
@@ -56,8 +57,10 @@ def unfuse(optimizer: FusedOptimizer) -> torch.optim.Optimizer:
         settings["decoupled_weight_decay"] = True
     if all(group.get("fused") for group in groups):  # torch's constructor decides by it who unscales
         settings["fused"] = True
+    # In one group, all that torch checks of a parameter is checked, and groups are not compared one by one.
+    shown = [{"params": [param for _, params in layout for param in params]}] if all_fit(groups) else groups
     with unchanged_on_error(optimizer):
-        twin = stock(groups, **settings)
+        twin = stock(shown, **settings)
         if shared.next is not None:
             shared.next.clip_now()
         for group, params in layout:

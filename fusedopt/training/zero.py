@@ -21,6 +21,7 @@ from ..messages import (
     plain_settings,
 )
 from ..optimizers.base import FusedOptimizer
+from ..optimizers.known import Known, add_group, while_constructing
 from ..optimizers.loading import read_state_dict
 from ..rules import NormClip, ValueClip, clip_coefficient, norm_of, parse_clip_grad, total_of
 from ..shards import add_up, refuse_norm_of_flat_shards
@@ -57,6 +58,8 @@ class ZeroRedundancyOptimizer(_ZeroRedundancyOptimizer):
         TypeError, ValueError: an argument is unknown to the optimizer, has the wrong type or is out of range.
     """
 
+    _known: Known | None = None  # see Note [Groups while constructing]
+
     def __init__(
         self,
         params: ParamsT,
@@ -80,7 +83,7 @@ class ZeroRedundancyOptimizer(_ZeroRedundancyOptimizer):
                 name = getattr(build, "__name__", repr(build))
                 raise TypeError(f"unexpected argument {key!r} for {name}; {did_you_mean(key, known)}")
         params = list(params)  # type: ignore[assignment]
-        with unchanged_on_error(*parameter_groups(params)):
+        with unchanged_on_error(*parameter_groups(params)), while_constructing(self):
             super().__init__(
                 params,
                 # The settings reach the groups through the local optimizer, which knows which arguments they are.
@@ -90,6 +93,10 @@ class ZeroRedundancyOptimizer(_ZeroRedundancyOptimizer):
             )
             self.defaults.update(self.optim.defaults)
             self.clip_grad = self._clip  # type: ignore[assignment]
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As ``torch.distributed.optim.ZeroRedundancyOptimizer.add_param_group``: every process must call it."""
+        add_group(self, super().add_param_group, param_group)
 
     @property
     def clip_grad(self) -> dict[str, Any] | None:

@@ -19,6 +19,9 @@ __all__ = ["DefaultOptimWrapperConstructor", "join", "multiply"]
 
 _MULTIPLIERS = ("lr_mult", "decay_mult")
 
+#: Where the constructors are that only append groups.
+_OWN = __name__.rpartition(".")[0]
+
 _NORMS = (_BatchNorm, _InstanceNorm, nn.GroupNorm, nn.LayerNorm)
 
 
@@ -100,6 +103,7 @@ class DefaultOptimWrapperConstructor:
         check_config("paramwise_cfg", self.paramwise_cfg)
         self.base_lr = self.optimizer_cfg.get("lr")
         self.base_wd = self.optimizer_cfg.get("weight_decay")
+        self._held: tuple[Any, set[int], int] = None, set(), 0  # see _known_in
         self._validate_cfg()
 
     def _check_wrapper_keys(self) -> None:
@@ -164,8 +168,21 @@ class DefaultOptimWrapperConstructor:
 
     def _is_in(self, param_group: Mapping[str, Any], param_group_list: list[dict[str, Any]]) -> bool:
         """Whether a parameter of the group is in a group of the list."""
-        known = {id(param) for group in param_group_list for param in group["params"]}
+        known = self._known_in(param_group_list)
         return not known.isdisjoint(map(id, param_group["params"]))
+
+    def _known_in(self, groups: list[dict[str, Any]]) -> set[int]:
+        """The ids of the parameters in the groups. Those of the list of the last call are kept, and new groups added.
+
+        A subclass with its own ``add_params`` may put parameters into groups that it has made before: then all are
+        looked at in each call.
+        """
+        held, known, count = self._held
+        if held is not groups or len(groups) < count or not type(self).add_params.__module__.startswith(_OWN):
+            known, count = set(), 0
+        known.update(id(param) for group in groups[count:] for param in group["params"])
+        self._held = groups, known, len(groups)
+        return known
 
     def add_params(
         self, params: list[dict[str, Any]], module: nn.Module, prefix: str = "", is_dcn_module: bool | None = None
@@ -265,6 +282,7 @@ class DefaultOptimWrapperConstructor:
         if self.paramwise_cfg:
             params = []
             self.add_params(params, model)
+            self._held = None, set(), 0
             if "custom_keys" in self.other_keys:
                 self._warn_of_unmatched_keys(model)
         return self.build_wrapper(params)
