@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import operator
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, NoReturn
 
 import torch
@@ -34,7 +35,8 @@ class _ParamScheduler:
     A scheduler changes one entry of every parameter group, by a recursive rule on its current value, so that schedulers
     with overlapping spans multiply, in the order in which they step. It is active in steps ``begin <= step < end``,
     where step 0 is made at construction; outside this span it leaves the value as it is. It also changes a wrapper's
-    ``base_param_settings``. A subclass defines :meth:`_next`, or :meth:`_get_value` for all groups at once.
+    ``base_param_settings``. A subclass defines :meth:`_factor`, :meth:`_next`, or :meth:`_get_value` for all groups at
+    once.
 
     Args:
         optimizer: an optimizer, or a wrapper of one.
@@ -117,8 +119,9 @@ class _ParamScheduler:
 
     def _make_values_plain(self) -> None:
         """Convert numbers that other code wrote to the groups, see Note [Plain numbers]."""
-        for group in self.optimizer.param_groups:
-            for key in (self.param_name, *self.moves_too):
+        groups = self.optimizer.param_groups
+        for key in (self.param_name, *self.moves_too):
+            for group in groups:
                 if type(group.get(key)) is not float and key in group:
                     group[key] = plain(group[key])
 
@@ -185,15 +188,15 @@ class _ParamScheduler:
             print(f"{type(self).__name__}: {self.param_name} of group {group} is now {value:.4e}")
 
     def _note_values(self) -> None:
-        values = [group[self.param_name] for group in self.optimizer.param_groups]
+        values = map(operator.itemgetter(self.param_name), self.optimizer.param_groups)
         self._last_value = [value if type(value) is float else _copied(value) for value in values]
 
     def _get_value(self) -> list[Any]:
         """The new value of each group, at ``last_step``."""
-        key = self.param_name
-        pairs = [(group[key], base) for group, base in zip(self.optimizer.param_groups, self.base_values, strict=True)]
+        values = map(operator.itemgetter(self.param_name), self.optimizer.param_groups)
+        pairs = list(zip(values, self.base_values, strict=True))
         new = {pair: self._next(*pair) for pair in dict.fromkeys(pairs)}  # hundreds of groups share a few values
-        return [new[pair] for pair in pairs]
+        return list(map(new.__getitem__, pairs))
 
     def _next(self, value: Any, base: Any) -> Any:
         """The value at ``last_step``.
@@ -202,7 +205,16 @@ class _ParamScheduler:
             value: the current value, a float or a 0-dim tensor.
             base: the value before any schedule.
         """
+        factor = self._factor()
+        return value if factor is None else self._move(base)(value, factor)
+
+    def _factor(self) -> float | None:
+        """What the rule is at ``last_step``, for all groups; None where the value stays, or :meth:`_next` knows."""
         raise NotImplementedError
+
+    def _move(self, base: Any) -> Callable[[Any, float], Any]:
+        """What a factor makes of a value, in a group with this value before any schedule: by default the product."""
+        return operator.mul
 
     def get_last_value(self) -> list[Any]:
         """The value of each group after the last step; tensors are copies."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -46,10 +46,13 @@ class _Cosine(_ParamScheduler):
     def _minimum(self, base: Any) -> Any:
         return self.eta_min if self.eta_min_ratio is None else base * self.eta_min_ratio
 
-    def _along(self, value: Any, base: Any, step: float, period: float) -> Any:
-        """The value at ``step`` of a half wave of ``period`` steps, from the value at ``step - 1``."""
-        ratio = (1 + math.cos(math.pi * step / period)) / (1 + math.cos(math.pi * (step - 1) / period))
-        return ratio * (value - self._minimum(base)) + self._minimum(base)
+    def _along(self, step: float, period: float) -> float:
+        """The factor at ``step`` of a half wave of ``period`` steps, from the value at ``step - 1``."""
+        return (1 + math.cos(math.pi * step / period)) / (1 + math.cos(math.pi * (step - 1) / period))
+
+    def _move(self, base: Any) -> Callable[[Any, float], Any]:
+        minimum = self._minimum(base)
+        return lambda value, ratio: ratio * (value - minimum) + minimum
 
 
 @PARAM_SCHEDULERS.register_module()
@@ -93,13 +96,20 @@ class CosineAnnealingParamScheduler(_Cosine):
                 raise ValueError(f"{type(self).__name__} must know where its cosine ends; expected T_max or end")
             self.T_max = self.end - self.begin
 
-    def _next(self, value: Any, base: Any) -> Any:
+    def _is_at_minimum(self) -> bool:
+        """Whether the step is one from the minimum, where the ratio is 0 / 0."""
         assert self.T_max is not None
-        if self.last_step == 0:
-            return value
-        if (self.last_step - 1 - self.T_max) % (2 * self.T_max) == 0:  # from the minimum, where the ratio is 0 / 0
-            return value + (base - self._minimum(base)) * (1 - math.cos(math.pi / self.T_max)) / 2
-        return self._along(value, base, self.last_step, self.T_max)
+        return self.last_step != 0 and (self.last_step - 1 - self.T_max) % (2 * self.T_max) == 0
+
+    def _factor(self) -> float | None:
+        assert self.T_max is not None
+        return None if self.last_step == 0 or self._is_at_minimum() else self._along(self.last_step, self.T_max)
+
+    def _next(self, value: Any, base: Any) -> Any:
+        if not self._is_at_minimum():
+            return super()._next(value, base)
+        assert self.T_max is not None
+        return value + (base - self._minimum(base)) * (1 - math.cos(math.pi / self.T_max)) / 2
 
 
 @PARAM_SCHEDULERS.register_module()
@@ -143,11 +153,18 @@ class CosineAnnealingWeightDecay(CosineAnnealingParamScheduler):
     def __init__(self, optimizer: OptimizerLike, *args: Any, **kwargs: Any):
         super().__init__(optimizer, "weight_decay", *args, **kwargs)
 
+    def _move(self, base: Any) -> Callable[[Any, float], Any]:
+        return (lambda value, _: value) if _is_zero(base) else super()._move(base)
+
     def _next(self, value: Any, base: Any) -> Any:
+        if _is_zero(base):
+            return value
         new = super()._next(value, base)
-        if isinstance(base, Tensor):
-            return torch.where(base == 0, value, new)
-        return value if base == 0 else new
+        return torch.where(base == 0, value, new) if isinstance(base, Tensor) else new
+
+
+def _is_zero(base: Any) -> bool:
+    return not isinstance(base, Tensor) and base == 0
 
 
 @PARAM_SCHEDULERS.register_module()
@@ -198,13 +215,23 @@ class CosineRestartParamScheduler(_Cosine):
         self._set_minimum(eta_min, eta_min_ratio)
         super().__init__(optimizer, param_name, *args, **kwargs)
 
-    def _next(self, value: Any, base: Any) -> Any:
+    def _place(self) -> tuple[int, float] | None:
+        """The number of the period, and the step within it; None after the last."""
         ends = self.cumulative_periods
         index = next((index for index, end in enumerate(ends) if self.last_step < end), None)
-        if index is None:
-            return value
-        step = self.last_step - (ends[index - 1] if index else 0)
-        return self._along(value, base, step, self.periods[index]) if step else base * self.restart_weights[index]
+        return None if index is None else (index, self.last_step - (ends[index - 1] if index else 0))
+
+    def _factor(self) -> float | None:
+        place = self._place()
+        if place is None or place[1] == 0:
+            return None
+        return self._along(place[1], self.periods[place[0]])
+
+    def _next(self, value: Any, base: Any) -> Any:
+        place = self._place()
+        if place is not None and place[1] == 0:
+            return base * self.restart_weights[place[0]]
+        return super()._next(value, base)
 
 
 @PARAM_SCHEDULERS.register_module()

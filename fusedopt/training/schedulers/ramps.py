@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from ...messages import check_number
@@ -47,11 +48,11 @@ class LinearParamScheduler(_ParamScheduler):
     def _prepare(self) -> None:
         self.total_iters = self.end - self.begin - 1
 
-    def _next(self, value: Any, base: Any) -> Any:
+    def _factor(self) -> float:
         if self.last_step == 0:
-            return value * self.start_factor
+            return self.start_factor
         rise = self.end_factor - self.start_factor
-        return value * (1 + rise / (self.total_iters * self.start_factor + (self.last_step - 1) * rise))
+        return 1 + rise / (self.total_iters * self.start_factor + (self.last_step - 1) * rise)
 
 
 @PARAM_SCHEDULERS.register_module()
@@ -108,11 +109,15 @@ class PolyParamScheduler(_ParamScheduler):
     def _prepare(self) -> None:
         self.total_iters = self.end - self.begin - 1
 
-    def _next(self, value: Any, base: Any) -> Any:
+    def _factor(self) -> float | None:
         if self.last_step == 0:
-            return value
+            return None
         share = 1 - 1 / (self.total_iters - self.last_step + 1)
-        return (value - self.eta_min) * share**self.power + self.eta_min
+        return share**self.power
+
+    def _move(self, base: Any) -> Callable[[Any, float], Any]:
+        eta_min = self.eta_min
+        return lambda value, factor: (value - eta_min) * factor + eta_min
 
 
 @PARAM_SCHEDULERS.register_module()

@@ -16,6 +16,7 @@ from ...messages import check_whole_number, group_names, warn_caller
 from ..builder import build_optim_wrapper, is_wrapper_cfg
 from ..registry import MMENGINE_SCOPE, MODELS, PARAM_SCHEDULERS, check_config, scope_by_default
 from ..wrappers import OptimWrapper, OptimWrapperDict
+from .ahead import can_run_ahead, run_ahead
 from .base import _ParamScheduler
 from .build import build_param_schedulers
 
@@ -270,6 +271,9 @@ def _run(driven: _Driven, ticks: int, per_epoch: int | None) -> dict[str, Tensor
     keys = [key for key in (*usual, *sorted(moved.difference(usual))) if key in has]
     by_epoch = [each for each in driven.schedulers if each.by_epoch]
     by_iteration = [each for each in driven.schedulers if not each.by_epoch]
+    in_order = [*by_iteration, *by_epoch]
+    if can_run_ahead(in_order, groups, keys):
+        return {key: run_ahead(in_order, groups, key, ticks, per_epoch) for key in keys}
     rows = array("d")
     for tick in range(ticks):
         for key in keys:

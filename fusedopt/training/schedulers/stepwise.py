@@ -50,8 +50,8 @@ class StepParamScheduler(_ParamScheduler):
         self.gamma = check_number("gamma", gamma)
         super().__init__(optimizer, param_name, *args, **kwargs)
 
-    def _next(self, value: Any, base: Any) -> Any:
-        return value * self.gamma if self.last_step and self.last_step % self.step_size == 0 else value
+    def _factor(self) -> float:
+        return self.gamma if self.last_step and self.last_step % self.step_size == 0 else 1.0
 
 
 @PARAM_SCHEDULERS.register_module()
@@ -111,9 +111,9 @@ class MultiStepParamScheduler(_ParamScheduler):
         self.gamma = check_number("gamma", gamma)
         super().__init__(optimizer, param_name, *args, **kwargs)
 
-    def _next(self, value: Any, base: Any) -> Any:
+    def _factor(self) -> float:
         times = self.milestones[self.last_step]
-        return value * self.gamma**times if times else value
+        return self.gamma**times if times else 1.0
 
 
 @PARAM_SCHEDULERS.register_module()
@@ -155,8 +155,8 @@ class ExponentialParamScheduler(_ParamScheduler):
         self.gamma = check_number("gamma", gamma)
         super().__init__(optimizer, param_name, *args, **kwargs)
 
-    def _next(self, value: Any, base: Any) -> Any:
-        return value * self.gamma if self.last_step else value
+    def _factor(self) -> float:
+        return self.gamma if self.last_step else 1.0
 
 
 @PARAM_SCHEDULERS.register_module()
@@ -206,10 +206,10 @@ class ConstantParamScheduler(_ParamScheduler):
         if self.factor == 0 and self.end != INF and self.total_iters:
             raise ValueError(f"Invalid factor: 0 with end={self.end}; the last step divides by it")
 
-    def _next(self, value: Any, base: Any) -> Any:
+    def _factor(self) -> float:
         if self.last_step == 0:
-            return value * self.factor
-        return value * (1.0 / self.factor) if self.last_step == self.total_iters else value
+            return self.factor
+        return 1.0 / self.factor if self.last_step == self.total_iters else 1.0
 
 
 @PARAM_SCHEDULERS.register_module()
