@@ -107,12 +107,17 @@ def as_torch_has_it(optimizer: FusedOptimizer, param: Tensor, state: dict[Any, A
 
 def is_unreal(optimizer: FusedOptimizer, param: Tensor, state: dict[str, Any]) -> bool:
     """Whether no step has touched this state of a parameter, so that to leave it out is the same."""
-    columns = [key for column in optimizer.rule.columns for key in keys_of(column.name)]
     counts = optimizer._counts
     count = state.get("step") if counts is None else counts.of_entry(param, state)
-    if not isinstance(count, Tensor) or not state.keys() <= {*columns, *CARRIED, "step"}:
+    if not isinstance(count, Tensor):
         return False
-    tensors = [count, *(state[key] for key in (*columns, "master_low") if key in state)]
+    count = local_of(count)
+    if bool(count.item() if count.numel() == 1 else count.any()):  # first, since it tells in nearly all cases
+        return False
+    columns = [key for column in optimizer.rule.columns for key in keys_of(column.name)]
+    if not state.keys() <= {*columns, *CARRIED, "step"}:
+        return False
+    tensors = [state[key] for key in (*columns, "master_low") if key in state]
     if not all(isinstance(tensor, Tensor) and not bool(local_of(tensor).any()) for tensor in tensors):
         return False
     # An average begins anew with the first step, whatever it is; a master may be more than its parameter.
