@@ -120,6 +120,11 @@ def _construction(cls: Any, count: int) -> Call:
     return lambda: cls(made)
 
 
+def _named(cls: Any, count: int) -> Call:
+    made = [(f"parts.{index}.weight", param) for index, param in enumerate(parameters(count))]
+    return lambda: cls(made)
+
+
 def _paramwise(count: int) -> Call:
     model = Many(count)
     rules = {"bias_decay_mult": 0.0, "custom_keys": {"parts.0": {"lr_mult": 0.1}}}
@@ -195,6 +200,9 @@ def _add_group(optimizer: torch.optim.Optimizer) -> None:
 OPERATIONS: dict[str, Operation] = {
     "construct": Operation(
         "groups", lambda n: _construction(fusedopt.FusedAdamW, n), lambda n: _construction(torch.optim.AdamW, n)
+    ),
+    "construct, one group, with names": Operation(
+        "tensors", lambda n: _named(fusedopt.FusedAdamW, n), lambda n: _named(torch.optim.AdamW, n)
     ),
     "build_optim_wrapper with paramwise_cfg": Operation("groups", _paramwise),
     "add_param_group, one more": _of_optimizer(_add_group, groups),

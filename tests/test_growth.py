@@ -5,14 +5,15 @@ from __future__ import annotations
 import collections
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 import torch
 from torch import nn
 
 import fusedopt
-from benchmarks.growth import OPERATIONS, Many, exponent, groups, growth_table, measure_growth, stepped
+from benchmarks.growth import OPERATIONS, Many, exponent, groups, growth_table, measure_growth, parameters, stepped
+from fusedopt.messages import parameter_name
 from fusedopt.optimizers import base
 from fusedopt.training.constructors import DefaultOptimWrapperConstructor
 from fusedopt.training.schedulers import CosineAnnealingLR, LinearMomentum, simulate, simulate_schedule
@@ -53,6 +54,15 @@ def test_a_walk_over_all_groups_for_each_would_be_seen() -> None:
     stock = OPERATIONS["construct"].stock
     assert stock is not None
     assert growth(stock) > 2.5
+
+
+def test_a_parameter_is_named_without_a_walk_over_all_names() -> None:
+    class Walked(list[str]):
+        def __iter__(self) -> NoReturn:
+            raise AssertionError
+
+    group = {"params": parameters(2), "param_names": Walked(["first", "second"])}
+    assert parameter_name(group, 0, 1) == "parameter 'second' (param_groups[0]['params'][1], shape (8,))"
 
 
 def test_the_norm_of_parts_is_asked_for_once(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -22,12 +22,18 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
 
 def group_names(group: Mapping[str, Any]) -> list[str]:
     """The names of a group's parameters: its ``param_names``, else its ``param_name``; empty without either."""
-    return list(group.get("param_names") or ([group["param_name"]] if "param_name" in group else []))
+    return list(_names_of(group))
+
+
+def _names_of(group: Mapping[str, Any]) -> Sequence[str]:
+    """The same, not copied: a group of thousands is asked for each of its parameters."""
+    names = group.get("param_names") or ([group["param_name"]] if "param_name" in group else [])
+    return names if isinstance(names, (list, tuple)) else list(names)
 
 
 def parameter_name(group: Mapping[str, Any], group_index: int, index: int) -> str:
     """A parameter as errors name it: its name, if the group stores names, and always its position and shape."""
-    names = group_names(group)
+    names = _names_of(group)
     params = group["params"]
     param = params[index]
     known = isinstance(param, Tensor) and not torch.nn.parameter.is_lazy(param)

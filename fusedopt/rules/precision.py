@@ -173,8 +173,10 @@ class Precision:
     def form_of(self, rule: Rule, column: str) -> str | None:
         """The form of a state of the rule, one of :data:`fusedopt.rules.codes.FORMS`; None for that of torch."""
         asked = dict(self.state_dtype).get(column)
+        if asked is None:
+            return None
         if any(each.squares for each in rule.columns if each.name == column):
-            return {"float16": "float16_root", "int8": "int8_unsigned"}.get(asked or "", asked)
+            return {"float16": "float16_root", "int8": "int8_unsigned"}.get(asked, asked)
         return asked
 
     def key_of(self, rule: Rule, column: str) -> str:
