@@ -7,6 +7,8 @@ the whole single step would leave nothing of a step's fixed cost.) Lines a + b *
 *Instructions* are those of callgrind inside StepPlan::step, so without the Python around it and without pybind11's
 reading of the arguments. valgrind hides AVX-512: the kernels in that table are the AVX2 ones, the times above it are of
 the best ones the processor has.
+
+What an optimizer does beside its steps is timed at a few numbers of groups, tensors or iterations: benchmarks.growth.
 """
 
 from __future__ import annotations
@@ -38,6 +40,7 @@ from fusedopt.bench.measure import interleave
 from fusedopt.bench.tables import markdown
 
 from .fit import longest_line, quote
+from .growth import growth_table, measure_growth
 from .record import environment, save
 
 ROOT = Path(__file__).parents[1]
@@ -46,6 +49,7 @@ SIZE = 64
 TENSORS = 400  # where the tables look
 SINGLE = "single"  # all elements in one tensor
 STEPS = ("amp-clip", "bare")
+GROWTH_ROUNDS = 5  # at most, of operations that take seconds
 #: What the host path may cost: microseconds per step and per tensor.
 GOALS = {"one": (15.0, 0.10), "each": (15.0, 0.15)}
 
@@ -195,6 +199,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="The host path of a step, on a CPU.")
     parser.add_argument("--rounds", type=int, default=200, help="of the times (default: 200)")
     parser.add_argument("--no-callgrind", action="store_true", help="do not count instructions")
+    parser.add_argument("--no-growth", action="store_true", help="do not measure what grows with groups and tensors")
     parser.add_argument("--json", type=Path, help="also write the figures there")
     parser.add_argument("--child", nargs=4, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -215,6 +220,10 @@ def main() -> None:
             print(f"\n{instruction_tables(content['instructions'])}")
         else:
             print("\nNo instruction counts: valgrind is not on PATH.")
+    if not args.no_growth:
+        content["growth_rounds"] = min(args.rounds, GROWTH_ROUNDS)
+        content["growth"] = measure_growth(content["growth_rounds"])
+        print(f"\n{growth_table(content['growth'])}")
     if args.json:
         save(content, args.json)
 

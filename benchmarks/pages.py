@@ -23,7 +23,7 @@ from fusedopt.bench.tables import markdown, times
 from fusedopt.compare.comparison import Comparison
 from fusedopt.compare.figure import save_figure
 
-from . import averaging, case_words, fewer_bytes, host, precision, precision_figures, report, sharded, trainers
+from . import averaging, case_words, fewer_bytes, growth, host, precision, precision_figures, report, sharded, trainers
 
 ROOT = Path(__file__).parents[1]
 #: The machine whose figures the pages show; what its files are named after.
@@ -165,6 +165,15 @@ def host_path(results: Results) -> str:
     return "\n\n".join(parts)
 
 
+def growing(results: Results) -> str:
+    """What grows with the groups, the tensors or the iterations."""
+    content = results.content("host")
+    if content is None or "growth" not in content:
+        return missing(results, "host")
+    about = f"{_on(content['environment'])}; one thread, at most {content['growth_rounds']} rounds:"
+    return f"{about}\n\n{growth.growth_table(content['growth'])}"
+
+
 def averages(results: Results) -> str:
     """What an update of an average takes."""
     content = results.content("averaging")
@@ -219,6 +228,7 @@ SECTIONS: dict[str, Callable[[Results], str]] = {
     "training": training,
     "gates": gates,
     "host": host_path,
+    "growth": growing,
     "averaging": averages,
     "sharded": sharded_steps,
     "trainers": under_trainers,

@@ -66,10 +66,10 @@ def copy(tmp_path: Path) -> tuple[Results, Path]:
     save(suite, results.path())
     save(comparison().as_dict(), results.path("demo"))
     times = {kind: {str(count): 1e-6 * count for count in host.COUNTS} for kind in ("single", "one", "each")}
-    save(
-        {"environment": ENVIRONMENT, "rounds": 3, "times": {"bare": times}, "instructions": {"one": {"all": 1535.0}}},
-        results.path("host"),
-    )
+    taken = {"100": 0.001, "1000": 0.01, "10000": 0.1}
+    grown = {"construct": {"counted": "groups", "ours": taken, "torch": {**taken, "10000": 1.0}}}
+    path = {"times": {"bare": times}, "instructions": {"one": {"all": 1535.0}}, "growth": grown, "growth_rounds": 3}
+    save({"environment": ENVIRONMENT, "rounds": 3, **path}, results.path("host"))
     seconds = {"fusedopt": [0.25, 0.25], "torch": [0.5, 0.5]}
     case = {"model": "vit", "tensors": 7, "parameters": 10**8, "moved_by_probe": 12 * 10**8}
     cases = [{**case, "probe_seconds": [0.2, 0.2], "seconds": seconds}]
@@ -107,6 +107,7 @@ class TestPages:
         assert "AdamW, bare step" in benchmarks
         assert "The memory moves 10 GB/s." in benchmarks
         assert "| all " in benchmarks and "1535.0" in benchmarks
+        assert "| construct | groups | 1 ms | 10 ms | 100 ms | 1.00     | 1 s             | 2.00     |" in benchmarks
         assert "1.60 [1.50, 1.70]" in benchmarks
         assert "3.00 [3.00, 3.00] | 1.5, holds" in benchmarks and "62.5 ms, 25%" in benchmarks
         assert "2.00 [2.00, 2.00]" in averaging and "80%" in averaging
@@ -153,5 +154,5 @@ class TestPages:
 
 
 def name_of(section: str) -> str:
-    kinds = {"steps": "", "training": "-demo"}
+    kinds = {"steps": "", "training": "-demo", "growth": "-host"}
     return f"epyc-2core{kinds.get(section, f'-{section}')}.json"
