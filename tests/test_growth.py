@@ -261,9 +261,19 @@ SCHEDULES: dict[str, list[dict[str, Any]]] = {
         dict(type="LinearMomentum", start_factor=0.5, end=60, by_epoch=False),
         dict(type="ExponentialLR", gamma=0.99, by_epoch=False),
     ],
-    "with one that is stepped": [
+    "one cycle": [
         dict(type="OneCycleLR", eta_max=0.1, total_steps=120, by_epoch=False),
         dict(type="CosineAnnealingMomentum", T_max=3),
+    ],
+    "three phases": [
+        dict(
+            type="OneCycleLR", eta_max=0.1, total_steps=130, three_phase=True, anneal_strategy="linear", by_epoch=False
+        ),
+        dict(type="StepLR", step_size=30, by_epoch=False),
+    ],
+    "with one of torch's": [
+        dict(type="CosineAnnealingWarmRestarts", T_0=7, by_epoch=False),
+        dict(type="LinearLR", end=2),
     ],
 }
 

@@ -44,7 +44,7 @@ class _Active:
         """``last_step`` of the scheduler in the step after this tick."""
         return self.done + 1 + (tick + 1) // self.period - self.first
 
-    def factors(self, begin: int, end: int) -> list[float | None]:
+    def factors(self, begin: int, end: int) -> list[Any]:
         """Those of the steps after the ticks from ``begin`` to ``end``, after each of which it makes one."""
         found, scheduler, first = [], self.scheduler, self.step_after(begin)
         factor = scheduler._factor
@@ -78,9 +78,10 @@ def can_run_ahead(
 
     if not all(by_rule(type(each)) and not each.moves_too for each in schedulers):
         return False
-    bases = itertools.chain.from_iterable(each.base_values for each in schedulers)
+    bases = itertools.chain.from_iterable(each._bases() for each in schedulers)
+    flat = itertools.chain.from_iterable(base if isinstance(base, tuple) else (base,) for base in bases)
     values = (_first(group, key) for group in groups for key in keys)
-    return all(type(value) is float for value in itertools.chain(bases, values))
+    return all(type(value) is float for value in itertools.chain(flat, values))
 
 
 def run_ahead(
@@ -102,7 +103,7 @@ def run_ahead(
     mine = [each for each in schedulers if each.param_name == key and not (each.by_epoch and per_epoch is None)]
     all_active = [_active(each, (per_epoch or 1) if each.by_epoch else 1, ticks) for each in mine]
     # Groups that begin with the same numbers have the same ones throughout.
-    starts = [(_first(group, key), *(each.base_values[g] for each in mine)) for g, group in enumerate(groups)]
+    starts = list(zip((_first(group, key) for group in groups), *(each._bases() for each in mine), strict=True))
     columns = {start: array("d", start[:1]) for start in starts}
     borders = {0, ticks}.union(*(each.borders() for each in all_active if each.first <= each.last))
     for begin, end in itertools.pairwise(sorted(borders)):
@@ -122,7 +123,7 @@ def _active(scheduler: _ParamScheduler, period: int, ticks: int) -> _Active:
 
 
 def _stretch(
-    active: Sequence[tuple[int, _Active]], columns: Mapping[tuple[float, ...], array[float]], begin: int, end: int
+    active: Sequence[tuple[int, _Active]], columns: Mapping[tuple[Any, ...], array[float]], begin: int, end: int
 ) -> None:
     """Append to each column the values after the ticks from ``begin`` to ``end``, after each of which all active step.
 

@@ -194,26 +194,35 @@ class _ParamScheduler:
     def _get_value(self) -> list[Any]:
         """The new value of each group, at ``last_step``."""
         values = map(operator.itemgetter(self.param_name), self.optimizer.param_groups)
-        pairs = list(zip(values, self.base_values, strict=True))
-        new = {pair: self._next(*pair) for pair in dict.fromkeys(pairs)}  # hundreds of groups share a few values
+        pairs = list(zip(values, self._bases(), strict=True))
+        distinct = dict.fromkeys(pairs)  # hundreds of groups share a few values
+        factor = self._factor() if type(self)._next is _ParamScheduler._next else None
+        if factor is None:
+            new = {pair: self._next(*pair) for pair in distinct}
+        else:
+            new = {pair: self._move(pair[1])(pair[0], factor) for pair in distinct}
         return list(map(new.__getitem__, pairs))
+
+    def _bases(self) -> Sequence[Any]:
+        """What the rule takes of each group beside its value: by default the value before any schedule."""
+        return self.base_values
 
     def _next(self, value: Any, base: Any) -> Any:
         """The value at ``last_step``.
 
         Args:
             value: the current value, a float or a 0-dim tensor.
-            base: the value before any schedule.
+            base: the group's of :meth:`_bases`.
         """
         factor = self._factor()
         return value if factor is None else self._move(base)(value, factor)
 
-    def _factor(self) -> float | None:
+    def _factor(self) -> Any:
         """What the rule is at ``last_step``, for all groups; None where the value stays, or :meth:`_next` knows."""
         raise NotImplementedError
 
-    def _move(self, base: Any) -> Callable[[Any, float], Any]:
-        """What a factor makes of a value, in a group with this value before any schedule: by default the product."""
+    def _move(self, base: Any) -> Callable[[Any, Any], Any]:
+        """What a factor makes of a value, in a group with this of :meth:`_bases`: by default the product."""
         return operator.mul
 
     def get_last_value(self) -> list[Any]:

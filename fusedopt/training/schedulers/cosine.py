@@ -96,18 +96,19 @@ class CosineAnnealingParamScheduler(_Cosine):
                 raise ValueError(f"{type(self).__name__} must know where its cosine ends; expected T_max or end")
             self.T_max = self.end - self.begin
 
-    def _is_at_minimum(self) -> bool:
-        """Whether the step is one from the minimum, where the ratio is 0 / 0."""
-        assert self.T_max is not None
-        return self.last_step != 0 and (self.last_step - 1 - self.T_max) % (2 * self.T_max) == 0
-
     def _factor(self) -> float | None:
-        assert self.T_max is not None
-        return None if self.last_step == 0 or self._is_at_minimum() else self._along(self.last_step, self.T_max)
+        step, period = self.last_step, self.T_max
+        assert period is not None
+        if step == 0 or (step - 1 - period) % (2 * period) == 0:  # from the minimum the ratio is 0 / 0
+            return None
+        return self._along(step, period)
 
     def _next(self, value: Any, base: Any) -> Any:
-        if not self._is_at_minimum():
-            return super()._next(value, base)
+        factor = self._factor()
+        if factor is not None:
+            return self._move(base)(value, factor)
+        if self.last_step == 0:
+            return value
         assert self.T_max is not None
         return value + (base - self._minimum(base)) * (1 - math.cos(math.pi / self.T_max)) / 2
 

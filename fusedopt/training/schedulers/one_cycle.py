@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from ...messages import check_number, check_whole_number, plain, plain_settings
@@ -13,6 +13,9 @@ from .groups import per_group
 from .watching import OptimizerLike
 
 __all__ = ["OneCycleLR", "OneCycleParamScheduler"]
+
+#: The places of a group's three values.
+_INITIAL, _MAX, _MIN = range(3)
 
 
 @PARAM_SCHEDULERS.register_module()
@@ -105,15 +108,19 @@ class OneCycleParamScheduler(_ParamScheduler):
     def _take_in_new_groups(self) -> None:
         refuse_new_groups(self)
 
-    def _phases(self) -> list[tuple[float, str, str]]:
-        """The last step of each phase, and the values at its start and end."""
+    def _phases(self) -> list[tuple[float, int, int]]:
+        """The last step of each phase, and which values are at its start and end."""
         assert self.total_steps is not None
         up, last = self.pct_start * self.total_steps - 1, self.total_steps - 1
         if self.three_phase:
-            return [(up, "initial", "max"), (2 * up, "max", "initial"), (last, "initial", "min")]
-        return [(up, "initial", "max"), (last, "max", "min")]
+            return [(up, _INITIAL, _MAX), (2 * up, _MAX, _INITIAL), (last, _INITIAL, _MIN)]
+        return [(up, _INITIAL, _MAX), (last, _MAX, _MIN)]
 
-    def _get_value(self) -> list[Any]:
+    def _bases(self) -> Sequence[Any]:
+        return [(group["initial_lr"], group["max_lr"], group["min_lr"]) for group in self.optimizer.param_groups]
+
+    def _factor(self) -> tuple[int, int, float]:
+        """Which values are at both ends of the phase, and how far along it the step is."""
         assert self.total_steps is not None
         if self.last_step > self.total_steps:
             raise ValueError(f"{type(self).__name__} was stepped more than total_steps={self.total_steps} times")
@@ -122,14 +129,12 @@ class OneCycleParamScheduler(_ParamScheduler):
         start = phases[index - 1][0] if index else 0.0
         end, origin, target = phases[index]
         share = (self.last_step - start) / (end - start) if end != start else 1.0
-        return [
-            self._between(group[f"{origin}_lr"], group[f"{target}_lr"], share) for group in self.optimizer.param_groups
-        ]
+        return origin, target, share if self.anneal_strategy == "linear" else 1 + math.cos(math.pi * share)
 
-    def _between(self, start: float, end: float, share: float) -> float:
+    def _move(self, base: Any) -> Callable[[Any, Any], Any]:
         if self.anneal_strategy == "linear":
-            return start + (end - start) * share
-        return end + (start - end) / 2 * (1 + math.cos(math.pi * share))
+            return lambda _, factor: base[factor[0]] + (base[factor[1]] - base[factor[0]]) * factor[2]
+        return lambda _, factor: base[factor[1]] + (base[factor[0]] - base[factor[1]]) / 2 * factor[2]
 
 
 @PARAM_SCHEDULERS.register_module()
