@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import collections
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, NoReturn
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 
 import fusedopt
@@ -211,6 +213,36 @@ class TestUnfuse:
         assert twin.param_groups is held
         assert held[0].keys() >= twin.defaults.keys()
         assert [len(group["params"]) for group in held] == [1, 1, 1]
+
+
+class TestZeroRedundancyOptimizer:
+    @pytest.fixture(autouse=True)
+    def _process_group(self, tmp_path: Path) -> Iterator[None]:
+        dist.init_process_group("gloo", store=dist.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1)
+        yield
+        dist.destroy_process_group()
+
+    @staticmethod
+    def of(made: list[dict[str, Any]]) -> Any:
+        return fusedopt.ZeroRedundancyOptimizer(made, "FusedAdamW", lr=0.1, clip_grad={"max_norm": 1.0})
+
+    def prepared(self, count: int) -> Callable[[], object]:
+        made = groups(count)
+        return lambda: self.of(made)
+
+    def test_it_is_constructed_in_proportion_to_its_groups(self) -> None:
+        assert growth(self.prepared) <= 2.2
+
+    def test_groups_that_do_not_fit_are_refused_as_by_torch(self) -> None:
+        optimizer = self.of(groups(2))
+        shared = {"params": [optimizer.param_groups[0]["params"][0]]}
+        for make in (
+            lambda: self.of([dict(shared), *groups(1), dict(shared)]),
+            lambda: optimizer.add_param_group(shared),
+        ):
+            assert refusal(make) == (ValueError, "some parameters appear in more than one parameter group")
+        optimizer.add_param_group(groups(1)[0])
+        assert [len(each.param_groups) for each in (optimizer, optimizer.optim)] == [3, 3]
 
 
 class TestSharedParameters:
