@@ -45,7 +45,8 @@ def plain(value: Any) -> Any:
 
 def plain_settings(value: Any) -> Any:
     """As :func:`plain`, also inside dicts, lists and tuples, which are copied if something in them is not plain."""
-    if type(value) in _PYTHONS:
+    kind = type(value)
+    if kind in _PYTHONS or (kind is tuple and _PYTHONS.issuperset(map(type, value))):  # nearly all there is
         return value
     if isinstance(value, Mapping):
         changed = {key: new for key, old in value.items() if (new := plain_settings(old)) is not old}
@@ -55,9 +56,9 @@ def plain_settings(value: Any) -> Any:
         for key, new in changed.items():  # one by one: a Counter's update() adds
             copied[key] = new
         return copied
-    if type(value) in (list, tuple):
+    if kind in (list, tuple):
         items = [plain_settings(each) for each in value]
-        return value if all(new is old for new, old in zip(items, value, strict=True)) else type(value)(items)
+        return value if all(new is old for new, old in zip(items, value, strict=True)) else kind(items)
     return plain(value)
 
 
