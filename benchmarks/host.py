@@ -6,7 +6,9 @@ the whole single step would leave nothing of a step's fixed cost.) Lines a + b *
 
 *Instructions* are those of callgrind inside StepPlan::step, so without the Python around it and without pybind11's
 reading of the arguments. valgrind hides AVX-512: the kernels in that table are the AVX2 ones, the times above it are of
-the best ones the processor has.
+the best ones the processor has. *Misses* are those of callgrind's simulation of a last level of 1 MiB: with 10,000
+tensors nothing stays in it from one pass to the next, so they are the cache lines that a step touches. What is fetched
+ahead counts as missed.
 
 What an optimizer does beside its steps is timed at a few numbers of groups, tensors or iterations: benchmarks.growth.
 """
@@ -47,6 +49,7 @@ ROOT = Path(__file__).parents[1]
 COUNTS = (1, 50, 100, 200, 400, 1000)
 SIZE = 64
 TENSORS = 400  # where the tables look
+MANY = 10_000  # and that of misses
 SINGLE = "single"  # all elements in one tensor
 STEPS = ("amp-clip", "bare")
 GROWTH_ROUNDS = 5  # at most, of operations that take seconds
@@ -144,54 +147,64 @@ def time_table(content: Mapping[str, Any]) -> str:
 
 
 def parse_annotation(text: str) -> Counter[str]:
-    """Instructions of each function in callgrind_annotate's output; names without types, arguments and templates."""
+    """Events of each function in callgrind_annotate's output, all columns together; names without types, arguments and
+    templates.
+    """
     counts: Counter[str] = Counter()
     for line in text.splitlines():
-        if not (found := re.match(r"\s*([\d,]+)\s+(?:\([ \d.]+%\)\s+)?[^:]+:(.+)", line)):
+        if not (found := re.match(r"\s*((?:(?:[\d,]+|\.)\s+(?:\([ \d.]+%\)\s+)?)+)[^:]+:(.+)", line)):
             continue
         name = re.sub(r" \[[^\[]*\]$|'\d+$", "", found[2]).replace("(anonymous namespace)", "anonymous")
         while name != (name := re.sub(r"(?<!operator)<[^<>]*>", "", name)):  # innermost first
             pass
         whole = re.search(r"operator .*|\S+$", name.split("(")[0].strip())
-        counts[whole[0] if whole else name] += int(found[1].replace(",", ""))
+        columns = re.sub(r"\([ \d.]+%\)", "", found[1]).split()
+        counts[whole[0] if whole else name] += sum(int(value.replace(",", "")) for value in columns if value != ".")
     return counts
 
 
-def count_instructions(grouping: str, steps: int) -> Counter[str]:
-    """Instructions of each function, in ``steps`` steps of a process of its own."""
+def count_events(events: str, tensors: int, grouping: str, steps: int) -> Counter[str]:
+    """``'instructions'`` or ``'misses'`` of each function, in ``steps`` steps of a process of its own."""
+    misses = events == "misses"
+    simulation = ["--cache-sim=yes", f"--LL={2**20},16,64"] if misses else ["--cache-sim=no"]
     with tempfile.NamedTemporaryFile() as out:
-        callgrind = ["valgrind", "-q", "--tool=callgrind", "--cache-sim=no", f"--callgrind-out-file={out.name}"]
-        child = [sys.executable, "-m", "benchmarks.host", "--child", str(TENSORS), grouping, str(steps), "amp-clip"]
+        callgrind = ["valgrind", "-q", "--tool=callgrind", *simulation, f"--callgrind-out-file={out.name}"]
+        child = [sys.executable, "-m", "benchmarks.host", "--child", str(tensors), grouping, str(steps), "amp-clip"]
         toggle = "--toggle-collect=fusedopt::StepPlan::step*"
         subprocess.run([*callgrind, toggle, *child], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
-        annotate = ["callgrind_annotate", "--threshold=100", "--auto=no", out.name]
+        show = ["--show=DLmr,DLmw"] if misses else []
+        annotate = ["callgrind_annotate", "--threshold=100", "--auto=no", *show, out.name]
         return parse_annotation(
             subprocess.run(annotate, check=True, capture_output=True, text=True, encoding="utf-8").stdout
         )
 
 
-def measure_instructions(few: int = 3, many: int = 23) -> dict[str, dict[str, float]]:
-    """Instructions per tensor and step of each function, by grouping: what ``many`` steps execute beyond ``few``."""
+def measure_events(events: str, tensors: int, few: int, many: int) -> dict[str, dict[str, float]]:
+    """Events per tensor and step of each function, by grouping: what ``many`` steps make beyond ``few``."""
     runs = list(itertools.product(GOALS, (few, many)))
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        counted = dict(zip(runs, pool.map(lambda run: count_instructions(*run), runs), strict=True))
+        counted = dict(zip(runs, pool.map(lambda run: count_events(events, tensors, *run), runs), strict=True))
     found = {}
     for grouping in GOALS:
         counts = counted[grouping, many]
         counts.subtract(counted[grouping, few])
         if not counts.total():
             raise RuntimeError("callgrind saw no StepPlan::step: has fusedopt._C been stripped of its symbols?")
-        share = {name: count / ((many - few) * TENSORS) for name, count in counts.most_common()}
-        found[grouping] = {"all": sum(share.values()), **{name: value for name, value in share.items() if value >= 1}}
+        share = {name: count / ((many - few) * tensors) for name, count in counts.most_common()}
+        least = 1 if events == "instructions" else 0.1
+        found[grouping] = {
+            "all": sum(share.values()),
+            **{name: value for name, value in share.items() if value >= least},
+        }
     return found
 
 
-def instruction_tables(instructions: Mapping[str, Mapping[str, float]], top: int = 12) -> str:
-    """Instructions per tensor and step, as Markdown."""
+def event_tables(events: str, found: Mapping[str, Mapping[str, float]], top: int = 12) -> str:
+    """Events per tensor and step, as Markdown."""
     tables = []
-    for grouping, share in instructions.items():
+    for grouping, share in found.items():
         table = [[name, f"{value:.1f}"] for name, value in itertools.islice(share.items(), 1 + top)]
-        tables.append(markdown([f"amp-clip, groups: {grouping}", "instructions per tensor and step"], table))
+        tables.append(markdown([f"amp-clip, groups: {grouping}", f"{events} per tensor and step"], table))
     return "\n\n".join(tables)
 
 
@@ -216,8 +229,10 @@ def main() -> None:
     print(time_table(content), flush=True)
     if not args.no_callgrind:
         if shutil.which("valgrind"):
-            content["instructions"] = measure_instructions()
-            print(f"\n{instruction_tables(content['instructions'])}")
+            content["instructions"] = measure_events("instructions", TENSORS, 3, 23)
+            content["misses"] = measure_events("misses", MANY, 3, 5)
+            for events in ("instructions", "misses"):
+                print(f"\n{event_tables(events, content[events])}", flush=True)
         else:
             print("\nNo instruction counts: valgrind is not on PATH.")
     if not args.no_growth:

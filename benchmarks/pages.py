@@ -160,8 +160,7 @@ def host_path(results: Results) -> str:
     if content is None:
         return missing(results, "host")
     parts = [f"{_on(content['environment'])}; one thread, {content['rounds']} rounds:", host.time_table(content)]
-    if "instructions" in content:
-        parts.append(host.instruction_tables(content["instructions"]))
+    parts += [host.event_tables(events, content[events]) for events in ("instructions", "misses") if events in content]
     return "\n\n".join(parts)
 
 

@@ -46,3 +46,17 @@ def test_parse_annotation() -> None:
         "operator new": 400,
         "c10::TensorImpl::grad": 300,
     }
+
+
+def test_parse_annotation_of_several_columns() -> None:
+    text = """\
+DLmr              DLmw              file:function
+160,000 (15.1%)   1,500 (40.0%)     ???:fusedopt::plan::States::look(unsigned long) const [fusedopt/_C.so]
+ 20,000 ( 5.1%)   .                 ???:c10::StorageImpl::mutable_data() [libc10.so]
+.                 70 ( 2.0%)        ???:memset [libc.so]
+"""
+    assert parse_annotation(text) == {
+        "fusedopt::plan::States::look": 161_500,
+        "c10::StorageImpl::mutable_data": 20_000,
+        "memset": 70,
+    }

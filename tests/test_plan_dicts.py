@@ -17,7 +17,7 @@ from torch import nn
 import fusedopt
 
 pytestmark = pytest.mark.skipif(module is None, reason="needs the compiled module")
-MANY = 1700  # enough for two threads
+MANY = 2500  # enough for two threads
 
 
 @pytest.fixture(params=[True, False], ids=["known", "looked-into"])

@@ -93,7 +93,7 @@ bool StepPlan::look(PyObject* state, PyObject* counts, bool write_back, plan::Pr
   std::atomic<bool> looked{states};
   plan::Rows::Seen all;
   std::mutex one_at_a_time;
-  plan::for_ranges(rows_.size(), [&](size_t begin, size_t end) {
+  plan::for_ranges(rows_.size(), !kernels_.executor, [&](size_t begin, size_t end) {
     plan::Rows::Seen seen;
     rows_.look(begin, end, write_back, seen);
     if (states && !states_.look(begin, end, rows_)) looked.store(false, std::memory_order_relaxed);

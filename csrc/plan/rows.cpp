@@ -299,7 +299,7 @@ void Rows::count_up(bool write_back, bool steps) const {
   auto counter = [](const c10::TensorImpl* impl) {
     return *reinterpret_cast<const char* const*>(&impl->version_counter());
   };
-  for_ranges(size(), [&](size_t begin, size_t end) {
+  for_ranges(size(), !target_.device_kernels, [&](size_t begin, size_t end) {
     auto prefetch_tensors = [&](size_t r) __attribute__((always_inline)) {
       __builtin_prefetch(reinterpret_cast<const char*>(hot[r].param.impl) + 40);
       __builtin_prefetch(table[r].step);
