@@ -15,6 +15,7 @@ from oracle import CheckedStep
 from torch import nn
 
 import fusedopt
+from fusedopt.backends import StepRequest
 
 pytestmark = pytest.mark.skipif(module is None, reason="needs the compiled module")
 MANY = 2500  # enough for two threads
@@ -185,6 +186,33 @@ def test_a_bad_gradient_among_many_is_named_and_changes_nothing() -> None:
         optimizer.step()
     assert all(torch.equal(param, was) for param, was in zip(params, before, strict=True))
     assert int(optimizer.state[params[0]]["step"]) == 1
+
+
+def test_a_step_count_may_be_shared_by_many() -> None:
+    params = [nn.Parameter(torch.ones(1)) for _ in range(2 * MANY)]
+    optimizer = fusedopt.FusedAdamW(params, backend="native")
+    set_gradients(params, 0)
+    optimizer.step()
+    shared = optimizer.state[params[0]]["step"]
+    for param in params:
+        optimizer.state[param]["step"] = shared
+    for _ in range(5):
+        optimizer.step()
+    assert float(shared) == 1 + 5 * 2 * MANY  # as in torch's loop
+
+
+def test_groups_may_be_emptied_after_an_error() -> None:
+    param = nn.Parameter(torch.ones(3))
+    optimizer = fusedopt.FusedAdamW([param], backend="native")
+    param.grad = torch.ones(3)
+    optimizer.step()
+    optimizer.param_groups[0]["lr"] = "fast"
+    with pytest.raises(TypeError, match="fast"):
+        optimizer._chosen_backend().step(optimizer.param_groups, optimizer.state, StepRequest())
+    optimizer.param_groups.clear()
+    before = param.detach().clone()
+    optimizer._chosen_backend().step(optimizer.param_groups, optimizer.state, StepRequest())
+    assert torch.equal(param, before)
 
 
 ENDINGS = {

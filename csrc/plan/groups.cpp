@@ -142,7 +142,7 @@ bool Groups::unchanged(PyObject* param_groups, const Rows& rows) {
     row += group.size;
     group.items = params.begin();
   }
-  return true;
+  return row == rows.size();
 }
 
 // Takes what a group's dict has for the rule, and where.

@@ -300,24 +300,27 @@ void Rows::count_up(bool write_back, bool steps) const {
     return *reinterpret_cast<const char* const*>(&impl->version_counter());
   };
   for_ranges(size(), !target_.device_kernels, [&](size_t begin, size_t end) {
-    auto prefetch_tensors = [&](size_t r) __attribute__((always_inline)) {
+    auto prefetch_tensor = [&](size_t r) __attribute__((always_inline)) {
       __builtin_prefetch(reinterpret_cast<const char*>(hot[r].param.impl) + 40);
-      __builtin_prefetch(table[r].step);
     };
-    for (size_t r = begin; r < std::min(begin + 2 * kAhead, end); ++r) prefetch_tensors(r);
+    for (size_t r = begin; r < std::min(begin + 2 * kAhead, end); ++r) prefetch_tensor(r);
     for (size_t r = begin; r < end; ++r) {
-      if (r + 2 * kAhead < end) prefetch_tensors(r + 2 * kAhead);
+      if (r + 2 * kAhead < end) prefetch_tensor(r + 2 * kAhead);
       if (r + kAhead < end && table[r + kAhead].grad.data) __builtin_prefetch(counter(hot[r + kAhead].param.impl) + 16);
-      const TensorRow& row = table[r];
-      if (!row.grad.data) continue;
+      if (!table[r].grad.data) continue;
       if (!prints[hot[r].param.print].inference) hot[r].param.impl->bump_version();
-      if (steps && row.step) with_count(row, hot[r].integer_count, [](auto& count) { count += 1; });
       if (hot[r].dtensor) bump(whole_of(objects[r]));
       if (!write_back) continue;
       const at::Tensor& grad = whole_of(objects[r])->grad();
       if (grad.defined()) bump(grad.unsafeGetTensorImpl());
     }
   });
+  // One after the other: parameters may share a count.
+  for (size_t r = 0; steps && r < size(); ++r) {
+    if (r + 2 * kAhead < size()) __builtin_prefetch(table[r + 2 * kAhead].step);
+    const TensorRow& row = table[r];
+    if (row.grad.data && row.step) with_count(row, hot[r].integer_count, [](auto& count) { count += 1; });
+  }
 }
 
 std::string place_of(size_t group, size_t index) {
