@@ -13,23 +13,20 @@ import itertools
 import platform
 import statistics
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
-import fusedopt
 from fusedopt import backends
 from fusedopt.backends.native import NativeBackend, compiled_module
 from fusedopt.bench.measure import CacheFlush
 from fusedopt.bench.tables import markdown
 
+from .host import GOALS, STEPS, make_step
 from .record import environment, save
 
 COUNTS = (400, 1_000, 10_000)
-GROUPINGS = ("one", "each")
-RECIPES = ("amp-clip", "bare")
 
 
 class DryBackend(NativeBackend):
@@ -41,24 +38,12 @@ class DryBackend(NativeBackend):
         return compiled_module()[0].StepPlan(self.rule.name, "emulated", shards=self.shards)
 
 
-def make_step(count: int, grouping: str, recipe: str, size: int = 64) -> Callable[[], object]:
-    """A step of FusedAdamW on ``count`` tensors."""
-    params = [torch.nn.Parameter(torch.randn(size)) for _ in range(count)]
-    for param in params:
-        param.grad = torch.randn(size)
-    groups = [{"params": [param]} for param in params] if grouping == "each" else [{"params": params}]
-    clip = None if recipe == "bare" else {"max_norm": 1.0}
-    optimizer = fusedopt.FusedAdamW(groups, clip_grad=clip, backend="dry")
-    scale = None if recipe == "bare" else torch.tensor(1024.0)
-    return lambda: optimizer.step(grad_scale=scale)
-
-
 def measure(rounds: int) -> list[dict[str, Any]]:
     """Median seconds of cold steps, and a step's share for each tensor."""
     flush = CacheFlush(torch.device("cpu"))
     found = []
-    for count, grouping, recipe in itertools.product(COUNTS, GROUPINGS, RECIPES):
-        step = make_step(count, grouping, recipe)
+    for count, grouping, recipe in itertools.product(COUNTS, GOALS, STEPS):
+        step = make_step(count, grouping, recipe, backend=DryBackend.name)
         step()
         step()
         gc.disable()

@@ -57,15 +57,17 @@ GROWTH_ROUNDS = 5  # at most, of operations that take seconds
 GOALS = {"one": (15.0, 0.10), "each": (15.0, 0.15)}
 
 
-def make_step(count: int, grouping: str, recipe: str, size: int = SIZE) -> Callable[[], object]:
+def make_step(
+    count: int, grouping: str, recipe: str, size: int = SIZE, backend: str = "native"
+) -> Callable[[], object]:
     """A step of FusedAdamW on ``count`` tensors, in ``'one'`` group or one for ``'each'``."""
     params = [torch.nn.Parameter(torch.randn(size)) for _ in range(count)]
     for param in params:
         param.grad = torch.randn(size)
     groups = [{"params": [param]} for param in params] if grouping == "each" else [{"params": params}]
     if recipe == "bare":
-        return fusedopt.FusedAdamW(groups, backend="native").step
-    optimizer = fusedopt.FusedAdamW(groups, clip_grad={"max_norm": 1.0}, backend="native")
+        return fusedopt.FusedAdamW(groups, backend=backend).step
+    optimizer = fusedopt.FusedAdamW(groups, clip_grad={"max_norm": 1.0}, backend=backend)
     scale = torch.tensor(1024.0)
     return lambda: optimizer.step(grad_scale=scale)
 
