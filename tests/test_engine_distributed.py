@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ import torch
 import torch.distributed as dist
 from engine_cases import Parts, assert_same, by_iterations, config, loader, recorded, state_of, train
 
-from fusedopt.training.engine import DefaultSampler, Hook, InfiniteSampler, Runner
+from fusedopt.training.engine import DefaultSampler, Hook, InfiniteSampler, Runner, distributed
 from fusedopt.training.engine.evaluator import BaseMetric
 
 pytestmark = [
@@ -285,6 +286,24 @@ def test_a_model_that_would_bypass_the_averaging_is_refused(outcomes):
 
 def test_a_random_seed_is_one_for_all(outcomes):
     assert outcomes["seedless"][0] == outcomes["seedless"][1]
+
+
+def test_other_threads_finish_before_the_interpreter_ends(monkeypatch):
+    """As gloo's do, which abort the process if they ask for Python's lock while it ends."""
+    monkeypatch.setattr(distributed, "_running", lambda: True)
+    monkeypatch.setattr(distributed.dist, "destroy_process_group", lambda: None)
+    woken, finished = threading.Event(), threading.Event()
+    thread = threading.Thread(target=lambda: woken.wait() and finished.set())
+    thread.start()
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1000)  # nobody gets the lock unless this thread lets go of it
+    try:
+        woken.set()
+        distributed._leave()
+        assert finished.is_set()
+    finally:
+        sys.setswitchinterval(interval)
+        thread.join()
 
 
 @pytest.mark.parametrize("sampler", [DefaultSampler, InfiniteSampler])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import datetime
 import os
+import time
 from typing import Any, TypeVar
 
 import torch
@@ -71,8 +72,16 @@ def launch(launcher: str, backend: str | None = None, **settings: Any) -> None:
 
 
 def _leave() -> None:
+    """Leave the process group before the interpreter ends.
+
+    Gloo's threads let go of the tensors of a collective after it has returned, and need Python's lock for that; a
+    process group that DistributedDataParallel holds too keeps its threads. Where the interpreter ends in between, the
+    process aborts with "terminate called without an active exception" (pytorch/pytorch#190489), so that they get the
+    lock for a moment first.
+    """
     if _running():
         dist.destroy_process_group()
+        time.sleep(0.05)
 
 
 def gather(value: T) -> list[T]:
