@@ -157,7 +157,7 @@ sanitize: setup
 	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so) $$(g++ -print-file-name=libstdc++.so)" \
 		ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
 		PYTHONPATH=build/sanitize/lib $(TEST_ENV) pytest -q -m 'not slow' -k 'not triton or dtypes_whatever' \
-		tests/test_steps.py tests/test_halves.py tests/test_plan.py tests/test_layouts.py tests/test_clipping.py tests/test_amp.py \
+		tests/test_steps.py tests/test_halves.py tests/test_plan*.py tests/test_layouts.py tests/test_clipping.py tests/test_amp.py \
 		tests/test_fuzz.py tests/test_bad_input.py tests/test_cuda*.py tests/test_triton.py tests/test_triton_tuning.py
 
 # One wheel in dist/ for this Python and several torches, which are named by release or by folder. Needs no torch.

@@ -42,6 +42,10 @@ struct Fingerprint {
     // The keys tell a CPU from a GPU, and there is one CPU.
     return impl->key_set() == keys && impl->dtype() == dtype && (device.is_cpu() || impl->device() == device);
   }
+  // Whether a tensor is as the one was, sizes and strides included.
+  [[gnu::always_inline]] bool fits(const c10::TensorImpl* impl) const {
+    return same_kind(impl) && shape == shape_of(impl);
+  }
   bool operator==(const Fingerprint& other) const {
     return keys == other.keys && dtype == other.dtype && device == other.device && contiguous == other.contiguous &&
            inference == other.inference && numel == other.numel && shape == other.shape;
@@ -78,6 +82,16 @@ class Fingerprints {
   std::unordered_map<uint64_t, std::vector<uint32_t>> numbers_;  // by a hash
 };
 
+// Makes `to` what it is now, and returns whether it was something else. What is there already is not written, so that
+// its cache line need not go back to memory: see Note [Cold caches].
+template <class T>
+[[gnu::always_inline]] inline bool replace(T*& to, T* now) {
+  if (to == now) [[likely]]
+    return false;
+  to = now;
+  return true;
+}
+
 // A tensor and its fingerprint.
 struct KnownTensor {
   c10::TensorImpl* impl;            // of this step
@@ -89,13 +103,10 @@ struct KnownTensor {
     storage = now->unsafe_storage().unsafeGetStorageImpl();
     print = prints.of(now);
   }
-  // Makes `now` the tensor of this step. What has not changed is not written, so that its cache line need not go back
-  // to memory.
-  [[gnu::always_inline]] void move_to(c10::TensorImpl* now, const c10::StorageImpl* there) {
-    if (now == impl && there == storage) [[likely]]
-      return;
-    impl = now;
-    storage = there;
+  // Makes `now` the tensor of this step.
+  [[gnu::always_inline]] void move_to(c10::TensorImpl* now) {
+    replace(impl, now);
+    replace(storage, static_cast<const c10::StorageImpl*>(now->unsafe_storage().unsafeGetStorageImpl()));
   }
   // Makes `now` the tensor of this step if it is as the tensor was found, and returns whether it is. The same
   // contiguous one with as many elements in the same storage is not asked for its sizes: that would be one more cache
@@ -108,7 +119,7 @@ struct KnownTensor {
         [[likely]]
       return true;
     if (known.shape != shape_of(now)) return false;
-    move_to(now, there);
+    move_to(now);
     return true;
   }
 };

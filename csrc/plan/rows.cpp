@@ -104,32 +104,17 @@ void Rows::describe(size_t r) {
 // tables say, for instance after `param.data = ...`.
 [[gnu::always_inline]] inline bool Rows::refresh_param(size_t r, c10::TensorImpl* impl) {
   HotRow& row = hot[r];
-  row.param.move_to(impl, impl->unsafe_storage().unsafeGetStorageImpl());
-  if (row.problem) return false;
-  const Fingerprint& known = prints[row.param.print];
+  row.param.move_to(impl);
   // Always by its sizes: gradients and states are measured against it.
-  return known.same_kind(impl) && known.shape == shape_of(impl);
+  return !row.problem && prints[row.param.print].fits(impl);
 }
 
 // Takes the gradient of this step. Returns false when it does not lie as the last one did.
 [[gnu::always_inline]] inline bool Rows::refresh_grad(size_t r, c10::TensorImpl* impl) {
   HotRow& row = hot[r];
-  row.grad.move_to(impl, impl->unsafe_storage().unsafeGetStorageImpl());
-  const Fingerprint& known = prints[row.grad.print];
-  return known.same_kind(impl) && known.shape == shape_of(impl);
+  row.grad.move_to(impl);
+  return prints[row.grad.print].fits(impl);
 }
-
-namespace {
-
-// What is there already is not written again, see Note [Cold caches].
-[[gnu::always_inline]] inline bool replace(void*& pointer, void* now) {
-  if (pointer == now) [[likely]]
-    return false;
-  pointer = now;
-  return true;
-}
-
-}  // namespace
 
 void Rows::Seen::add(const Seen& other) {
   participants.elements += other.participants.elements;
@@ -164,12 +149,11 @@ void Rows::look(size_t begin, size_t end, bool write_back, Seen& seen) {
       seen.attended.push_back(r);
       continue;
     }
-    seen.moved |= replace(columns.param.data, columns.numel ? data_of(impl) : nullptr);
-    const void* const autograd = impl->autograd_meta();
-    if (row.autograd != autograd) row.autograd = autograd;
+    seen.moved |= replace<void>(columns.param.data, columns.numel ? data_of(impl) : nullptr);
+    replace(row.autograd, static_cast<const void*>(impl->autograd_meta()));
     const at::Tensor& grad = impl->grad();
     if (!grad.defined()) {
-      replace(columns.grad.data, nullptr);
+      replace<void>(columns.grad.data, nullptr);
       note(r, seen.participants);
       continue;
     }

@@ -75,17 +75,13 @@ template <class LocalOf>
     same = state.tensor.renew(impl, rows.prints);
     return same ? data_of(impl) : nullptr;
   };
-  // What is there already is not written again, see Note [Cold caches].
-  auto take = [](void*& to, void* now) __attribute__((always_inline)) {
-    if (to != now) to = now;
-  };
   for (int c = 0; c < kMaxStates; ++c) {
     if (!states.column[c].object) continue;
     void* const now = data(states.column[c]);
     if (!same || (!now && row.numel)) return false;
     if (is_coded(row.state[c].dtype) && odd(now)) [[unlikely]]
       return false;
-    take(row.state[c].data, now);
+    replace(row.state[c].data, now);
   }
   if (!rows.carried.empty()) [[unlikely]] {
     CarriedRow& carried = rows.carried[r];
@@ -93,7 +89,7 @@ template <class LocalOf>
       if (!state.object) return true;
       void* const now = data(state);
       if (!same || (!now && row.numel)) return false;
-      take(column.data, now);
+      replace(column.data, now);
       return true;
     };
     if (!follow(carried.master, carried.carried.master) || !follow(carried.average, carried.carried.average)) {
@@ -103,7 +99,7 @@ template <class LocalOf>
   if (!states.step.object) return false;
   void* const step = data(states.step);
   if (!step) return false;
-  take(row.step, step);
+  replace(row.step, step);
   if (!target_.device_kernels) {
     with_count(row, rows.hot[r].integer_count, [&](auto count) { rows.counts[r] = static_cast<double>(count); });
   }
