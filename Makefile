@@ -140,6 +140,7 @@ measure: setup $(VENV)/.trainers
 	python -m benchmarks.record $(BENCH_OUT)/demo/comparison.json $(MEASURED)-demo.json
 	python -m benchmarks.averaging --json $(MEASURED)-averaging.json
 	python -m benchmarks.host --json $(MEASURED)-host.json
+	python -m benchmarks.dry --json $(MEASURED)-dry.json
 	python -m benchmarks.precision --out $(MEASURED)-precision.json
 	python -m benchmarks.fewer_bytes --instructions --out $(MEASURED)-bytes.json
 	python -m benchmarks.sharded --json $(MEASURED)-sharded.json

@@ -10,9 +10,11 @@ from __future__ import annotations
 import argparse
 import gc
 import itertools
+import json
 import platform
 import statistics
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +41,7 @@ class DryBackend(NativeBackend):
 
 
 def measure(rounds: int) -> list[dict[str, Any]]:
-    """Median seconds of cold steps, and a step's share for each tensor."""
+    """Median seconds of cold steps."""
     flush = CacheFlush(torch.device("cpu"))
     found = []
     for count, grouping, recipe in itertools.product(COUNTS, GOALS, STEPS):
@@ -59,14 +61,25 @@ def measure(rounds: int) -> list[dict[str, Any]]:
     return found
 
 
+def table(runs: Mapping[str, Mapping[str, Any]]) -> str:
+    """Nanoseconds on the host for each tensor, as Markdown: a column for each Python."""
+    by_case: dict[tuple[int, str, str], dict[str, float]] = {}
+    for python, run in runs.items():
+        for step in run["steps"]:
+            by_case.setdefault((step["count"], step["groups"], step["recipe"]), {})[python] = step["seconds"]
+    rows = []
+    for (count, grouping, recipe), seconds in by_case.items():
+        cells = [f"{1e9 * seconds[python] / count:.0f}" if python in seconds else "" for python in runs]
+        rows.append([f"{count:,}", grouping, recipe, *cells])
+    return markdown(["tensors", "groups", "step", *(f"ns per tensor, Python {python}" for python in runs)], rows)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="The host's part of a step on a GPU, with launches that do nothing.")
     parser.add_argument("--rounds", type=int, default=100, help="of each case (default: 100)")
-    parser.add_argument("--threads", type=int, help="CPU threads (default: torch's choice)")
-    parser.add_argument("--json", type=Path, help="also write the figures there")
+    parser.add_argument("--json", type=Path, help="also write the figures there, beside those of other Pythons")
     args = parser.parse_args()
-    if args.threads:
-        torch.set_num_threads(args.threads)
+    torch.set_num_threads(1)
     emulator = getattr(compiled_module()[0], "emulator", None)
     if emulator is None:
         raise SystemExit(
@@ -74,15 +87,12 @@ def main() -> None:
         )
     backends.BACKENDS[DryBackend.name] = DryBackend
     emulator.configure(dry=True)
-    found = measure(args.rounds)
-    rows = []
-    for each in found:
-        times = (1e6 * each["seconds"], 1e9 * each["seconds"] / each["count"])
-        rows.append([f"{each['count']:,}", each["groups"], each["recipe"], *(f"{value:.0f}" for value in times)])
-    print(f"Python {platform.python_version()}, torch {torch.__version__}, {torch.get_num_threads()} threads")
-    print(markdown(["tensors", "groups", "step", "µs on the host", "ns per tensor"], rows))
+    run = {"environment": environment(), "rounds": args.rounds, "steps": measure(args.rounds)}
+    runs = {".".join(platform.python_version_tuple()[:2]): run}
+    print(table(runs))
     if args.json:
-        save({"environment": environment(), "rounds": args.rounds, "steps": found}, args.json)
+        others = json.loads(args.json.read_text(encoding="utf-8")) if args.json.exists() else {}
+        save({**others, **runs}, args.json)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,19 @@ from fusedopt.bench.tables import markdown, times
 from fusedopt.compare.comparison import Comparison
 from fusedopt.compare.figure import save_figure
 
-from . import averaging, case_words, fewer_bytes, growth, host, precision, precision_figures, report, sharded, trainers
+from . import (
+    averaging,
+    case_words,
+    dry,
+    fewer_bytes,
+    growth,
+    host,
+    precision,
+    precision_figures,
+    report,
+    sharded,
+    trainers,
+)
 
 ROOT = Path(__file__).parents[1]
 #: The machine whose figures the pages show; what its files are named after.
@@ -164,6 +176,15 @@ def host_path(results: Results) -> str:
     return "\n\n".join(parts)
 
 
+def dry_steps(results: Results) -> str:
+    """What a step on a GPU costs on the host, with launches that do nothing."""
+    content = results.content("dry")
+    if content is None:
+        return missing(results, "dry")
+    parts = [f"{_on(run['environment'])}; one thread, {run['rounds']} rounds." for run in content.values()]
+    return "\n\n".join([*parts, dry.table(content)])
+
+
 def growing(results: Results) -> str:
     """What grows with the groups, the tensors or the iterations."""
     content = results.content("host")
@@ -227,6 +248,7 @@ SECTIONS: dict[str, Callable[[Results], str]] = {
     "training": training,
     "gates": gates,
     "host": host_path,
+    "dry": dry_steps,
     "growth": growing,
     "averaging": averages,
     "sharded": sharded_steps,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from benchmarks import dry
 from benchmarks.host import COUNTS, host_costs, parse_annotation, time_table
 
 ANNOTATION = """\
@@ -60,3 +61,19 @@ DLmr              DLmw              file:function
         "c10::StorageImpl::mutable_data": 20_000,
         "memset": 70,
     }
+
+
+def test_the_host_path_on_a_gpu_has_a_column_for_each_python() -> None:
+    def run(*seconds: float) -> dict[str, object]:
+        steps = [{"count": 400, "groups": groups, "recipe": "bare"} for groups in ("one", "each")]
+        return {"steps": [{**step, "seconds": each} for step, each in zip(steps, seconds, strict=False)]}
+
+    lines = dry.table({"3.11": run(1e-4, 2e-4), "3.13": run(8e-5)}).splitlines()
+    assert [cell.strip() for cell in lines[0].split("|")][4:-1] == [
+        "ns per tensor, Python 3.11",
+        "ns per tensor, Python 3.13",
+    ]
+    assert [[cell.strip() for cell in line.split("|")][2:-1] for line in lines[2:]] == [
+        ["one", "bare", "250", "200"],
+        ["each", "bare", "500", ""],
+    ]
