@@ -132,6 +132,23 @@ def test_groups_may_be_added_removed_and_edited(backend: str) -> None:
 
 
 @each_backend
+def test_parameters_may_be_exchanged_in_place(backend: str) -> None:
+    optimizer, params = make(backend)
+    others, fresh = parameters(SMALL, seed=5), parameters(SMALL, seed=6)
+    optimizer.add_param_group({"params": others, "lr": 0.3})
+    everything = [*params, *others, *fresh]
+    first, second = (group["params"] for group in optimizer.param_groups)
+    checked_step(optimizer, everything, 0)
+    first[0], second[0] = second[0], first[0]
+    checked_step(optimizer, everything, 1)
+    gone = first[1]
+    first[1] = fresh[1]
+    before = bits([gone])
+    checked_step(optimizer, everything, 2)
+    assert bits([gone]) == before
+
+
+@each_backend
 def test_parameters_without_a_gradient_are_left_alone(backend: str) -> None:
     optimizer, params = make(backend)
     for seed, missing in enumerate([(0, 3), (), (1, 2, 4), (0, 1, 2, 3, 4, 5), (5,)]):
