@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import sys
 import threading
 import weakref
 from collections import OrderedDict, defaultdict
@@ -356,6 +357,35 @@ def test_another_thread_may_drop_gradients_and_may_not_step() -> None:
         thread.join()
     assert all(param.isfinite().all() for param in params)
     assert set(refused) <= {"a step of this optimizer is running in another thread"}
+
+
+def test_another_thread_may_drop_everything_while_a_step_runs() -> None:
+    """The step counts what it has made in memory that only it still holds; sanitizers would tell of another's."""
+    for clear in ("state", "params"):
+        param = nn.Parameter(torch.zeros(2_000_000))
+        param.grad = torch.ones_like(param)
+        optimizer = fusedopt.FusedAdamW([param], lr=0.1)
+        optimizer.step()
+        held = [optimizer.state] if clear == "state" else [optimizer.state, optimizer.param_groups[0]["params"]]
+        del param
+        begun = threading.Event()
+
+        def drop(begun: threading.Event = begun, held: list[Any] = held) -> None:
+            begun.wait()
+            for each in held:
+                each.clear()
+
+        thread = threading.Thread(target=drop)
+        thread.start()
+        interval = sys.getswitchinterval()
+        sys.setswitchinterval(1000)  # so the other thread runs when the step lets it, and not before
+        try:
+            begun.set()
+            optimizer.step()
+        finally:
+            sys.setswitchinterval(interval)
+            thread.join()
+        assert not optimizer.state
 
 
 def test_a_recycled_address_is_not_mistaken_for_a_known_object() -> None:

@@ -13,6 +13,7 @@ import torch
 from cases import bits, module, parameters
 from oracle import CheckedStep
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fusedopt
 from fusedopt.backends import StepRequest
@@ -147,6 +148,8 @@ def test_what_changes_in_a_group_is_noticed_by_all_that_have_it(dicts: bool) -> 
 
 @pytest.mark.parametrize("count", [MANY, 700])
 def test_rows_read_in_threads_give_the_same(count: int) -> None:
+    """As one thread does; of 700 rows one thread reads several ranges in any case."""
+
     def run(threads: int) -> list[Any]:
         torch.set_num_threads(threads)
         params = [nn.Parameter(torch.full((1 + i % 3,), 0.5 + i)) for i in range(count)]
@@ -188,6 +191,22 @@ def test_a_bad_gradient_among_many_is_named_and_changes_nothing() -> None:
     assert int(optimizer.state[params[0]]["step"]) == 1
 
 
+def test_a_gradient_that_is_only_pretended_is_named(capfd: pytest.CaptureFixture[str]) -> None:
+    """Nobody asks for its address: torch warns of that, and means to make it an error."""
+    params = [nn.Parameter(torch.ones(3)) for _ in range(3)]
+    optimizer = fusedopt.FusedAdamW(params, backend="native")
+    set_gradients(params, 0)
+    optimizer.step()
+    with FakeTensorMode():
+        params[1].grad = torch.ones(3)
+    with pytest.raises(RuntimeError, match=r"gradient of parameter \(param_groups.0..'params'..1..*is a FakeTensor"):
+        optimizer.step()
+    assert capfd.readouterr().err == ""
+    set_gradients(params, 1)
+    optimizer.step()
+    assert int(optimizer.state[params[0]]["step"]) == 2
+
+
 def test_a_step_count_may_be_shared_by_many() -> None:
     params = [nn.Parameter(torch.ones(1)) for _ in range(2 * MANY)]
     optimizer = fusedopt.FusedAdamW(params, backend="native")
@@ -198,7 +217,7 @@ def test_a_step_count_may_be_shared_by_many() -> None:
         optimizer.state[param]["step"] = shared
     for _ in range(5):
         optimizer.step()
-    assert float(shared) == 1 + 5 * 2 * MANY  # as in torch's loop
+    assert float(shared) == 1 + 5 * 2 * MANY  # each parameter counts it up, as in torch's loop
 
 
 def test_groups_may_be_emptied_after_an_error() -> None:

@@ -27,18 +27,19 @@ at::Tensor tensor_of(at::IntArrayRef sizes, at::ScalarType dtype, std::initializ
 
 cpu::Work work_of(const Rows& rows) { return {rows.table, rows.chunks, rows.participants.elements, rows.overlaps}; }
 
-// While there is one, other threads may run; what a step works on stays.
+bool is_long(const Rows& rows) {
+  const int64_t each = kUnlockElementsPerRow * static_cast<int64_t>(rows.size());
+  return rows.participants.elements >= std::clamp(each, kUnlockElements, kLongElements);
+}
+
+// While there is one, other threads may run if the step is long. What it works on is held by whoever makes one.
 class Unlocked {
  public:
   explicit Unlocked(const Rows& rows) {
-    const int64_t each = kUnlockElementsPerRow * static_cast<int64_t>(rows.size());
-    if (rows.participants.elements < std::clamp(each, kUnlockElements, kLongElements)) return;
-    held_ = rows.hold();
-    released_.emplace();
+    if (is_long(rows)) released_.emplace();
   }
 
  private:
-  Held held_;
   std::optional<py::gil_scoped_release> released_;
 };
 
@@ -121,6 +122,8 @@ CpuStep::Outcome CpuStep::run_passes(const Groups& groups, const Rows& rows, con
   derive_scalars(groups, rows);
   Outcome outcome;
   bool refused;
+  // Until the step is counted, which writes to what it worked on.
+  const Held held = is_long(rows) ? rows.hold() : Held();
   {
     const Unlocked unlocked(rows);
     const std::vector<Found> found = s.mode() == Mode::kBare ? std::vector<Found>() : add_up(rows, s, 1);

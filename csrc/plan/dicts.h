@@ -19,7 +19,7 @@ class Items {
   Items(const Items&) = delete;
   Items& operator=(const Items&) = delete;
   Py_ssize_t size() const { return PySequence_Fast_GET_SIZE(fast_); }
-  const void* begin() const { return PySequence_Fast_ITEMS(fast_); }
+  PyObject* const* begin() const { return PySequence_Fast_ITEMS(fast_); }
   PyObject* operator[](Py_ssize_t i) const { return PySequence_Fast_GET_ITEM(fast_, i); }
 
  private:

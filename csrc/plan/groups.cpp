@@ -1,6 +1,6 @@
 #include "groups.h"
 
-#include <cstring>
+#include <algorithm>
 #include <limits>
 #include <stdexcept>
 #include <string>
@@ -138,7 +138,7 @@ bool Groups::unchanged(PyObject* param_groups, const Rows& rows) {
     }
     const Items params(group.params, "params");
     if (static_cast<size_t>(params.size()) != group.size) return false;
-    if (std::memcmp(params.begin(), rows.objects.data() + row, group.size * sizeof(PyObject*)) != 0) return false;
+    if (!std::equal(params.begin(), params.begin() + group.size, rows.objects.data() + row)) return false;
     row += group.size;
     group.items = params.begin();
   }

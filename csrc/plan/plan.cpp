@@ -67,13 +67,18 @@ StepPlan::StepPlan(const std::string& rule, const std::string& device, int emula
 
 void StepPlan::refresh(PyObject* groups, PyObject* state, PyObject* counts, bool write_back, plan::Problems& problems) {
   try {
-    if (!groups_.unchanged(groups, rows_)) {
-      states_.forget();
-      groups_.read(groups, rows_);
-    }
+    bring_up_to_date(groups, state, counts, write_back, problems);
   } catch (...) {
     groups_.forget();  // half read: start afresh at the next step
     throw;
+  }
+}
+
+void StepPlan::bring_up_to_date(PyObject* groups, PyObject* state, PyObject* counts, bool write_back,
+                                plan::Problems& problems) {
+  if (!groups_.unchanged(groups, rows_)) {
+    states_.forget();
+    groups_.read(groups, rows_);
   }
   if (groups_.edited() && !groups_.number(rows_)) states_.forget();
   const bool looked = look(state, counts, write_back, problems);
@@ -204,14 +209,15 @@ device::Work StepPlan::work(bool capturing) const {
 
 py::object StepPlan::on_devices(const StepSettings& s,
                                 const std::function<device::Outcome(const device::Executor::Wait&)>& run) {
+  // Until the step is counted, which writes to what it worked on. A launcher in Python may take seconds to compile,
+  // while other threads run.
+  plan::Held held = kernels_.launcher ? rows_.hold() : plan::Held();
   // A thread that waits for the device must let the others run: one of them may have to launch what it waits for.
-  auto wait = [this](const std::function<void()>& read) {
-    const plan::Held held = rows_.hold();
+  auto wait = [&](const std::function<void()>& read) {
+    if (held.objects.empty()) held = rows_.hold();
     const py::gil_scoped_release unlocked;
     read();
   };
-  // A launcher in Python may take seconds to compile, while other threads run.
-  const plan::Held held = kernels_.launcher ? rows_.hold() : plan::Held();
   device::Outcome outcome = run(wait);
   rows_.count_up(s.write_back, /*steps=*/false);
   auto wrapped = [](at::Tensor& tensor) -> py::object {

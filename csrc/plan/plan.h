@@ -95,8 +95,9 @@ class StepPlan {
   };
 
   static Kernels kernels_for(const std::string& device, const py::object& launcher);
-  // Brings groups, rows and states up to date.
+  // Brings groups, rows and states up to date; after an error all are read afresh.
   void refresh(PyObject* groups, PyObject* state, PyObject* counts, bool write_back, plan::Problems& problems);
+  void bring_up_to_date(PyObject* groups, PyObject* state, PyObject* counts, bool write_back, plan::Problems& problems);
   bool look(PyObject* state, PyObject* counts, bool write_back, plan::Problems& problems);
   void find_domains(PyObject* groups);
   void find_numbers(PyObject* groups);

@@ -158,9 +158,13 @@ void Rows::look(size_t begin, size_t end, bool write_back, Seen& seen) {
       continue;
     }
     c10::TensorImpl* const grad_impl = grad.unsafeGetTensorImpl();
+    if (!refresh_grad(r, grad_impl) || (columns.numel && !columns.param.data) || (write_back && columns.grad.layout))
+        [[unlikely]] {
+      seen.attended.push_back(r);
+      continue;
+    }
     void* const data = columns.numel ? data_of(grad_impl) : &kEmpty;
-    if (!refresh_grad(r, grad_impl) || !data || (columns.numel && !columns.param.data) ||
-        (write_back && columns.grad.layout)) [[unlikely]] {
+    if (!data) [[unlikely]] {
       seen.attended.push_back(r);
       continue;
     }

@@ -4,8 +4,8 @@ Note [Groups while constructing]: torch's ``add_param_group`` compares a new gro
 of all their parameters, and looks whether all have names. A constructor that adds thousands of groups does so thousands
 of times. So while one of ours runs, torch is shown no other groups, and what it would look for is looked up in a set
 that grows with them. Only where it would find something is it shown all of them, and raises its own error. Each group
-still goes through ``add_param_group``, which a subclass may override; what such a method writes to the group that it
-has added is seen when the next one comes.
+still goes through ``add_param_group``, which a subclass may override. Such a method may write to all groups, so all are
+looked at again when its next one comes.
 """
 
 from __future__ import annotations
@@ -17,6 +17,9 @@ from typing import Any
 from torch import Tensor
 
 __all__ = ["Known", "add_group", "all_fit", "while_constructing"]
+
+
+_OWN = __name__.partition(".")[0] + "."
 
 
 class Known:
@@ -68,6 +71,8 @@ def add_group(optimizer: Any, add: Callable[[dict[str, Any]], None], param_group
         add(param_group)
         return
     groups = optimizer.param_groups
+    if not type(optimizer).add_param_group.__module__.startswith(_OWN):
+        known = optimizer._known = Known()
     known.take_in(groups)
     optimizer.param_groups = []
     try:

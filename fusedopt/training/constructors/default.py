@@ -19,7 +19,7 @@ __all__ = ["DefaultOptimWrapperConstructor", "join", "multiply"]
 
 _MULTIPLIERS = ("lr_mult", "decay_mult")
 
-#: Where the constructors are that only append groups.
+#: Where the constructors are whose `add_params` puts nothing into groups that are in the list already.
 _OWN = __name__.rpartition(".")[0]
 
 _NORMS = (_BatchNorm, _InstanceNorm, nn.GroupNorm, nn.LayerNorm)

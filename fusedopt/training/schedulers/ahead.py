@@ -17,6 +17,9 @@ __all__ = ["can_run_ahead", "run_ahead"]
 
 _OWN = __name__.rpartition(".")[0]
 
+#: How the keys begin from which schedulers take their bases, and which one of them might move.
+_BASES = ("initial_", "max_", "min_")
+
 
 @dataclass(frozen=True)
 class _Active:
@@ -77,6 +80,8 @@ def can_run_ahead(
         return ours and kind._get_value is _ParamScheduler._get_value and kind._advance is _ParamScheduler._advance
 
     if not all(by_rule(type(each)) and not each.moves_too for each in schedulers):
+        return False
+    if any(each.param_name.startswith(_BASES) for each in schedulers):
         return False
     bases = itertools.chain.from_iterable(each._bases() for each in schedulers)
     flat = itertools.chain.from_iterable(base if isinstance(base, tuple) else (base,) for base in bases)
