@@ -91,28 +91,20 @@ def stock(made: list[dict[str, Any]]) -> torch.optim.Optimizer:
     return fusedopt.unfuse(stepped(made))
 
 
-def _of_optimizer(act: Callable[[Any], object], made: Callable[[int], list[dict[str, Any]]]) -> Operation:
-    """Something that both do, once they have state."""
-
-    def ours(count: int) -> Call:
-        optimizer = stepped(made(count))
-        return lambda: act(optimizer)
-
-    def torchs(count: int) -> Call:
-        optimizer = stock(made(count))
-        return lambda: act(optimizer)
-
-    return Operation("tensors" if made is one_group else "groups", ours, torchs)
+def _counted(made: Callable[[int], list[dict[str, Any]]]) -> str:
+    return "tensors" if made is one_group else "groups"
 
 
-def _of_fused(act: Callable[[Any], object], made: Callable[[int], list[dict[str, Any]]], **settings: Any) -> Operation:
-    """Something that a fused optimizer alone does."""
+def _of_both(made: Callable[[int], list[dict[str, Any]]], prepare: Callable[[Any], Call]) -> Operation:
+    """Something that both do, once they have state: ``prepare`` of the optimizer returns what is timed."""
+    return Operation(_counted(made), lambda n: prepare(stepped(made(n))), lambda n: prepare(stock(made(n))))
 
-    def ours(count: int) -> Call:
-        optimizer = stepped(made(count), **settings)
-        return lambda: act(optimizer)
 
-    return Operation("tensors" if made is one_group else "groups", ours)
+def _of_fused(
+    made: Callable[[int], list[dict[str, Any]]], prepare: Callable[[Any], Call], **settings: Any
+) -> Operation:
+    """The same of what a fused optimizer alone does."""
+    return Operation(_counted(made), lambda n: prepare(stepped(made(n), **settings)))
 
 
 def _construction(cls: Any, count: int) -> Call:
@@ -146,33 +138,16 @@ def _first_step(made: Callable[[int], list[dict[str, Any]]]) -> Operation:
         optimizer.state.clear()
         return optimizer.step
 
-    return Operation("tensors" if made is one_group else "groups", ours, torchs)
+    return Operation(_counted(made), ours, torchs)
 
 
-def _load(made: Callable[[int], list[dict[str, Any]]]) -> Operation:
-    def ours(count: int) -> Call:
-        optimizer = stepped(made(count))
-        saved = optimizer.state_dict()
-        return lambda: optimizer.load_state_dict(saved)
-
-    def torchs(count: int) -> Call:
-        optimizer = stock(made(count))
-        saved = optimizer.state_dict()
-        return lambda: optimizer.load_state_dict(saved)
-
-    return Operation("tensors" if made is one_group else "groups", ours, torchs)
+def _load(optimizer: torch.optim.Optimizer) -> Call:
+    saved = optimizer.state_dict()
+    return lambda: optimizer.load_state_dict(saved)
 
 
-def _scheduler(count: int) -> Call:
-    optimizer = stepped(groups(count))
-    scheduler = CosineAnnealingLR(optimizer, T_max=100)
-    optimizer.step()
-    return scheduler.step
-
-
-def _stock_scheduler(count: int) -> Call:
-    optimizer = stock(groups(count))
-    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=100)
+def _scheduler(cls: Any, optimizer: torch.optim.Optimizer) -> Call:
+    scheduler = cls(optimizer, T_max=100)
     optimizer.step()
     return scheduler.step
 
@@ -193,10 +168,6 @@ def _simulation(count: int) -> Call:
     return lambda: simulate_schedule(cfg, model=model)
 
 
-def _add_group(optimizer: torch.optim.Optimizer) -> None:
-    optimizer.add_param_group({"params": parameters(1)})
-
-
 OPERATIONS: dict[str, Operation] = {
     "construct": Operation(
         "groups", lambda n: _construction(fusedopt.FusedAdamW, n), lambda n: _construction(torch.optim.AdamW, n)
@@ -205,21 +176,25 @@ OPERATIONS: dict[str, Operation] = {
         "tensors", lambda n: _named(fusedopt.FusedAdamW, n), lambda n: _named(torch.optim.AdamW, n)
     ),
     "build_optim_wrapper with paramwise_cfg": Operation("groups", _paramwise),
-    "add_param_group, one more": _of_optimizer(_add_group, groups),
+    "add_param_group, one more": _of_both(groups, lambda each: lambda: each.add_param_group({"params": parameters(1)})),
     "fuse": Operation("groups", _fuse),
-    "unfuse": _of_fused(fusedopt.unfuse, groups),
+    "unfuse": _of_fused(groups, lambda each: lambda: fusedopt.unfuse(each)),
     "first step, one group": _first_step(one_group),
     "first step": _first_step(groups),
-    "zero_grad": _of_optimizer(lambda optimizer: optimizer.zero_grad(), groups),
-    "state_dict, one group": _of_optimizer(lambda optimizer: optimizer.state_dict(), one_group),
-    "state_dict": _of_optimizer(lambda optimizer: optimizer.state_dict(), groups),
-    "load_state_dict, one group": _load(one_group),
-    "load_state_dict": _load(groups),
-    "deepcopy": _of_optimizer(copy.deepcopy, groups),
-    "pickle": _of_optimizer(lambda optimizer: pickle.loads(pickle.dumps(optimizer)), groups),
-    "averages": _of_fused(lambda optimizer: optimizer.averages(), groups, ema={"decay": 0.99}),
-    "bytes_per_parameter": _of_fused(lambda optimizer: optimizer.bytes_per_parameter(), groups),
-    "step of CosineAnnealingLR": Operation("groups", _scheduler, _stock_scheduler),
+    "zero_grad": _of_both(groups, lambda each: each.zero_grad),
+    "state_dict, one group": _of_both(one_group, lambda each: each.state_dict),
+    "state_dict": _of_both(groups, lambda each: each.state_dict),
+    "load_state_dict, one group": _of_both(one_group, _load),
+    "load_state_dict": _of_both(groups, _load),
+    "deepcopy": _of_both(groups, lambda each: lambda: copy.deepcopy(each)),
+    "pickle": _of_both(groups, lambda each: lambda: pickle.loads(pickle.dumps(each))),
+    "averages": _of_fused(groups, lambda each: each.averages, ema={"decay": 0.99}),
+    "bytes_per_parameter": _of_fused(groups, lambda each: each.bytes_per_parameter),
+    "step of CosineAnnealingLR": Operation(
+        "groups",
+        lambda n: _scheduler(CosineAnnealingLR, stepped(groups(n))),
+        lambda n: _scheduler(torch.optim.lr_scheduler.CosineAnnealingLR, stock(groups(n))),
+    ),
     f"simulate_schedule of {KINDS} kinds of groups": Operation("iterations", _simulation),
 }
 
